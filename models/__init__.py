@@ -1,0 +1,1 @@
+"""What you can do with weights that you have."""

@@ -1,0 +1,160 @@
+"""Parameters, operations and bytes of a member: pure arithmetic of a shape and a granularity.
+
+Operations are those of the matrix products, 2 per multiply-add, as `torch.utils.flop_counter` counts
+them: projections, feed-forward, vocabulary head, and both products of attention over the whole
+rectangle of new and read positions. Norms, rotations, softmax and the embedding look-up are left out.
+
+>>> from models.config import ElasticConfig
+>>> from models.granularity import Granularity
+>>> config = ElasticConfig(
+...     vocab_size=1000,
+...     hidden_size=64,
+...     intermediate_size=256,
+...     num_hidden_layers=4,
+...     num_attention_heads=4,
+...     num_key_value_heads=2,
+... )
+>>> count_parameters(config), count_parameters(config, Granularity.parse("ffn=0.25,layers=0-1"))
+(310336, 113472)
+>>> count_flops(config), count_flops(config, num_cached=100)
+(620544, 722944)
+>>> count_kv_bytes(config, num_positions=1024, dtype_bytes=2)
+524288
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from models.config import ElasticConfig
+from models.granularity import FULL, Granularity, LayerPlan
+
+
+def count_parameters(config: ElasticConfig, granularity: Granularity = FULL) -> int:
+    """Numbers that the member's extraction holds; a tied vocabulary head is its embedding, counted once.
+
+    Raises:
+        UsageError: if the granularity does not fit (so do all functions here).
+    """
+    embedding = config.vocab_size * config.hidden_size
+    ends = embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    layers = granularity.resolve(config).layers
+    return ends + sum(_matrix_weights(config, layer) + _vector_weights(config, layer) for layer in layers)
+
+
+def count_flops(
+    config: ElasticConfig,
+    granularity: Granularity = FULL,
+    *,
+    num_tokens: int = 1,
+    num_cached: int = 0,
+    num_scored: int | None = None,
+) -> int:
+    """Operations of one forward pass over one row.
+
+    Args:
+        config: the full model's shape.
+        granularity: the member.
+        num_tokens: new tokens.
+        num_cached: earlier positions, whose keys and values are read from a cache.
+        num_scored: positions that the vocabulary head scores; all new tokens if None.
+    """
+    layers = granularity.resolve(config).layers
+    matrices = sum(_matrix_weights(config, layer) for layer in layers)
+    heads = sum(layer.groups * config.heads_per_group for layer in layers)
+    # Each head's scores, and the values that they mix.
+    attention = 2 * heads * config.head_dim * (num_cached + num_tokens)
+    head = config.hidden_size * config.vocab_size
+    return 2 * (
+        num_tokens * (matrices + attention) + (num_tokens if num_scored is None else num_scored) * head
+    )
+
+
+def count_weight_bytes(config: ElasticConfig, granularity: Granularity = FULL, *, dtype_bytes: int) -> int:
+    """Bytes of the member's weights."""
+    return count_parameters(config, granularity) * dtype_bytes
+
+
+def count_kv_bytes(
+    config: ElasticConfig, granularity: Granularity = FULL, *, num_positions: int, dtype_bytes: int
+) -> int:
+    """Bytes of one row's keys and values."""
+    groups = sum(layer.groups for layer in granularity.resolve(config).layers)
+    return 2 * groups * config.head_dim * num_positions * dtype_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBytes:
+    """An estimate of the memory of a training step, by what takes it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it, as if it were alive at once."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate_training_bytes(
+    config: ElasticConfig,
+    *,
+    batch_tokens: int,
+    activation_bytes: int = 4,
+    members: Iterable[tuple[Granularity, float]] = (),
+) -> TrainingBytes:
+    """Estimate the memory of a step with AdamW and fp32 weights; no checkpointing of activations.
+
+    What autograd keeps per token and layer is counted; temporaries, fragmentation and the libraries
+    are not, and nothing is assumed to be freed before the step ends.
+
+    Args:
+        config: the full model's shape.
+        batch_tokens: tokens of one backward pass, over all its rows.
+        activation_bytes: per number, 2 under autocast to bf16, which also keeps a cast of the weights.
+        members: members that train too, each with the share of the tokens on which it does. Prefixes
+            of the layers cost a head only: the full pass's states are theirs.
+    """
+    parameters = count_parameters(config)
+    kept, scored = _kept_numbers(config, FULL), 1.0
+    for granularity, share in members:
+        scored += share
+        if not granularity.resolve(config).is_layer_prefix:
+            kept += round(share * _kept_numbers(config, granularity))
+    # Logits as the head gives them, then in fp32 their log-softmax and its gradient.
+    logits = scored * batch_tokens * config.vocab_size * (activation_bytes + 8)
+    return TrainingBytes(
+        weights=parameters * (4 if activation_bytes == 4 else 4 + activation_bytes),
+        gradients=parameters * 4,
+        optimizer=parameters * 8,
+        activations=kept * batch_tokens * activation_bytes,
+        logits=round(logits),
+    )
+
+
+def _matrix_weights(config: ElasticConfig, layer: LayerPlan) -> int:
+    """Weights that multiply each token: q and o, k and v, then gate, up and down."""
+    queries = layer.groups * config.heads_per_group * config.head_dim
+    keys = layer.groups * config.head_dim
+    return config.hidden_size * (2 * queries + 2 * keys + 3 * layer.ffn)
+
+
+def _vector_weights(config: ElasticConfig, layer: LayerPlan) -> int:
+    """Norms and biases."""
+    keys = layer.groups * config.head_dim
+    biases = keys * (config.heads_per_group + 2) if config.attention_bias else 0
+    return 2 * config.hidden_size + biases + (2 * config.head_dim if config.qk_norm else 0)
+
+
+def _kept_numbers(config: ElasticConfig, granularity: Granularity) -> int:
+    """Numbers per token that a pass keeps for its backward pass."""
+    kept = 3 * config.hidden_size  # a norm keeps its input, that at unit scale, and its output
+    for layer in granularity.resolve(config).layers:
+        keys = layer.groups * config.head_dim
+        queries = keys * config.heads_per_group
+        kept += 2 * 3 * config.hidden_size  # both norms
+        kept += 2 * queries + 2 * keys + (2 * (queries + keys) if config.qk_norm else 0)  # attention
+        kept += 4 * layer.ffn  # gate, its SiLU, up, their product
+    return kept

@@ -1,0 +1,127 @@
+"""`--draft auto`: the member that should draft fastest here, and how many tokens a round.
+
+With acceptance alpha, gamma drafted tokens a round, a draft step that costs c target steps and a
+target pass on m tokens that costs v(m) of them, speculative decoding is
+
+    (1 - alpha^(gamma+1)) / ((1 - alpha) (gamma c + v(gamma+1)))
+
+times as fast as plain decoding (https://arxiv.org/abs/2211.17192, theorem 3.8, where v is 1). alpha
+was measured when the family was trained; c and v follow from the machine and are timed now. Only
+speed depends on the choice.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from models.cache import KVCache
+from models.decode.sampling import SamplingParams
+from models.decode.state import Model, new_cache, score
+from models.elastic import ElasticLM
+from models.family import Member
+from models.granularity import Granularity
+from models.probe import Work, alternate
+from models.view import View
+
+MAX_GAMMA = 8
+# Committed positions while timing: short, as at the start of a text.
+NUM_POSITIONS = 64
+TIMING_BUDGET = 0.4
+# The formula leaves the host's own work out: a smaller gain than this is likely none.
+LEAST_SPEEDUP = 1.02
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds: a target pass on m tokens for m = 1, 2, ..., and a step of each draft."""
+
+    target: Mapping[int, float]
+    drafts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A draft, its tokens a round, and the speed over plain decoding that the formula predicts."""
+
+    name: str
+    gamma: int
+    speedup: float
+
+
+def speedup(alpha: float, gamma: int, c: float, v: float) -> float:
+    """The formula above; `v` is v(gamma + 1).
+
+    >>> round(speedup(0.8, 4, c=0.1, v=1.0), 2)
+    2.4
+    >>> speedup(1.0, 3, c=0.25, v=1.25)
+    2.0
+    """
+    num_tokens = sum(alpha**position for position in range(gamma + 1))
+    return num_tokens / (gamma * c + v)
+
+
+def choose_draft(
+    acceptance: Mapping[str, float], costs: Costs, *, least: float = LEAST_SPEEDUP
+) -> Choice | None:
+    """The best draft and gamma; None if plain decoding should be as fast.
+
+    Args:
+        acceptance: each candidate's chance that one drafted token is kept.
+        costs: of the target and of these candidates.
+        least: the smallest predicted speed-up that is worth it.
+
+    >>> costs = Costs({1: 1.0, 2: 1.1, 3: 1.2}, {"S": 0.2, "L": 0.6})
+    >>> best = choose_draft({"S": 0.8, "L": 0.9}, costs)
+    >>> best.name, best.gamma, round(best.speedup, 3)
+    ('S', 2, 1.525)
+    >>> choose_draft({"S": 0.1, "L": 0.1}, costs) is None
+    True
+    """
+    one = costs.target[1]
+    choices = [
+        Choice(name, m - 1, speedup(alpha, m - 1, costs.drafts[name] / one, seconds / one))
+        for name, alpha in acceptance.items()
+        for m, seconds in costs.target.items()
+        if m > 1
+    ]
+    best = max(choices, key=lambda choice: choice.speedup, default=None)
+    return best if best is not None and best.speedup >= least else None
+
+
+def known_acceptance(members: Iterable[Member], params: SamplingParams) -> dict[str, float]:
+    """Acceptance of each measured member by name, the full model left out.
+
+    A greedy draft is kept where its token is the full model's, so `match` tells; otherwise `alpha`.
+    """
+    known = {}
+    for member in members:
+        share = member.alpha if not params.is_greedy or member.match is None else member.match / 100
+        if share is not None and member.granularity != "full" and math.isfinite(share):
+            known[member.name] = min(share, 1.0)
+    return known
+
+
+def measure_costs(model: ElasticLM, drafts: Mapping[str, Granularity]) -> Costs:
+    """Time target passes and draft steps in turn, in about a second."""
+    context = model.config.max_position_embeddings
+    num_tokens = min(MAX_GAMMA + 1, context)
+    cache = new_cache(model, context if context < NUM_POSITIONS else NUM_POSITIONS + num_tokens)
+    cache.commit(cache.num_positions - num_tokens)
+    cells = {("target", str(m)): _pass(model, cache, m) for m in range(1, num_tokens + 1)}
+    cells |= {("draft", name): _pass(View(model, g), cache, 1) for name, g in drafts.items()}
+    seconds = alternate(cells, budget=TIMING_BUDGET).shortest
+    return Costs(
+        {m: seconds["target", str(m)] for m in range(1, num_tokens + 1)},
+        {name: seconds["draft", name] for name in drafts},
+    )
+
+
+def _pass(model: Model, cache: KVCache, num_tokens: int) -> Work:
+    @torch.inference_mode()
+    def work() -> None:
+        logits_TV = score(model, [0] * num_tokens, cache, num_last=num_tokens)
+        logits_TV.argmax(-1).tolist()  # decoding waits for the tokens as well
+
+    return work

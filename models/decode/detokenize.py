@@ -1,0 +1,110 @@
+"""Tokens to text, a token at a time: whole characters only, and nothing of a stop string.
+
+Both parts take what comes and return what is certain by then, so that all of it put together does
+not depend on how it came in blocks.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from models.errors import UsageError
+
+# Decoders of some tokenizers drop a leading space: a few tokens of context keep it.
+NUM_CONTEXT_TOKENS = 6
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Encoded(Protocol):
+    """What encoding gives."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """The part of `tokenizers.Tokenizer` that decoding needs."""
+
+    def encode(self, sequence: str, /) -> Encoded:
+        """Text to tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """Tokens to text, special tokens left out."""
+        ...
+
+
+class Detokenizer:
+    """Text of the tokens after a prompt. It decodes a short window, not everything each time."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(prompt_ids[-NUM_CONTEXT_TOKENS:])
+        self._num_shown = len(self._window)
+
+    def add(self, token: int) -> str:
+        """The characters that this token completes."""
+        self._window.append(token)
+        text = self._new_text()
+        return "" if text.endswith(UNFINISHED) else self._show(text)
+
+    def flush(self) -> str:
+        """The rest, an unfinished character as U+FFFD."""
+        return self._show(self._new_text())
+
+    def _new_text(self) -> str:
+        shown = self._tokenizer.decode(self._window[: self._num_shown])
+        return self._tokenizer.decode(self._window)[len(shown) :]
+
+    def _show(self, text: str) -> str:
+        self._window = self._window[-NUM_CONTEXT_TOKENS:] if text else self._window
+        self._num_shown = len(self._window)
+        return text
+
+
+class StopStrings:
+    """Passes text on up to the first stop string; holds back what may be the beginning of one.
+
+    The first is the one that is complete first, as if the text came a character at a time.
+
+    >>> stop = StopStrings(["END"])
+    >>> stop.add("The E"), stop.add("N"), stop.add("d EN"), stop.add("D of it"), stop.stopped
+    ('The ', '', 'ENd ', '', True)
+    """
+
+    def __init__(self, stop: Collection[str]) -> None:
+        if "" in stop:
+            raise UsageError("--stop is empty: give the text that ends the output")
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def add(self, text: str) -> str:
+        """What is certainly before any stop string; nothing once one has been found."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        starts = {stop: text.find(stop) for stop in self._stop if stop in text}
+        if starts:
+            self.stopped, self._held = True, ""
+            first = min(starts, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
+            return text[: starts[first]]
+        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it.
+
+    >>> _overlap("abab", "abac")
+    2
+    """
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)

@@ -1,0 +1,45 @@
+"""What decoding has settled so far: the tokens, and the keys and values of all but the last."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from models.cache import KVCache
+from models.elastic import ElasticLM
+from models.view import View
+
+Model: TypeAlias = ElasticLM | View
+"""Anything that decodes: the elastic model, or a member of it in place."""
+
+
+@dataclass
+class State:
+    """The settled tokens of one request. The last one is pending: chosen, but not yet in the cache.
+
+    Between rounds `cache.length == len(ids) - 1`.
+    """
+
+    ids: list[int]
+    cache: KVCache
+
+
+def elastic_model(model: Model) -> ElasticLM:
+    """The model whose weights these are."""
+    return model.model if isinstance(model, View) else model
+
+
+def new_cache(model: Model, num_positions: int) -> KVCache:
+    """An empty cache for one row, in the model's dtype and on its device."""
+    whole = elastic_model(model)
+    weight = whole.model.embed_tokens.weight
+    return KVCache(whole.config, num_positions=num_positions, dtype=weight.dtype, device=weight.device)
+
+
+def score(model: Model, ids: list[int], cache: KVCache, *, num_last: int) -> Tensor:
+    """Logits [T, V] of the last positions of `ids`, which follow what the cache has committed."""
+    device = elastic_model(model).model.embed_tokens.weight.device
+    tokens_BT = torch.tensor([ids], device=device)
+    logits_BTV: Tensor = model(tokens_BT, memory=cache, num_last=num_last)
+    return logits_BTV[0]

@@ -1,0 +1,13 @@
+"""Errors that a user can cause. The command line turns each into one line and an exit code."""
+
+
+class NestlingError(ValueError):
+    """What a user gave cannot be used; the message names it, shows the value and says the remedy."""
+
+    exit_code = 1
+
+
+class UsageError(NestlingError):
+    """A flag, a recipe key or a path on the command line is wrong."""
+
+    exit_code = 2

@@ -1,0 +1,156 @@
+"""Writing that is whole or absent: a folder or a JSON file appears complete, or not at all.
+
+A folder is written beside its final place, forced to disk, then renamed: a reader never meets half
+of it, and a run that dies leaves only a hidden `.name.*.partial`.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from models.errors import NestlingError, UsageError
+
+
+@contextlib.contextmanager
+def write_folder(path: str | Path, *, marker: str = "nestling.json") -> Iterator[Path]:
+    """Fill a temporary folder that becomes `path` when the block ends, and vanishes if it raises.
+
+    Args:
+        path: the final name; missing parents are made. What stands there is replaced only if it is
+            an empty folder, or one that holds `marker`, that is, one that we wrote.
+        marker: the file by which such a folder is known; the block writes it.
+
+    Raises:
+        UsageError: if something else stands at `path`.
+        NestlingError: if the disk refuses: no space, no permission.
+    """
+    check_replaceable(path, marker=marker)
+    final = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        assert (partial / marker).is_file(), f"{partial} lacks {marker}: it could not be replaced later"
+        _sync_tree(partial)
+        _publish(partial, final)
+    except OSError as error:
+        if error.errno not in _DISK_REFUSES:
+            raise
+        raise NestlingError(
+            f"cannot write {path}: {error.strerror}; make room or give permission, or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(path: str | Path, *, marker: str = "nestling.json") -> None:
+    """Say early whether `write_folder` would refuse `path`.
+
+    Raises:
+        UsageError: if `path` is neither free, nor an empty folder, nor one that holds `marker`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if any(path.iterdir()) and not (path / marker).is_file():
+            raise UsageError(
+                f"{path} exists and is not ours to replace (no {marker} in it); "
+                "choose another place or empty it"
+            )
+    elif path.exists():
+        raise UsageError(f"{path} exists and is not a folder; choose another place")
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    if not ancestor.is_dir():
+        raise UsageError(f"{path} cannot be: {ancestor} is not a folder; choose another place")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all. NaN and infinity, which JSON lacks, become null."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        NestlingError: if the file is missing, is not JSON, or holds something else than an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NestlingError(f"{path} is missing; restore it, or write the folder again") from None
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise NestlingError(f"{path} is not JSON ({error}); restore it, or write the folder again") from None
+    if not isinstance(value, dict):
+        raise NestlingError(
+            f"{path} holds a {type(value).__name__}, not an object; restore it, or write the folder again"
+        )
+    return value
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of an error that the block raises about its content."""
+    try:
+        yield
+    except NestlingError as error:
+        raise NestlingError(f"{path}: {error}") from None
+
+
+_DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Rename into place; what stood there is put aside first and comes back if the rename fails."""
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.replaced")
+    replaces = final.exists()
+    if replaces:
+        final.rename(aside)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if replaces:
+            aside.rename(final)
+        raise
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

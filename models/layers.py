@@ -1,0 +1,84 @@
+"""The parts of a block that are not attention: RMSNorm, rotary positions, nested linear maps, SwiGLU.
+
+D model, F ffn, K head dim, T positions.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.config import ElasticConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise in the precision of the input; statistics are kept in fp32 by the kernel."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def nested_linear(x: Tensor, linear: nn.Linear, *, rows: int, columns: int) -> Tensor:
+    """Apply the prefix `weight[:rows, :columns]` of a linear map.
+
+    A slice is a view: nothing is copied, and at full size the weight itself is used, so that
+    nesting costs the full model nothing.
+    """
+    weight, bias = linear.weight, linear.bias
+    if columns != weight.shape[1]:
+        weight = weight[:, :columns]
+    if rows != weight.shape[0]:
+        weight = weight[:rows]
+        bias = None if bias is None else bias[:rows]
+    return F.linear(x, weight, bias)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (https://arxiv.org/abs/2002.05202) over a prefix of its neurons."""
+
+    def __init__(self, config: ElasticConfig) -> None:
+        super().__init__()
+        size, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(size, hidden, bias=False)
+        self.up_proj = nn.Linear(size, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, size, bias=False)
+
+    def forward(self, x_BTD: Tensor, ffn: int) -> Tensor:
+        """Map [B, T, D] to [B, T, D] through the first `ffn` neurons."""
+        size = x_BTD.shape[-1]
+        gate_BTF = F.silu(nested_linear(x_BTD, self.gate_proj, rows=ffn, columns=size))
+        up_BTF = nested_linear(x_BTD, self.up_proj, rows=ffn, columns=size)
+        return nested_linear(gate_BTF * up_BTF, self.down_proj, rows=size, columns=ffn)
+
+
+class Rotary(nn.Module):
+    """Rotary position table (https://arxiv.org/abs/2104.09864), half-split layout as in Hugging Face."""
+
+    cos_TK: Tensor
+    sin_TK: Tensor
+
+    def __init__(self, config: ElasticConfig) -> None:
+        super().__init__()
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        frequencies = 1.0 / config.rope_theta**exponents
+        positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+        angles_TK = torch.outer(positions, frequencies).repeat(1, 2)
+        self.register_buffer("cos_TK", angles_TK.cos(), persistent=False)
+        sign_K = torch.ones(config.head_dim)
+        sign_K[: config.head_dim // 2] = -1  # folds the minus of rotate_half into the table
+        self.register_buffer("sin_TK", angles_TK.sin() * sign_K, persistent=False)
+
+    def forward(self, offset: int, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [T, K] of positions offset .. offset + num_tokens."""
+        end = offset + num_tokens
+        return self.cos_TK[offset:end].to(dtype), self.sin_TK[offset:end].to(dtype)
+
+
+def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Rotate each head's vector by its position's angles; linear, norm preserving."""
+    return x_BHTK * cos_TK + x_BHTK.roll(x_BHTK.shape[-1] // 2, dims=-1) * sin_TK

@@ -1,0 +1,1 @@
+"""Measuring: loss, and how close each member is to the full model."""

@@ -1,0 +1,119 @@
+"""Loss and perplexity of one member on text.
+
+Sums over tokens are kept in float64 and divided once by the number of valid tokens, so that batches,
+their order and ignored positions do not matter. The vocabulary head runs over a few rows at a time:
+no [tokens, vocabulary] tensor of a whole batch is ever held.
+
+B batch, T positions, N valid positions, D model, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from models.elastic import ElasticLM
+from models.errors import NestlingError
+from models.granularity import FULL, Granularity
+
+Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
+"""Token ids and labels, both [B, T]; the label of a position is the next token, or `IGNORED`."""
+Progress: TypeAlias = Callable[[], object]
+"""Called after each batch."""
+
+IGNORED = -100
+CHUNK_NUMBERS = 2**22
+"""Numbers in the largest [N, V] tensor; several of that size live at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What a member's predictions cost."""
+
+    loss: float
+    """Nats per token."""
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return to_perplexity(self.loss)
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: ElasticLM,
+    batches: Batches,
+    granularity: Granularity = FULL,
+    *,
+    progress: Progress | None = None,
+) -> Loss:
+    """The mean negative log-likelihood of the labels.
+
+    Raises:
+        UsageError: if the granularity does not fit the model.
+        NestlingError: if no position has a label.
+    """
+    device = model.lm_head.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    num_tokens = 0
+    for tokens_BT, labels_BT in batches:
+        x_BTD = model.states(tokens_BT.to(device), granularity)[-1]
+        labels_N, (x_ND,) = select_valid(labels_BT.to(device), [x_BTD])
+        for rows in row_chunks(len(labels_N), model.config.vocab_size):
+            logits_NV = exact_logits(model, x_ND[rows])
+            loss_N = cross_entropy(logits_NV, labels_N[rows], reduction="none")
+            total += loss_N.sum(dtype=torch.float64)
+        num_tokens += len(labels_N)
+        if progress:
+            progress()
+    return Loss(loss=total.item() / check_some(num_tokens), num_tokens=num_tokens)
+
+
+def exact_logits(model: ElasticLM, x_ND: Tensor) -> Tensor:
+    """Logits [N, V] in fp32 or better, whatever the model runs in."""
+    logits_NV = model.head(x_ND)
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+
+def select_valid(labels_BT: Tensor, states: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Labels [N] of the positions that have one, and each of the states [B, T, D] there: [N, D]."""
+    is_valid_BT = labels_BT != IGNORED
+    return labels_BT[is_valid_BT], [x_BTD[is_valid_BT] for x_BTD in states]
+
+
+def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Slices that cover the rows; each has a bounded number of logits.
+
+    >>> list(row_chunks(5, CHUNK_NUMBERS // 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    size = max(1, CHUNK_NUMBERS // vocab_size)
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+def to_perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it.
+
+    >>> to_perplexity(0.0), to_perplexity(1e4)
+    (1.0, inf)
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def check_some(num_tokens: int) -> int:
+    """The number of tokens, if there are any.
+
+    Raises:
+        NestlingError: if there is nothing to divide by.
+    """
+    if num_tokens == 0:
+        raise NestlingError("evaluation: the text has no token to predict; give a longer one")
+    return num_tokens

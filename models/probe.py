@@ -1,0 +1,250 @@
+"""Timings of one device: what it reads per second, and what a matrix product costs in each dtype.
+
+Decoding a token reads every weight once, so its cost is a matter of bandwidth; training and prefill
+are a matter of products. Neither follows from the type of the hardware: the dtype that is fastest on
+one CPU is a trap on the next. Cells are timed in turn, round after round, so that a disturbance hits
+each alike; since it can only add time, a cell's time is the shortest of its runs.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+Cell = TypeVar("Cell", bound=Hashable)
+Clock: TypeAlias = Callable[[], float]
+Work: TypeAlias = Callable[[], None]
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PASS_TOKENS = (1, 2, 4, 8, 16)
+# Decoding scores one token, verifying a few: the number of threads is chosen for both.
+DECODE_TOKENS = (1, 4)
+# More threads must pay: fewer leave cores to others and wait less for each other.
+THREADS_MARGIN = 1.05
+# A dtype whose product is slower than this share of fp32's has no kernels of its own here; timing
+# its passes could take seconds and would tell nothing.
+HOPELESS_SHARE = 0.25
+MIN_ROUNDS, MAX_ROUNDS = 3, 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeRates:
+    """What a device does in one dtype."""
+
+    product_gflops: float
+    """Rate of a large square matrix product, in 1e9 operations per second (2 per multiply-add)."""
+    product_threads: int
+    """The best number of threads for such a product."""
+    decode_threads: int
+    """The best number of threads for passes over the weights on a few tokens."""
+    pass_seconds: dict[int, float]
+    """Tokens -> seconds of a pass over 24 matrices of 768 x 3072; empty if the dtype is hopeless."""
+
+    def slowdown(self) -> dict[int, float]:
+        """v(m): the cost of a pass on m tokens, in passes on one."""
+        return {num: value / self.pass_seconds[1] for num, value in self.pass_seconds.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceRates:
+    """What a device was measured to do."""
+
+    name: str
+    memory_bytes: int
+    read_gbps: float
+    """Read bandwidth of its memory, in 1e9 bytes per second."""
+    dtypes: dict[str, DtypeRates]
+    noise: float
+    """How much longer than the shortest a typical run took, as a share."""
+
+
+@dataclass(frozen=True)
+class Timings(Generic[Cell]):
+    """Seconds of each cell: its shortest run, and its median one."""
+
+    shortest: dict[Cell, float]
+    median: dict[Cell, float]
+
+    @property
+    def noise(self) -> float:
+        """How much longer than the shortest a typical run took, as a share."""
+        return statistics.median(self.median[cell] / self.shortest[cell] - 1 for cell in self.shortest)
+
+
+def measure_device(
+    device: torch.device,
+    *,
+    name: str,
+    memory_bytes: int,
+    threads: Sequence[int],
+    num_matrices: int = 24,
+    budget: float = 1.0,
+    clock: Clock = time.perf_counter,
+) -> DeviceRates:
+    """Measure one device, in two or three seconds.
+
+    Args:
+        threads: the numbers of threads to try; the rates are those at the best one.
+        num_matrices: how many matrices make up the weights of a pass; fewer than exceed the caches
+            only where the figures do not matter.
+        budget: seconds for each of two phases, threads and rates; every cell runs thrice at least.
+        clock: what tells the time, in seconds.
+    """
+    threads_before = torch.get_num_threads()
+    try:
+        bench = _Bench(device, num_matrices, cores=max(threads), clock=clock)
+        best = bench.choose_threads(threads, budget)
+        timings = alternate(bench.cells(best), budget=budget, clock=clock)
+    finally:
+        torch.set_num_threads(threads_before)
+    return DeviceRates(
+        name=name,
+        memory_bytes=memory_bytes,
+        read_gbps=bench.bytes_read / timings.shortest["fp32", "read"] / 1e9,
+        dtypes={dtype: bench.rates(dtype, best, timings.shortest) for dtype in DTYPES},
+        noise=timings.noise,
+    )
+
+
+def alternate(
+    cells: Mapping[Cell, Work], *, budget: float, clock: Clock = time.perf_counter
+) -> Timings[Cell]:
+    """Warm every cell up, then run all of them in turn until `budget` seconds have passed.
+
+    Each runs at least three times, whatever that takes, and at most nine.
+    """
+    for work in cells.values():
+        work()
+    runs: dict[Cell, list[float]] = {cell: [] for cell in cells}
+    begin = clock()
+    for num_rounds in range(MAX_ROUNDS):
+        if num_rounds >= MIN_ROUNDS and clock() - begin > budget:
+            break
+        for cell, work in cells.items():
+            start = clock()
+            work()
+            runs[cell].append(clock() - start)
+    return Timings(
+        shortest={cell: min(values) for cell, values in runs.items()},
+        median={cell: statistics.median(values) for cell, values in runs.items()},
+    )
+
+
+def fewest_threads(seconds: Mapping[int, float]) -> int:
+    """The smallest number of threads that is about as fast as the best one.
+
+    >>> fewest_threads({1: 2.0, 2: 1.0, 4: 0.99})
+    2
+    """
+    best = min(seconds.values())
+    return min(num for num, value in seconds.items() if value <= best * THREADS_MARGIN)
+
+
+class _Bench:
+    """The work that is timed on one device. A cell is (dtype, what)."""
+
+    def __init__(self, device: torch.device, num_matrices: int, cores: int, clock: Clock) -> None:
+        self.device, self.clock = device, clock
+        torch.set_num_threads(1)  # whether a dtype is hopeless shows in one, and few others disturb it
+        self.products = {dtype: self._sized_product(dtype, cores) for dtype in DTYPES}
+        products = {dtype: work for dtype, (_, work) in self.products.items()}
+        seconds = alternate(products, budget=0, clock=clock).shortest
+        rates = {dtype: side**3 / seconds[dtype] for dtype, (side, _) in self.products.items()}
+        self.useful = [dtype for dtype in DTYPES if rates[dtype] >= HOPELESS_SHARE * rates["fp32"]]
+        # One matrix, repeated: random numbers for all of them would take longer than the timing.
+        matrix_OI = torch.randn(3072, 768, device=device)
+        self.weights = {
+            dtype: matrix_OI.to(DTYPES[dtype]).expand(num_matrices, -1, -1).contiguous()
+            for dtype in self.useful
+        }
+        self.bytes_read = self.weights["fp32"].nbytes
+
+    def choose_threads(self, counts: Sequence[int], budget: float) -> dict[tuple[str, str], int]:
+        """The best number of threads, out of `counts`, for each (dtype, "product" or "decode")."""
+        cells = {(dtype, "product"): work for dtype, (_, work) in self.products.items()}
+        cells |= {(dtype, "decode"): self._weights_pass(dtype, *DECODE_TOKENS) for dtype in self.useful}
+        if len(counts) == 1:
+            return dict.fromkeys(cells, counts[0])
+        grid = {(cell, num): _threaded(work, num) for num in counts for cell, work in cells.items()}
+        seconds = alternate(grid, budget=budget, clock=self.clock).shortest
+        return {cell: fewest_threads({num: seconds[cell, num] for num in counts}) for cell in cells}
+
+    def cells(self, threads: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], Work]:
+        """All that is timed. Neighbours read different weights: none finds its own in a cache."""
+        cells = {
+            (dtype, "product"): _threaded(work, threads[dtype, "product"])
+            for dtype, (_, work) in self.products.items()
+        }
+        cells |= {
+            (dtype, str(num)): _threaded(self._weights_pass(dtype, num), threads[dtype, "decode"])
+            for num in PASS_TOKENS
+            for dtype in self.useful
+        }
+        return cells | {("fp32", "read"): _threaded(self._read, max(threads.values()))}
+
+    def rates(
+        self,
+        dtype: str,
+        threads: Mapping[tuple[str, str], int],
+        seconds: Mapping[tuple[str, str], float],
+    ) -> DtypeRates:
+        """What the timings of `cells` say about one dtype."""
+        tokens = PASS_TOKENS if dtype in self.useful else ()
+        return DtypeRates(
+            product_gflops=2e-9 * self.products[dtype][0] ** 3 / seconds[dtype, "product"],
+            product_threads=threads[dtype, "product"],
+            decode_threads=threads.get((dtype, "decode"), threads[dtype, "product"]),
+            pass_seconds={num: seconds[dtype, str(num)] for num in tokens},
+        )
+
+    def _sized_product(self, dtype: str, cores: int) -> tuple[int, Work]:
+        """The side of a square product that keeps all cores at work for a few milliseconds, and the work."""
+        side = 256
+        while True:
+            work = self._product(dtype, side)
+            seconds = alternate({dtype: work}, budget=0, clock=self.clock).shortest[dtype]
+            if seconds > 2e-3 * cores or side >= 8192:
+                return side, work
+            side *= 2
+
+    def _product(self, dtype: str, side: int) -> Work:
+        a_NN = torch.ones(side, side, dtype=DTYPES[dtype], device=self.device)
+
+        def work() -> None:
+            F.linear(a_NN, a_NN)
+            self._wait()
+
+        return work
+
+    def _weights_pass(self, dtype: str, *tokens: int) -> Work:
+        weights_LOI = self.weights[dtype]
+        inputs = [weights_LOI.new_ones(num, weights_LOI.shape[-1]) for num in tokens]
+
+        def work() -> None:
+            for x_TI in inputs:
+                for weight_OI in weights_LOI:
+                    F.linear(x_TI, weight_OI)
+            self._wait()
+
+        return work
+
+    def _read(self) -> None:
+        flat = self.weights["fp32"].view(-1)
+        torch.dot(flat, flat)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a launch returns before its work is done
+
+
+def _threaded(work: Work, num_threads: int) -> Work:
+    def threaded() -> None:
+        torch.set_num_threads(num_threads)
+        work()
+
+    return threaded

@@ -1,0 +1,77 @@
+"""What every test shares: no network, one thread, a seed, and a tiny elastic model."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports a library that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from models.config import ElasticConfig
+    from models.elastic import ElasticLM
+
+# One thread: same sums everywhere, and parallel runs of the suite do not fight for two cores.
+torch.set_num_threads(1)
+
+settings.register_profile("local", deadline=None, max_examples=25)
+settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Each test starts from the same global random state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config() -> ElasticConfig:
+    """Four layers of two KV groups.
+
+    The initial weights are large (0.2), so that logits are far from flat and a wrong head, mask or
+    position shows.
+    """
+    from models.config import ElasticConfig
+
+    return ElasticConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config: ElasticConfig) -> ElasticLM:
+    """The same weights in every test, in evaluation mode."""
+    from models.elastic import ElasticLM
+
+    model = ElasticLM(tiny_config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model.eval()

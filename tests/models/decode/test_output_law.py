@@ -1,0 +1,246 @@
+"""Law 4, end to end: the engine's exact output law, by walking through every branch of its choices.
+
+Nothing is sampled, so nothing can fail by chance. The joint law of gamma + 2 tokens is compared: the
+first is the prefill's, then at least one full round with its bonus, then what follows from the cache
+that this round left. A suite of planted bugs shows that the comparison sees them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+from torch import Tensor
+
+from models.decode.accept import VERIFIERS, Verifier, residual
+from models.decode.chance import Random
+from models.decode.choose import Chooser, Proposal, Sampled, Verdict
+from models.decode.draft import Draft, ModelDraft, NestedDraft
+from models.decode.engine import stream
+from models.decode.reference import full_pass_law, plain_decode
+from models.decode.sampling import SamplingParams, law
+from models.decode.state import Model, State
+from models.elastic import ElasticLM
+from models.granularity import Granularity
+from models.view import View
+
+Law = dict[tuple[int, ...], float]
+OutputLaw = Callable[[Callable[[Random], Sequence[int]]], Law]
+MakeModel = Callable[..., ElasticLM]
+
+EXACT = 1e-10  # float64 passes over cached and over fresh positions differ by about 1e-16
+VISIBLE = 1e-3  # what a planted bug must exceed
+PROMPT = [1, 0]
+PLAIN = SamplingParams(temperature=1.0)
+TOP_K = SamplingParams(temperature=0.6, top_k=2)
+TOP_P = SamplingParams(temperature=1.5, top_p=0.6)
+TOP_K_TOP_P = SamplingParams(temperature=1.2, top_k=3, top_p=0.7)
+
+
+def nested(text: str) -> Callable[[ElasticLM, MakeModel], Draft]:
+    return lambda model, _: NestedDraft(View(model, Granularity.parse(text)))
+
+
+def hostile(model: ElasticLM, make_model: MakeModel) -> Draft:
+    return ModelDraft(make_model(seed=99, vocab_size=model.config.vocab_size))
+
+
+def own_cache(model: ElasticLM, _: MakeModel) -> Draft:
+    return ModelDraft(View(model, Granularity.parse("layers=1")))
+
+
+DRAFTS = {
+    "narrow": nested("ffn=0.125,heads=0.5"),
+    "first layer": nested("layers=0"),
+    "last layer": nested("ffn=0.5,layers=1"),
+    "whole target": nested("full"),
+    "own cache": own_cache,
+    "hostile": hostile,
+}
+
+
+class Case(NamedTuple):
+    params: SamplingParams
+    gamma: int
+    vocab_size: int
+    draft: str
+    verifier: str
+
+
+CASES = [
+    *(Case(PLAIN, 1, 3, draft, verifier) for draft in DRAFTS for verifier in VERIFIERS),
+    Case(PLAIN, 2, 3, "hostile", "token"),
+    Case(PLAIN, 2, 3, "first layer", "block"),
+    Case(PLAIN, 3, 2, "narrow", "token"),
+    Case(PLAIN, 3, 2, "hostile", "block"),
+    *(Case(TOP_K, 2, 4, draft, "block") for draft in ("narrow", "own cache", "hostile")),
+    *(Case(TOP_P, 2, 4, "last layer", verifier) for verifier in VERIFIERS),
+    Case(TOP_P, 2, 4, "hostile", "token"),
+    Case(TOP_K_TOP_P, 3, 4, "last layer", "block"),
+    *(Case(SamplingParams(), 3, 5, draft, "block") for draft in DRAFTS),
+]
+
+
+def reference_law(
+    model: Model,
+    params: SamplingParams,
+    num_tokens: int,
+    output_law: OutputLaw,
+    eos_token_ids: Sequence[int] = (),
+) -> Law:
+    p = full_pass_law(model, params)
+    return output_law(
+        lambda random: plain_decode(
+            p, PROMPT, max_new_tokens=num_tokens, random=random, eos_token_ids=eos_token_ids
+        )
+    )
+
+
+def total_variation(ours: Law, theirs: Law) -> float:
+    keys = ours.keys() | theirs.keys()
+    return sum(abs(ours.get(key, 0.0) - theirs.get(key, 0.0)) for key in keys) / 2
+
+
+def engine_law(model: Model, output_law: OutputLaw, **options: Any) -> Law:
+    return output_law(lambda random: [token.id for token in stream(model, PROMPT, random=random, **options)])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[1:])))
+def test_the_output_law_is_the_targets_for_every_draft(
+    case: Case,
+    make_model: MakeModel,
+    output_law: OutputLaw,
+) -> None:
+    model = make_model(vocab_size=case.vocab_size)
+    draft, num_tokens = DRAFTS[case.draft](model, make_model), case.gamma + 2
+    options = {"params": case.params, "gamma": case.gamma, "max_new_tokens": num_tokens}
+    ours = engine_law(model, output_law, draft=draft, verifier=case.verifier, **options)
+    assert total_variation(ours, reference_law(model, case.params, num_tokens, output_law)) < EXACT
+
+
+def test_plain_decoding_has_the_targets_law(make_model: MakeModel, output_law: OutputLaw) -> None:
+    model = make_model(vocab_size=4)
+    ours = engine_law(model, output_law, params=PLAIN, max_new_tokens=3)
+    assert total_variation(ours, reference_law(model, PLAIN, 3, output_law)) < EXACT
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_the_law_holds_where_the_end_of_text_falls_inside_a_block(
+    verifier: str, make_model: MakeModel, output_law: OutputLaw
+) -> None:
+    model = make_model(vocab_size=3)
+    draft = NestedDraft(View(model, Granularity.parse("layers=1")))
+    options = {"params": PLAIN, "gamma": 2, "max_new_tokens": 4, "verifier": verifier}
+    ours = engine_law(model, output_law, draft=draft, eos_token_ids=(2,), **options)
+    theirs = reference_law(model, PLAIN, 4, output_law, eos_token_ids=(2,))
+    assert total_variation(ours, theirs) < EXACT
+    assert {len(ids) for ids in ours} == {1, 2, 3, 4}
+
+
+def test_a_member_as_the_target_keeps_its_own_law(make_model: MakeModel, output_law: OutputLaw) -> None:
+    model = make_model(vocab_size=3)
+    target = View(model, Granularity.parse("heads=0.5"))
+    draft = NestedDraft(View(model, Granularity.parse("ffn=0.25,heads=0.5,layers=1")))
+    ours = engine_law(target, output_law, draft=draft, params=PLAIN, gamma=1, max_new_tokens=3)
+    assert total_variation(ours, reference_law(target, PLAIN, 3, output_law)) < EXACT
+    assert total_variation(ours, reference_law(model, PLAIN, 3, output_law)) > VISIBLE
+
+
+# ------------------------------------------------------------------ planted bugs
+
+
+def buggy_verifier(
+    rest: Callable[[Tensor, Tensor], Tensor] = residual,
+    bonus: Callable[[Tensor, Tensor], Tensor] = lambda p_TV, _: p_TV[-1],
+    acceptance: Callable[[float, float], float] = lambda p, q: min(1.0, p / q),
+) -> Verifier:
+    """Token verification with its parts exchangeable; without an exchange it is the right one."""
+
+    def verify(p_TV: Tensor, q_TV: Tensor, drafted: Sequence[int], random: Random) -> list[int]:
+        for t, token in enumerate(drafted):
+            if not random.accept(acceptance(float(p_TV[t, token]), float(q_TV[t, token]))):
+                return [*drafted[:t], random.target(rest(p_TV[t], q_TV[t]))]
+        return [*drafted, random.target(bonus(p_TV, q_TV) if drafted else p_TV[-1])]
+
+    return verify
+
+
+@dataclass(frozen=True)
+class DrawsByOtherRules:
+    """Reports the law that the caller asked for, and draws from another."""
+
+    draft: Draft
+    drawn: SamplingParams
+
+    def check(self, target: Model) -> None:
+        self.draft.check(target)
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+        assert isinstance(chooser, Sampled)
+        return self.draft.propose(state, num_tokens, ReportsFalsely(chooser, self.drawn))
+
+
+@dataclass(frozen=True)
+class ReportsFalsely:
+    asked: Sampled
+    drawn: SamplingParams
+
+    def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
+        proposal.laws.append(law(logits_V, self.asked.params))
+        proposal.ids.append(self.asked.random.draft(law(logits_V, self.drawn)))
+        return proposal.ids[-1]
+
+    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DiscardsByValue:
+    """Drops its last token when it finds it unlikely: the tokens that stay are no draw from q."""
+
+    draft: Draft
+
+    def check(self, target: Model) -> None:
+        self.draft.check(target)
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+        proposal = self.draft.propose(state, num_tokens, chooser)
+        if float(proposal.laws[-1][proposal.ids[-1]]) > 0.4:
+            return proposal
+        return Proposal(proposal.ids[:-1], proposal.laws[:-1])
+
+
+BUGS: dict[str, Callable[[Draft], dict[str, Any]]] = {
+    "residual := p": lambda _: {"verifier": buggy_verifier(rest=lambda p_V, _: p_V)},
+    "bonus off by one": lambda _: {"verifier": buggy_verifier(bonus=lambda p_TV, _: p_TV[-2])},
+    "bonus from the draft": lambda _: {"verifier": buggy_verifier(bonus=lambda _, q_TV: q_TV[-1])},
+    "acceptance without q": lambda _: {"verifier": buggy_verifier(acceptance=lambda p, _: p)},
+    "a 101-level uniform": lambda _: {
+        "verifier": buggy_verifier(acceptance=lambda p, q: math.ceil(min(1.0, p / q) * 100) / 101)
+    },
+    "greedy draft, softmax q": lambda draft: {
+        "draft": DrawsByOtherRules(draft, SamplingParams(temperature=0.0))
+    },
+    "truncated draft, raw q": lambda draft: {"draft": DrawsByOtherRules(draft, TOP_P)},
+    "discarding by own value": lambda draft: {"draft": DiscardsByValue(draft)},
+}
+
+
+@pytest.mark.parametrize(("gamma", "vocab_size"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize("bug", ["none", *BUGS])
+def test_a_planted_bug_is_seen(
+    bug: str,
+    gamma: int,
+    vocab_size: int,
+    make_model: MakeModel,
+    output_law: OutputLaw,
+) -> None:
+    model, num_tokens = make_model(vocab_size=vocab_size), gamma + 2
+    draft = hostile(model, make_model)
+    options = {"params": PLAIN, "gamma": gamma, "max_new_tokens": num_tokens}
+    options |= {"draft": draft, "verifier": buggy_verifier()}
+    options |= BUGS[bug](draft) if bug in BUGS else {}
+    ours = engine_law(model, output_law, **options)
+    distance = total_variation(ours, reference_law(model, PLAIN, num_tokens, output_law))
+    assert distance > VISIBLE if bug in BUGS else distance < EXACT

@@ -1,0 +1,117 @@
+"""Reported figures are recounted from what came out and from what the verifier saw."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.decode import engine
+from models.decode.accept import verify_block
+from models.decode.chance import Random, SeededRandom
+from models.decode.draft import NestedDraft
+from models.decode.engine import Stream, Token, stream
+from models.decode.sampling import SamplingParams
+from models.elastic import ElasticLM
+from models.granularity import Granularity
+from models.view import View
+
+WARM = SamplingParams(temperature=0.8, top_k=30)
+
+
+def rounds_of(tokens: Sequence[Token]) -> list[list[Token]]:
+    """Every round ends with the target's own token; the first token is the prefill's."""
+    rounds: list[list[Token]] = [[]]
+    for token in tokens[1:]:
+        rounds[-1].append(token)
+        if not token.drafted:
+            rounds.append([])
+    assert rounds.pop() == []
+    return rounds
+
+
+def speculate(model: ElasticLM, **options: object) -> tuple[list[Token], Stream]:
+    draft = NestedDraft(View(model, Granularity.parse("layers=0-2")))
+    tokens = stream(model, [4, 2], draft=draft, gamma=3, max_new_tokens=50, **options)  # type: ignore[arg-type]
+    return list(tokens), tokens
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), WARM])
+def test_counts_are_those_of_the_tokens_that_came_out(params: SamplingParams, tiny_model: ElasticLM) -> None:
+    tokens, run = speculate(tiny_model, params=params)
+    report, rounds = run.report, rounds_of(tokens)
+    assert report.num_tokens == len(tokens) == 50
+    assert report.rounds == len(rounds)
+    assert report.accepted == sum(token.drafted for token in tokens)
+    assert report.accepted_by_position == [
+        sum(len(kept) > position + 1 for kept in rounds) for position in range(3)
+    ]
+    assert report.drafted == sum(report.drafted_by_position)
+    assert report.drafted_by_position[0] <= report.rounds
+    assert report.tau == pytest.approx(49 / len(rounds))
+    assert 1 < report.tau < 4
+
+
+def test_alpha_is_the_mean_overlap_of_the_laws_that_the_verifier_compared(
+    tiny_model: ElasticLM,
+) -> None:
+    overlaps: list[float] = []
+    num_drafted: list[int] = []
+
+    def verifier(p_TV: Tensor, q_TV: Tensor, drafted: Sequence[int], random: Random) -> list[int]:
+        kept = verify_block(p_TV, q_TV, drafted, random)
+        num_drafted.append(len(drafted))
+        reached = range(min(len(kept), len(drafted)))
+        overlaps.extend(float(torch.minimum(p_TV[t], q_TV[t]).sum()) for t in reached)
+        return kept
+
+    _, run = speculate(tiny_model, params=WARM, verifier=verifier, random=SeededRandom(5))
+    assert run.report.reached == len(overlaps)
+    assert run.report.alpha == pytest.approx(sum(overlaps) / len(overlaps))
+    assert run.report.drafted == sum(num_drafted)
+    assert 0.05 < run.report.alpha < 0.95
+
+
+def test_greedy_alpha_is_the_accepted_share_of_the_positions_reached(tiny_model: ElasticLM) -> None:
+    tokens, run = speculate(tiny_model)
+    num_tokens, reached = 1, 0
+    for kept in rounds_of(tokens):
+        reached += min(len(kept), 3, 50 - num_tokens - 1)
+        num_tokens += len(kept)
+    assert run.report.alpha == pytest.approx(run.report.accepted / run.report.reached)
+    assert run.report.reached == reached
+    assert 0 < run.report.accepted < run.report.reached
+
+
+def test_plain_decoding_has_one_token_a_pass_and_no_alpha(tiny_model: ElasticLM) -> None:
+    tokens = stream(tiny_model, [1], max_new_tokens=6)
+    assert len(list(tokens)) == 6
+    assert (tokens.report.tau, tokens.report.alpha, tokens.report.rounds) == (1.0, None, 5)
+    assert (tokens.report.drafted, tokens.report.accepted_by_position) == (0, [])
+
+
+def test_one_token_needs_no_round(tiny_model: ElasticLM) -> None:
+    tokens = stream(tiny_model, [1], max_new_tokens=1)
+    assert len(list(tokens)) == 1
+    assert (tokens.report.rounds, tokens.report.tau) == (0, None)
+
+
+def test_only_work_is_timed_and_not_who_takes_the_tokens(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock: Iterator[int] = count()
+    monkeypatch.setattr(engine, "perf_counter", lambda: next(clock))
+    tokens = stream(tiny_model, [1], max_new_tokens=6)
+    for _ in tokens:
+        next(clock)  # time passes between tokens
+    assert tokens.report.prefill_seconds == 1
+    assert tokens.report.decode_seconds == tokens.report.rounds == 5
+    assert tokens.report.tokens_per_second == 1.0
+
+
+def test_the_report_as_a_dictionary_has_the_ratios_and_the_counts(tiny_model: ElasticLM) -> None:
+    _, run = speculate(tiny_model)
+    ours = run.report.as_dict()
+    assert {"tokens_per_second", "tau", "alpha", "rounds", "accepted_by_position"} <= ours.keys()
+    assert ours["tau"] == run.report.tau

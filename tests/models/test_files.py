@@ -1,0 +1,132 @@
+"""Whole or absent: whatever happens in the middle."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from models.errors import NestlingError, UsageError
+from models.files import read_json, write_folder, write_json
+
+MARKER = "nestling.json"
+
+
+class FullDisk(OSError):
+    """What the operating system raises for one byte too many."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, "No space left on device")
+
+
+def fill(folder: Path, text: str) -> None:
+    write_json(folder / MARKER, {"text": text})
+
+
+def test_a_folder_appears_complete(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    with write_folder(target) as folder:
+        fill(folder, "new")
+        assert not target.exists()
+    assert read_json(target / MARKER) == {"text": "new"}
+    assert [path.name for path in target.parent.iterdir()] == ["b"]
+
+
+def write_half(target: Path, failure: type[BaseException]) -> None:
+    with write_folder(target) as folder:
+        fill(folder, "half")
+        raise failure
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure):
+        write_half(tmp_path / "new", failure)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_what_stood_there(tmp_path: Path) -> None:
+    with write_folder(tmp_path / "model") as folder:
+        fill(folder, "old")
+    with pytest.raises(RuntimeError):
+        write_half(tmp_path / "model", RuntimeError)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert read_json(tmp_path / "model" / MARKER) == {"text": "old"}
+
+
+def test_our_own_folder_is_replaced_not_merged(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with write_folder(target) as folder:
+        fill(folder, "old")
+        (folder / "left over").touch()
+    with write_folder(target) as folder:
+        fill(folder, "new")
+    assert [path.name for path in target.iterdir()] == [MARKER]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with write_folder(tmp_path / "model") as folder:
+        fill(folder, "new")
+    assert (tmp_path / "model" / MARKER).is_file()
+
+
+def test_a_link_keeps_pointing_to_where_the_bytes_go(tmp_path: Path) -> None:
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "big disk")
+    with write_folder(tmp_path / "model") as folder:
+        fill(folder, "new")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "big disk" / MARKER).is_file()
+
+
+def test_somebody_elses_folder_is_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="is not ours to replace"), write_folder(tmp_path):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("not a folder")
+    with pytest.raises(UsageError, match="is not a folder"), write_folder(tmp_path / "model"):
+        raise AssertionError("the block must not run")
+
+
+def test_a_file_among_the_parents_ends_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is not a folder"), write_folder(tmp_path / "file" / "model"):
+        raise AssertionError("the block must not run")
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NestlingError, match="No space left"):
+        write_half(tmp_path / "model", FullDisk)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_json_lacks_becomes_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"loss": float("nan"), "deep": [float("inf"), (1.5, "é")]})
+    assert read_json(tmp_path / "a.json") == {"loss": None, "deep": [None, [1.5, "é"]]}
+
+
+def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"new": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(None, "is missing"), (b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[1]", "holds a list")],
+)
+def test_a_damaged_json_file_is_named(tmp_path: Path, content: bytes | None, named: str) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(NestlingError, match=named) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)

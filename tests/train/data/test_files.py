@@ -1,0 +1,174 @@
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import NestlingError, UsageError
+from train.data.files import LocalFiles, find_files, read_txt
+
+
+def find(source: Path | str, **settings: str) -> LocalFiles:
+    options = {"text_field": "text", "separator": "<|endoftext|>", "key": "data.source", **settings}
+    return find_files(str(source), cache_dir=None, **options)
+
+
+def write_jsonl(path: Path, records: list[object]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_a_line_with_the_separator_ends_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\nmore\n<|endoftext|>\n\n<|endoftext|>\ntwo\r\n<|endoftext|>\r\nthree\n")
+
+    assert list(find(path).documents()) == ["one\n\nmore", "two", "three\n"]
+
+
+def test_the_separator_is_a_setting(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n---\ntwo<|endoftext|>\n")
+
+    assert list(find(path, separator="---").documents()) == ["one", "two<|endoftext|>\n"]
+
+
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="-")).filter(str.strip)),
+)
+def test_documents_of_a_text_file_come_back_exactly(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
+    texts = [text.removesuffix("\r") for text in texts]  # would be taken for the end of a line
+    path = tmp_path_factory.mktemp("texts") / "a.txt"
+    path.write_bytes("".join(f"{text}\n---\n" for text in texts).encode())
+
+    files = find(path, separator="---")
+
+    assert list(read_txt(path, files))[:-1] == texts
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".xz", lzma.compress), (".gz", gzip.compress)])
+def test_packed_files_hold_the_same_documents(tmp_path: Path, suffix: str, pack: object) -> None:
+    assert callable(pack)
+    text = tmp_path / f"a.txt{suffix}"
+    text.write_bytes(pack("ä\n<|endoftext|>\nb".encode()))
+    rows = tmp_path / f"b.jsonl{suffix}"
+    rows.write_bytes(pack(b'{"text": "c"}\n'))
+
+    assert list(find(text).documents()) == ["ä", "b"]
+    assert list(find(rows).documents()) == ["c"]
+    assert find(text).num_bytes is None
+
+
+def test_json_lines_give_their_field_and_leave_out_nulls_and_blanks(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"body": "one"}, {"body": None}, {"body": " "}])
+    with path.open("a") as file:
+        file.write('\n{"late": 1, "body": "two\\ud800"}\n')
+
+    documents = list(find(path, text_field="body").documents())
+
+    assert documents == ["one", "two\N{REPLACEMENT CHARACTER}"]
+
+
+def test_parquet_gives_its_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one", None, "two"], "id": [1, 2, 3]}), path)
+
+    files = find_files(
+        str(path), text_field="text", separator="", cache_dir=tmp_path / "cache", key="data.source"
+    )
+
+    assert list(files.documents()) == ["one", "two"]
+
+
+def test_a_folder_and_a_glob_give_their_files_sorted(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.md"):
+        (tmp_path / name).write_text(name)
+
+    assert list(find(tmp_path).documents()) == ["a.txt", "b.txt", "sub/c.txt"]
+    assert list(find(tmp_path / "*.txt").documents()) == ["a.txt", "b.txt"]
+    assert list(find(tmp_path / "**/c.txt").documents()) == ["sub/c.txt"]
+
+
+def test_the_fingerprint_follows_content_and_settings_not_names(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("one")
+    second.write_text("one")
+
+    assert find(first).fingerprint == find(second).fingerprint
+    assert find(first).fingerprint != find(first, separator="-").fingerprint
+    second.write_text("two")
+    assert find(first).fingerprint != find(second).fingerprint
+
+
+def test_a_missing_path_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^data.valid='.*none.txt': no such file or folder; give"):
+        find(tmp_path / "none.txt", key="data.valid")
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.parquet.gz", "a"])
+def test_a_kind_that_cannot_be_read_is_wrong_usage(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text")
+
+    with pytest.raises(UsageError, match=f"{name} is nothing that can be read; give .txt"):
+        find(tmp_path / name)
+    with pytest.raises(UsageError, match="the folder holds nothing that can be read"):
+        find(tmp_path)
+
+
+def test_a_missing_field_names_those_that_exist(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"body": "two", "id": 2}])
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"body": ["one"], "id": [1]}), table)
+
+    with pytest.raises(UsageError, match=r"text_field='text': .*line 2, has no .*: body, id$"):
+        list(find(rows).documents())
+    with pytest.raises(UsageError, match=r"text_field='text': .*a.parquet has no .*: body, id$"):
+        list(find(table).documents())
+
+
+def test_a_field_that_is_no_text_is_wrong_usage(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": 5}])
+
+    with pytest.raises(UsageError, match=r"line 1, holds int, not text"):
+        list(find(path).documents())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", b"caf\xe9", "utf-8"),
+        ("a.txt.xz", lzma.compress(b"text" * 99)[:-20], "end-of-stream"),
+        ("a.txt.xz", b"no xz", "format"),
+        ("a.txt.gz", gzip.compress(b"text")[:-6], "end-of-stream"),
+        ("a.txt.gz", b"no gz", "gzip"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"', "line 2, is not JSON"),
+        ("a.jsonl", b'["a"]', "line 1, is a list, not an object"),
+        ("a.parquet", b"PAR1 and then nothing", "cannot be read"),
+    ],
+)
+def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(NestlingError, match=reason) as caught:
+        list(find(tmp_path / name).documents())
+
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    files = find(path)
+    path.unlink()
+
+    with pytest.raises(NestlingError, match=r"a.txt: cannot be read \(No such file or directory\)"):
+        _ = files.fingerprint

@@ -1,0 +1,94 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.config import ElasticConfig
+from models.granularity import Granularity, Plan
+from train.recipe import SamplerConfig
+from train.sampler import StepPlan, plan_step
+
+SHAPE = ElasticConfig(
+    vocab_size=8,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+TEXTS = {"S": "ffn=0.125", "M": "ffn=0.25", "L": "ffn=0.5", "D": "layers=0-1", "XL": "full"}
+PLANS: dict[str, Plan] = {name: Granularity.parse(text).resolve(SHAPE) for name, text in TEXTS.items()}
+
+
+def plan(kind: str, step: int = 0, num_rows: int = 16, **settings: object) -> StepPlan:
+    config = SamplerConfig(kind=kind, **settings)  # type: ignore[arg-type]
+    return plan_step(PLANS, config, seed=0, step=step, num_rows=num_rows)
+
+
+@given(step=st.integers(0, 10**6), num_rows=st.integers(1, 64), share=st.floats(0.05, 1.0))
+def test_rows_hands_out_the_share_without_overlap(step: int, num_rows: int, share: float) -> None:
+    made = plan("rows", step, num_rows, share=share)
+    rows = [row for turn in made.turns for row in turn.rows]
+    assert len(rows) == len(set(rows)) == max(1, round(share * num_rows))
+    assert set(rows) <= set(range(num_rows))
+    assert made.full
+    assert made.exits == ("D",)
+
+
+def test_with_fewer_rows_than_members_each_gets_its_turn() -> None:
+    counts = Counter(
+        turn.name for step in range(30) for turn in plan("rows", step, num_rows=4, share=0.25).turns
+    )
+    assert counts == {"S": 10, "M": 10, "L": 10}
+
+
+def test_all_trains_everyone_on_every_row() -> None:
+    made = plan("all")
+    assert {turn.name: turn.rows for turn in made.turns} == dict.fromkeys("SML", range(16))
+    assert made.exits == ("D",)
+    assert made.full
+
+
+def test_random_follows_its_probabilities() -> None:
+    """2,000 draws; 5 sigma around the expectation: a false alarm in one of 10^6 runs, and none for a fixed seed."""
+    counts: Counter[str] = Counter()
+    for step in range(2000):
+        made = plan("random", step, probabilities={"S": 0.5, "XL": 0.25, "D": 0.25})
+        assert made.full == (not made.turns)
+        counts[made.turns[0].name if made.turns else "XL"] += 1
+    assert set(counts) == {"S", "XL", "D"}
+    assert abs(counts["S"] - 1000) < 5 * (2000 * 0.25) ** 0.5
+
+
+def test_random_without_probabilities_is_uniform_over_all_members() -> None:
+    names = {made.turns[0].name if made.turns else "XL" for made in (plan("random", s) for s in range(200))}
+    assert names == set(PLANS)
+
+
+def test_sandwich_trains_the_full_model_the_smallest_member_and_random_ones() -> None:
+    seen = set()
+    for step in range(50):
+        made = plan("sandwich", step, num_random=1)
+        names = [*made.exits, *(turn.name for turn in made.turns)]
+        assert made.full
+        assert "S" in names
+        assert len(names) == 2
+        seen |= set(names)
+    assert seen == {"S", "M", "L", "D"}
+
+
+@pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
+def test_a_plan_is_a_function_of_seed_and_step(kind: str) -> None:
+    assert [plan(kind, step, shared_cache=0.5) for step in range(20)] == [
+        plan(kind, step, shared_cache=0.5) for step in range(20)
+    ]
+
+
+def test_the_shared_cache_gets_its_share_of_turns() -> None:
+    """3 members x 1,000 steps; 5 sigma."""
+    shared = sum(
+        turn.shift is not None for step in range(1000) for turn in plan("rows", step, shared_cache=0.5).turns
+    )
+    assert abs(shared - 1500) < 5 * (3000 * 0.25) ** 0.5
+    assert all(turn.shift is None for turn in plan("rows", shared_cache=0.0).turns)

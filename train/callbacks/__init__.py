@@ -1,0 +1,1 @@
+"""Everything optional about a training run, one file each."""

@@ -1,0 +1,45 @@
+"""Writes resumable states every n steps and when the run is asked to stop."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from train.callbacks.metrics import Metrics
+from train.callbacks.step import StepCallback
+from train.joint import JointModule
+from train.state import save_state
+
+
+class Checkpoint(StepCallback):
+    """Keeps `steps/<n>/` of a run folder.
+
+    Args:
+        steps: the folder of states.
+        metrics: knows how many tokens were trained on.
+        every: optimizer steps between states.
+        keep: how many states stay.
+    """
+
+    def __init__(self, steps: Path, metrics: Metrics, *, every: int, keep: int) -> None:
+        super().__init__(every=every)
+        self.steps, self.metrics, self.keep = steps, metrics, keep
+        self._saved = -1
+
+    def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
+        """Save this step's state, once."""
+        if module.step == self._saved or not trainer.is_global_zero:
+            return
+        self._saved = module.step
+        save_state(
+            self.steps,
+            module.model,
+            trainer.optimizers[0],
+            step=module.step,
+            tokens=self.metrics.tokens,
+            keep=self.keep,
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where the run ends or was asked to stop."""
+        assert isinstance(pl_module, JointModule)
+        self.on_step(trainer, pl_module)

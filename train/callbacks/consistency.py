@@ -1,0 +1,51 @@
+"""Measures every member on held-out text while it trains: loss, match, KL and alpha."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from models.measure.consistency import evaluate_family
+from torch import Tensor
+
+from models.checkpoint import Member
+from models.granularity import Granularity
+from train.callbacks.metrics import Metrics, MetricsLog
+from train.callbacks.step import StepCallback
+from train.joint import JointModule
+
+
+class Consistency(StepCallback):
+    """Writes a `valid` line every n steps.
+
+    Args:
+        log: where lines go.
+        metrics: knows how many tokens were trained on.
+        members: the granularities to measure.
+        batches: validation tokens and labels [B, T].
+        every: optimizer steps between measurements.
+    """
+
+    def __init__(
+        self,
+        log: MetricsLog,
+        metrics: Metrics,
+        members: Mapping[str, Granularity],
+        batches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        every: int,
+    ) -> None:
+        super().__init__(every=every)
+        self.lines, self.metrics, self.members = log, metrics, dict(members)
+        self.batches = batches
+        self.latest: list[Member] = []
+
+    def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
+        """Measure all members and write the line."""
+        if not trainer.is_global_zero:
+            return
+        self.latest = evaluate_family(module.model, self.members, self.batches)
+        line: dict[str, Any] = {"tokens": self.metrics.tokens}
+        for member in self.latest:
+            for measure in ("loss", "match", "kl", "alpha"):
+                line[f"valid/{member.name}/{measure}"] = getattr(member, measure)
+        self.lines.write("valid", module.step, line)

@@ -1,0 +1,51 @@
+"""Lets every member continue the same held-out text greedily, to be read side by side."""
+
+from collections.abc import Mapping, Sequence
+
+import lightning.pytorch as pl
+from tokenizers import Tokenizer
+
+from models.decode.engine import stream
+from models.granularity import Granularity
+from models.view import View
+from train.callbacks.metrics import MetricsLog
+from train.callbacks.step import StepCallback
+from train.joint import JointModule
+
+
+class Samples(StepCallback):
+    """Writes a `sample` line per member every n steps.
+
+    Args:
+        log: where lines go.
+        members: the granularities that speak.
+        prompt_ids: tokens to continue.
+        tokenizer: turns ids into text.
+        every: optimizer steps between samples.
+        num_tokens: length of a sample, in tokens.
+    """
+
+    def __init__(
+        self,
+        log: MetricsLog,
+        members: Mapping[str, Granularity],
+        prompt_ids: Sequence[int],
+        tokenizer: Tokenizer,
+        *,
+        every: int,
+        num_tokens: int = 48,
+    ) -> None:
+        super().__init__(every=every)
+        self.lines, self.members, self.prompt_ids = log, dict(members), list(prompt_ids)
+        self.tokenizer, self.num_tokens = tokenizer, num_tokens
+
+    def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
+        """Let each member speak."""
+        if not trainer.is_global_zero:
+            return
+        prompt = self.tokenizer.decode(self.prompt_ids, skip_special_tokens=False)
+        for name, granularity in self.members.items():
+            view = View(module.model, granularity)
+            tokens = stream(view, self.prompt_ids, max_new_tokens=self.num_tokens)
+            text = self.tokenizer.decode([token.id for token in tokens])
+            self.lines.write("sample", module.step, {"member": name, "prompt": prompt, "text": text})

@@ -1,0 +1,75 @@
+"""The one door: `nestling <command>`. See DESIGN's words in the README; `nestling --help` lists the commands.
+
+Each command lives in train/commands/ and imports what it needs when it runs, so that `--help` is instant.
+Whatever a user gets wrong ends in one line on stderr and an exit code:
+
+    0 done    1 failed    2 wrong usage    130/143 stopped
+"""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from models.errors import NestlingError
+from train.commands.demo import demo
+from train.commands.evaluate import evaluate
+from train.commands.extract import extract
+from train.commands.generate import generate
+from train.commands.machine import machine
+from train.commands.report import report
+from train.commands.train import PASS_ON, TrainCommand, train
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="One training run, a whole family of nested language models, and a draft for free.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
+for command in (extract, generate, evaluate, report, machine):
+    app.command()(command)
+app.command(context_settings=PASS_ON)(demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code, and raises only for bugs of ours."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    run = typer.main.get_command(app)
+    try:
+        code = run(arguments, prog_name="nestling", standalone_mode=False)
+    except NestlingError as error:
+        return _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        door = next((word for word in arguments if word in _commands()), "")
+        hint = f"nestling {door} --help".replace("  ", " ")
+        return _fail(f"{error.format_message()} (see {hint})", error.exit_code)
+    except (OSError, MemoryError, RuntimeError) as error:
+        message = _environment(error)
+        if message is None:
+            raise
+        return _fail(message, 1)
+    if code == INTERRUPTED:
+        print("nestling: stopped", file=sys.stderr)
+    return code or 0
+
+
+def _commands() -> set[str]:
+    return {str(info.callback.__name__) for info in app.registered_commands if info.callback}
+
+
+def _environment(error: Exception) -> str | None:
+    """One line for what the machine refuses; None for what is a bug."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
+        return f"out of memory ({text[:100]}); choose a smaller model, batch or context"
+    return None
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"nestling: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

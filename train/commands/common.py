@@ -1,0 +1,72 @@
+"""What several commands share: arguments, and the checks that come before any long work."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from models.errors import UsageError
+
+if TYPE_CHECKING:
+    from models.checkpoint import ModelFolder
+
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A model folder: a run's model/, or any stock one.")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Also write the results to this file.")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(metavar="auto|fp32|bf16", help="Of the weights; auto takes the fastest one here."),
+]
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Raise UsageError unless `path` is a file that can be read."""
+    if not path.exists():
+        raise UsageError(f"{flag} {path} does not exist; give the path of a file")
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder; give the path of a file")
+    if not os.access(path, os.R_OK):
+        raise UsageError(f"{flag} {path} cannot be read; check its permissions")
+
+
+def check_json(path: Path | None) -> None:
+    """Say before the work, not after it, that the results could not be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"--json {path} is a folder; give the path of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"--json {path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--json {path}: the folder {path.parent} cannot be written to; choose another")
+
+
+def open_for_decoding(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
+    """Open a model folder as the machine card advises: dtype (whose name is returned), threads and device."""
+    import torch
+
+    from models.checkpoint import load_model
+    from models.machine import machine_card, num_threads, resolve_dtype
+    from models.probe import DTYPES
+
+    card = machine_card()
+    name = resolve_dtype(dtype, card, purpose="decoding")
+    folder = load_model(path, dtype=DTYPES[name])
+    torch.set_num_threads(num_threads(card, name, purpose="decoding"))
+    folder.model.to("cuda" if card.gpu else "cpu")
+    return folder, name
+
+
+def write_results(path: Path | None, results: Mapping[str, Any], *, dtypes: Mapping[str, str]) -> None:
+    """Write the results and the card of where they come from as one JSON object, if a path is given."""
+    if path is None:
+        return
+    from models.card import make_card
+    from models.files import write_json
+
+    write_json(path, {**results, "card": make_card(dtypes=dtypes)})

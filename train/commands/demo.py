@@ -1,0 +1,25 @@
+"""`nestling demo`: the whole chain in a few minutes; see train/demo.py."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from train.commands.common import JsonOption, check_json, write_results
+from train.console import make_console
+
+
+def demo(
+    context: typer.Context,
+    *,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything lands.")] = Path(
+        "checkpoints/demo"
+    ),
+    json: JsonOption = None,
+) -> None:
+    """Train a family on Python's own source, cut a member out, decode with its own draft."""
+    check_json(json)
+    from train.demo import run_demo
+
+    results = run_demo(out, make_console(), overrides=context.args)
+    write_results(json, results, dtypes={"decoding": "fp32"})

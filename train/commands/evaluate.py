@@ -1,0 +1,101 @@
+"""`nestling evaluate`: how well each member models a text, and how close it is to the full model."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from models.errors import UsageError
+from train.commands.common import (
+    JsonOption,
+    ModelArgument,
+    check_file,
+    check_json,
+    open_for_decoding,
+    write_results,
+)
+from train.console import family_table, make_console
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.checkpoint import ModelFolder
+    from models.granularity import Granularity
+    from train.data.pack import Rows
+
+# Long enough for any model that was trained here; a stock one's context may be far longer than needed.
+MAX_SEQUENCE_LENGTH = 1024
+BATCH_TOKENS = 2048
+
+
+def evaluate(
+    model: ModelArgument,
+    *,
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="Text to measure on: .txt, .jsonl or .parquet, or stdlib.")
+    ],
+    granularity: Annotated[
+        list[str] | None,
+        typer.Option(metavar="G", help="Also measure this one, trained or not; repeatable."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Measure about this many tokens; 0: all.")] = 100_000,
+    dtype: Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="Of the weights.")] = "fp32",
+    json: JsonOption = None,
+) -> None:
+    """Measure every member on a text: loss, perplexity, match, KL and alpha."""
+    check_json(json)
+    if data != "stdlib" and not data.startswith("hub:"):
+        check_file("--data", Path(data))
+    if max_tokens < 0:
+        raise UsageError(f"--max-tokens must be 0 (all) or more, got {max_tokens}")
+    from models.measure.consistency import evaluate_family
+    from train.data.tokenizer import load_tokenizer
+    from train.data.tokens import load_rows
+
+    folder, dtype = open_for_decoding(model, dtype)
+    members = choose_members(folder, granularity or [])
+    tokenizer = load_tokenizer(str(model), key="MODEL")
+    length = min(folder.model.config.max_position_embeddings, MAX_SEQUENCE_LENGTH)
+    rows = load_rows(data, tokenizer, sequence_length=length)
+    console = make_console()
+    with console.status("measuring"):
+        batches = list(take_batches(rows, max_tokens or rows.num_labels))
+        measured = evaluate_family(folder.model, members, batches)
+    num_tokens = sum(int((labels_BT >= 0).sum()) for _, labels_BT in batches)
+    title = f"{model} on {num_tokens:,} of {rows.num_labels:,} tokens of {data}, {dtype}"
+    console.print(family_table(measured, title=title))
+    results = {
+        "members": [dataclasses.asdict(member) for member in measured],
+        "data": data,
+        "num_tokens": num_tokens,
+        "sequence_length": length,
+    }
+    write_results(json, results, dtypes={"model": dtype})
+
+
+def choose_members(folder: "ModelFolder", asked: list[str]) -> "dict[str, Granularity]":
+    """The family and what was asked for, by name; the largest last.
+
+    Raises:
+        UsageError: if one does not fit the model.
+    """
+    from models.count import count_parameters
+    from models.granularity import Granularity
+
+    members = {text: Granularity.parse(text, folder.family) for text in asked}
+    members = {**folder.family, **{text: one for text, one in members.items() if text not in folder.family}}
+    config = folder.model.config
+    return dict(sorted(members.items(), key=lambda item: count_parameters(config, item[1])))
+
+
+def take_batches(rows: "Rows", num_tokens: int) -> "Iterator[tuple[Tensor, Tensor]]":
+    """Tokens and labels [B, T] of a fair sample of the rows."""
+    from train.data.loader import one_pass
+
+    batch_size = max(1, BATCH_TOKENS // rows.sequence_length)
+    num_batches = -(-num_tokens // (batch_size * rows.sequence_length))
+    for batch in itertools.islice(one_pass(rows, batch_size=batch_size), num_batches):
+        yield batch.tokens_BT, batch.labels_BT

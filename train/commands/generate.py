@@ -1,0 +1,110 @@
+"""`nestling generate`: continue a text, with a member of the family as the draft; see models/decode/."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from models.errors import NestlingError, UsageError
+from train.commands.common import (
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    check_json,
+    open_for_decoding,
+    write_results,
+)
+from train.console import make_console
+
+if TYPE_CHECKING:
+    from models.decode.report import Report
+    from models.decode.text import TextStream
+    from train.commands.drafting import Drafting
+
+
+def generate(
+    model: ModelArgument,
+    *,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")],
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="G|auto|none|DIR",
+            help="What drafts: a member, the best one here, nothing, or another model folder. "
+            "Default: auto; none when sampling, where each draft gives another text for a seed.",
+        ),
+    ] = None,
+    gamma: Annotated[
+        int | None, typer.Option(help="Drafted tokens a round. Default: auto's choice, or 4.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Continue a text; speculative decoding follows the full model's law whatever drafts."""
+    check_json(json)
+    _check_texts(prompt, stop or [])
+    from models.decode.sampling import SamplingParams
+    from models.decode.text import stream_text
+    from train.commands.drafting import choose_drafting
+
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    folder, dtype = open_for_decoding(model, dtype)
+    if folder.tokenizer is None:
+        raise NestlingError(f"{model} has no tokenizer.json; put the one it was trained with there")
+    draft = draft or ("auto" if params.is_greedy else "none")
+    drafting = choose_drafting(folder, draft, gamma, params)
+    pieces = stream_text(
+        folder.model,
+        folder.tokenizer,
+        prompt,
+        draft=drafting.draft,
+        gamma=drafting.gamma,
+        params=params,
+        max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        seed=seed,
+    )
+    _show(pieces, make_console())
+    result = pieces.result()
+    make_console(stderr=True).print(_summary(result.report, drafting, dtype), style="dim")
+    asked = {"prompt": prompt, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked |= {"seed": seed, "draft": drafting.name, "gamma": drafting.gamma, "dtype": dtype}
+    write_results(json, {**result.as_dict(), **asked}, dtypes={"model": dtype})
+
+
+def _check_texts(prompt: str, stop: list[str]) -> None:
+    for flag, text in [("--prompt", prompt), *(("--stop", text) for text in stop)]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError(f"{flag} {text!r} is not UTF-8 text; encode it so") from None
+
+
+def _show(pieces: "TextStream", console: Console) -> None:
+    """Write the text as it comes; on a terminal drafted tokens are dim."""
+    for piece in pieces:
+        if console.is_terminal:
+            style = "dim" if piece.drafted else None
+            console.print(piece.text, end="", style=style, markup=False, emoji=False, soft_wrap=True)
+        else:
+            console.file.write(piece.text)
+        console.file.flush()
+    console.file.write("\n")
+    console.file.flush()
+
+
+def _summary(report: "Report", drafting: "Drafting", dtype: str) -> str:
+    parts = [f"{report.num_tokens} tokens", f"{report.tokens_per_second or 0:.1f} tokens/s"]
+    parts += [] if report.tau is None else [f"tau {report.tau:.2f}"]
+    parts += [] if report.alpha is None else [f"alpha {report.alpha:.3f}"]
+    gamma = f", gamma {drafting.gamma}" if drafting.draft else ""
+    note = f" ({drafting.note})" if drafting.note else ""
+    return " · ".join([*parts, f"draft {drafting.name}{gamma}{note}", dtype, report.finish_reason])

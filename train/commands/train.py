@@ -1,0 +1,125 @@
+"""`nestling train`: one run, a whole family; see train/fit.py.
+
+Recipe keys are given as `a.b=value`, `--a.b=value` or `--a.b value`, in any order and next to the flags.
+"""
+
+import dataclasses
+import datetime
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from models.errors import UsageError
+from train.commands.common import check_file
+from train.console import family_table, make_console
+
+if TYPE_CHECKING:
+    from train.recipe import Recipe
+
+
+class TrainCommand(typer.core.TyperCommand):
+    """Its help goes on with every recipe key."""
+
+    def format_help(self, *arguments: Any) -> None:
+        """Print the flags, then the keys."""
+        super().format_help(*arguments)
+        from train.recipe import recipe_help
+
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("recipe key", "default", "takes", "what it is"):
+            table.add_column(column, no_wrap=column == "recipe key", overflow="fold")
+        for row in recipe_help():
+            table.add_row(*(escape(text) for text in (row.key, row.default, row.type, row.help)))
+        make_console().print(table)
+
+
+# Whatever is no flag of ours is a recipe key.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+FLAGS = ("--config", "--out", "--resume", "--dry-run", "--help")
+
+
+def train(
+    context: typer.Context,
+    *,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A recipe; later ones override earlier ones."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run folder. Default: checkpoints/ and the recipe's name."),
+    ] = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, and make nothing.")
+    ] = False,
+) -> int:
+    """Train a family. Recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE."""
+    files = config or []
+    for file in files:
+        check_file("--config", file)
+    check_flags(context.args)
+    from train.recipe import load_recipe
+
+    recipe = load_recipe(files, context.args)
+    console = make_console()
+    if dry_run:
+        from train.dryrun import dry_run as show
+
+        show(recipe, console)
+        return 0
+    check_resume(resume)
+    from train.fit import fit
+
+    model = fit(recipe, out or default_out(recipe, files), resume=resume, console=console)
+    show_family(model, console)
+    return 0
+
+
+def check_flags(words: Sequence[str]) -> None:
+    """Say of a mistyped flag what was meant: to the recipe it would be an unknown key.
+
+    Raises:
+        UsageError: naming the flag.
+
+    >>> check_flags(["--seed", "3", "--optim.lr=0.1", "compile=true"])
+    >>> check_flags(["--dryrun"])
+    Traceback (most recent call last):
+    models.errors.UsageError: --dryrun is not a flag; did you mean --dry-run?
+    """
+    from train.recipe import Recipe
+
+    keys = {field.name for field in dataclasses.fields(Recipe)}
+    for word in words:
+        name = word.partition("=")[0]
+        if not name.startswith("--") or "." in name or name.removeprefix("--") in keys:
+            continue
+        near = difflib.get_close_matches(name, FLAGS, n=1, cutoff=0.7)
+        if near:
+            raise UsageError(f"{name} is not a flag; did you mean {near[0]}?")
+
+
+def check_resume(resume: str) -> None:
+    """Raise UsageError unless it is a word that `--resume` knows, or a folder."""
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise UsageError(f"--resume {resume} is no folder; give auto, never or a run's steps/<n>")
+
+
+def default_out(recipe: "Recipe", configs: Sequence[Path]) -> Path:
+    """`checkpoints/<name>`: the tracking name, that of the last file, or else the time."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("checkpoints") / (recipe.tracking.name or (configs[-1].stem if configs else now))
+
+
+def show_family(path: Path, console: Console) -> None:
+    """Print what was measured on each member, and what to do with the model."""
+    from models.checkpoint import load_model
+
+    console.print(family_table(load_model(path).members))
+    console.print(f"{path}\nnext: nestling generate {path} --prompt TEXT", markup=False)

@@ -1,0 +1,93 @@
+"""A corpus is a stream of documents; this is the door to every kind of it.
+
+    stdlib                          the source of the Python standard library on this disk
+    FILE, FOLDER or GLOB            .txt, .jsonl (also .xz, .gz) and .parquet
+    owner/name, hub:owner/name:config@split    a dataset on the Hugging Face hub
+    hub:FOLDER                      a folder as `datasets` itself reads it
+
+Every kind gives the same few things: a fingerprint of its content, its licence, and its documents in
+an order that never changes.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from train.data.files import find_files, kind_of
+from train.data.hub import HubDataset
+from train.data.standard_library import StandardLibrary
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?(@\S+)?")
+
+
+class Corpus(Protocol):
+    """Documents and what must be known about them."""
+
+    @property
+    def source(self) -> str:
+        """What names the corpus."""
+
+    @property
+    def licence(self) -> str:
+        """The licence as far as it is known; shown in the provenance of whatever is trained."""
+
+    @property
+    def num_skipped(self) -> int:
+        """Files left out because they are not UTF-8."""
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of the text, for progress bars; None where only reading would tell."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of the content: equal content, equal fingerprint, wherever it lies."""
+
+    def documents(self) -> Iterator[str]:
+        """All documents that are not blank, in a fixed order."""
+
+
+def open_corpus(
+    source: str,
+    *,
+    text_field: str = "text",
+    separator: str = "<|endoftext|>",
+    cache_dir: Path | None = None,
+    key: str = "data.source",
+) -> Corpus:
+    """Open the corpus that `source` names; documents are read later, as a stream.
+
+    Args:
+        source: as in the list on top.
+        text_field: the field of .jsonl, .parquet and datasets that holds the text.
+        separator: the line that separates documents in .txt.
+        cache_dir: where downloads go; None is the default of `datasets`.
+        key: what an error calls the setting that `source` came from.
+
+    Raises:
+        UsageError: if there is no such file, folder, kind of file, dataset or field.
+        NestlingError: if the hub cannot be reached.
+    """
+    if source == "stdlib":
+        return StandardLibrary.on_this_disk()
+    if source.startswith("hub:"):
+        return HubDataset.load(source[4:], text_field=text_field, cache_dir=cache_dir, key=key)
+    if looks_like_hub_name(source) and not Path(source).exists():
+        return HubDataset.load(source, text_field=text_field, cache_dir=cache_dir, key=key)
+    return find_files(source, text_field=text_field, separator=separator, cache_dir=cache_dir, key=key)
+
+
+def take_documents(corpus: Corpus, max_documents: int | None) -> Iterator[str]:
+    """The first `max_documents` documents; all of them for None."""
+    return itertools.islice(corpus.documents(), max_documents)
+
+
+def looks_like_hub_name(source: str) -> bool:
+    """Whether a source that is no path here can be a name on the hub.
+
+    >>> looks_like_hub_name("roneneldan/TinyStories"), looks_like_hub_name("stories/train.txt")
+    (True, False)
+    """
+    return HUB_NAME.fullmatch(source) is not None and not kind_of(Path(source))

@@ -1,0 +1,149 @@
+"""The loader without state: a batch is a function of (seed, step), so a run can go on anywhere.
+
+    rows of epoch 0, shuffled │ rows of epoch 1, shuffled │ ...
+    ├── step 0 ──┼── step 1 ──┼── step 2 ──┼── step 3 ──┤        num_rows each, across epochs
+    ├ m0 ┼ m1 ┼ m2 ┤                                             micro-batches of a step
+    │r0│r1│                                                      ranks share each micro-batch
+
+Every row comes once an epoch. The rows of a step do not depend on how many processes share them, and
+the number of labels, the one divisor of the loss, is counted over all of them without talking.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from train.data.pack import Rows
+from train.objective import Batch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepLoader:
+    """Iterates over the micro-batches of steps `start_step` to `num_steps`, as one rank sees them.
+
+    It has no length on purpose: Lightning compares one with counters of its own, which know nothing
+    of `start_step`.
+
+    Args:
+        rows: what to train on; at least one.
+        batch_size: rows of a micro-batch, over all ranks; the ranks divide it evenly.
+        accumulate: micro-batches of a step.
+        seed: of the shuffles.
+        num_steps: where the run ends, counted from the run's very beginning.
+        start_step: where to go on.
+        rank: this process.
+        world_size: number of processes.
+        num_workers: processes that read ahead; any number gives the same batches.
+        repeat: False stops after one epoch: the places left over are rows without labels.
+    """
+
+    rows: Rows
+    batch_size: int
+    accumulate: int = 1
+    seed: int
+    num_steps: int
+    start_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    repeat: bool = True
+
+    def __post_init__(self) -> None:
+        assert len(self.rows) > 0
+        assert 0 <= self.rank < self.world_size
+        assert self.batch_size % self.world_size == 0, (self.batch_size, self.world_size)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one step, over all micro-batches and ranks."""
+        return self.batch_size * self.accumulate
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """This rank's part of a micro-batch: a pure function of its arguments."""
+        rows_here = self.batch_size // self.world_size
+        first_row = micro * self.batch_size + self.rank * rows_here
+        ids_of_step = self.row_ids(step)
+        tokens_BT, labels_BT = self.rows.gather(ids_of_step[first_row : first_row + rows_here])
+        return Batch(
+            tokens_BT=tokens_BT,
+            labels_BT=labels_BT,
+            step=step,
+            first_row=first_row,
+            num_rows=self.rows_per_step,
+            num_valid=self.rows.count_labels(ids_of_step),
+        )
+
+    def row_ids(self, step: int) -> NDArray[np.int64]:
+        """The rows of a step, over all micro-batches and ranks."""
+        places = step * self.rows_per_step + np.arange(self.rows_per_step)
+        epochs, offsets = np.divmod(places, len(self.rows))
+        ids = np.full(self.rows_per_step, len(self.rows))
+        for epoch in np.unique(epochs) if self.repeat else [0]:
+            order = epoch_order(self.seed, int(epoch), len(self.rows))
+            ids[epochs == epoch] = order[offsets[epochs == epoch]]
+        return ids
+
+    def __iter__(self) -> Iterator[Batch]:
+        places = range(self.start_step * self.accumulate, self.num_steps * self.accumulate)
+        if self.num_workers == 0:
+            return (self.batch(*divmod(place, self.accumulate)) for place in places)
+        return iter(
+            DataLoader(
+                _Places(self),
+                batch_size=None,
+                sampler=places,
+                num_workers=self.num_workers,
+                collate_fn=_unchanged,
+                # its own generator: drawing the workers' seed would move the global random state
+                generator=torch.Generator(),
+            )
+        )
+
+
+def one_pass(rows: Rows, *, batch_size: int, rank: int = 0, world_size: int = 1) -> StepLoader:
+    """Every row once, in a fixed shuffled order, so that the first few batches are a fair sample."""
+    return StepLoader(
+        rows=rows,
+        batch_size=batch_size,
+        seed=0,
+        num_steps=-(-len(rows) // batch_size),
+        rank=rank,
+        world_size=world_size,
+        repeat=False,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
+    """A shuffle of the rows.
+
+    Sorts the raw output of a counter-based generator: NumPy keeps that stream for ever, but not what
+    `Generator.permutation` makes of it.
+
+    >>> epoch_order(0, 0, 5), epoch_order(0, 1, 5)
+    (array([...]), array([...]))
+    """
+    key = np.array([seed % 2**64, epoch], np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(num_rows), kind="stable")
+    order.flags.writeable = False  # shared by every caller
+    return order
+
+
+class _Places(Dataset[Batch]):
+    """The micro-batches of a run by number, for the workers."""
+
+    def __init__(self, loader: StepLoader) -> None:
+        self.loader = loader
+
+    def __getitem__(self, place: int) -> Batch:
+        return self.loader.batch(*divmod(place, self.loader.accumulate))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

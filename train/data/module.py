@@ -1,0 +1,197 @@
+"""The data of a run for Lightning: corpus, tokenizer, tokens, and the batches of any step.
+
+`prepare()` does all the work and runs before the model is made, which needs the vocabulary. A second
+run on the same content finds tokenizer and tokens in the cache.
+"""
+
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from models.machine import default_cache_dir
+from train.data.cache import build_once, content_key
+from train.data.corpus import Corpus, open_corpus, take_documents
+from train.data.documents import is_validation, sample_documents
+from train.data.loader import StepLoader, one_pass
+from train.data.pack import Rows, hold_out_tail
+from train.data.tokenizer import SAMPLE_CHARS, TextTokenizer, load_tokenizer, train_bpe
+from train.data.tokens import Tokens, tokenise
+from train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+class TextData(pl.LightningDataModule):
+    """Text as batches, for training from any step and for validation.
+
+    Args:
+        recipe: its `data`, `seed` and the batch sizes of `trainer` are read.
+        first_step: where a resumed run goes on.
+
+    After `prepare()`:
+        text_tokenizer: the tokenizer with its end token.
+        train_rows, valid_rows: the packed text; `valid_rows` is empty if nothing was held out.
+        provenance: where the text came from, its licence, hashes and counts; JSON can hold it.
+    """
+
+    text_tokenizer: TextTokenizer
+    train_rows: Rows
+    valid_rows: Rows
+    provenance: dict[str, Any]
+
+    def __init__(self, recipe: Recipe, *, first_step: int = 0) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.config = recipe.data
+        self.first_step = first_step
+        self.cache_dir = cache_folder(recipe.data.cache_dir)
+        self.console: Console | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bare tokenizer, as model folders hold it."""
+        return self.text_tokenizer.backend
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.text_tokenizer.vocab_size
+
+    @property
+    def eos_token_id(self) -> int:
+        """Ends a document, and stands before the next."""
+        return self.text_tokenizer.eos_token_id
+
+    def prepare(self, console: Console | None = None) -> "TextData":
+        """Read, tokenise and pack, or open what an earlier run left; returns itself.
+
+        Args:
+            console: for progress.
+
+        Raises:
+            UsageError: if a setting names something that is not there.
+            NestlingError: if a file cannot be read, or there is no text.
+        """
+        self.console = console
+        config = self.config
+        corpus = self._open(config.source, "data.source")
+        self.text_tokenizer = self._make_tokenizer(corpus)
+        tokens = self._tokenise(corpus, "data.source", self._fraction, config.max_documents)
+        train, valid = tokens.train, tokens.valid
+        held_out = f"{self._fraction:g} of the documents, by hash of their text"
+        if config.valid:
+            valid = self._tokenise(self._open(config.valid, "data.valid"), "data.valid").train
+            held_out = config.valid
+        elif min(len(train), len(valid)) == 1:  # one side holds only its leading eos
+            held_out = f"the last {self._fraction:g} of the tokens, for want of documents"
+            logger.warning("data.valid_fraction: validation is %s", held_out)
+            train, valid = hold_out_tail(train if len(train) > 1 else valid, self._fraction)
+        self.train_rows = Rows(stream=train, sequence_length=config.sequence_length)
+        self.valid_rows = Rows(stream=valid, sequence_length=config.sequence_length)
+        self.provenance = self._describe(corpus, tokens, held_out)
+        return self
+
+    def train_dataloader(self) -> StepLoader:
+        """Micro-batches from `first_step` on, as this process sees them."""
+        rank, world_size = 0, 1
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return StepLoader(
+            rows=self.train_rows,
+            batch_size=self.recipe.trainer.batch_size * world_size,
+            accumulate=self.recipe.trainer.accumulate_grad_batches,
+            seed=self.recipe.seed,
+            num_steps=self.recipe.trainer.max_steps,
+            start_step=self.first_step,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self.config.num_workers,
+        )
+
+    def validation_batches(self, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The same tokens_BT and labels_BT every time, drawn from all over the validation text.
+
+        Args:
+            limit: at most so many batches; each held-out row comes at most once.
+        """
+        if len(self.valid_rows) == 0:
+            return []
+        loader = one_pass(self.valid_rows, batch_size=self.recipe.trainer.batch_size)
+        return [(batch.tokens_BT, batch.labels_BT) for batch in itertools.islice(loader, limit)]
+
+    @property
+    def _fraction(self) -> float:
+        return 0.0 if self.config.valid else self.config.valid_fraction
+
+    def _open(self, source: str, key: str) -> Corpus:
+        return open_corpus(
+            source,
+            text_field=self.config.text_field,
+            separator=self.config.separator,
+            cache_dir=self.cache_dir,
+            key=key,
+        )
+
+    def _tokenise(
+        self, corpus: Corpus, key: str, valid_fraction: float = 0.0, limit: int | None = None
+    ) -> Tokens:
+        return tokenise(
+            corpus,
+            self.text_tokenizer,
+            cache_dir=self.cache_dir,
+            valid_fraction=valid_fraction,
+            max_documents=limit,
+            console=self.console,
+            key=key,
+        )
+
+    def _make_tokenizer(self, corpus: Corpus) -> TextTokenizer:
+        config, fraction = self.config, self._fraction
+        if config.tokenizer != "bpe":
+            return load_tokenizer(config.tokenizer)
+
+        def build(partial: Path) -> dict[str, Any]:
+            documents = take_documents(corpus, config.max_documents)
+            sample = sample_documents(
+                (text for text in documents if not is_validation(text, fraction)), SAMPLE_CHARS
+            )
+            shown = self.console is not None and self.console.is_terminal
+            trained = train_bpe(sample, vocab_size=config.vocab_size, progress=shown)
+            trained.save(partial)
+            return {"vocab_size": trained.vocab_size, "sampled_chars": sum(map(len, sample))}
+
+        name = content_key(
+            corpus.fingerprint, config.vocab_size, fraction, config.max_documents, SAMPLE_CHARS
+        )
+        build_once(self.cache_dir / f"tokenizer-{name}", build)
+        return load_tokenizer(str(self.cache_dir / f"tokenizer-{name}")).named("bpe")
+
+    def _describe(self, corpus: Corpus, tokens: Tokens, held_out: str) -> dict[str, Any]:
+        return {
+            "source": corpus.source,
+            "licence": corpus.licence,
+            "sha256": corpus.fingerprint,
+            "num_skipped_files": corpus.num_skipped,
+            "validation": held_out,
+            **tokens.facts,
+            "num_train_tokens": self.train_rows.num_labels,
+            "num_valid_tokens": self.valid_rows.num_labels,
+            "tokenizer": {
+                "name": self.text_tokenizer.name,
+                "vocab_size": self.text_tokenizer.vocab_size,
+                "sha256": self.text_tokenizer.sha256,
+            },
+        }
+
+
+def cache_folder(configured: str | None) -> Path:
+    """The folder of `data.cache_dir`, or `data/` in the user's cache of nestling."""
+    if configured is not None:
+        return Path(configured).expanduser()
+    return default_cache_dir() / "data"

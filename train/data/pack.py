@@ -1,0 +1,77 @@
+"""A stream of tokens as rows for training; nothing is copied before a batch is asked for.
+
+    stream   eos  a  b  c eos  d  e eos  f  g           T = 4
+    row 0   [eos  a  b  c eos]                          labels  a b c eos
+    row 1               [eos  d  e eos  f]              labels  d e eos f
+    row 2                               [f  g  .  .  .] labels  g, then -100
+
+Neighbours share one token: the last label of a row is the first input of the next. So every token but
+the leading eos is a label exactly once: nothing is lost, nothing is seen twice.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+NO_LABEL = -100
+"""What the losses leave out, as in Hugging Face."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Rows of a stream.
+
+    Args:
+        stream: token ids; the first one is input only.
+        sequence_length: T, positions in a row.
+    """
+
+    stream: NDArray[Any]
+    sequence_length: int
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_labels / self.sequence_length)
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens to predict, over all rows."""
+        return len(self.stream) - 1
+
+    def gather(self, ids_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of some rows.
+
+        Args:
+            ids_B: row numbers; one past the end gives a row without labels.
+
+        Returns:
+            tokens_BT and labels_BT, int64; where there is no label, -100 and the stream's first token.
+        """
+        place_BS = ids_B[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
+        inside_BS = place_BS < len(self.stream)
+        token_BS = self.stream[np.where(inside_BS, place_BS, 0)].astype(np.int64)
+        labels_BT = np.where(inside_BS[:, 1:], token_BS[:, 1:], NO_LABEL)
+        return torch.from_numpy(token_BS[:, :-1].copy()), torch.from_numpy(labels_BT)
+
+    def count_labels(self, ids: NDArray[np.int64]) -> int:
+        """Number of labels in some rows, without reading them."""
+        left = self.num_labels - ids * self.sequence_length
+        return int(np.clip(left, 0, self.sequence_length).sum())
+
+
+def hold_out_tail(stream: NDArray[Any], fraction: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Cut the last tokens off for validation: for a corpus that is one document.
+
+    The first token of the second part is input only, so that every label stays in exactly one part.
+
+    >>> hold_out_tail(np.arange(6), 0.4)
+    (array([0, 1, 2, 3]), array([3, 4, 5]))
+    """
+    num_labels = len(stream) - 1
+    num_valid = min(max(round(num_labels * fraction), 1), num_labels - 1)
+    cut = len(stream) - max(num_valid, 0)
+    return stream[:cut], stream[cut - 1 :]

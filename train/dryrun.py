@@ -1,0 +1,242 @@
+"""`nestling train --dry-run`: what a recipe would make and cost, by arithmetic; nothing is made or read.
+
+Time is 3 forward passes' operations for each trained pass, counted over the sampler's own plans, at a
+share of the rate that the machine card measured for a matrix product; memory is models/count.py's.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from models.config import ElasticConfig
+from models.count import (
+    TrainingBytes,
+    count_flops,
+    count_kv_bytes,
+    count_parameters,
+    estimate_training_bytes,
+)
+from models.granularity import Granularity
+from models.machine import (
+    MachineCard,
+    default_cache_dir,
+    machine_card,
+    measure_card,
+    resolve_dtype,
+    this_machine,
+)
+from train.recipe import FULL_NAME, Recipe
+from train.sampler import StepPlan, plan_step
+
+# Training spends time on norms, softmax, the optimizer and small products as well: the share of a
+# large product's rate that runs of some million parameters were seen to reach.
+UTILISATION = 0.4
+# A random sampler's plans differ from step to step.
+NUM_PLANS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run takes."""
+
+    tokens_per_step: int
+    tokens: int
+    flops_per_step: float
+    """Mean over the sampler's plans, all devices together."""
+    memory: TrainingBytes
+    """On one device."""
+    seconds: float
+    dtype: str
+    gflops: float
+    """The measured rate of a matrix product."""
+
+
+def dry_run(recipe: Recipe, console: Console) -> Estimate:
+    """Print the resolved recipe, the family and what the run would take.
+
+    Raises:
+        UsageError: if a granularity does not fit the model.
+        NestlingError: if the model's sizes do not fit together.
+    """
+    config = make_config(recipe)
+    with console.status("measuring this machine"):
+        card = _card()
+    estimate = estimate_run(recipe, config, card)
+    console.print(_yaml(recipe), markup=False, soft_wrap=True)
+    console.print(family_costs(recipe.granularities, config))
+    console.print(estimate_table(estimate, recipe))
+    return estimate
+
+
+def make_config(recipe: Recipe) -> ElasticConfig:
+    """The model's shape, with the vocabulary that the recipe asks for."""
+    fields = dataclasses.asdict(recipe.model)
+    fields["max_position_embeddings"] = fields["max_position_embeddings"] or recipe.data.sequence_length
+    return ElasticConfig(vocab_size=recipe.data.vocab_size, **fields)
+
+
+def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Estimate:
+    """Tokens, memory and time of a run."""
+    devices, trainer = num_devices(recipe), recipe.trainer
+    num_rows = trainer.batch_size * trainer.accumulate_grad_batches * devices
+    tokens_per_step = num_rows * recipe.data.sequence_length
+    dtype = resolve_dtype(recipe.dtype, card, purpose="training")
+    gflops = card.device.dtypes[dtype].product_gflops
+    plans = _plans(recipe, config, num_rows)
+    flops = statistics.fmean(_plan_flops(plan, recipe, config, num_rows) for plan in plans)
+    memory = estimate_training_bytes(
+        config,
+        batch_tokens=trainer.batch_size * recipe.data.sequence_length,
+        activation_bytes=2 if dtype == "bf16" else 4,
+        members=_largest_shares(plans, recipe, num_rows),
+    )
+    return Estimate(
+        tokens_per_step=tokens_per_step,
+        tokens=tokens_per_step * trainer.max_steps,
+        flops_per_step=flops,
+        memory=memory,
+        seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION * devices),
+        dtype=dtype,
+        gflops=gflops,
+    )
+
+
+def _plans(recipe: Recipe, config: ElasticConfig, num_rows: int) -> list[StepPlan]:
+    """What the sampler does in the first steps."""
+    members = {name: one.resolve(config) for name, one in recipe.granularities.items()}
+    return [
+        plan_step(members, recipe.sampler, seed=recipe.seed, step=step, num_rows=num_rows)
+        for step in range(NUM_PLANS)
+    ]
+
+
+def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig, num_rows: int) -> int:
+    """Operations of a step: a pass that is trained costs three, one that only teaches a single one."""
+    members, length = recipe.granularities, recipe.data.sequence_length
+
+    def forward(name: str) -> int:
+        return count_flops(config, members[name], num_tokens=length)
+
+    # An exit costs the vocabulary head; the pass under it is the full model's own.
+    head = 2 * config.hidden_size * config.vocab_size * length
+    full = num_rows * forward(FULL_NAME) * (3 if plan.full else 1)
+    exits = 3 * num_rows * head * len(plan.exits)
+    return full + exits + sum(3 * len(turn.rows) * forward(turn.name) for turn in plan.turns)
+
+
+def _largest_shares(plans: list[StepPlan], recipe: Recipe, num_rows: int) -> list[tuple[Granularity, float]]:
+    """Members that train, each with the most of a step's rows that it trains on."""
+    rows: dict[str, int] = {}
+    for plan in plans:
+        for name in plan.exits:
+            rows[name] = num_rows
+        for turn in plan.turns:
+            rows[turn.name] = max(rows.get(turn.name, 0), len(turn.rows))
+    members = recipe.granularities
+    return [(members[name], count / num_rows) for name, count in rows.items()]
+
+
+def num_devices(recipe: Recipe) -> int:
+    """Processes that share a step, as far as it can be told before the run."""
+    devices = str(recipe.trainer.devices)
+    per_node = len(devices.split(",")) if "," in devices else int(devices) if devices.isdigit() else 0
+    if per_node == 0:  # auto, or -1: all there are
+        per_node = 1 if recipe.trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    return per_node * recipe.trainer.num_nodes
+
+
+def family_costs(members: Mapping[str, Granularity], config: ElasticConfig) -> Table:
+    """Parameters, FLOPs and KV bytes of each member."""
+    table = Table(title="the family", title_justify="left")
+    for column in ("member", "granularity"):
+        table.add_column(column)
+    for column in ("parameters", "of the full", "FLOPs/token", "KV bytes/token"):
+        table.add_column(column, justify="right", no_wrap=True)
+    full = count_parameters(config)
+    for name, granularity in members.items():
+        parameters = count_parameters(config, granularity)
+        table.add_row(
+            name,
+            str(granularity),
+            f"{parameters:,}",
+            f"{parameters / full:.0%}",
+            _si(count_flops(config, granularity)),
+            f"{count_kv_bytes(config, granularity, num_positions=1, dtype_bytes=4):,}",
+        )
+    return table
+
+
+def estimate_table(estimate: Estimate, recipe: Recipe) -> Table:
+    """The estimate in words."""
+    table = Table(show_header=False, box=None)
+    steps = recipe.trainer.max_steps
+    memory = estimate.memory
+    state = memory.weights + memory.gradients + memory.optimizer
+    tokenizer = recipe.data.tokenizer
+    vocabulary = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"
+    table.add_row("vocabulary", f"{recipe.data.vocab_size:,}{vocabulary}")
+    table.add_row("tokens per step", f"{estimate.tokens_per_step:,}")
+    table.add_row("tokens in total", f"{estimate.tokens:,} in {steps:,} steps")
+    flops = _si(estimate.flops_per_step)
+    table.add_row("FLOPs per step", f"{flops}, forward and backward, members included")
+    table.add_row(
+        "memory",
+        f"about {_gib(memory.total)}: {_gib(state)} weights, gradients and optimizer, "
+        f"{_gib(memory.activations)} activations, {_gib(memory.logits)} logits",
+    )
+    table.add_row(
+        "time",
+        f"about {_duration(estimate.seconds)} in {estimate.dtype}, at {UTILISATION:.0%} of the "
+        f"{estimate.gflops:,.0f} GFLOP/s that this machine was measured to do",
+    )
+    return table
+
+
+def _card() -> MachineCard:
+    """The machine's card; one that is not cached yet is measured and not kept."""
+    machine = this_machine()
+    is_cached = (default_cache_dir() / f"machine-{machine.key}.json").is_file()
+    return machine_card() if is_cached else measure_card(machine)
+
+
+def _yaml(recipe: Recipe) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+
+
+def _si(value: float) -> str:
+    """A number with its prefix.
+
+    >>> _si(2_345_000), _si(12)
+    ('2.35M', '12')
+    """
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    """A duration in its two largest units.
+
+    >>> _duration(42), _duration(3700), _duration(200000)
+    ('42 s', '1 h 02 min', '2 d 08 h')
+    """
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes:.0f} min"
+    if days < 1:
+        return f"{int(hours)} h {int(minutes) % 60:02d} min"
+    return f"{int(days)} d {round(hours) % 24:02d} h"

@@ -1,0 +1,207 @@
+"""From a recipe to a trained family on disk: data, model, callbacks, then Lightning's `Trainer.fit`.
+
+    checkpoints/<run>/  recipe.yaml  metrics.jsonl  steps/<n>/  model/
+"""
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+
+from models.card import make_card
+from models.checkpoint import Member, save_model
+from models.config import ElasticConfig
+from models.elastic import ElasticLM
+from models.errors import UsageError
+from models.files import check_replaceable
+from models.machine import machine_card, training_dtype
+from models.measure.consistency import evaluate_family
+from train.callbacks.checkpoint import Checkpoint
+from train.callbacks.consistency import Consistency
+from train.callbacks.metrics import Metrics, MetricsLog
+from train.callbacks.progress import ProgressBar
+from train.callbacks.samples import Samples
+from train.callbacks.signals import Signals
+from train.data.module import TextData
+from train.joint import JointModule
+from train.recipe import Recipe, load_recipe, save_recipe
+from train.state import TrainingState, load_state, newest_state, sweep
+from train.tracking import make_loggers
+
+RECIPE_FILE = "recipe.yaml"
+FREE_TO_CHANGE = ("trainer", "tracking")
+"""Sections of a recipe that a resumed run may change."""
+
+
+def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) -> Path:
+    """Train a family, or go on training it.
+
+    Args:
+        recipe: the resolved recipe.
+        out: the run folder.
+        resume: `auto` goes on from the newest good state, `never` starts anew, a path names a state.
+        console: for progress.
+
+    Returns:
+        The model folder, `out/model`.
+
+    Raises:
+        UsageError: if the recipe, the run folder or the state do not fit together.
+        NestlingError: if data or disk fail.
+        SystemExit: 130 or 143 after a signal; the state is saved.
+    """
+    state = open_run(recipe, out, resume, console)
+    members = recipe.granularities
+    torch.manual_seed(recipe.seed)
+    data = TextData(recipe, first_step=state.step if state else 0)
+    data.prepare(console)
+    model = make_model(recipe, data)
+    if state is not None:
+        state.restore_weights(model)
+    module = JointModule(model, members, recipe, first_step=state.step if state else 0)
+    if module.first_step < recipe.trainer.max_steps:
+        train(module, data, out, state, console)
+    return finish(module, data, out, console)
+
+
+def open_run(recipe: Recipe, out: Path, resume: str, console: Console) -> TrainingState | None:
+    """Make the run folder, or find the state to go on from."""
+    check_replaceable(out, marker=RECIPE_FILE)
+    if resume == "never" and out.exists():
+        for part in (out / "steps", out / "model"):
+            shutil.rmtree(part, ignore_errors=True)
+        for file in (RECIPE_FILE, "metrics.jsonl", "wandb_id"):
+            (out / file).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
+    if (out / RECIPE_FILE).is_file():
+        _check_same(recipe, load_recipe([out / RECIPE_FILE], []), out)
+    save_recipe(recipe, out / RECIPE_FILE)
+    if resume not in ("auto", "never"):
+        return load_state(Path(resume))
+    state, damaged = newest_state(out / "steps")
+    for line in damaged:
+        console.print(f"[yellow]warning:[/] {line}", highlight=False)
+    if state is not None:
+        console.print(f"resuming at step {state.step} of {recipe.trainer.max_steps}", highlight=False)
+    return state
+
+
+def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
+    ours, theirs = asdict(recipe), asdict(before)
+    changed = [name for name in ours if name not in FREE_TO_CHANGE and ours[name] != theirs[name]]
+    if changed:
+        raise UsageError(
+            f"--out {out} holds a run with another {' and '.join(changed)} section; "
+            "choose another --out, or start anew with --resume never"
+        )
+
+
+def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
+    """A model with seeded initial weights, whose vocabulary is the tokenizer's."""
+    fields = asdict(recipe.model)
+    fields["max_position_embeddings"] = fields["max_position_embeddings"] or recipe.data.sequence_length
+    config = ElasticConfig(vocab_size=data.vocab_size, eos_token_id=data.eos_token_id, **fields)
+    model = ElasticLM(config)
+    model.init_weights(torch.Generator().manual_seed(recipe.seed))
+    return model
+
+
+def train(
+    module: JointModule, data: TextData, out: Path, state: TrainingState | None, console: Console
+) -> None:
+    """Run Lightning's Trainer for the steps that remain."""
+    recipe, settings = module.recipe, module.recipe.trainer
+    log = MetricsLog(
+        out / "metrics.jsonl", make_loggers(recipe.tracking, out), first_step=module.first_step
+    )
+    signals = Signals()
+    callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    trainer = pl.Trainer(
+        max_steps=settings.max_steps - module.first_step,
+        max_epochs=-1,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision="bf16-mixed" if training_precision(recipe.dtype) == "bf16" else "32-true",
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+    )
+    trainer.fit(module, datamodule=data)
+    log.close()
+    if signals.exit_code is not None and module.step < settings.max_steps:
+        console.print(f"stopped after step {module.step}; the same command goes on from there")
+        raise SystemExit(signals.exit_code)
+
+
+def training_precision(dtype: str) -> str:
+    """What `dtype` means on this machine: `auto` follows the measured machine card."""
+    return training_dtype(machine_card()) if dtype == "auto" else dtype
+
+
+def make_callbacks(
+    module: JointModule,
+    data: TextData,
+    out: Path,
+    log: MetricsLog,
+    state: TrainingState | None,
+    console: Console,
+) -> list[pl.Callback]:
+    """Everything optional, in the order that it must run in."""
+    settings = module.recipe.trainer
+    metrics = Metrics(log, tokens=state.tokens if state else 0, every=settings.log_every_n_steps)
+    batches = data.validation_batches(settings.limit_val_batches)
+    every = settings.val_check_interval
+    callbacks: list[pl.Callback] = [metrics]
+    if batches:
+        callbacks.append(Consistency(log, metrics, module.members, batches, every=every))
+        prompt_ids = batches[0][0][0, :24].tolist()
+        callbacks.append(Samples(log, module.members, prompt_ids, data.tokenizer, every=every))
+    callbacks.append(ProgressBar(console, metrics, max_steps=settings.max_steps))
+    callbacks.append(
+        Checkpoint(out / "steps", metrics, every=settings.checkpoint_every, keep=settings.keep_checkpoints)
+    )
+    return callbacks
+
+
+def finish(module: JointModule, data: TextData, out: Path, console: Console) -> Path:
+    """Measure the whole family once more on more text and write the model folder."""
+    members: list[Member] = []
+    batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
+    if batches:
+        with console.status("measuring the family"):
+            members = evaluate_family(module.model, module.members, batches)
+    return save_model(
+        out / "model",
+        module.model,
+        tokenizer=data.tokenizer,
+        family=module.members,
+        members=members,
+        provenance=make_provenance(module, data),
+    )
+
+
+def make_provenance(module: JointModule, data: TextData) -> dict[str, Any]:
+    """Where a model comes from: recipe, data, commit, versions, machine."""
+    return {
+        "recipe": asdict(module.recipe),
+        "steps": max(module.step, module.first_step),
+        "data": data.provenance,
+        "card": make_card(dtypes={"training": training_precision(module.recipe.dtype)}),
+    }
+

@@ -1,0 +1,97 @@
+"""Joint nested training as a LightningModule: wiring only.
+
+Who trains is train/sampler.py, what they minimise is train/objective.py and train/losses.py, the
+optimizer is train/optim.py; everything optional is a callback.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from models.elastic import ElasticLM
+from models.granularity import Granularity
+from train.objective import Batch, joint_loss
+from train.optim import learning_rate_factor, make_optimizer
+from train.recipe import Recipe
+from train.sampler import plan_step
+
+
+class JointModule(pl.LightningModule):
+    """Trains the full model and its members together.
+
+    Args:
+        model: the elastic model.
+        members: every trained granularity by name, the full one among them.
+        recipe: the resolved recipe.
+        first_step: optimizer steps already done, when a run is resumed.
+    """
+
+    def __init__(
+        self,
+        model: ElasticLM,
+        members: Mapping[str, Granularity],
+        recipe: Recipe,
+        *,
+        first_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.members = dict(members)
+        self.plans = {
+            name: granularity.resolve(model.config) for name, granularity in members.items()
+        }
+        self.recipe = recipe
+        self.first_step = first_step
+        self.losses: dict[str, Tensor] = {}
+        self.gradient_norm = torch.zeros(())
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done since the run began, resumed ones included."""
+        return self.first_step + self.global_step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sum of every member's loss; Lightning averages over micro-batches and processes."""
+        recipe = self.recipe
+        plan = plan_step(
+            self.plans, recipe.sampler, seed=recipe.seed, step=batch.step, num_rows=batch.num_rows
+        )
+        losses = joint_loss(
+            self.model, self.members, batch, plan, recipe.loss, block=recipe.sampler.block
+        )
+        self._keep(losses, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
+        averaged_over = recipe.trainer.accumulate_grad_batches * self.trainer.world_size
+        return torch.stack(list(losses.values())).sum() * averaged_over
+
+    def _keep(self, losses: Mapping[str, Tensor], *, first: bool) -> None:
+        """Add up the step's terms for whoever logs them; no synchronisation here."""
+        if first:
+            self.losses = {}
+        for name, loss in losses.items():
+            self.losses[name] = self.losses.get(name, loss.new_zeros(())) + loss.detach()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and a schedule that is a function of the absolute step."""
+        optimizer = make_optimizer(self.model, self.recipe.optim)
+        schedule = LambdaLR(
+            optimizer,
+            lambda done: learning_rate_factor(
+                self.first_step + done, self.recipe.optim, self.recipe.trainer.max_steps
+            ),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm and keep it for the log, which Lightning would not."""
+        limit = gradient_clip_val or float("inf")
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit).detach()

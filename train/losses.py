@@ -1,0 +1,98 @@
+"""What a member is trained on: cross-entropy that ramps to a divergence from the full model.
+
+One value per token, in fp32 and in nats, without a reduction: the caller sums and divides once by the
+global number of valid tokens, so that the gradient is the same under any accumulation.
+
+Legend: N tokens, V vocabulary.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.divergences import DIVERGENCES, SETTINGS, alpha, at_least_fp32, greedy_match
+from train.recipe import LossConfig
+from train.rows import by_rows
+
+__all__ = [
+    "DIVERGENCES",
+    "IGNORE",
+    "alpha",
+    "cross_entropy",
+    "divergence",
+    "greedy_match",
+    "member_loss",
+    "ramp",
+]
+
+IGNORE = -100
+"""The label of a position that carries no loss (Hugging Face's and PyTorch's convention)."""
+
+
+def member_loss(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    target_logits_NV: Tensor,
+    config: LossConfig,
+    step: int,
+) -> Tensor:
+    """The loss of a member that is not the full model: cross-entropy that ramps to the divergence.
+
+    `(1 - r) * cross_entropy + r * weight * divergence`, with `r = ramp(step, config)`. Distillation
+    from the first step on would drag the weights that the full model shares. A part with no share is
+    not computed, and rows are taken a few at a time (`train/rows.py`), so that memory beyond the logits
+    is one gradient.
+
+    Args:
+        logits_NV: the member's.
+        labels_N: next tokens; `IGNORE` gives 0, for the divergence too.
+        target_logits_NV: the full model's, detached by the caller.
+        config: the recipe's `loss` section.
+        step: the absolute optimizer step, from 0.
+    """
+    share = ramp(step, config)
+
+    def blend(logits_NV: Tensor, labels_N: Tensor, target_logits_NV: Tensor) -> Tensor:
+        loss_N = logits_NV.new_zeros(len(labels_N), dtype=at_least_fp32(logits_NV.dtype))
+        if share < 1:
+            loss_N = loss_N + (1 - share) * _cross_entropy(logits_NV, labels_N)
+        if share > 0:
+            divergence_N = divergence(target_logits_NV, logits_NV, config)
+            loss_N = loss_N + share * config.weight * divergence_N
+        return loss_N.masked_fill(labels_N == IGNORE, 0.0)
+
+    return by_rows(blend, logits_NV, labels_N, target_logits_NV)
+
+
+def ramp(step: int, config: LossConfig) -> float:
+    """Share of the divergence at a step: 0 up to `ramp_start`, 1 from `ramp_steps` later on.
+
+    >>> [ramp(step, LossConfig(ramp_start=10, ramp_steps=4)) for step in (0, 10, 11, 14, 99)]
+    [0.0, 0.0, 0.25, 1.0, 1.0]
+    >>> [ramp(step, LossConfig(ramp_start=10, ramp_steps=0)) for step in (9, 10)]
+    [0.0, 1.0]
+    """
+    if config.ramp_steps == 0:
+        return float(step >= config.ramp_start)
+    return min(1.0, max(0.0, (step - config.ramp_start) / config.ramp_steps))
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Negative log-likelihood of each label, in nats; 0 where the label is `IGNORE`.
+
+    >>> import torch
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
+    tensor([1.3863, 0.0000])
+    """
+    return by_rows(_cross_entropy, logits_NV, labels_N)
+
+
+def divergence(target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossConfig) -> Tensor:
+    """The divergence that a recipe names, with its temperature and its own setting; value_N."""
+    name = config.divergence
+    own = {SETTINGS[name]: getattr(config, SETTINGS[name])} if name in SETTINGS else {}
+    return DIVERGENCES[name](target_logits_NV, draft_logits_NV, config.temperature, **own)
+
+
+def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
+    return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE)

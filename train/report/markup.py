@@ -1,0 +1,111 @@
+"""Small pieces of HTML. Whatever comes from a run is escaped here."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from train.report.figures import Figure
+from train.report.samples import Comparison
+from train.report.style import Key, styled
+from train.report.tables import Table
+
+GLYPHS = {
+    "circle": '<circle cx="7" cy="7" r="4.5"/>',
+    "square": '<rect x="3" y="3" width="8" height="8"/>',
+    "triangle-up": '<path d="M7 2 12 11H2Z"/>',
+    "diamond": '<path d="M7 1.5 12 7 7 12.5 2 7Z"/>',
+    "cross": '<path d="M5 2h4v3h3v4H9v3H5V9H2V5h3Z"/>',
+    "triangle-down": '<path d="M7 12 12 3H2Z"/>',
+    "stroke": '<rect x="2" y="5.5" width="10" height="3"/>',
+}
+
+
+def section(title: str, *parts: str, lead: str = "") -> str:
+    """A section with a heading, or nothing at all if it has no content."""
+    body = "".join(parts)
+    if not body:
+        return ""
+    intro = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{intro}{body}</section>\n"
+
+
+def grid(charts: Sequence[Figure], key: Key | None = None) -> str:
+    """A grid of figures below the legend that they share."""
+    if not charts:
+        return ""
+    return (legend(key) if key else "") + f'<div class="grid">{"".join(map(figure, charts))}</div>'
+
+
+def figure(drawn: Figure) -> str:
+    """One figure: the chart's JSON waits in the page until page.js draws it."""
+    spec = styled(drawn.chart.properties(width="container", height=250)).to_dict()
+    caption = f"<figcaption>{escape(drawn.caption)}</figcaption>" if drawn.caption else ""
+    return (
+        f"<figure><h3>{escape(drawn.title)}</h3>{caption}"
+        f'<div class="chart" role="img" aria-label="{escape(drawn.title)}"></div>'
+        f'<script type="application/json">{embedded(spec)}</script></figure>'
+    )
+
+
+def legend(key: Key) -> str:
+    """What each colour and shape stands for."""
+    entries = []
+    for name in key.names:
+        color, shape = key.look(name)
+        glyph = f'<svg viewBox="0 0 14 14" fill="{color}" aria-hidden="true">{GLYPHS[shape]}</svg>'
+        note = " <small>full model</small>" if name == key.full else ""
+        entries.append(f"<li>{glyph}{escape(name)}{note}</li>")
+    return f'<ul class="legend">{"".join(entries)}</ul>'
+
+
+def table(content: Table, emphasis: str | None = None) -> str:
+    """A table that scrolls by itself where it is too wide; the row that starts with `emphasis` is bold."""
+    if not content.rows:
+        return ""
+    kinds = ["label" if place < content.num_labels else "number" for place in range(len(content.header))]
+    head = "".join(
+        f'<th class="{kind}">{escape(cell)}</th>' for kind, cell in zip(kinds, content.header, strict=True)
+    )
+    body = "".join(_row(row, kinds, strong=row[0] == emphasis) for row in content.rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def facts(values: Mapping[str, str]) -> str:
+    """The few figures that a reader looks for first."""
+    tiles = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
+    return f'<dl class="facts">{"".join(tiles)}</dl>'
+
+
+def sample(member: str, comparison: Comparison, full: bool) -> str:
+    """One member's text; what the full model does not say is marked."""
+    note = "full model" if full else f"{comparison.same:.0%} the same"
+    text = "".join(
+        escape(piece) if same else f"<mark>{escape(piece)}</mark>" for piece, same in comparison.pieces
+    )
+    return (
+        f"<article><header><b>{escape(member)}</b> <small>{note}</small></header><pre>{text}</pre></article>"
+    )
+
+
+def details(title: str, body: str) -> str:
+    """A part that opens on demand."""
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def embedded(value: Any) -> str:
+    r"""JSON that may stand inside a script element.
+
+    >>> embedded({"prompt": "</script>"})
+    '{"prompt": "\\u003c/script>"}'
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _row(cells: Sequence[str], kinds: Sequence[str], *, strong: bool) -> str:
+    tag = '<tr class="strong">' if strong else "<tr>"
+    return (
+        tag
+        + "".join(f'<td class="{k}">{escape(c)}</td>' for k, c in zip(kinds, cells, strict=True))
+        + "</tr>"
+    )

@@ -1,0 +1,197 @@
+"""Turns docs/results/*.json into what people read: a page and a picture each, and the README's tables.
+
+    python -m train.report.results            # write what is out of date
+    python -m train.report.results --check    # only say so: exit code 1
+
+A result is {"title", "command", "card", "members": [...], "speed": [...]}: what `evaluate --json` and
+`bench --json` measure, with at least one of the two lists. In README.md everything between
+`<!-- results:begin NAME -->` and `<!-- results:end -->` comes from NAME.json, so no number there is typed.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from models.errors import NestlingError
+from models.family import Member
+from models.files import read_json
+from train.report.tables import NOTHING, Table, family_table, flatten, speed_table
+from train.report.write import write_text
+
+FOLDER = Path("docs/results")
+README = Path("README.md")
+BLOCK = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
+BEGIN = "<!-- results:begin"
+NOTE = "<!-- generated from {name}.json by `python -m train.report.results`; do not edit -->"
+PICTURE = re.compile(r"<!-- chart [0-9a-f]+ -->")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One result file, read; the first four fields are its own."""
+
+    name: str
+    title: str
+    command: str
+    card: dict[str, Any]
+    members: list[Member]
+    speed: list[dict[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write, or with `--check` only name, the files that are out of date."""
+    parser = argparse.ArgumentParser(prog="python -m train.report.results", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if out of date")
+    parser.add_argument("--root", type=Path, default=Path(), help="of the repository")
+    options = parser.parse_args(arguments)
+    try:
+        stale = stale_files(options.root)
+    except NestlingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    for path, text in stale.items():
+        if not options.check:
+            write_text(path, text)
+        print(f"{path} is out of date; run python -m train.report.results" if options.check else path)
+    return 1 if stale and options.check else 0
+
+
+def stale_files(root: Path) -> dict[Path, str]:
+    """Every generated file that is not what the result files say, with what it should hold.
+
+    Raises:
+        NestlingError: if a result file is damaged, or README.md names one that is not there.
+    """
+    results = [read_result(path) for path in sorted((root / FOLDER).glob("*.json"))]
+    wanted = {path: text for result in results for path, text in _files(root, result).items()}
+    if (root / README).is_file():
+        text = (root / README).read_text(encoding="utf-8")
+        wanted[root / README] = fill_readme(text, {result.name: result for result in results})
+    return {path: text for path, text in wanted.items() if not _is_current(path, text)}
+
+
+def read_result(path: Path) -> Result:
+    """Read a result file.
+
+    Raises:
+        NestlingError: naming the file and what it lacks.
+    """
+    content = read_json(path)
+    kinds = {"title": str, "command": str, "card": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if not content.get("members") and not content.get("speed"):
+        wrong.append("members or speed")
+    if wrong:
+        raise NestlingError(f"{path} has no {', no '.join(wrong)}; measure again, or add it")
+    return Result(
+        name=path.stem,
+        members=[_member(path, item) for item in content.get("members", [])],
+        speed=content.get("speed", []),
+        **{name: content[name] for name in kinds},
+    )
+
+
+def fill_readme(text: str, results: Mapping[str, Result]) -> str:
+    """README.md with every marked block replaced by its result.
+
+    Raises:
+        NestlingError: if a block does not end, or names a result that is not there.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        name = found[2]
+        if name not in results:
+            raise NestlingError(f"{README}: results:begin {name}, but there is no {FOLDER / name}.json")
+        return f"{found[1]}{_readme_block(results[name])}{found[4]}"
+
+    if text.count(BEGIN) != len(BLOCK.findall(text)):
+        raise NestlingError(f"{README}: a `{BEGIN} NAME -->` has no `<!-- results:end -->`; add it")
+    return BLOCK.sub(block, text)
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, numbers to the right.
+
+    >>> print(markdown(Table(("member", "loss"), (("S", "2.010"), ("XL", "1.770")))))
+    | member | loss |
+    |---|---:|
+    | S | 2.010 |
+    | XL | 1.770 |
+    """
+    rule = ["---" if place < table.num_labels else "---:" for place in range(len(table.header))]
+    rows = [table.header, *table.rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
+
+
+def _files(root: Path, result: Result) -> dict[Path, str]:
+    from train.report.charts import family_chart
+    from train.report.style import to_svg
+
+    path = root / FOLDER / result.name
+    files = {path.with_suffix(".md"): _page(result)}
+    if result.members:
+        files[path.with_suffix(".svg")] = to_svg(family_chart(result.members))
+    return files
+
+
+def _page(result: Result) -> str:
+    card = Table(("card", ""), tuple(flatten(result.card).items()), num_labels=2)
+    parts = [
+        NOTE.format(name=result.name),
+        f"# {result.title}",
+        *_tables(result, Path()),
+        f"Measured by\n\n```\n{result.command}\n```",
+        markdown(card),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _readme_block(result: Result) -> str:
+    source = f"{result.title}: `{result.command}`{_where(result.card)}."
+    details = f"[Everything about this result]({(FOLDER / result.name).as_posix()}.md)."
+    return "\n\n".join([*_tables(result, FOLDER), f"{source} {details}"]) + "\n"
+
+
+def _tables(result: Result, folder: Path) -> list[str]:
+    parts = []
+    if result.members:
+        picture = (folder / f"{result.name}.svg").as_posix()
+        parts = [f"![{result.title}: loss and alpha against parameters]({picture})"]
+        parts.append(markdown(family_table(result.members)))
+    return [*parts, markdown(speed_table(result.speed))] if result.speed else parts
+
+
+def _where(card: Mapping[str, Any]) -> str:
+    """Hardware, commit and date, as far as the card knows them."""
+    known = {name: value for name, value in flatten(card).items() if value != NOTHING}
+    hardware = [known[name] for name in ("hardware.gpu", "hardware.cpu", "hardware") if name in known][:1]
+    commit = [f"commit {known['commit'][:12]}"] if "commit" in known else []
+    date = [known["date"][:10]] if "date" in known else []
+    return "".join(f", {text}" for text in [*hardware, *commit, *date])
+
+
+def _member(path: Path, item: Any) -> Member:
+    names = {field.name for field in fields(Member)}
+    measured = {"name", "granularity", "parameters", "loss"}
+    if not isinstance(item, dict) or not measured <= set(item) <= names or item["loss"] is None:
+        raise NestlingError(
+            f"{path}: {item!r} is not a measured member; it needs {', '.join(sorted(measured))}"
+        )
+    return Member(**item)
+
+
+def _is_current(path: Path, text: str) -> bool:
+    """Whether the file says the same; a picture is known by its data, since fonts differ between machines."""
+    if not path.is_file():
+        return False
+    there = path.read_text(encoding="utf-8")
+    return there == text or (path.suffix == ".svg" and PICTURE.findall(there) == PICTURE.findall(text) != [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Which members train on which rows of a step: a pure function of (seed, step).
+
+    rows      one full pass; exits train on every row from its states, the other members divide
+              a share of the rows among themselves (about 1.15x the time of the full model alone)
+    all       every member on every row, the sum of losses (MatFormer, 2310.07707, section 3.2)
+    random    one member a step, drawn with given probabilities
+    sandwich  the full model, the smallest member and some random ones (https://arxiv.org/abs/1903.05134)
+
+Rows are counted over the whole optimizer step, so that splitting it into micro-batches or over
+processes changes nothing. An exit is a member that is a prefix of the layers at full width.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from models.granularity import Plan
+from train.recipe import SamplerConfig
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One member's part of a step.
+
+    Args:
+        name: the member.
+        rows: the rows of the step that it trains on.
+        weight: factor of its summed loss.
+        shift: None to read its own keys and values; else it trains on the shared cache, in blocks
+            whose first one is this many positions short.
+    """
+
+    name: str
+    rows: range
+    weight: float = 1.0
+    shift: int | None = None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one optimizer step trains.
+
+    Args:
+        full: whether the full model's own loss is trained.
+        exits: members that train on every row from the full pass's states.
+        turns: members that run a pass of their own.
+    """
+
+    full: bool
+    exits: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+def plan_step(
+    members: Mapping[str, Plan], config: SamplerConfig, *, seed: int, step: int, num_rows: int
+) -> StepPlan:
+    """Plan a step for the members (the full model among them).
+
+    >>> from models.config import ElasticConfig
+    >>> from models.granularity import Granularity
+    >>> shape = ElasticConfig(
+    ...     vocab_size=8,
+    ...     hidden_size=16,
+    ...     intermediate_size=32,
+    ...     num_hidden_layers=4,
+    ...     num_attention_heads=4,
+    ...     num_key_value_heads=2,
+    ... )
+    >>> texts = {"S": "ffn=0.25", "D": "layers=0-1", "XL": "full"}
+    >>> plans = {name: Granularity.parse(text).resolve(shape) for name, text in texts.items()}
+    >>> config = SamplerConfig(kind="rows", share=0.25, shared_cache=0.0)
+    >>> plan_step(plans, config, seed=0, step=0, num_rows=8)
+    StepPlan(full=True, exits=('D',), turns=(Turn(name='S', rows=range(0, 2), weight=2.0, shift=None),))
+    """
+    rng = random.Random(f"members {seed} {step}")
+    full = next(name for name, plan in members.items() if plan.is_full)
+    others = [name for name, plan in members.items() if not plan.is_full]
+    everyone = range(num_rows)
+    if config.kind == "random":
+        names = [*others, full]
+        weights = [(config.probabilities or {}).get(name, 0.0) for name in names]
+        chosen = rng.choices(names, weights if any(weights) else None)[0]
+        turns = () if chosen == full else (_turn(chosen, everyone, num_rows, config, rng),)
+        return StepPlan(full=chosen == full, exits=(), turns=turns)
+    if config.kind == "sandwich":
+        others.sort(
+            key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers)
+        )
+        picked = rng.sample(others[1:], min(config.num_random, len(others[1:])))
+        others = others[:1] + picked
+    exits = tuple(name for name in others if members[name].is_layer_prefix)
+    narrow = [name for name in others if name not in exits]
+    shares = dict.fromkeys(narrow, everyone)
+    if config.kind == "rows":
+        shares = _divide(narrow, max(1, round(config.share * num_rows)), num_rows, step)
+    turns = tuple(_turn(name, rows, num_rows, config, rng) for name, rows in shares.items())
+    return StepPlan(full=True, exits=exits, turns=turns)
+
+
+def _divide(names: list[str], quota: int, num_rows: int, step: int) -> dict[str, range]:
+    """Hand out `quota` rows in turn; with fewer rows than members, they take turns by step."""
+    if not names:
+        return {}
+    start = step * quota % len(names)
+    order = names[start:] + names[:start]
+    counts = [quota // len(names) + (place < quota % len(names)) for place in range(len(names))]
+    shares, first = {}, 0
+    for name, count in zip(order, counts, strict=True):
+        if count:
+            shares[name] = range(first, min(first + count, num_rows))
+            first += count
+    return shares
+
+
+def _turn(
+    name: str, rows: range, num_rows: int, config: SamplerConfig, rng: random.Random
+) -> Turn:
+    """Weigh a member's rows and draw how it reads.
+
+    The sum over n of N rows has 1/N of a full sum's gradient noise for each row, so a factor of
+    sqrt(N/n) lets every member add as much noise as the full model does; N/n, its mean, would let
+    a member on few rows drown it.
+    """
+    shared = rng.random() < config.shared_cache
+    shift = rng.randrange(config.block)
+    weight = (num_rows / len(rows)) ** config.reweight
+    return Turn(name, rows, weight, shift if shared else None)
