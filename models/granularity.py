@@ -9,7 +9,7 @@ of the larger one; a granularity whose layers differ from each other is its Mix'
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -286,7 +286,14 @@ def _runs(layers: tuple[int, ...]) -> list[str]:
     return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
 
-def _join(
-    items: "tuple[float, ...] | list[str] | list[int] | tuple[int, ...]", by: str = ":"
-) -> str:
-    return by.join(item if isinstance(item, str) else f"{item:.10g}" for item in items)
+def _join(items: Sequence[float | str], by: str = ":") -> str:
+    return by.join(item if isinstance(item, str) else _number(item) for item in items)
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads back as the same number.
+
+    >>> [_number(value) for value in (1.0, 0.25, 1 / 3)]
+    ['1', '0.25', '0.3333333333333333']
+    """
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -46,9 +46,7 @@ def modules_of(package: str) -> list[str]:
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def import_each_alone(modules: list[str], refused: tuple[str, ...]) -> str:

@@ -174,7 +174,13 @@ def make_callbacks(
         callbacks.append(Samples(log, module.members, prompt_ids, data.tokenizer, every=every))
     callbacks.append(ProgressBar(console, metrics, max_steps=settings.max_steps))
     callbacks.append(
-        Checkpoint(out / "steps", metrics, every=settings.checkpoint_every, keep=settings.keep_checkpoints)
+        Checkpoint(
+            out / "steps",
+            metrics,
+            every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
+            state=state,
+        )
     )
     return callbacks
 

@@ -139,7 +139,7 @@ def _unknown(section: type[Section], key: str, shown: str) -> str:
     near = difflib.get_close_matches(key, known, 1, 0.8) or [by_name[one] for one in name]
     group = key.rpartition(".")[0]
     siblings = [row.rpartition(".")[2] for row in known if group and row.startswith(f"{group}.")]
-    others = f"{group} has {', '.join(siblings)}" if siblings else "`nestling train --help` lists all"
+    others = f"{group} has {', '.join(siblings)}" if siblings else "`nestling train --help` lists all keys"
     remedy = f"did you mean {near[0]}?" if near else others
     return f"{shown}: is not a setting; {remedy}"
 

@@ -1,4 +1,4 @@
-"""Writes resumable states every n steps and when the run is asked to stop."""
+"""Writes resumable states every n steps and where the run ends, and puts the optimizer's state back."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from train.callbacks.metrics import Metrics
 from train.callbacks.step import StepCallback
 from train.joint import JointModule
-from train.state import save_state
+from train.state import TrainingState, save_state
 
 
 class Checkpoint(StepCallback):
@@ -18,12 +18,27 @@ class Checkpoint(StepCallback):
         metrics: knows how many tokens were trained on.
         every: optimizer steps between states.
         keep: how many states stay.
+        state: the one that the run goes on from, if any.
     """
 
-    def __init__(self, steps: Path, metrics: Metrics, *, every: int, keep: int) -> None:
+    def __init__(
+        self,
+        steps: Path,
+        metrics: Metrics,
+        *,
+        every: int,
+        keep: int,
+        state: TrainingState | None = None,
+    ) -> None:
         super().__init__(every=every)
-        self.steps, self.metrics, self.keep = steps, metrics, keep
+        self.steps, self.metrics, self.keep, self.state = steps, metrics, keep, state
         self._saved = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the optimizer's moments; the weights were restored before."""
+        assert isinstance(pl_module, JointModule)
+        if self.state is not None:
+            self.state.restore_optimizer(pl_module.model, trainer.optimizers[0])
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Save this step's state, once."""

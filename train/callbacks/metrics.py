@@ -84,7 +84,7 @@ class Metrics(pl.Callback):
         self.latest: dict[str, float] = {}
         self._window_tokens = 0
         self._window_start = self._started = time.perf_counter()
-        self._waiting = 0.0
+        self._waiting = self._lr = 0.0
         self._batch_end = self._started
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,6 +95,7 @@ class Metrics(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """The time since the last batch ended was spent waiting for data."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
         self._waiting += time.perf_counter() - self._batch_end
 
     def on_train_batch_end(
@@ -117,7 +118,7 @@ class Metrics(pl.Callback):
         line = {
             "tokens": self.tokens,
             "seconds": self._batch_end - self._started,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._lr,
             "gradient_norm": _number(pl_module.gradient_norm),
             "tokens_per_second": self._window_tokens / elapsed,
             "data_wait": self._waiting / elapsed,

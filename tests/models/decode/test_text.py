@@ -125,7 +125,8 @@ def test_the_seed_decides_a_sampled_text(tiny_model: ElasticLM, byte_tokenizer: 
 @pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id"])
 def test_an_empty_prompt_starts_from_the_models_own_token(field: str, byte_tokenizer: Tokenizer) -> None:
     (start,) = byte_tokenizer.encode(PROMPT).ids
-    model = parrot(byte_tokenizer, **{"eos_token_id": None, field: start})
+    fields: dict[str, Any] = {"eos_token_id": None, field: start}
+    model = parrot(byte_tokenizer, **fields)
     assert generate(model, byte_tokenizer, "", eos_token_ids=[END]).text == TEXT
 
 

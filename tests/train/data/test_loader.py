@@ -126,6 +126,14 @@ def test_the_seed_and_the_epoch_change_the_order() -> None:
     assert len(orders) == 9  # two of 50! orders alike: a chance below 1e-60
 
 
+def test_a_run_meets_its_rows_in_another_order_each_epoch() -> None:
+    loader = make_loader(num_rows=50, batch_size=50, accumulate=1)
+
+    orders = {tuple(loader.row_ids(epoch)) for epoch in range(4)}
+
+    assert len(orders) == 4
+
+
 def test_the_order_is_the_same_on_every_machine_and_version() -> None:
     assert epoch_order(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert epoch_order(2**40, 7, 8).tolist() == [4, 7, 1, 6, 2, 0, 5, 3]
