@@ -51,9 +51,7 @@ class Attention(nn.Module):
         mixed_BTW = mixed_BHTK.transpose(1, 2).reshape(num_rows, num_tokens, width)
         return nested_linear(mixed_BTW, self.o_proj, rows=size, columns=width)
 
-    def _project(
-        self, x_BTD: Tensor, linear: nn.Linear, heads: int, norm: RMSNorm | None
-    ) -> Tensor:
+    def _project(self, x_BTD: Tensor, linear: nn.Linear, heads: int, norm: RMSNorm | None) -> Tensor:
         rows = heads * self.head_dim
         y_BTW = nested_linear(x_BTD, linear, rows=rows, columns=x_BTD.shape[-1])
         y_BTHK = y_BTW.unflatten(-1, (heads, self.head_dim))

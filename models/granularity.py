@@ -186,9 +186,7 @@ class Granularity:
         >>> Granularity.parse("ffn=0.5,layers=0:3").resolve(shape).layers
         (LayerPlan(index=0, ffn=16, groups=2), LayerPlan(index=3, ffn=16, groups=2))
         """
-        return _resolve(
-            self, shape.num_hidden_layers, shape.intermediate_size, shape.num_key_value_heads
-        )
+        return _resolve(self, shape.num_hidden_layers, shape.intermediate_size, shape.num_key_value_heads)
 
 
 FULL = Granularity()
@@ -215,9 +213,7 @@ def _resolve(granularity: Granularity, num_layers: int, ffn: int, groups: int) -
                 f"but {len(indices)} run; give one share, or one for each of them"
             )
     layers = tuple(
-        LayerPlan(
-            index=index, ffn=max(1, round(ffn * ffn_share)), groups=_whole(heads_share, groups)
-        )
+        LayerPlan(index=index, ffn=max(1, round(ffn * ffn_share)), groups=_whole(heads_share, groups))
         for index, ffn_share, heads_share in zip(
             indices,
             _spread(granularity.ffn, len(indices)),
@@ -270,9 +266,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
 
 def _check_layers(layers: tuple[int, ...]) -> None:
     if not layers or layers[0] < 0 or any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
-        raise UsageError(
-            f"granularity: layers={_join(layers)} must be different layers in ascending order"
-        )
+        raise UsageError(f"granularity: layers={_join(layers)} must be different layers in ascending order")
 
 
 def _runs(layers: tuple[int, ...]) -> list[str]:

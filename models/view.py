@@ -55,9 +55,7 @@ class View:
     def state_dict(self) -> dict[str, Tensor]:
         """Prefix slices of the full model's tensors, layers renumbered; they share its memory."""
         full = self.model.state_dict()
-        state = {
-            name: tensor for name, tensor in full.items() if not name.startswith("model.layers.")
-        }
+        state = {name: tensor for name, tensor in full.items() if not name.startswith("model.layers.")}
         for position, layer in enumerate(self.plan.layers):
             keys = layer.groups * self.model.config.head_dim
             queries = keys * self.model.config.heads_per_group

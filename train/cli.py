@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from models.errors import NestlingError
+from train.commands.bench import bench
 from train.commands.demo import demo
 from train.commands.evaluate import evaluate
 from train.commands.extract import extract
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
-for command in (extract, generate, evaluate, report, machine):
+for command in (extract, generate, evaluate, bench, report, machine):
     app.command()(command)
 app.command(context_settings=PASS_ON)(demo)
 

@@ -1,6 +1,6 @@
 """From a recipe to a trained family on disk: data, model, callbacks, then Lightning's `Trainer.fit`.
 
-    checkpoints/<run>/  recipe.yaml  metrics.jsonl  steps/<n>/  model/
+checkpoints/<run>/  recipe.yaml  metrics.jsonl  steps/<n>/  model/
 """
 
 import logging
@@ -117,9 +117,7 @@ def train(
 ) -> None:
     """Run Lightning's Trainer for the steps that remain."""
     recipe, settings = module.recipe, module.recipe.trainer
-    log = MetricsLog(
-        out / "metrics.jsonl", make_loggers(recipe.tracking, out), first_step=module.first_step
-    )
+    log = MetricsLog(out / "metrics.jsonl", make_loggers(recipe.tracking, out), first_step=module.first_step)
     signals = Signals()
     callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -210,4 +208,3 @@ def make_provenance(module: JointModule, data: TextData) -> dict[str, Any]:
         "data": data.provenance,
         "card": make_card(dtypes={"training": training_precision(module.recipe.dtype)}),
     }
-

@@ -42,9 +42,7 @@ class JointModule(pl.LightningModule):
         super().__init__()
         self.model = model
         self.members = dict(members)
-        self.plans = {
-            name: granularity.resolve(model.config) for name, granularity in members.items()
-        }
+        self.plans = {name: granularity.resolve(model.config) for name, granularity in members.items()}
         self.recipe = recipe
         self.first_step = first_step
         self.losses: dict[str, Tensor] = {}
@@ -61,9 +59,7 @@ class JointModule(pl.LightningModule):
         plan = plan_step(
             self.plans, recipe.sampler, seed=recipe.seed, step=batch.step, num_rows=batch.num_rows
         )
-        losses = joint_loss(
-            self.model, self.members, batch, plan, recipe.loss, block=recipe.sampler.block
-        )
+        losses = joint_loss(self.model, self.members, batch, plan, recipe.loss, block=recipe.sampler.block)
         self._keep(losses, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
         averaged_over = recipe.trainer.accumulate_grad_batches * self.trainer.world_size
         return torch.stack(list(losses.values())).sum() * averaged_over

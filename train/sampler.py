@@ -83,9 +83,7 @@ def plan_step(
         turns = () if chosen == full else (_turn(chosen, everyone, num_rows, config, rng),)
         return StepPlan(full=chosen == full, exits=(), turns=turns)
     if config.kind == "sandwich":
-        others.sort(
-            key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers)
-        )
+        others.sort(key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
         picked = rng.sample(others[1:], min(config.num_random, len(others[1:])))
         others = others[:1] + picked
     exits = tuple(name for name in others if members[name].is_layer_prefix)
@@ -112,9 +110,7 @@ def _divide(names: list[str], quota: int, num_rows: int, step: int) -> dict[str,
     return shares
 
 
-def _turn(
-    name: str, rows: range, num_rows: int, config: SamplerConfig, rng: random.Random
-) -> Turn:
+def _turn(name: str, rows: range, num_rows: int, config: SamplerConfig, rng: random.Random) -> Turn:
     """Weigh a member's rows and draw how it reads.
 
     The sum over n of N rows has 1/N of a full sum's gradient noise for each row, so a factor of

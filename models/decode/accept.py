@@ -87,7 +87,7 @@ def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
 
 
 def _pass(ratio: float, p_V: Tensor, q_V: Tensor) -> float:
-    """Equation 4 of the block paper: with which probability a prefix is kept if no longer one is."""
+    """With which probability a prefix is kept if no longer one is (h in the paper)."""
     excess = float((ratio * p_V - q_V).clamp_min(0.0).sum())
     # Without excess nothing is left to draw after this prefix, so it must not be kept.
     return excess / (excess + (1.0 - ratio)) if excess > 0 else 0.0

@@ -19,7 +19,11 @@ def fill(model: ElasticLM, tokens_BT: Tensor, num_positions: int = 40) -> KVCach
 
 def test_pieces_of_any_length_through_the_cache_equal_one_pass(tiny_model: ElasticLM) -> None:
     tokens_BT = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
-    for granularity in (FULL, Granularity.parse("ffn=0.5,heads=0.5,layers=0:2"), Granularity.parse("layers=0-1")):
+    for granularity in (
+        FULL,
+        Granularity.parse("ffn=0.5,heads=0.5,layers=0:2"),
+        Granularity.parse("layers=0-1"),
+    ):
         whole_BTV = tiny_model(tokens_BT, granularity)
         cache = KVCache(tiny_model.config, batch_size=2, num_positions=17)
         pieces = []

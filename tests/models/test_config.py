@@ -25,7 +25,10 @@ def test_the_head_width_follows_from_the_hidden_size() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "num_attention_heads=5 does not divide hidden_size=32"),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 5},
+            "num_attention_heads=5 does not divide hidden_size=32",
+        ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"vocab_size": 0, "num_hidden_layers": -1}, "vocab_size=0 must be at least 1; num_hidden_layers=-1"),

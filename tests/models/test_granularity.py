@@ -20,7 +20,10 @@ SHAPE = ElasticConfig(
 def granularities(draw: st.DrawFn) -> Granularity:
     layers = draw(st.none() | st.sets(st.integers(0, 5), min_size=1).map(lambda s: tuple(sorted(s))))
     count = 6 if layers is None else len(layers)
-    ffn_shares, heads_shares = st.sampled_from([1.0, 0.5, 0.25, 0.125, 0.3, 1 / 3]), st.sampled_from([1.0, 0.5, 0.25])
+    ffn_shares, heads_shares = (
+        st.sampled_from([1.0, 0.5, 0.25, 0.125, 0.3, 1 / 3]),
+        st.sampled_from([1.0, 0.5, 0.25]),
+    )
     return Granularity(
         ffn=tuple(draw(st.lists(ffn_shares, min_size=count, max_size=count) | ffn_shares.map(lambda s: [s]))),
         heads=tuple(draw(st.lists(heads_shares, min_size=count, max_size=count))),

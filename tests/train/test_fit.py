@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -74,7 +75,12 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_its_recipe_metrics_states_and_a_measured_family(finished: Path) -> None:
-    assert sorted(path.name for path in finished.iterdir()) == ["metrics.jsonl", "model", "recipe.yaml", "steps"]
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "metrics.jsonl",
+        "model",
+        "recipe.yaml",
+        "steps",
+    ]
     folder = load_model(finished / "model")
     assert [member.name for member in folder.members] == ["S", "D", "XL"]
     assert all(member.loss and member.alpha for member in folder.members)
@@ -98,13 +104,28 @@ def test_metrics_tell_of_every_member_and_the_loss_falls(finished: Path) -> None
     assert {line["member"] for line in lines if line["kind"] == "sample"} == {"S", "D", "XL"}
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+QUICK = [("rows", 1, 0), ("rows", 4, 0)]
+SLOW = [
+    case
+    for case in itertools.product(["rows", "all", "random", "sandwich"], [1, 4], [0, 2])
+    if case not in QUICK
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "num_workers"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
 def test_a_run_killed_and_resumed_equals_the_run_never_killed(
-    text: Path, tmp_path: Path, accumulate: int
+    text: Path, tmp_path: Path, kind: str, accumulate: int, num_workers: int
 ) -> None:
-    """Law 7: weights, optimizer and metrics, bit for bit; the kill came after step 6, the last state is of 4."""
+    """Law 7: weights, optimizer and metrics, bit for bit; killed after step 6, the last state is of step 4."""
     recipe = make_recipe(
-        text, f"trainer.accumulate_grad_batches={accumulate}", f"trainer.batch_size={4 // accumulate}"
+        text,
+        f"sampler.kind={kind}",
+        f"trainer.accumulate_grad_batches={accumulate}",
+        f"trainer.batch_size={4 // accumulate}",
+        f"data.num_workers={num_workers}",
     )
     run(recipe, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")

@@ -123,7 +123,9 @@ def test_terms_are_weighted_sums_over_the_valid_tokens_of_the_step(tiny_model: E
 def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -> None:
     batch = make_batch()
     own = gradients(tiny_model, [batch], StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),)))
-    shared = gradients(tiny_model, [batch], StepPlan(full=False, exits=(), turns=(Turn("S", range(8), shift=1),)))
+    shared = gradients(
+        tiny_model, [batch], StepPlan(full=False, exits=(), turns=(Turn("S", range(8), shift=1),))
+    )
     assert not torch.allclose(
         own["model.layers.2.mlp.up_proj.weight"], shared["model.layers.2.mlp.up_proj.weight"]
     )
@@ -132,7 +134,12 @@ def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -
     tiny_model.zero_grad()
     loss = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=99)["S"]
     plain = joint_loss(
-        tiny_model, MEMBERS, batch, StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),)), RAMPED, block=3
+        tiny_model,
+        MEMBERS,
+        batch,
+        StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),)),
+        RAMPED,
+        block=3,
     )["S"]
     torch.testing.assert_close(loss, plain)
 

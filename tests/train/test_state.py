@@ -47,7 +47,9 @@ def test_only_the_newest_states_stay(tiny_model: ElasticLM, tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000010"]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_state_is_named_and_the_last_good_one_serves(
     tiny_model: ElasticLM, tmp_path: Path, file: str, damage: str

@@ -132,4 +132,3 @@ class Metrics(pl.Callback):
 
 def _number(value: Tensor | float) -> float:
     return float(value)  # a sync, once a line
-

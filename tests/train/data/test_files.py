@@ -30,6 +30,16 @@ def test_a_line_with_the_separator_ends_a_document(tmp_path: Path) -> None:
     assert list(find(path).documents()) == ["one\n\nmore", "two", "three\n"]
 
 
+def test_line_ends_inside_and_indented_separators_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\rthree\n  <|endoftext|>\n\x0cfour")
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+
+    for source in (path, packed):
+        assert list(find(source).documents()) == ["one\r\ntwo\rthree\n  <|endoftext|>\n\x0cfour"]
+
+
 def test_the_separator_is_a_setting(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n---\ntwo<|endoftext|>\n")

@@ -1,6 +1,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.errors import NestlingError, UsageError
+from train.data.documents import is_validation
 from train.data.module import TextData, cache_folder
 from train.data.pack import NO_LABEL
 from train.objective import Batch
@@ -60,6 +62,28 @@ def test_the_tokenizer_learns_from_training_text_alone(stories_txt: Path, tmp_pa
     assert data.provenance["validation"] == str(held_out)
     assert data.provenance["num_valid_documents"] == 0
     assert data.valid_rows.num_labels > 20
+
+
+def test_the_tokenizer_never_sees_what_the_hash_held_out(tmp_path: Path) -> None:
+    held_out = next(
+        text for text in (f"zygote zygote {number}" for number in range(99)) if is_validation(text, 0.3)
+    )
+    texts = [f"a plain text, number {number}, of many" for number in range(30)]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join([*texts, held_out]))
+
+    data = make_data(tmp_path / "a.txt").prepare()
+
+    assert "zygote" not in "".join(data.tokenizer.get_vocab())
+
+
+def test_the_batch_size_of_a_recipe_is_that_of_one_device(stories_txt: Path) -> None:
+    data = make_data(stories_txt).prepare()
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)  # type: ignore[assignment]
+
+    batch = data.train_dataloader().batch(0, 0)
+
+    assert batch.tokens_BT.shape == (2, 8)
+    assert (batch.first_row, batch.num_rows) == (2, 8)
 
 
 def test_a_corpus_of_one_document_gives_its_tail_to_validation(

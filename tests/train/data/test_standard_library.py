@@ -32,6 +32,14 @@ def test_source_is_read_in_order_without_tests_packages_and_machine_files(librar
     assert list(corpus.documents()) == ["ABC = 1\n", "DECODER = 1\n"]
 
 
+def test_the_order_is_by_name_whatever_the_disk_says(tmp_path: Path) -> None:
+    names = [f"m{number * 7 % 30:02d}" for number in range(30)]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(name)
+
+    assert list(StandardLibrary.on_this_disk(tmp_path).documents()) == sorted(names)
+
+
 def test_files_that_are_not_utf8_are_skipped_and_counted(library: Path) -> None:
     assert StandardLibrary.on_this_disk(library).num_skipped == 1
 

@@ -13,7 +13,7 @@ from train.data import tokens as tokens_module
 from train.data.corpus import open_corpus
 from train.data.documents import PIECE_CHARS, is_validation
 from train.data.stream import StreamWriter
-from train.data.tokenizer import END_OF_TEXT, TextTokenizer
+from train.data.tokenizer import END_OF_TEXT, TextTokenizer, train_bpe
 from train.data.tokens import cut, encode, load_rows, tokenise
 
 
@@ -122,6 +122,18 @@ def test_other_content_and_other_settings_are_other_entries(
     assert count(max_documents=3) == 3
     stories_txt.write_text("other text")
     assert count() == 4
+
+
+def test_another_tokenizer_of_the_same_size_is_another_entry(
+    stories: list[str], stories_txt: Path, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    other = train_bpe(["completely different words"] * 9 + stories[:1], vocab_size=300)
+    corpus = open_corpus(str(stories_txt))
+    tokenise(corpus, tokenizer, cache_dir=tmp_path)
+
+    ours = tokenise(corpus, other, cache_dir=tmp_path)
+
+    assert documents_of(ours.train, other) == stories
 
 
 def test_a_damaged_stream_is_written_again(

@@ -1,0 +1,1 @@
+"""Engines side by side on the same weights, in one process; see run.py."""

@@ -1,0 +1,218 @@
+"""From timings to rows: one for each cell, as JSON objects and as a table of texts.
+
+A row has its cell's label and:
+
+    tokens_per_second, _range           prefill included: median over rounds, [least, most]
+    decode_tokens_per_second, _range    of what came after the first target pass, by the time after it
+    speedup, decode_speedup             ratio of these medians to ours plain (same dtype, temperature)
+    seconds_to_first_token              median over rounds of the mean over prompts
+    tau                                 tokens per target pass, the first pass left out
+    alpha                               expected acceptance of a drafted token (ours only)
+    num_identical                       greedy: prompts whose ids are those of ours plain
+    mbu                                 plain: bytes read per second, as a share of the bandwidth
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from models.bench.engines import Sample
+from models.bench.matrix import Label
+from models.bench.run import Runs
+from models.config import ElasticConfig
+from models.count import count_kv_bytes, count_weight_bytes
+from models.probe import DTYPES
+
+Row = dict[str, Any]
+
+
+def make_rows(runs: Runs) -> list[Row]:
+    """One row for each cell; `mbu` is for `add_utilisation` to fill in."""
+    plain = {
+        (label.dtype, label.temperature): rounds
+        for label, rounds in runs.samples.items()
+        if (label.engine, label.mode) == ("nestling", "plain")
+    }
+    return [
+        _row(label, rounds, plain[label.dtype, label.temperature]) for label, rounds in runs.samples.items()
+    ]
+
+
+def add_utilisation(
+    rows: Sequence[Row], config: ElasticConfig, *, num_positions: float, read_gbps: float
+) -> None:
+    """Fill in `mbu` of plain rows: weights and cached keys and values are read once for each token.
+
+    Args:
+        rows: of `make_rows`.
+        config: the model's.
+        num_positions: in the cache, on average.
+        read_gbps: the machine's bandwidth, in 1e9 bytes per second. Weights that stay in the processor's
+            caches can exceed it.
+    """
+    for row in rows:
+        if row["mode"] == "plain":
+            rate = row["decode_tokens_per_second"] * bytes_per_token(
+                config, num_positions=num_positions, dtype_bytes=DTYPES[row["dtype"]].itemsize
+            )
+            row["mbu"] = rate / (read_gbps * 1e9)
+
+
+def bytes_per_token(config: ElasticConfig, *, num_positions: float, dtype_bytes: int) -> float:
+    """What plain decoding reads for one token; of an embedding that is no head, only one row."""
+    num_bytes = count_weight_bytes(config, dtype_bytes=dtype_bytes)
+    if not config.tie_word_embeddings:
+        num_bytes -= (config.vocab_size - 1) * config.hidden_size * dtype_bytes
+    return num_bytes + num_positions * count_kv_bytes(config, num_positions=1, dtype_bytes=dtype_bytes)
+
+
+def make_notes(rows: Sequence[Row], runs: Runs, *, num_prompts: int) -> list[str]:
+    """What a reader of the figures must know."""
+    notes = [
+        f"{_name(row)}: greedy ids equal those of nestling plain on {row['num_identical']} of {num_prompts} "
+        "prompts only; a near-tie of two logits can do that, a bug as well"
+        for row in rows
+        if row["dtype"] == "fp32" and row["num_identical"] not in (None, num_prompts)
+    ]
+    if any(runs.busy):
+        notes.append(
+            f"other programs kept the machine busy in {sum(runs.busy)} of {len(runs.busy)} rounds: "
+            "ratios hold roughly, absolute figures are too low; measure again when it is quiet"
+        )
+    return notes
+
+
+def describe(rows: Sequence[Row], *, num_prompts: int) -> list[tuple[str, ...]]:
+    """The rows as a table of texts, its header first."""
+    return [HEADER, *(_texts(row, num_prompts) for row in rows)]
+
+
+def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where the figures come from, in words: rows of name and value.
+
+    Args:
+        results: what was run, and how; its `results` are not read.
+        card: of `models.card.make_card`.
+    """
+    hardware, versions = card["hardware"], card["versions"]
+    gpu = f", {hardware['gpu']}" if hardware["gpu"] else ""
+    threads = ", ".join(f"{dtype} {number}" for dtype, number in results["threads"].items())
+    mean_prompt = results["num_prompt_tokens"] / results["num_prompts"]
+    work = (
+        f"{results['num_prompts']} prompts of {mean_prompt:.0f} tokens on average from {results['prompts']}, "
+        f"{results['max_new_tokens']} new tokens each, {results['rounds']} rounds; "
+        f"others were busy in {results['busy_rounds']}"
+    )
+    return [
+        ("command", card["command"]),
+        ("commit", card["commit"] or "unknown"),
+        ("hardware", f"{hardware['cpu']}, {hardware['cores']} cores{gpu}; {hardware['system']}"),
+        ("threads", threads),
+        ("versions", ", ".join(f"{name} {versions[name]}" for name in VERSIONS if name in versions)),
+        ("date", card["date"]),
+        ("work", work),
+    ]
+
+
+VERSIONS = ("nestling", "torch", "transformers", "python")
+
+HEADER = (
+    "engine",
+    "mode",
+    "draft",
+    "gamma",
+    "T",
+    "dtype",
+    "tokens/s",
+    "range",
+    "x plain",
+    "decode only",
+    "x plain",
+    "first token",
+    "tau",
+    "alpha",
+    "same ids",
+)
+
+
+def _row(label: Label, rounds: Sequence[Sequence[Sample]], plain: Sequence[Sequence[Sample]]) -> Row:
+    samples = [sample for prompts in rounds for sample in prompts]
+    return {
+        **dataclasses.asdict(label),
+        **_figures("", list(map(_speed, rounds)), list(map(_speed, plain))),
+        **_figures("decode_", list(map(_decode_speed, rounds)), list(map(_decode_speed, plain))),
+        "seconds_to_first_token": statistics.median(
+            statistics.fmean(sample.first_seconds for sample in prompts) for prompts in rounds
+        ),
+        "tau": _ratio(_num_decoded(samples), sum(sample.passes for sample in samples)),
+        "alpha": _ratio(sum(sample.overlap for sample in samples), sum(sample.reached for sample in samples)),
+        "num_identical": _num_identical(rounds, plain) if label.temperature == 0 else None,
+        "mbu": None,
+    }
+
+
+def _figures(prefix: str, by_round: Sequence[float | None], plain: Sequence[float | None]) -> Row:
+    """Median, range and speed-up of one kind of speed; nulls where some round has none."""
+    ours, theirs = ([speed for speed in speeds if speed is not None] for speeds in (by_round, plain))
+    known = len(ours) == len(by_round) and len(theirs) == len(plain)
+    return {
+        f"{prefix}tokens_per_second": statistics.median(ours) if known else None,
+        f"{prefix}tokens_per_second_range": [min(ours), max(ours)] if known else None,
+        f"{prefix}speedup": statistics.median(ours) / statistics.median(theirs) if known else None,
+    }
+
+
+def _speed(samples: Sequence[Sample]) -> float:
+    return sum(len(sample.ids) for sample in samples) / sum(sample.seconds for sample in samples)
+
+
+def _decode_speed(samples: Sequence[Sample]) -> float | None:
+    """None where the first target pass gave all tokens, as it can where a draft comes before it."""
+    seconds = sum(sample.seconds - sample.first_seconds for sample in samples)
+    return (_num_decoded(samples) / seconds) or None
+
+
+def _num_decoded(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.ids) - sample.first_tokens for sample in samples)
+
+
+def _num_identical(rounds: Sequence[Sequence[Sample]], plain: Sequence[Sequence[Sample]]) -> int:
+    """Prompts whose every round gave the ids of the first plain one."""
+    return sum(
+        all(samples[number].ids == first.ids for samples in rounds) for number, first in enumerate(plain[0])
+    )
+
+
+def _ratio(amount: float, count: int) -> float | None:
+    return amount / count if count else None
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    words = [row["engine"], row["mode"], row["cache"], row["draft"] and f"by {row['draft']}", row["schedule"]]
+    return " ".join(word for word in words if word)
+
+
+def _texts(row: Row, num_prompts: int) -> tuple[str, ...]:
+    least, most = row["tokens_per_second_range"]
+    return (
+        row["engine"],
+        " ".join(word for word in (row["mode"], row["cache"]) if word),
+        row["draft"] or "-",
+        str(row["gamma"] or row["schedule"] or "-"),
+        f"{row['temperature']:g}",
+        row["dtype"],
+        f"{row['tokens_per_second']:.1f}",
+        f"{least:.1f}-{most:.1f}",
+        f"{row['speedup']:.2f}",
+        _text(row["decode_tokens_per_second"], "{:.1f}"),
+        _text(row["decode_speedup"], "{:.2f}"),
+        f"{row['seconds_to_first_token'] * 1e3:.1f} ms",
+        _text(row["tau"], "{:.2f}"),
+        _text(row["alpha"], "{:.3f}"),
+        _text(row["num_identical"], f"{{}}/{num_prompts}"),
+    )
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

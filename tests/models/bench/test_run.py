@@ -1,0 +1,166 @@
+"""Real engines on a tiny model: every one of them writes the same greedy ids."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.bench.engines import Sample
+from models.bench.matrix import Cell, DraftChoice, Label, Target, make_cells
+from models.bench.run import run_cells
+from models.checkpoint import load_model, save_model
+from models.config import ElasticConfig
+from models.decode.draft import ModelDraft, NestedDraft
+from models.decode.sampling import SamplingParams
+from models.elastic import ElasticLM
+from models.errors import UsageError
+from models.granularity import Granularity
+from models.view import View
+
+PROMPTS = [[1, 2, 3], [4, 5, 4, 5, 4]]
+GREEDY = SamplingParams()
+
+
+@pytest.fixture
+def target(tiny_config: ElasticConfig, tmp_path: Path) -> Target:
+    """Token 2, which greedy decoding soon writes, is the end of text: who obeyed it would stop early."""
+    model = ElasticLM(dataclasses.replace(tiny_config, eos_token_id=2, bos_token_id=2))
+    model.init_weights(torch.Generator().manual_seed(0))
+    folder = load_model(save_model(tmp_path / "model", model))
+    return Target(folder, dtype="fp32", num_threads=1, scratch=tmp_path)
+
+
+def nested(target: Target, text: str, gamma: int = 3) -> DraftChoice:
+    view = View(target.model, Granularity.parse(text, target.folder.family))
+    return DraftChoice(name=text, draft=NestedDraft(view), gamma=gamma)
+
+
+def separate(target: Target) -> DraftChoice:
+    small = dataclasses.replace(target.model.config, num_hidden_layers=1)
+    model = ElasticLM(small)
+    model.init_weights(torch.Generator().manual_seed(1))
+    return DraftChoice(name="folder", draft=ModelDraft(model.eval()), gamma=2)
+
+
+def test_every_engine_writes_the_greedy_ids_of_plain_decoding(target: Target) -> None:
+    cells = make_cells(target, GREEDY, [nested(target, "L"), separate(target)])
+    runs = run_cells(cells, PROMPTS, max_new_tokens=12, num_rounds=2)
+    assert [
+        (label.engine, label.mode, label.draft, label.schedule or label.cache) for label in runs.samples
+    ] == [
+        ("nestling", "plain", None, None),
+        ("nestling", "speculative", "L", None),
+        ("nestling", "speculative", "folder", None),
+        ("transformers", "plain", None, "dynamic"),
+        ("transformers", "plain", None, "static"),
+        ("transformers", "assisted", "L", "default"),
+        ("transformers", "assisted", "L", "constant"),
+        ("transformers", "assisted", "folder", "default"),
+        ("transformers", "assisted", "folder", "constant"),
+        ("transformers", "lookup", None, None),
+    ]
+    plain = [sample.ids for sample in runs.samples[cells[0].label][0]]
+    assert any(2 in ids[:-1] for ids in plain)
+    for label, rounds in runs.samples.items():
+        assert [[sample.ids for sample in samples] for samples in rounds] == [plain, plain], label
+    assert len(runs.busy) == 2
+
+
+def test_samples_know_their_passes_and_their_times(target: Target) -> None:
+    cells = make_cells(target, GREEDY, [nested(target, "full")])
+    runs = run_cells(cells, PROMPTS, max_new_tokens=11, num_rounds=1)
+    by_name = {
+        (label.engine, label.mode, label.schedule or label.cache): rounds[0]
+        for label, rounds in runs.samples.items()
+    }
+    for samples in by_name.values():
+        assert all(0 < sample.first_seconds <= sample.seconds for sample in samples)
+    assert [(one.first_tokens, one.passes) for one in by_name["nestling", "plain", None]] == [(1, 10)] * 2
+    assert [(one.first_tokens, one.passes) for one in by_name["transformers", "plain", "static"]] == [
+        (1, 10)
+    ] * 2
+    # The model drafts for itself: ours takes 4 + 4 + 2 after the first token; theirs drafts before it.
+    assert [(one.first_tokens, one.passes) for one in by_name["nestling", "speculative", None]] == [
+        (1, 3)
+    ] * 2
+    assert [one.overlap / one.reached for one in by_name["nestling", "speculative", None]] == [1.0] * 2
+    constant = by_name["transformers", "assisted", "constant"]
+    assert [(one.first_tokens, one.passes) for one in constant] == [(4, 2)] * 2
+
+
+def test_sampling_is_seeded_and_does_not_touch_the_callers_random_state(target: Target) -> None:
+    params = SamplingParams(temperature=1.0)
+    cells = make_cells(target, params, [nested(target, "S")])
+    state = torch.get_rng_state()
+    runs = run_cells(cells, PROMPTS, max_new_tokens=8, num_rounds=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    for label, (one, other) in runs.samples.items():
+        assert [sample.ids for sample in one] == [sample.ids for sample in other], label
+    # With top_k of 50, transformers' own default, two caches would agree as well: all 64 tokens occur.
+    greedy = run_cells(cells[:1], PROMPTS, max_new_tokens=8, num_rounds=1).samples[cells[0].label][0]
+    assert [sample.ids for sample in greedy] == [sample.ids for sample in runs.samples[cells[0].label][0]]
+
+
+def test_transformers_samples_from_the_whole_vocabulary(target: Target) -> None:
+    params = SamplingParams(temperature=1e4)  # all 64 tokens are about equally likely
+    cell = next(cell for cell in make_cells(target, params, []) if cell.label.engine == "transformers")
+    seen = {token for seed in range(20) for token in _decode(cell, seed)}
+    # Each of 1,200 tokens misses a given one with probability 63/64: false alarm below 64 * 6e-9 = 4e-7.
+    assert seen == set(range(64))
+
+
+def _decode(cell: Cell, seed: int) -> list[int]:
+    return cell.engine.decode([1, 2], max_new_tokens=60, seed=seed).ids
+
+
+def test_unequal_layers_have_no_assistant_and_draft_all_the_same(target: Target) -> None:
+    choice = nested(target, "ffn=1:0.5,layers=0:1")
+    assert target.assistant(choice) is None
+    modes = [(cell.label.engine, cell.label.mode) for cell in make_cells(target, GREEDY, [choice])]
+    assert ("nestling", "speculative") in modes
+    assert ("transformers", "assisted") not in modes
+
+
+def test_equal_labels_are_one_cell(target: Target) -> None:
+    cells = make_cells(target, GREEDY, [nested(target, "S", 2), nested(target, "S", 4)])
+    assisted = [(cell.label.schedule, cell.label.gamma) for cell in cells if cell.label.mode == "assisted"]
+    assert assisted == [("default", None), ("constant", 2), ("constant", 4)]
+
+
+def test_a_draft_that_does_not_fit_is_refused(target: Target, tiny_config: ElasticConfig) -> None:
+    other = ElasticLM(dataclasses.replace(tiny_config, vocab_size=63))
+    choice = DraftChoice(name="other", draft=ModelDraft(other), gamma=2)
+    with pytest.raises(UsageError, match="--draft has a vocabulary of 63"):
+        make_cells(target, GREEDY, [choice])
+
+
+class Recorder:
+    """An engine that only remembers who was asked for what."""
+
+    def __init__(self, name: str, log: list[tuple[str, int]], make_sample: Callable[..., Sample]) -> None:
+        self.name, self.log, self.make_sample = name, log, make_sample
+
+    def decode(self, prompt_ids: Sequence[int], *, max_new_tokens: int, seed: int) -> Sample:
+        self.log.append((self.name, len(prompt_ids)))
+        return self.make_sample(ids=[0] * max_new_tokens)
+
+
+def test_cells_take_turns_and_each_begins_in_turn(make_sample: Callable[..., Sample]) -> None:
+    log: list[tuple[str, int]] = []
+    cells = [
+        Cell(
+            label=Label(engine=name, mode="plain", dtype="fp32", temperature=0.0),
+            engine=Recorder(name, log, make_sample),
+            num_threads=1,
+        )
+        for name in "abc"
+    ]
+    calls: list[None] = []
+    run_cells(cells, PROMPTS, max_new_tokens=4, num_rounds=2, progress=lambda: calls.append(None))
+    warm_up, timed = log[:3], log[3:]
+    assert warm_up == [("a", 5), ("b", 5), ("c", 5)]
+    assert "".join(name for name, _ in timed) == "abcbcacababc"
+    assert [length for _, length in timed[::3]] == [3, 5, 3, 5]
+    assert len(calls) == len(log)
