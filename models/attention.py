@@ -54,8 +54,10 @@ class Attention(nn.Module):
     def _project(self, x_BTD: Tensor, linear: nn.Linear, heads: int, norm: RMSNorm | None) -> Tensor:
         rows = heads * self.head_dim
         y_BTW = nested_linear(x_BTD, linear, rows=rows, columns=x_BTD.shape[-1])
-        y_BTHK = y_BTW.unflatten(-1, (heads, self.head_dim))
-        return (y_BTHK if norm is None else norm(y_BTHK)).transpose(1, 2)
+        y_BTHK: Tensor = y_BTW.unflatten(-1, (heads, self.head_dim))
+        if norm is not None:
+            y_BTHK = norm(y_BTHK)
+        return y_BTHK.transpose(1, 2)
 
 
 def attend(q_BHTK: Tensor, reading: Reading) -> Tensor:

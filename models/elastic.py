@@ -38,7 +38,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """Add attention, then the feed-forward part, to the residual stream."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), plan.groups, rotary, memory)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), plan.ffn)
+        y_BTD: Tensor = self.mlp(self.post_attention_layernorm(x_BTD), plan.ffn)
+        return x_BTD + y_BTD
 
 
 class Backbone(nn.Module):

@@ -9,6 +9,7 @@ of the larger one; a granularity whose layers differ from each other is its Mix'
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,11 +21,19 @@ class Shape(Protocol):
     """The numbers of a full model that a granularity is resolved against."""
 
     @property
-    def num_hidden_layers(self) -> int: ...
+    def num_hidden_layers(self) -> int:
+        """Layers of the full model."""
+        ...
+
     @property
-    def intermediate_size(self) -> int: ...
+    def intermediate_size(self) -> int:
+        """Hidden neurons of each layer's feed-forward part."""
+        ...
+
     @property
-    def num_key_value_heads(self) -> int: ...
+    def num_key_value_heads(self) -> int:
+        """Key/value groups of each layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -265,7 +274,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _check_layers(layers: tuple[int, ...]) -> None:
-    if not layers or layers[0] < 0 or any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+    if not layers or layers[0] < 0 or any(b <= a for a, b in itertools.pairwise(layers)):
         raise UsageError(f"granularity: layers={_join(layers)} must be different layers in ascending order")
 
 

@@ -29,7 +29,8 @@ def nested_linear(x: Tensor, linear: nn.Linear, *, rows: int, columns: int) -> T
     A slice is a view: nothing is copied, and at full size the weight itself is used, so that
     nesting costs the full model nothing.
     """
-    weight, bias = linear.weight, linear.bias
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
     if columns != weight.shape[1]:
         weight = weight[:, :columns]
     if rows != weight.shape[0]:

@@ -44,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NestlingError as error:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        door = next((word for word in arguments if word in _commands()), "")
-        hint = f"nestling {door} --help".replace("  ", " ")
-        return _fail(f"{error.format_message()} (see {hint})", error.exit_code)
+        return _fail(_wrong_flag(error, arguments), error.exit_code)
     except (OSError, MemoryError, RuntimeError) as error:
         message = _environment(error)
         if message is None:
@@ -57,6 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or 0
 
 
+def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:
+    """Typer's message in one line, with the value, which it does not tell, and where to look."""
+    message = " ".join(error.format_message().split())
+    flags = error.param.opts if isinstance(error, typer.BadParameter) and error.param else []
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, text = flag.partition("=")
+        if name in flags and (text if equals else value) not in message:
+            message += f", got {(text if equals else value)!r}"
+    command = next((word for word in arguments if word in _commands()), None)
+    return f"{message} (see {'nestling' if command is None else f'nestling {command}'} --help)"
+
+
 def _commands() -> set[str]:
     return {str(info.callback.__name__) for info in app.registered_commands if info.callback}
 
@@ -64,13 +74,15 @@ def _commands() -> set[str]:
 def _environment(error: Exception) -> str | None:
     """One line for what the machine refuses; None for what is a bug."""
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return " ".join(text.split())
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
-        return f"out of memory ({text[:100]}); choose a smaller model, batch or context"
+        return f"out of memory ({' '.join(text.split())[:100]}); choose a smaller model, batch or context"
     return None
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"nestling: error: {' '.join(message.split())}", file=sys.stderr)
+    for line in message.splitlines():
+        print(f"nestling: error: {line}", file=sys.stderr)
     return code

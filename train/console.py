@@ -45,8 +45,8 @@ def family_table(members: Iterable[Member], *, title: str | None = None) -> Tabl
 
 
 _LEGEND = (
-    "loss in nats per token; match, KL and alpha are against the full model: equal greedy tokens, "
-    "divergence in nats,\nand the chance that one token it drafts is accepted"
+    "loss: nats per token. Against the full model: match (equal greedy\n"
+    "tokens), KL (nats), alpha (chance that a token it drafts is kept)"
 )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,11 +21,12 @@ from models.decode.draft import NestedDraft
 from models.decode.engine import GREEDY
 from models.decode.text import GenerationResult, generate
 from models.errors import NestlingError
-from models.extract import Parity, extract, verify_extraction
+from models.machine import machine_card, num_threads
 from models.view import View
 from train.console import family_table
-from train.fit import fit
-from train.recipe import load_recipe
+from train.extraction import extract_and_prove
+from train.fit import RECIPE_FILE, fit
+from train.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 MEMBER = "S"
@@ -52,13 +54,13 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
     started = time.perf_counter()
     console.rule("1. train a family on the Python standard library")
     recipe = load_recipe([RECIPE], overrides)
-    is_finished = (out / "model").exists()
-    path = fit(recipe, out, resume="never" if is_finished else "auto", console=console)
+    resume = "auto" if _was_interrupted(recipe, out) else "never"
+    path = fit(recipe, out, resume=resume, console=console)
     folder = load_model(path)
     console.print(family_table(folder.members))
 
     console.rule(f"2. cut {MEMBER} out, and open it in stock transformers")
-    parity = _extract(folder, out / MEMBER, console)
+    parity = extract_and_prove(folder, folder.family[MEMBER], out / MEMBER, console)
 
     console.rule("3. complete a function, plainly and with the family's own draft")
     speed = _decode(folder, console)
@@ -75,22 +77,17 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
     }
 
 
-def _extract(folder: ModelFolder, out: Path, console: Console) -> Parity:
-    member = folder.family[MEMBER]
-    extract(folder, member, out)
-    parity = verify_extraction(folder, member, out)
-    if not parity.holds:
-        raise NestlingError(f"{out} differs from its member in place: {parity}; please report this")
-    console.print(
-        f"{out}: greedy ids of {parity.num_tokens} positions identical, "
-        f"logits within {parity.difference:.0e} of the largest",
-        markup=False,
-    )
-    return parity
+def _was_interrupted(recipe: Recipe, out: Path) -> bool:
+    """Whether a run of this very recipe waits there to go on."""
+    try:
+        return not (out / "model").exists() and load_recipe([out / RECIPE_FILE]) == recipe
+    except NestlingError:  # no recipe there, or one of another release
+        return False
 
 
 def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
     """Alternate plain and speculative decoding; both must write the same tokens."""
+    torch.set_num_threads(num_threads(machine_card(), "fp32", purpose="decoding"))
     choice = _choose(folder)
     plain, drafted = [], []
     for _ in range(NUM_RUNS):

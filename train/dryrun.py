@@ -21,6 +21,7 @@ from models.count import (
     count_parameters,
     estimate_training_bytes,
 )
+from models.errors import NestlingError, UsageError
 from models.granularity import Granularity
 from models.machine import (
     MachineCard,
@@ -60,8 +61,7 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
     """Print the resolved recipe, the family and what the run would take.
 
     Raises:
-        UsageError: if a granularity does not fit the model.
-        NestlingError: if the model's sizes do not fit together.
+        UsageError: if the model's sizes do not fit together.
     """
     config = make_config(recipe)
     with console.status("measuring this machine"):
@@ -74,10 +74,17 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
 
 
 def make_config(recipe: Recipe) -> ElasticConfig:
-    """The model's shape, with the vocabulary that the recipe asks for."""
+    """The model's shape, with the vocabulary that the recipe asks for.
+
+    Raises:
+        UsageError: if its sizes do not fit together.
+    """
     fields = dataclasses.asdict(recipe.model)
     fields["max_position_embeddings"] = fields["max_position_embeddings"] or recipe.data.sequence_length
-    return ElasticConfig(vocab_size=recipe.data.vocab_size, **fields)
+    try:
+        return ElasticConfig(vocab_size=recipe.data.vocab_size, **fields)
+    except NestlingError as error:
+        raise UsageError(str(error)) from None
 
 
 def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Estimate:

@@ -80,8 +80,9 @@ def plan_step(
         names = [*others, full]
         weights = [(config.probabilities or {}).get(name, 0.0) for name in names]
         chosen = rng.choices(names, weights if any(weights) else None)[0]
-        turns = () if chosen == full else (_turn(chosen, everyone, num_rows, config, rng),)
-        return StepPlan(full=chosen == full, exits=(), turns=turns)
+        if chosen == full:
+            return StepPlan(full=True, exits=(), turns=())
+        return StepPlan(full=False, exits=(), turns=(_turn(chosen, everyone, num_rows, config, rng),))
     if config.kind == "sandwich":
         others.sort(key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
         picked = rng.sample(others[1:], min(config.num_random, len(others[1:])))

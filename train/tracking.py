@@ -35,6 +35,7 @@ def make_loggers(config: TrackingConfig, run: Path) -> list[Logger]:
 
 
 def _wandb(config: TrackingConfig, run: Path, *, offline: bool) -> Logger:
+    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
     identity = run / "wandb_id"
@@ -47,6 +48,7 @@ def _wandb(config: TrackingConfig, run: Path, *, offline: bool) -> Logger:
         save_dir=run,
         offline=offline,
         resume=None if offline else "allow",
+        settings=wandb.Settings(silent=True),
     )
 
 

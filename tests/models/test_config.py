@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from models.config import ElasticConfig
@@ -5,7 +7,7 @@ from models.errors import NestlingError
 
 
 def make(**changes: int) -> ElasticConfig:
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": 8,
         "hidden_size": 32,
         "intermediate_size": 64,

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ def test_the_weights_of_a_member_are_a_subset_of_those_of_any_that_contains_it(t
     """Law 3, on addresses: every number of the smaller member is a number of the larger one."""
     texts = ["ffn=0.25,heads=0.5,layers=0:2", "ffn=0.5,heads=0.5,layers=0:2", "ffn=0.5,layers=0-2", "full"]
     views = [View(tiny_model, Granularity.parse(text)) for text in texts]
-    for small, large in zip(views, views[1:], strict=False):
+    for small, large in itertools.pairwise(views):
         assert large.plan.contains(small.plan)
         assert addresses(small) < addresses(large)
 

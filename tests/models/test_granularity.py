@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +50,7 @@ def test_containment_is_a_partial_order_below_the_full_model(ours: Granularity, 
 
 def test_the_default_family_nests() -> None:
     plans = [DEFAULT_FAMILY[name].resolve(SHAPE) for name in ("S", "M", "L", "XL")]
-    for small, large in zip(plans, plans[1:], strict=False):
+    for small, large in itertools.pairwise(plans):
         assert large.contains(small)
         assert not small.contains(large)
     assert [plan.layers[0].ffn for plan in plans] == [8, 16, 32, 64]

@@ -15,7 +15,23 @@ from train.callbacks.metrics import read_metrics
 from train.fit import fit
 from train.recipe import Recipe, load_recipe
 
-WORDS = "the cat sat on a mat and saw one dog run to its small red house by night".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "dog",
+    "run",
+    "to",
+    "its",
+    "small",
+    "house",
+]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +135,7 @@ SLOW = [
 def test_a_run_killed_and_resumed_equals_the_run_never_killed(
     text: Path, tmp_path: Path, kind: str, accumulate: int, num_workers: int
 ) -> None:
-    """Law 7: weights, optimizer and metrics, bit for bit; killed after step 6, the last state is of step 4."""
+    """Law 7: weights, optimizer and metrics, bit for bit; killed after step 6, saved last at 4."""
     recipe = make_recipe(
         text,
         f"sampler.kind={kind}",

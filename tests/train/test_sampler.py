@@ -51,7 +51,7 @@ def test_all_trains_everyone_on_every_row() -> None:
 
 
 def test_random_follows_its_probabilities() -> None:
-    """2,000 draws; 5 sigma around the expectation: a false alarm in one of 10^6 runs, and none for a fixed seed."""
+    """2,000 draws; 5 sigma around the expectation: under one false alarm in 10^6 seeds."""
     counts: Counter[str] = Counter()
     for step in range(2000):
         made = plan("random", step, probabilities={"S": 0.5, "XL": 0.25, "D": 0.25})

@@ -29,7 +29,7 @@ class Mirror(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self.fails:
             raise ConnectionError("no network")
         self.told.append((step, metrics))

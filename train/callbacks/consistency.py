@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from models.measure.consistency import evaluate_family
 from torch import Tensor
 
 from models.checkpoint import Member
 from models.granularity import Granularity
+from models.measure.consistency import evaluate_family
 from train.callbacks.metrics import Metrics, MetricsLog
 from train.callbacks.step import StepCallback
 from train.joint import JointModule

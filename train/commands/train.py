@@ -68,13 +68,16 @@ def train(
     from train.recipe import load_recipe
 
     recipe = load_recipe(files, context.args)
+    check_sources(recipe)
     console = make_console()
-    if dry_run:
-        from train.dryrun import dry_run as show
+    check_resume(resume)
+    from train.dryrun import dry_run as show
+    from train.dryrun import make_config
 
+    if dry_run:
         show(recipe, console)
         return 0
-    check_resume(resume)
+    make_config(recipe)  # sizes that do not fit are told before anything is made
     from train.fit import fit
 
     model = fit(recipe, out or default_out(recipe, files), resume=resume, console=console)
@@ -103,6 +106,17 @@ def check_flags(words: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, FLAGS, n=1, cutoff=0.7)
         if near:
             raise UsageError(f"{name} is not a flag; did you mean {near[0]}?")
+
+
+def check_sources(recipe: "Recipe") -> None:
+    """Raise UsageError for files that do not exist before anything is made; the hub is not asked yet."""
+    from train.data.corpus import looks_like_hub_name, open_corpus
+
+    for key, source in (("data.source", recipe.data.source), ("data.valid", recipe.data.valid)):
+        if source is None or source == "stdlib" or source.startswith("hub:"):
+            continue
+        if Path(source).exists() or not looks_like_hub_name(source):
+            open_corpus(source, key=key)
 
 
 def check_resume(resume: str) -> None:

@@ -71,7 +71,7 @@ def test_a_prompt_without_tokens_is_named(tokenizer: Tokenizer) -> None:
 
 def test_a_continuation_that_leaves_the_context_is_refused() -> None:
     check_room([[0] * 5, [0] * 7], max_new_tokens=3, context=10)
-    with pytest.raises(UsageError, match="prompt 2 has 7 tokens .* context holds 10; give at most 3"):
+    with pytest.raises(UsageError, match=r"prompt 2 has 7 tokens .* context holds 10; give at most 3"):
         check_room([[0] * 5, [0] * 7], max_new_tokens=4, context=10)
     with pytest.raises(UsageError, match="shorten the prompt"):
         check_room([[0] * 12], max_new_tokens=4, context=10)

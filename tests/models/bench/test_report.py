@@ -13,8 +13,15 @@ from models.count import count_parameters
 MakeSample = Callable[..., Sample]
 
 
-def label(engine: str = "nestling", mode: str = "plain", **fields: Any) -> Label:
-    return Label(**({"engine": engine, "mode": mode, "dtype": "fp32", "temperature": 0.0} | fields))
+def label(
+    engine: str = "nestling",
+    mode: str = "plain",
+    *,
+    dtype: str = "fp32",
+    temperature: float = 0.0,
+    **more: Any,
+) -> Label:
+    return Label(engine=engine, mode=mode, dtype=dtype, temperature=temperature, **more)
 
 
 def test_figures_are_those_of_the_definitions(make_sample: MakeSample) -> None:

@@ -21,12 +21,13 @@ from models.view import View
 
 PROMPTS = [[1, 2, 3], [4, 5, 4, 5, 4]]
 GREEDY = SamplingParams()
+END_OF_TEXT = 14
 
 
 @pytest.fixture
 def target(tiny_config: ElasticConfig, tmp_path: Path) -> Target:
-    """Token 2, which greedy decoding soon writes, is the end of text: who obeyed it would stop early."""
-    model = ElasticLM(dataclasses.replace(tiny_config, eos_token_id=2, bos_token_id=2))
+    """Greedy decoding soon writes END_OF_TEXT: an engine that obeyed it would stop early."""
+    model = ElasticLM(dataclasses.replace(tiny_config, eos_token_id=END_OF_TEXT))
     model.init_weights(torch.Generator().manual_seed(0))
     folder = load_model(save_model(tmp_path / "model", model))
     return Target(folder, dtype="fp32", num_threads=1, scratch=tmp_path)
@@ -62,7 +63,7 @@ def test_every_engine_writes_the_greedy_ids_of_plain_decoding(target: Target) ->
         ("transformers", "lookup", None, None),
     ]
     plain = [sample.ids for sample in runs.samples[cells[0].label][0]]
-    assert any(2 in ids[:-1] for ids in plain)
+    assert all(END_OF_TEXT in ids[:-1] for ids in plain)
     for label, rounds in runs.samples.items():
         assert [[sample.ids for sample in samples] for samples in rounds] == [plain, plain], label
     assert len(runs.busy) == 2
@@ -98,21 +99,6 @@ def test_sampling_is_seeded_and_does_not_touch_the_callers_random_state(target: 
     assert torch.equal(torch.get_rng_state(), state)
     for label, (one, other) in runs.samples.items():
         assert [sample.ids for sample in one] == [sample.ids for sample in other], label
-    # With top_k of 50, transformers' own default, two caches would agree as well: all 64 tokens occur.
-    greedy = run_cells(cells[:1], PROMPTS, max_new_tokens=8, num_rounds=1).samples[cells[0].label][0]
-    assert [sample.ids for sample in greedy] == [sample.ids for sample in runs.samples[cells[0].label][0]]
-
-
-def test_transformers_samples_from_the_whole_vocabulary(target: Target) -> None:
-    params = SamplingParams(temperature=1e4)  # all 64 tokens are about equally likely
-    cell = next(cell for cell in make_cells(target, params, []) if cell.label.engine == "transformers")
-    seen = {token for seed in range(20) for token in _decode(cell, seed)}
-    # Each of 1,200 tokens misses a given one with probability 63/64: false alarm below 64 * 6e-9 = 4e-7.
-    assert seen == set(range(64))
-
-
-def _decode(cell: Cell, seed: int) -> list[int]:
-    return cell.engine.decode([1, 2], max_new_tokens=60, seed=seed).ids
 
 
 def test_unequal_layers_have_no_assistant_and_draft_all_the_same(target: Target) -> None:

@@ -54,9 +54,9 @@ def test_a_second_run_makes_the_same_from_the_cache(
 
 def test_the_tokenizer_learns_from_training_text_alone(stories_txt: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "valid.txt"
-    held_out.write_text("zygote zygote zygote zygote")
+    held_out.write_text("zygote " * 20)
 
-    data = make_data(stories_txt, valid=str(held_out)).prepare()
+    data = make_data(stories_txt, valid=str(held_out), vocab_size=2000).prepare()
 
     assert "zygote" not in "".join(data.tokenizer.get_vocab())
     assert data.provenance["validation"] == str(held_out)
@@ -65,14 +65,14 @@ def test_the_tokenizer_learns_from_training_text_alone(stories_txt: Path, tmp_pa
 
 
 def test_the_tokenizer_never_sees_what_the_hash_held_out(tmp_path: Path) -> None:
-    held_out = next(
-        text for text in (f"zygote zygote {number}" for number in range(99)) if is_validation(text, 0.3)
-    )
+    words = (f"{'zygote ' * 20}{number}" for number in range(99))
+    held_out = next(text for text in words if is_validation(text, 0.3))
     texts = [f"a plain text, number {number}, of many" for number in range(30)]
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join([*texts, held_out]))
 
-    data = make_data(tmp_path / "a.txt").prepare()
+    data = make_data(tmp_path / "a.txt", vocab_size=2000).prepare()
 
+    assert "plain" in "".join(data.tokenizer.get_vocab())
     assert "zygote" not in "".join(data.tokenizer.get_vocab())
 
 

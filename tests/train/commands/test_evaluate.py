@@ -1,0 +1,69 @@
+"""`nestling evaluate`: a row per member, trained or not; mistakes in one line."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from train.cli import main
+
+MIXED = "ffn=1:0.5:0.25"
+Fails = Callable[..., str]
+
+
+def test_every_member_and_what_was_asked_for_is_measured(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "evaluate.json"
+    flags = ["--data", str(text), "--granularity", MIXED, "--granularity", "S", "--json", str(results)]
+    assert main(["evaluate", str(model), *flags]) == 0
+    table = capsys.readouterr().out
+    assert "217,536" in table
+    assert MIXED in table
+    written = json.loads(results.read_text())
+    members = {member["name"]: member for member in written["members"]}
+    assert list(members) == ["S", MIXED, "D", "XL"], "once each, the smallest first"
+    assert members["XL"]["match"] == 100
+    assert members["XL"]["alpha"] == pytest.approx(1)
+    assert members["XL"]["perplexity"] == pytest.approx(math.exp(members["XL"]["loss"]))
+    assert all(0 < members[name]["alpha"] < 1 for name in ("S", "D", MIXED))
+
+
+def test_max_tokens_bounds_what_is_measured(model: Path, text: Path, tmp_path: Path) -> None:
+    counts = []
+    for flags in (["--max-tokens", "64"], []):
+        results = tmp_path / "evaluate.json"
+        assert main(["evaluate", str(model), "--data", str(text), *flags, "--json", str(results)]) == 0
+        counts.append(json.loads(results.read_text())["num_tokens"])
+    assert 0 < counts[0] < counts[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named", "code"),
+    [
+        (["--data", "nowhere.txt"], "--data nowhere.txt", 2),
+        (["--data", "nowhere/at_all"], "--data nowhere/at_all", 2),
+        (["--data", "."], "--data .", 2),
+        (["--data", "empty.txt"], "empty.txt", 1),
+        (["--data", "picture.png"], "picture.png", 2),
+        (["--data", "text.txt", "--max-tokens", "-1"], "--max-tokens", 2),
+        (["--data", "text.txt", "--granularity", "Q"], "'Q'", 2),
+        (["--data", "text.txt", "--granularity", "layers=0:9"], "layer 9", 2),
+        (["--data", "text.txt", "--json", "missing/x.json"], "--json missing/x.json", 2),
+    ],
+)
+def test_what_cannot_be_measured_is_named(
+    flags: list[str],
+    named: str,
+    code: int,
+    model: Path,
+    text: Path,
+    fails: Fails,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(text.parent)
+    Path("empty.txt").write_text("")
+    Path("picture.png").write_bytes(b"\x89PNG")
+    assert named in fails("evaluate", model, *flags, code=code)

@@ -1,0 +1,142 @@
+"""`nestling extract`: a stock folder, proved equal; what cannot be is named and leaves nothing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from models.checkpoint import load_model
+from train.cli import main
+
+Fails = Callable[..., str]
+
+
+def test_a_member_comes_out_equal(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, results = tmp_path / "S", tmp_path / "extract.json"
+    arguments = [str(model), "--granularity", "S", "--out", str(out), "--json", str(results)]
+    assert main(["extract", *arguments]) == 0
+    assert "106,944 of 217,536 parameters" in capsys.readouterr().out
+    assert sum(weight.numel() for weight in load_model(out).model.parameters()) == 106_944
+    written = json.loads(results.read_text())
+    assert written["ids_equal"] is True
+    assert written["granularity"] == "ffn=0.25"
+    assert "command" in written["card"]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "named"),
+    [
+        ("Q", "'Q'"),
+        ("ffn=0", "ffn=0"),
+        ("ffn=lots", "ffn=lots"),
+        ("heads=0.3", "heads=0.3"),
+        ("layers=0:9", "layer 9"),
+        ("layers=2:1", "layers=2:1"),
+        ("ffn=1:0.5", "ffn=1:0.5"),
+        ("ffn=1:0.5:0.5", "layer 0"),
+        ("depth=2", "depth=2"),
+    ],
+)
+def test_a_granularity_that_does_not_fit_is_named(
+    granularity: str, named: str, model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    out = tmp_path / "out"
+    line = fails("extract", model, "--granularity", granularity, "--out", out, code=2)
+    assert named in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert str(tmp_path) in fails("extract", model, "--granularity", "S", "--out", tmp_path, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_family_is_never_replaced_by_its_member(model: Path, fails: Fails) -> None:
+    before = (model / "model.safetensors").read_bytes()
+    assert str(model) in fails("extract", model, "--granularity", "S", "--out", model, code=2)
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def damage_nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_rubbish(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"rubbish")
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def become_foreign(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def claim_other_shape(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 128}))
+
+
+def break_family(folder: Path) -> None:
+    (folder / "nestling.json").write_text('{"format": 1, "family": []}')
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named", "code"),
+    [
+        (damage_nothing, "does not exist", 2),
+        (empty, "config.json", 1),
+        (truncate_weights, "model.safetensors", 1),
+        (write_rubbish, "model.safetensors", 1),
+        (remove_weights, "model.safetensors", 1),
+        (become_foreign, "gpt2", 1),
+        (break_config, "config.json", 1),
+        (claim_other_shape, "do not fit the configuration", 1),
+        (break_family, "nestling.json", 1),
+        (break_tokenizer, "tokenizer.json", 1),
+    ],
+)
+def test_a_missing_damaged_or_foreign_folder_is_named(
+    damage: Callable[[Path], None],
+    named: str,
+    code: int,
+    model: Path,
+    tmp_path: Path,
+    text: Path,
+    fails: Fails,
+) -> None:
+    folder, out, results = tmp_path / "model", tmp_path / "out", tmp_path / "results.json"
+    shutil.copytree(model, folder)
+    damage(folder)
+    for command in (
+        ("extract", folder, "--granularity", "S", "--out", out),
+        ("generate", folder, "--prompt", "def", "--json", results),
+        ("evaluate", folder, "--data", text, "--json", results),
+    ):
+        line = fails(*command, code=code)
+        assert named in line
+        assert str(folder) in line
+    assert not out.exists()
+    assert not results.exists()

@@ -1,0 +1,154 @@
+"""`nestling generate`: text as it comes, the same whatever drafts; mistakes in one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from models.checkpoint import load_model, save_model
+from models.config import ElasticConfig
+from models.elastic import ElasticLM
+from train.cli import main
+
+PROMPT = "def main(arguments):\n"
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def generate(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[dict[str, Any], str, str]]:
+    """Runs the command in fp32; gives what it wrote to JSON, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[dict[str, Any], str, str]:
+        results = tmp_path / "generate.json"
+        words = ["generate", model, "--prompt", PROMPT, "--dtype", "fp32", "--json", results, *arguments]
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 0
+        written = capsys.readouterr()
+        return json.loads(results.read_text()), written.out, written.err
+
+    return run
+
+
+def other_model(like: Path, out: Path, *, vocab_size: int = 0, layers: int = 3) -> Path:
+    """A model folder with random weights; with the same tokenizer if it has the same vocabulary."""
+    folder = load_model(like)
+    ours = folder.model.config
+    config = ElasticConfig(
+        vocab_size=vocab_size or ours.vocab_size,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = ElasticLM(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return save_model(out, model, tokenizer=None if vocab_size else folder.tokenizer)
+
+
+def test_the_text_is_shown_and_the_figures_follow_on_stderr(generate: Any) -> None:
+    results, out, err = generate("--draft", "D", "--gamma", "3", "--max-new-tokens", "20")
+    assert out == results["text"] + "\n"
+    assert len(results["ids"]) <= 20
+    assert "\x1b" not in out + err
+    for figure in ("tokens/s", "tau", "alpha", "draft D, gamma 3", "fp32"):
+        assert figure in err
+    assert results.keys() >= {"text", "ids", "tokens_per_second", "tau", "alpha", "card", "prompt", "dtype"}
+    assert results["card"]["dtypes"] == {"model": "fp32"}
+
+
+def test_greedy_ids_do_not_depend_on_the_draft(generate: Any, model: Path, tmp_path: Path) -> None:
+    stranger = other_model(model, tmp_path / "stranger", layers=1)
+    plain, _, err = generate("--draft", "none", "--max-new-tokens", "30")
+    assert "draft none" in err
+    assert plain["tau"] == 1.0
+    for draft in ("S", "D", "auto", "full", "ffn=0.5,layers=0:2", stranger):
+        drafted, _, _ = generate("--draft", draft, "--max-new-tokens", "30")
+        assert drafted["ids"] == plain["ids"], draft
+
+
+def test_the_best_draft_is_chosen_only_for_greedy_text(generate: Any) -> None:
+    greedy, _, _ = generate("--max-new-tokens", "4")
+    sampled, _, _ = generate("--max-new-tokens", "4", "--temperature", "1")
+    assert greedy["draft"] in {"S", "D", "none"}
+    assert sampled["draft"] == "none"
+
+
+def test_a_seed_gives_the_same_sample_again(generate: Any) -> None:
+    flags = ["--temperature", "1", "--draft", "D", "--top-k", "50", "--top-p", "0.9"]
+    first, again, other = (generate(*flags, "--seed", seed)[0]["ids"] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_a_stop_string_ends_the_text_before_it(generate: Any) -> None:
+    whole = generate("--draft", "none", "--max-new-tokens", "40")[0]["text"]
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    results, out, _ = generate("--draft", "S", "--max-new-tokens", "40", "--stop", stop)
+    assert results["text"] == whole[: whole.index(stop)]
+    assert out == results["text"] + "\n"
+    assert results["finish_reason"] == "stop"
+
+
+def test_a_folder_without_measurements_decodes_plainly_and_says_why(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = other_model(model, tmp_path / "bare")
+    assert main(["generate", str(bare), "--prompt", "x", "--max-new-tokens", "3"]) == 0
+    assert "draft none (no member of this folder was ever measured)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--draft", "Q"], "--draft Q"),
+        (["--draft", "nowhere/model"], "--draft nowhere/model"),
+        (["--draft", "layers=0:9"], "layer 9"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-k", "-1"], "--top-k"),
+        (["--top-p", "0"], "--top-p"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--draft", "D", "--gamma", "-1"], "--gamma"),
+        (["--stop", ""], "--stop"),
+        (["--dtype", "float8"], "float8"),
+        (["--prompt", "word " * 200], "--prompt"),
+        (["--prompt", "half a pair \ud800"], "--prompt"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(
+    flags: list[str], named: str, model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    results = tmp_path / "results.json"
+    line = fails("generate", model, "--prompt", "x", *flags, "--json", results, code=2)
+    assert named in line
+    assert not results.exists()
+
+
+def test_a_draft_larger_than_its_target_is_refused(model: Path, tmp_path: Path, fails: Fails) -> None:
+    larger = other_model(model, tmp_path / "larger", layers=12)
+    line = fails("generate", model, "--prompt", "x", "--draft", larger, code=2)
+    assert "--draft" in line
+    assert "217,536" in line
+
+
+def test_a_draft_of_another_vocabulary_is_refused(model: Path, tmp_path: Path, fails: Fails) -> None:
+    other = other_model(model, tmp_path / "other", vocab_size=300, layers=1)
+    assert "vocabulary" in fails("generate", model, "--prompt", "x", "--draft", other, code=2)
+    same_size = other_model(model, tmp_path / "same", layers=1)
+    path = same_size / "tokenizer.json"
+    words = Tokenizer.from_file(str(path)).get_vocab()
+    swapped = path.read_text().replace('"e":', '"\\u0001":').replace(f'"e": {words["e"]}', "")
+    path.write_text(swapped)
+    assert "vocabulary" in fails("generate", model, "--prompt", "x", "--draft", same_size, code=2)
+
+
+def test_a_model_without_a_tokenizer_is_named(model: Path, tmp_path: Path, fails: Fails) -> None:
+    mute = other_model(model, tmp_path / "mute", vocab_size=300)
+    assert "tokenizer.json" in fails("generate", mute, "--prompt", "x", code=1)

@@ -1,0 +1,122 @@
+"""The door itself: help, flags, overrides, exit codes; no model is opened here."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from models.errors import NestlingError
+from train.cli import main
+
+COMMANDS = ["train", "extract", "generate", "evaluate", "report", "machine", "demo"]
+LIGHT = "import sys; from train.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object, code: int) -> str:
+    """The one line on stderr of a command that fails with this exit code."""
+    assert main([str(argument) for argument in arguments]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nestling: error: ")
+    return line
+
+
+def raiser(error: BaseException) -> object:
+    def raise_it(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["train", "--help"], ["generate", "-h"]])
+def test_help_comes_without_torch(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", LIGHT, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage: nestling" in result.stdout
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"nestling {command}" in out
+    assert "\x1b" not in out, "colours where there is no terminal"
+
+
+def test_the_help_of_train_lists_every_recipe_key(capsys: pytest.CaptureFixture[str]) -> None:
+    from train.recipe import recipe_help
+
+    main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert [row.key for row in recipe_help() if row.key not in out] == []
+
+
+@pytest.mark.parametrize("command", ["distill", "search", "serve", "plan"])
+def test_what_is_not_there_yet_is_not_offered(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command in fails(capsys, command, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["extract"], "MODEL"),
+        (["extract", "somewhere", "--out", "x"], "--granularity"),
+        (["generate", "somewhere"], "--prompt"),
+        (["generate", "somewhere", "--prompt", "x", "--temperature", "warm"], "warm"),
+        (["generate", "somewhere", "--prompt", "x", "--temprature", "1"], "--temprature"),
+        (["evaluate", "somewhere", "--data"], "--data"),
+        (["report"], "RUN"),
+        (["machine", "fast"], "fast"),
+    ],
+)
+def test_a_wrong_flag_is_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, *arguments, code=2)
+    assert named in line
+    assert f"nestling {arguments[0]} --help" in line
+
+
+@pytest.mark.parametrize(("path", "named"), [("missing/x.json", "does not exist"), (".", "is a folder")])
+def test_a_place_for_results_that_cannot_be_is_named_before_any_work(
+    path: str,
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("models.machine.machine_card", raiser(AssertionError("measured too early")))
+    monkeypatch.chdir(tmp_path)
+    assert named in fails(capsys, "machine", "--json", path, code=2)
+
+
+def test_what_the_machine_refuses_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk = OSError(errno.ENOSPC, "No space left on device", "somewhere/file")
+    for error, named in (
+        (full_disk, "somewhere/file: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "locked"), "locked: Permission denied"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory"),
+        (NestlingError("several\nlines"), "several"),
+    ):
+        monkeypatch.setattr("models.checkpoint.load_model", raiser(error))
+        assert main(["extract", "m", "--granularity", "S", "--out", str(tmp_path / "x")]) == 1
+        assert named in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bug in (KeyError("ours"), RuntimeError("shapes differ"), ValueError("ours")):
+        monkeypatch.setattr("models.checkpoint.load_model", raiser(bug))
+        with pytest.raises(type(bug)):
+            main(["extract", "m", "--granularity", "S", "--out", "x"])
+
+
+def test_an_interrupted_command_says_so_and_exits_with_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.checkpoint.load_model", raiser(KeyboardInterrupt()))
+    assert main(["extract", "m", "--granularity", "S", "--out", "x"]) == 130
+    assert capsys.readouterr().err == "nestling: stopped\n"
