@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.checkpoint import ModelFolder, load_model
-from models.decode.auto import Choice, choose_draft, known_acceptance, measure_costs
+from models.decode.auto import Choice, best_num_threads, choose_draft, known_acceptance, measure_costs
 from models.decode.draft import NestedDraft
 from models.decode.engine import GREEDY
 from models.decode.text import GenerationResult, generate
@@ -87,7 +87,8 @@ def _was_interrupted(recipe: Recipe, out: Path) -> bool:
 
 def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
     """Alternate plain and speculative decoding; both must write the same tokens."""
-    torch.set_num_threads(num_threads(machine_card(), "fp32", purpose="decoding"))
+    most = num_threads(machine_card(), "fp32", purpose="decoding")
+    torch.set_num_threads(best_num_threads(folder.model, most))
     choice = _choose(folder)
     plain, drafted = [], []
     for _ in range(NUM_RUNS):
@@ -97,6 +98,7 @@ def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
     console.print(PROMPT, end="", style="dim", markup=False)
     console.print(plain[0].text, markup=False)
     console.print(_speed_table(choice, plain, drafted))
+    console.print(f"medians of {NUM_RUNS} alternating runs" + ids_equal * "; the same tokens in all of them")
     if not ids_equal:
         raise NestlingError("speculative decoding wrote other tokens than plain; please report this")
     return {
@@ -133,7 +135,7 @@ def _complete(folder: ModelFolder, choice: Choice | None) -> GenerationResult:
 
 
 def _speed_table(choice: Choice, plain: list[GenerationResult], drafted: list[GenerationResult]) -> Table:
-    table = Table(caption=f"medians of {NUM_RUNS} alternating runs; the tokens are identical")
+    table = Table()
     for column in ("decoding", "tokens/s", "tau", "alpha"):
         table.add_column(column, justify="left" if column == "decoding" else "right")
     table.add_row("plain", f"{_median_speed(plain):.0f}", "1.00", "")

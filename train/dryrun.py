@@ -35,8 +35,8 @@ from train.recipe import FULL_NAME, Recipe
 from train.sampler import StepPlan, plan_step
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the share of a
-# large product's rate that runs of some million parameters were seen to reach.
-UTILISATION = 0.4
+# large product's rate that configs/demo.yaml was seen to reach on one core.
+UTILISATION = {"fp32": 0.6, "bf16": 0.3}
 # A random sampler's plans differ from step to step.
 NUM_PLANS = 64
 
@@ -107,7 +107,7 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
         tokens=tokens_per_step * trainer.max_steps,
         flops_per_step=flops,
         memory=memory,
-        seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION * devices),
+        seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION[dtype] * devices),
         dtype=dtype,
         gflops=gflops,
     )
@@ -196,9 +196,10 @@ def estimate_table(estimate: Estimate, recipe: Recipe) -> Table:
         f"about {_gib(memory.total)}: {_gib(state)} weights, gradients and optimizer, "
         f"{_gib(memory.activations)} activations, {_gib(memory.logits)} logits",
     )
+    share = UTILISATION[estimate.dtype]
     table.add_row(
         "time",
-        f"about {_duration(estimate.seconds)} in {estimate.dtype}, at {UTILISATION:.0%} of the "
+        f"about {_duration(estimate.seconds)} in {estimate.dtype}, at {share:.0%} of the "
         f"{estimate.gflops:,.0f} GFLOP/s that this machine was measured to do",
     )
     return table

@@ -34,6 +34,6 @@ def extract_and_prove(folder: ModelFolder, granularity: Granularity, out: Path, 
     console.print(f"{out}: {granularity}, {parameters:,} of {full:,} parameters", markup=False)
     console.print(
         f"equal in stock transformers: {parity.num_tokens} greedy tokens identical, "
-        f"logits within {parity.difference:.0e} of the largest"
+        f"logits differ by {parity.difference:.1g} of the largest"
     )
     return parity

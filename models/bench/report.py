@@ -78,7 +78,7 @@ def make_notes(rows: Sequence[Row], runs: Runs, *, num_prompts: int) -> list[str
     if any(runs.busy):
         notes.append(
             f"other programs kept the machine busy in {sum(runs.busy)} of {len(runs.busy)} rounds: "
-            "ratios hold roughly, absolute figures are too low; measure again when it is quiet"
+            "figures are too low and ratios unsure; measure again when it is quiet"
         )
     return notes
 

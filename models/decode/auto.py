@@ -22,6 +22,7 @@ from models.decode.state import Model, new_cache, score
 from models.elastic import ElasticLM
 from models.family import Member
 from models.granularity import Granularity
+from models.machine import thread_counts
 from models.probe import Work, alternate
 from models.view import View
 
@@ -31,6 +32,8 @@ NUM_POSITIONS = 64
 TIMING_BUDGET = 0.4
 # The formula leaves the host's own work out: a smaller gain than this is likely none.
 LEAST_SPEEDUP = 1.02
+# More threads must pay: fewer leave cores to others and wait less for each other.
+THREADS_MARGIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,42 @@ def known_acceptance(members: Iterable[Member], params: SamplingParams) -> dict[
 
 def measure_costs(model: ElasticLM, drafts: Mapping[str, Granularity]) -> Costs:
     """Time target passes and draft steps in turn, in about a second."""
-    context = model.config.max_position_embeddings
-    num_tokens = min(MAX_GAMMA + 1, context)
-    cache = new_cache(model, context if context < NUM_POSITIONS else NUM_POSITIONS + num_tokens)
-    cache.commit(cache.num_positions - num_tokens)
-    cells = {("target", str(m)): _pass(model, cache, m) for m in range(1, num_tokens + 1)}
+    cache = _filled_cache(model)
+    tokens = range(1, cache.num_positions - cache.length + 1)
+    cells = {("target", str(m)): _pass(model, cache, m) for m in tokens}
     cells |= {("draft", name): _pass(View(model, g), cache, 1) for name, g in drafts.items()}
     seconds = alternate(cells, budget=TIMING_BUDGET).shortest
     return Costs(
-        {m: seconds["target", str(m)] for m in range(1, num_tokens + 1)},
+        {m: seconds["target", str(m)] for m in tokens},
         {name: seconds["draft", name] for name in drafts},
     )
+
+
+def best_num_threads(model: ElasticLM, most: int) -> int:
+    """The number of threads, up to `most`, that this model's own passes on a few tokens run best at.
+
+    The machine card's number is for weights that exceed the caches; a small model's passes may be
+    over before a second thread has woken up.
+    """
+    if most == 1:
+        return 1
+    cache = _filled_cache(model)
+    tokens = {1, min(4, cache.num_positions - cache.length)}
+    passes = [_pass(model, cache, m) for m in tokens]
+    before = torch.get_num_threads()
+    cells = {num: _threaded(num, passes) for num in thread_counts(most)}
+    seconds = alternate(cells, budget=TIMING_BUDGET / 2).shortest
+    torch.set_num_threads(before)
+    return min(num for num in seconds if seconds[num] <= THREADS_MARGIN * min(seconds.values()))
+
+
+def _filled_cache(model: ElasticLM) -> KVCache:
+    """A cache as in the middle of a text, with room for a round."""
+    context = model.config.max_position_embeddings
+    num_tokens = min(MAX_GAMMA + 1, context)
+    cache = new_cache(model, min(NUM_POSITIONS + num_tokens, context))
+    cache.commit(cache.num_positions - num_tokens)
+    return cache
 
 
 def _pass(model: Model, cache: KVCache, num_tokens: int) -> Work:
@@ -123,5 +151,14 @@ def _pass(model: Model, cache: KVCache, num_tokens: int) -> Work:
     def work() -> None:
         logits_TV = score(model, [0] * num_tokens, cache, num_last=num_tokens)
         logits_TV.argmax(-1).tolist()  # decoding waits for the tokens as well
+
+    return work
+
+
+def _threaded(num_threads: int, passes: list[Work]) -> Work:
+    def work() -> None:
+        torch.set_num_threads(num_threads)
+        for one in passes:
+            one()
 
     return work

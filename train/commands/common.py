@@ -47,17 +47,37 @@ def check_json(path: Path | None) -> None:
 
 
 def open_for_decoding(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
-    """Open a model folder as the machine card advises: dtype (whose name is returned), threads and device."""
+    """Open a model folder in the dtype (whose name is returned) and with the threads that decode fastest."""
     import torch
 
+    from models.decode.auto import best_num_threads
+    from models.machine import machine_card, num_threads
+
+    folder, name = _open(path, dtype)
+    most = num_threads(machine_card(), name, purpose="decoding")
+    torch.set_num_threads(best_num_threads(folder.model, most))
+    return folder, name
+
+
+def open_for_measuring(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
+    """Open a model folder to run whole rows of text through it."""
+    import torch
+
+    from models.machine import machine_card, num_threads
+
+    folder, name = _open(path, dtype)
+    torch.set_num_threads(num_threads(machine_card(), name, purpose="training"))
+    return folder, name
+
+
+def _open(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
     from models.checkpoint import load_model
-    from models.machine import machine_card, num_threads, resolve_dtype
+    from models.machine import machine_card, resolve_dtype
     from models.probe import DTYPES
 
     card = machine_card()
     name = resolve_dtype(dtype, card, purpose="decoding")
     folder = load_model(path, dtype=DTYPES[name])
-    torch.set_num_threads(num_threads(card, name, purpose="decoding"))
     folder.model.to("cuda" if card.gpu else "cpu")
     return folder, name
 

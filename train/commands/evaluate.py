@@ -14,7 +14,7 @@ from train.commands.common import (
     ModelArgument,
     check_file,
     check_json,
-    open_for_decoding,
+    open_for_measuring,
     write_results,
 )
 from train.console import family_table, make_console
@@ -55,7 +55,7 @@ def evaluate(
     from train.data.tokenizer import load_tokenizer
     from train.data.tokens import load_rows
 
-    folder, dtype = open_for_decoding(model, dtype)
+    folder, dtype = open_for_measuring(model, dtype)
     members = choose_members(folder, granularity or [])
     tokenizer = load_tokenizer(str(model), key="MODEL")
     length = min(folder.model.config.max_position_embeddings, MAX_SEQUENCE_LENGTH)
@@ -95,7 +95,8 @@ def take_batches(rows: "Rows", num_tokens: int) -> "Iterator[tuple[Tensor, Tenso
     """Tokens and labels [B, T] of a fair sample of the rows."""
     from train.data.loader import one_pass
 
-    batch_size = max(1, BATCH_TOKENS // rows.sequence_length)
-    num_batches = -(-num_tokens // (batch_size * rows.sequence_length))
+    num_rows = -(-num_tokens // rows.sequence_length)
+    batch_size = max(1, min(num_rows, BATCH_TOKENS // rows.sequence_length))
+    num_batches = -(-num_rows // batch_size)
     for batch in itertools.islice(one_pass(rows, batch_size=batch_size), num_batches):
         yield batch.tokens_BT, batch.labels_BT

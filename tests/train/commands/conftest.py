@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from models import machine
 from train.cli import main
@@ -43,6 +44,13 @@ def quick_machine(cache: Path) -> Iterator[None]:
         patch.setattr("models.machine.measure_card", quick)
         patch.setattr("train.dryrun.measure_card", quick)
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Commands choose a number of threads of their own."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

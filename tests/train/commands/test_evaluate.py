@@ -24,7 +24,7 @@ def test_every_member_and_what_was_asked_for_is_measured(
     assert MIXED in table
     written = json.loads(results.read_text())
     members = {member["name"]: member for member in written["members"]}
-    assert list(members) == ["S", MIXED, "D", "XL"], "once each, the smallest first"
+    assert list(members) == ["S", "D", MIXED, "XL"], "once each, the smallest first"
     assert members["XL"]["match"] == 100
     assert members["XL"]["alpha"] == pytest.approx(1)
     assert members["XL"]["perplexity"] == pytest.approx(math.exp(members["XL"]["loss"]))

@@ -35,7 +35,7 @@ def test_a_member_comes_out_equal(model: Path, tmp_path: Path, capsys: pytest.Ca
         ("layers=0:9", "layer 9"),
         ("layers=2:1", "layers=2:1"),
         ("ffn=1:0.5", "ffn=1:0.5"),
-        ("ffn=1:0.5:0.5", "layer 0"),
+        ("ffn=1:0.5:0.5", "layers=1-2: ffn 128"),
         ("depth=2", "depth=2"),
     ],
 )

@@ -1,0 +1,80 @@
+"""What a run is said to cost, against counts made by hand."""
+
+import dataclasses
+
+import pytest
+
+from models.count import count_flops
+from models.granularity import Granularity
+from models.machine import MachineCard, measure_card, this_machine
+from train.dryrun import UTILISATION, estimate_run, make_config, num_devices
+from train.recipe import Recipe, load_recipe
+
+ROWS, LENGTH = 8, 64
+
+
+@pytest.fixture(scope="module")
+def card() -> MachineCard:
+    return measure_card(this_machine(), num_matrices=1, budget=0.0)
+
+
+def recipe(*overrides: str) -> Recipe:
+    small = [f"trainer.batch_size={ROWS}", f"data.sequence_length={LENGTH}", "trainer.max_steps=10"]
+    small += ["trainer.devices=1", "dtype=fp32", "model.num_hidden_layers=4", "family={S: ffn=0.25}"]
+    return load_recipe(overrides=[*small, *overrides])
+
+
+def step_flops(card: MachineCard, *overrides: str) -> float:
+    one = recipe(*overrides)
+    return estimate_run(one, make_config(one), card).flops_per_step
+
+
+def forward(granularity: str) -> int:
+    config = make_config(recipe())
+    return ROWS * count_flops(config, Granularity.parse(granularity), num_tokens=LENGTH)
+
+
+def test_every_member_on_every_row_costs_three_passes_each(card: MachineCard) -> None:
+    cost = step_flops(card, "sampler.kind=all")
+    assert cost == 3 * (forward("full") + forward("ffn=0.25"))
+
+
+def test_a_member_on_a_share_of_the_rows_costs_that_share(card: MachineCard) -> None:
+    cost = step_flops(card, "sampler.kind=rows", "sampler.share=0.25")
+    assert cost == 3 * (forward("full") + forward("ffn=0.25") / 4)
+
+
+def test_a_prefix_of_the_layers_costs_a_head(card: MachineCard) -> None:
+    one = recipe()
+    head = 2 * one.model.hidden_size * one.data.vocab_size * ROWS * LENGTH
+    cost = step_flops(card, "family={D: layers=0-1}")
+    assert cost == 3 * (forward("full") + head)
+
+
+def test_one_member_a_step_costs_its_passes_and_the_teacher(card: MachineCard) -> None:
+    always = ["sampler.kind=random", "sampler.probabilities={S: 1, XL: 0}"]
+    assert step_flops(card, *always) == forward("full") + 3 * forward("ffn=0.25")
+
+
+def test_accumulation_takes_time_and_no_memory(card: MachineCard) -> None:
+    once, twice = recipe(), recipe("trainer.accumulate_grad_batches=2")
+    config = make_config(once)
+    ours, theirs = estimate_run(once, config, card), estimate_run(twice, config, card)
+    assert ours.tokens == 10 * ROWS * LENGTH
+    assert theirs.tokens == 2 * ours.tokens
+    assert theirs.seconds == pytest.approx(2 * ours.seconds)
+    assert theirs.memory == ours.memory
+
+
+def test_time_follows_the_measured_rate(card: MachineCard) -> None:
+    one = recipe()
+    estimate = estimate_run(one, make_config(one), card)
+    rate = card.device.dtypes["fp32"].product_gflops * 1e9 * UTILISATION["fp32"]
+    assert estimate.seconds == pytest.approx(10 * estimate.flops_per_step / rate)
+
+
+@pytest.mark.parametrize(("devices", "count"), [("1", 1), ("3", 3), ("[0,2]", 2), ("0,1,2", 3), ("auto", 1)])
+def test_devices_are_counted(devices: str, count: int) -> None:
+    one = recipe()
+    trainer = dataclasses.replace(one.trainer, devices=devices, accelerator="cpu", num_nodes=2)
+    assert num_devices(dataclasses.replace(one, trainer=trainer)) == 2 * count
