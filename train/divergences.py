@@ -104,7 +104,7 @@ def neg_log_alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature
     tensor([0.6931])
     """
     p_NV, q_NV = _law(target_logits_NV, temperature), _law(draft_logits_NV, temperature)
-    return _overlap(p_NV, q_NV).clamp_min(TINY).reciprocal().log()
+    return 0.0 - _overlap(p_NV, q_NV).clamp_min(TINY).log()  # a plain minus would give -0.0 at p = q
 
 
 def kl_tv(

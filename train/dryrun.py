@@ -237,7 +237,7 @@ def _gib(num_bytes: int) -> str:
 def _duration(seconds: float) -> str:
     """A duration in its two largest units.
 
-    >>> _duration(42), _duration(3700), _duration(200000)
+    >>> _duration(42), _duration(3720), _duration(200000)
     ('42 s', '1 h 02 min', '2 d 08 h')
     """
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400

@@ -4,6 +4,7 @@ Who trains is train/sampler.py, what they minimise is train/objective.py and tra
 optimizer is train/optim.py; everything optional is a callback.
 """
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ class JointModule(pl.LightningModule):
         self.first_step = first_step
         self.losses: dict[str, Tensor] = {}
         self.gradient_norm = torch.zeros(())
+        self.batch_ended: float | None = None
 
     @property
     def step(self) -> int:
@@ -70,6 +72,10 @@ class JointModule(pl.LightningModule):
             self.losses = {}
         for name, loss in losses.items():
             self.losses[name] = self.losses.get(name, loss.new_zeros(())) + loss.detach()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Called after every callback's hook: from here until the next batch the run waits for data."""
+        self.batch_ended = time.perf_counter()
 
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule that is a function of the absolute step."""

@@ -71,9 +71,10 @@ def test_gradients_are_finite_on_both_sides(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_laws_that_share_no_token_have_a_finite_value_and_gradient(name: str) -> None:
-    p = torch.tensor([[0.0, 1.0, -INF, -INF]], requires_grad=True)
-    q = torch.tensor([[-INF, -INF, 2.0, 0.0]], requires_grad=True)
+@pytest.mark.parametrize("rest", [-INF, -80.0, -48.0], ids=["nothing", "1e-35", "1e-21"])
+def test_laws_that_share_hardly_a_token_have_a_finite_value_and_gradient(name: str, rest: float) -> None:
+    p = torch.tensor([[0.0, 1.0, rest, rest]], requires_grad=True)
+    q = torch.tensor([[rest, rest, 2.0, 0.0]], requires_grad=True)
     value = DIVERGENCES[name](p, q)
     value.sum().backward()
     assert 0.5 < value.item() < 88
@@ -141,7 +142,7 @@ def test_a_divergence_is_its_definition(name: str, pair: tuple[Tensor, Tensor], 
     torch.testing.assert_close(ours, torch.tensor(theirs), atol=FP32_ATOL, rtol=1e-4)
 
 
-@given(pair=finite_pairs, beta=st.floats(0.05, 0.95), skew=st.floats(0.0, 0.95), eta=st.floats(0.0, 9.0))
+@given(pair=finite_pairs, beta=st.floats(0.05, 0.95), skew=st.floats(0.001, 0.95), eta=st.floats(0.0, 9.0))
 def test_settings_mean_what_the_papers_mean(
     pair: tuple[Tensor, Tensor], beta: float, skew: float, eta: float
 ) -> None:

@@ -82,21 +82,22 @@ class Metrics(pl.Callback):
         self.tokens = tokens
         self.every = every
         self.latest: dict[str, float] = {}
+        self._lr = self._training = self._waiting = 0.0
         self._window_tokens = 0
-        self._window_start = self._started = time.perf_counter()
-        self._waiting = self._lr = 0.0
-        self._batch_end = self._started
+        self._started = self._batch_start = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clocks once set-up is over."""
-        self._window_start = self._started = self._batch_end = time.perf_counter()
+        """Start the clock once set-up is over."""
+        self._started = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """The time since the last batch ended was spent waiting for data."""
+        """The time since the last batch and all that followed it went into waiting for data."""
+        assert isinstance(pl_module, JointModule)
+        self._batch_start = time.perf_counter()
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self._waiting += time.perf_counter() - self._batch_end
+        self._waiting += self._batch_start - (pl_module.batch_ended or self._batch_start)
 
     def on_train_batch_end(
         self,
@@ -108,23 +109,24 @@ class Metrics(pl.Callback):
     ) -> None:
         """Count tokens; at the end of every n-th step write a line."""
         assert isinstance(pl_module, JointModule)
-        self._batch_end = time.perf_counter()
+        now = time.perf_counter()
+        self._training += now - self._batch_start
         num_tokens = batch.tokens_BT.numel() * trainer.world_size
         self.tokens += num_tokens
         self._window_tokens += num_tokens
         if (batch_idx + 1) % trainer.accumulate_grad_batches or pl_module.step % self.every:
             return
-        elapsed = self._batch_end - self._window_start
+        elapsed = self._training + self._waiting
         line = {
             "tokens": self.tokens,
-            "seconds": self._batch_end - self._started,
+            "seconds": now - self._started,
             "lr": self._lr,
             "gradient_norm": _number(pl_module.gradient_norm),
             "tokens_per_second": self._window_tokens / elapsed,
             "data_wait": self._waiting / elapsed,
             **{f"loss/{name}": _number(loss) for name, loss in pl_module.losses.items()},
         }
-        self._window_tokens, self._window_start, self._waiting = 0, time.perf_counter(), 0.0
+        self._window_tokens, self._training, self._waiting = 0, 0.0, 0.0
         self.latest = line
         if trainer.is_global_zero:
             self.lines.write("train", pl_module.step, line)

@@ -47,7 +47,7 @@ def test_a_cheap_draft_beats_a_better_one_that_costs_too_much() -> None:
 
 
 def test_a_dear_verification_shortens_the_round() -> None:
-    flat = Costs({m: 1.0 for m in range(1, 9)}, {"S": 0.1})
+    flat = Costs(dict.fromkeys(range(1, 9), 1.0), {"S": 0.1})
     steep = Costs({m: 0.5 + 0.5 * m for m in range(1, 9)}, {"S": 0.1})
     longer, shorter = choose_draft({"S": 0.9}, flat), choose_draft({"S": 0.9}, steep)
     assert longer is not None

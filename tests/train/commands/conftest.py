@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from models import machine
 from train.cli import main
@@ -38,19 +37,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def quick_machine(cache: Path) -> Iterator[None]:
     """Nothing outside the tests' own folders is written, and the machine is measured in no time."""
-    quick = functools.partial(machine.measure_card, num_matrices=1, budget=0.0)
+    quick = functools.cache(functools.partial(machine.measure_card, num_matrices=1, budget=0.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setattr("models.machine.measure_card", quick)
         patch.setattr("train.dryrun.measure_card", quick)
+        # Cores are shared with whatever else runs: a second thread would mostly wait.
+        for module in ("models.machine", "train.demo"):
+            patch.setattr(f"{module}.num_threads", lambda *_, **__: 1)
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Commands choose a number of threads of their own."""
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

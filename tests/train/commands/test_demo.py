@@ -21,6 +21,8 @@ SMALL = [
     "trainer.max_steps=2",
     "trainer.batch_size=2",
     "trainer.limit_val_batches=1",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=1",
     "tracking.wandb=disabled",
 ]
 
