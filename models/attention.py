@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from models.cache import Memory, Reading
 from models.config import ElasticConfig
-from models.layers import RMSNorm, nested_linear, rotate
+from models.layers import NestedLinear, NestedMap, RMSNorm, rotate
 
 
 class Attention(nn.Module):
@@ -22,10 +22,10 @@ class Attention(nn.Module):
         size, bias = config.hidden_size, config.attention_bias
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(size, queries, bias=bias)
-        self.k_proj = nn.Linear(size, keys, bias=bias)
-        self.v_proj = nn.Linear(size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, size, bias=False)
+        self.q_proj: NestedMap = NestedLinear(size, queries, bias=bias)
+        self.k_proj: NestedMap = NestedLinear(size, keys, bias=bias)
+        self.v_proj: NestedMap = NestedLinear(size, keys, bias=bias)
+        self.o_proj: NestedMap = NestedLinear(queries, size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -36,7 +36,10 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         memory: Memory | None,
     ) -> Tensor:
-        """Map [B, T, D] to [B, T, D]; `memory` takes the new keys and values and says what to read."""
+        """Map [B, T, D] to [B, T, D]; `memory` takes the new keys and values and says what to read.
+
+        The scores are computed in the dtype of what is read, which may be wider than this pass's.
+        """
         num_rows, num_tokens, size = x_BTD.shape
         heads = groups * self.heads_per_group
         q_BHTK = self._project(x_BTD, self.q_proj, heads, self.q_norm)
@@ -46,14 +49,14 @@ class Attention(nn.Module):
         reading = Reading(k_BGTK, v_BGTK, None)
         if memory is not None:
             reading = memory.extend(self.layer, k_BGTK, v_BGTK)
-        mixed_BHTK = attend(q_BHTK, reading)
+        mixed_BHTK = attend(q_BHTK.to(reading.k_BGSK.dtype), reading).to(x_BTD.dtype)
         width = heads * self.head_dim
         mixed_BTW = mixed_BHTK.transpose(1, 2).reshape(num_rows, num_tokens, width)
-        return nested_linear(mixed_BTW, self.o_proj, rows=size, columns=width)
+        return self.o_proj.prefix(mixed_BTW, rows=size, columns=width)
 
-    def _project(self, x_BTD: Tensor, linear: nn.Linear, heads: int, norm: RMSNorm | None) -> Tensor:
+    def _project(self, x_BTD: Tensor, linear: NestedMap, heads: int, norm: RMSNorm | None) -> Tensor:
         rows = heads * self.head_dim
-        y_BTW = nested_linear(x_BTD, linear, rows=rows, columns=x_BTD.shape[-1])
+        y_BTW = linear.prefix(x_BTD, rows=rows, columns=x_BTD.shape[-1])
         y_BTHK: Tensor = y_BTW.unflatten(-1, (heads, self.head_dim))
         if norm is not None:
             y_BTHK = norm(y_BTHK)

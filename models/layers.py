@@ -3,6 +3,8 @@
 D model, F ffn, K head dim, T positions.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,20 +25,31 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def nested_linear(x: Tensor, linear: nn.Linear, *, rows: int, columns: int) -> Tensor:
-    """Apply the prefix `weight[:rows, :columns]` of a linear map.
+class NestedMap(Protocol):
+    """A linear map every prefix of which is a map of its own."""
+
+    def prefix(self, x: Tensor, *, rows: int, columns: int) -> Tensor:
+        """Apply the prefix `weight[:rows, :columns]`."""
+        ...
+
+
+class NestedLinear(nn.Linear):
+    """A linear map whose prefixes are slices of its weight.
 
     A slice is a view: nothing is copied, and at full size the weight itself is used, so that
     nesting costs the full model nothing.
     """
-    weight: Tensor = linear.weight
-    bias: Tensor | None = linear.bias
-    if columns != weight.shape[1]:
-        weight = weight[:, :columns]
-    if rows != weight.shape[0]:
-        weight = weight[:rows]
-        bias = None if bias is None else bias[:rows]
-    return F.linear(x, weight, bias)
+
+    def prefix(self, x: Tensor, *, rows: int, columns: int) -> Tensor:
+        """See `NestedMap`."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if columns != weight.shape[1]:
+            weight = weight[:, :columns]
+        if rows != weight.shape[0]:
+            weight = weight[:rows]
+            bias = None if bias is None else bias[:rows]
+        return F.linear(x, weight, bias)
 
 
 class MLP(nn.Module):
@@ -45,16 +58,16 @@ class MLP(nn.Module):
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__()
         size, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(size, hidden, bias=False)
-        self.up_proj = nn.Linear(size, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, size, bias=False)
+        self.gate_proj: NestedMap = NestedLinear(size, hidden, bias=False)
+        self.up_proj: NestedMap = NestedLinear(size, hidden, bias=False)
+        self.down_proj: NestedMap = NestedLinear(hidden, size, bias=False)
 
     def forward(self, x_BTD: Tensor, ffn: int) -> Tensor:
         """Map [B, T, D] to [B, T, D] through the first `ffn` neurons."""
         size = x_BTD.shape[-1]
-        gate_BTF = F.silu(nested_linear(x_BTD, self.gate_proj, rows=ffn, columns=size))
-        up_BTF = nested_linear(x_BTD, self.up_proj, rows=ffn, columns=size)
-        return nested_linear(gate_BTF * up_BTF, self.down_proj, rows=size, columns=ffn)
+        gate_BTF = F.silu(self.gate_proj.prefix(x_BTD, rows=ffn, columns=size))
+        up_BTF = self.up_proj.prefix(x_BTD, rows=ffn, columns=size)
+        return self.down_proj.prefix(gate_BTF * up_BTF, rows=size, columns=ffn)
 
 
 class Rotary(nn.Module):

@@ -152,7 +152,8 @@ def resolve_dtype(name: str, card: MachineCard, *, purpose: Purpose) -> str:
     if name == "auto":
         return training_dtype(card) if purpose == "training" else decoding_dtype(card)
     if name not in DTYPES:
-        raise UsageError(f"dtype={name} is not known; choose from auto, {', '.join(DTYPES)}")
+        known = [*DTYPES, "int8"] if purpose == "decoding" else DTYPES  # int8 is no dtype of weights
+        raise UsageError(f"dtype={name} is not known; choose from auto, {', '.join(known)}")
     return name
 
 

@@ -21,6 +21,7 @@ from models.decode.sampling import SamplingParams
 from models.decode.state import elastic_model
 from models.extract import extract
 from models.huggingface import load_stock, to_hugging_face
+from models.quantize import INT8
 
 LOOKUP_TOKENS = 10
 """Drafted by prompt lookup: what transformers takes by itself."""
@@ -110,7 +111,9 @@ def make_cells(target: Target, params: SamplingParams, drafts: Sequence[DraftCho
     """
     for choice in drafts:
         choice.draft.check(target.model)
-    labelled = [*_ours(target, params, drafts), *_theirs(target, params, drafts)]
+    labelled = [*_ours(target, params, drafts)]
+    if target.dtype != INT8:  # theirs would be another model: the weights before they were quantized
+        labelled += _theirs(target, params, drafts)
     common: dict[str, Any] = {"dtype": target.dtype, "temperature": params.temperature}
     engines = {Label(**common, **label): engine for label, engine in labelled}  # each once
     return [
@@ -139,7 +142,8 @@ def _theirs(target: Target, params: SamplingParams, drafts: Sequence[DraftChoice
     for choice in drafts:
         assistant = target.assistant(choice)
         if assistant is not None:
-            label = {"engine": "transformers", "mode": "assisted", "draft": choice.name}
+            name = choice.name.rpartition("@")[0] or choice.name  # their draft runs in the target's dtype
+            label = {"engine": "transformers", "mode": "assisted", "draft": name}
             yield {**label, "schedule": "default"}, engine(assistant=assistant)
             constant = engine(assistant=assistant, schedule=_constant(choice.gamma))
             yield {**label, "schedule": "constant", "gamma": choice.gamma}, constant

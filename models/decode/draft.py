@@ -1,6 +1,7 @@
 """Drafts propose the tokens that the target verifies. Any draft is safe; a good one is fast.
 
     NestedDraft   a member of the target, in place: no weights, no prefill and no cache of its own
+                  (or packed in another precision: models/quantize.py; the weights are then a copy)
     ModelDraft    a model of its own, or a member that reads its own keys and values
 
 A nested draft reads the target's keys and values of the settled positions. Its own, for the few
@@ -53,7 +54,8 @@ class NestedDraft:
     def check(self, target: Model) -> None:
         """See `Draft`."""
         whole = elastic_model(target)
-        assert self.view.model is whole, "a nested draft is a view of its target's weights"
+        ours, theirs = self.view.model.model.embed_tokens.weight, whole.model.embed_tokens.weight
+        assert ours is theirs, "a nested draft is a view of its target's weights, or of a packed copy"
         granularity = target.granularity if isinstance(target, View) else FULL
         if not granularity.resolve(whole.config).contains(self.view.plan):
             raise UsageError(

@@ -27,7 +27,7 @@ def bench(
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="G|auto|none|DIR",
+            metavar="G[@int8|bf16]|auto|none|DIR",
             help="What drafts: a member, the best one here, nothing, or another model folder; repeatable. "
             "Default: auto.",
         ),
@@ -50,7 +50,7 @@ def bench(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(metavar="auto|fp32|bf16", help="Of the weights; repeatable. Default: auto."),
+        typer.Option(metavar="auto|fp32|bf16|int8", help="Of the weights; repeatable. Default: auto."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Times that everything runs; figures are medians.")] = 5,
     json: JsonOption = None,

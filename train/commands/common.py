@@ -20,7 +20,10 @@ JsonOption = Annotated[
 ]
 DtypeOption = Annotated[
     str,
-    typer.Option(metavar="auto|fp32|bf16", help="Of the weights; auto takes the fastest one here."),
+    typer.Option(
+        metavar="auto|fp32|bf16|int8",
+        help="Of the weights; auto takes the fastest of fp32 and bf16 here, int8 is another model.",
+    ),
 ]
 
 
@@ -71,15 +74,24 @@ def open_for_measuring(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
 
 
 def _open(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
+    """Open a model folder in a dtype, whose name is returned; `auto` asks the machine card.
+
+    An int8 model runs packed, on the CPU: its rows are scaled one by one, so that it has a law of its own.
+    """
+    import dataclasses
+
     from models.checkpoint import load_model
     from models.machine import machine_card, resolve_dtype
     from models.probe import DTYPES
+    from models.quantize import INT8, pack
 
     card = machine_card()
-    name = resolve_dtype(dtype, card, purpose="decoding")
-    folder = load_model(path, dtype=DTYPES[name])
+    stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, card, purpose="decoding")
+    folder = load_model(path, dtype=DTYPES[stored])
+    if dtype == INT8:
+        return dataclasses.replace(folder, model=pack(folder.model, INT8)), INT8
     folder.model.to("cuda" if card.gpu else "cpu")
-    return folder, name
+    return folder, stored
 
 
 def write_results(path: Path | None, results: Mapping[str, Any], *, dtypes: Mapping[str, str]) -> None:

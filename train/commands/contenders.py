@@ -10,6 +10,7 @@ from models.bench.prompts import HEADINGS, beginnings, check_room, encode_prompt
 from models.checkpoint import ModelFolder
 from models.decode.sampling import SamplingParams
 from models.errors import NestlingError
+from models.quantize import INT8
 from train.commands.common import open_for_decoding
 from train.commands.drafting import choose_drafting
 from train.data.corpus import open_corpus
@@ -68,6 +69,9 @@ def choose_cells(
         for params in laws:
             chosen = _drafts(target, params, drafts, gamma, notes)
             cells += make_cells(target, params, chosen)
+            if target.dtype == INT8:
+                notes.append("int8 is a model of its own: transformers, which would run another, is left out")
+                continue
             notes += [
                 f"{choice.name} has unequal layers, which no stock model holds: transformers has no assistant"
                 for choice in chosen

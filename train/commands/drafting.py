@@ -1,4 +1,7 @@
-"""What `--draft` means: a member of the family, the best one on this machine, nothing, or another folder."""
+"""What `--draft` means: a member of the family, the best one on this machine, nothing, or another folder.
+
+A member or folder may carry its precision, as in `S@int8`: any precision is a legal draft.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +11,8 @@ from models.decode.auto import choose_draft, known_acceptance, measure_costs
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.sampling import SamplingParams
 from models.errors import UsageError
-from models.granularity import Granularity
+from models.granularity import FULL, Granularity
+from models.quantize import pack, packed_bytes, split_precision
 from models.view import View
 
 DEFAULT_GAMMA = 4
@@ -22,7 +26,9 @@ class Drafting:
     name: str
     gamma: int
     note: str = ""
-    """Why, in a few words, if it was chosen for the user."""
+    """Why, in a few words, if it was chosen for the user; or what it costs besides time."""
+    extra_bytes: int = 0
+    """Of weights that only the draft has."""
 
 
 def choose_drafting(folder: ModelFolder, text: str, gamma: int | None, params: SamplingParams) -> Drafting:
@@ -37,18 +43,55 @@ def choose_drafting(folder: ModelFolder, text: str, gamma: int | None, params: S
     if text == "auto":
         return _automatic(folder, gamma, params)
     number = DEFAULT_GAMMA if gamma is None else gamma
-    if text in folder.family or text == "full" or "=" in text:
-        return Drafting(draft=_nested(folder, text), name=text, gamma=number)
-    if not Path(text).is_dir():
+    if Path(text).is_dir() and text not in folder.family:
+        return _separate(folder, text, None, number)  # a folder's name may hold anything
+    name, precision = split_precision(text)
+    if name in folder.family or name == "full" or "=" in name:
+        return nested_drafting(folder, text, number)
+    if not Path(name).is_dir():
         raise UsageError(
             f"--draft {text} is neither a member of the family nor a folder; choose from "
             f"{', '.join(folder.family)}, auto and none, write a granularity out as in ffn=0.25, "
-            "or give a model folder"
+            "or give a model folder; each may carry a precision, as in S@int8"
         )
-    dtype = folder.model.model.embed_tokens.weight.dtype
-    other = load_model(text, dtype=dtype)
+    return _separate(folder, name, precision, number)
+
+
+def nested_drafting(folder: ModelFolder, text: str, gamma: int, note: str = "") -> Drafting:
+    """A member of the model as its draft, in the precision that follows its `@`, else the model's own.
+
+    Raises:
+        UsageError: if it is none, or cannot run in this precision here.
+    """
+    name, precision = split_precision(text)
+    granularity = Granularity.parse(name, folder.family)
+    model = folder.model if precision is None else pack(folder.model, precision, granularity)
+    extra_bytes = 0 if precision is None else packed_bytes(model)
+    return Drafting(
+        draft=NestedDraft(View(model, granularity)),
+        name=text,
+        gamma=gamma,
+        note=", ".join(filter(None, [note, _weights(extra_bytes)])),
+        extra_bytes=extra_bytes,
+    )
+
+
+def _separate(folder: ModelFolder, path: str, precision: str | None, gamma: int) -> Drafting:
+    other = load_model(path, dtype=folder.model.model.embed_tokens.weight.dtype)
     _check_same_tokens(folder, other)
-    return Drafting(draft=ModelDraft(other.model), name=text, gamma=number)
+    model = other.model if precision is None else pack(other.model, precision, FULL)
+    extra_bytes = sum(weight.nbytes for weight in other.model.parameters()) + packed_bytes(model)
+    return Drafting(
+        draft=ModelDraft(model),
+        name=f"{path}@{precision}" if precision else path,
+        gamma=gamma,
+        note=_weights(extra_bytes),
+        extra_bytes=extra_bytes,
+    )
+
+
+def _weights(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB of its own" if num_bytes else ""
 
 
 def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams) -> Drafting:
@@ -61,15 +104,11 @@ def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams) -
     if best is None:
         return Drafting(draft=None, name="none", gamma=0, note="plain decoding is faster here")
     return Drafting(
-        draft=_nested(folder, family[best.name]),
+        draft=nested_drafting(folder, family[best.name], best.gamma).draft,
         name=best.name,
         gamma=best.gamma if gamma is None else gamma,
         note=f"{best.speedup:.2f}x predicted",
     )
-
-
-def _nested(folder: ModelFolder, text: str) -> NestedDraft:
-    return NestedDraft(View(folder.model, Granularity.parse(text, folder.family)))
 
 
 def _check_same_tokens(target: ModelFolder, draft: ModelFolder) -> None:

@@ -42,7 +42,7 @@ def evaluate(
         typer.Option(metavar="G", help="Also measure this one, trained or not; repeatable."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Measure about this many tokens; 0: all.")] = 100_000,
-    dtype: Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="Of the weights.")] = "fp32",
+    dtype: Annotated[str, typer.Option(metavar="auto|fp32|bf16|int8", help="Of the weights.")] = "fp32",
     json: JsonOption = None,
 ) -> None:
     """Measure every member on a text: loss, perplexity, match, KL and alpha."""

@@ -29,7 +29,7 @@ def generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            metavar="G|auto|none|DIR",
+            metavar="G[@int8|bf16]|auto|none|DIR",
             help="What drafts: a member, the best one here, nothing, or another model folder. "
             "Default: auto; none when sampling, where each draft gives another text for a seed.",
         ),
@@ -77,6 +77,7 @@ def generate(
     make_console(stderr=True).print(_summary(result.report, drafting, dtype), style="dim")
     asked = {"prompt": prompt, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     asked |= {"seed": seed, "draft": drafting.name, "gamma": drafting.gamma, "dtype": dtype}
+    asked |= {"draft_extra_bytes": drafting.extra_bytes}
     write_results(json, {**result.as_dict(), **asked}, dtypes={"model": dtype})
 
 

@@ -17,6 +17,7 @@ from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import Granularity
+from models.quantize import pack
 from models.view import View
 
 PROMPTS = [[1, 2, 3], [4, 5, 4, 5, 4]]
@@ -43,6 +44,23 @@ def separate(target: Target) -> DraftChoice:
     model = ElasticLM(small)
     model.init_weights(torch.Generator().manual_seed(1))
     return DraftChoice(name="folder", draft=ModelDraft(model.eval()), gamma=2)
+
+
+def test_what_transformers_cannot_run_in_int8_is_left_out_and_its_draft_runs_in_the_targets_dtype(
+    tiny_model: ElasticLM, tmp_path: Path
+) -> None:
+    folder = load_model(save_model(tmp_path / "model", tiny_model))
+    view = View(pack(folder.model, "int8"), Granularity.parse("S"))
+    choice = DraftChoice(name="S@int8", draft=NestedDraft(view), gamma=2)
+    labels = {}
+    for dtype in ("fp32", "int8"):
+        target = Target(folder, dtype=dtype, num_threads=1, scratch=tmp_path)
+        labels[dtype] = [cell.label for cell in make_cells(target, GREEDY, [choice])]
+    assert {(label.engine, label.draft) for label in labels["int8"]} == {
+        ("nestling", None),
+        ("nestling", "S@int8"),
+    }
+    assert {label.draft for label in labels["fp32"] if label.mode == "assisted"} == {"S"}
 
 
 def test_every_engine_writes_the_greedy_ids_of_plain_decoding(target: Target) -> None:

@@ -12,6 +12,7 @@ from models.decode.state import State, new_cache, score
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import Granularity
+from models.quantize import pack
 from models.view import View
 
 ModelMaker = Callable[..., ElasticLM]
@@ -92,10 +93,12 @@ def test_a_nested_draft_reads_the_targets_keys_and_values_of_what_is_settled(
     assert (proposal.laws[0] - own_V).abs().max() > 1e-3
 
 
-def test_a_nested_draft_leaves_the_settled_positions_alone(model: ElasticLM) -> None:
+@pytest.mark.parametrize("precision", [None, "int8", "bf16"])
+def test_a_nested_draft_leaves_the_settled_positions_alone(precision: str | None, model: ElasticLM) -> None:
     state = settled(model, [1, 2, 3, 4])
     before = [store.clone() for layer in range(4) for store in state.cache.read(layer)]
-    propose(NestedDraft(View(model, Granularity.parse("heads=0.5"))), state)
+    member = model if precision is None else pack(model, precision)
+    propose(NestedDraft(View(member, Granularity.parse("heads=0.5"))), state)
     after = [store for layer in range(4) for store in state.cache.read(layer)]
     assert state.cache.length == 3
     for ours, theirs in zip(after, before, strict=True):

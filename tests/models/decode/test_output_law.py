@@ -23,6 +23,7 @@ from models.decode.sampling import SamplingParams, law
 from models.decode.state import Model, State
 from models.elastic import ElasticLM
 from models.granularity import Granularity
+from models.quantize import pack
 from models.view import View
 
 Law = dict[tuple[int, ...], float]
@@ -50,11 +51,19 @@ def own_cache(model: ElasticLM, _: MakeModel) -> Draft:
     return ModelDraft(View(model, Granularity.parse("layers=1")))
 
 
+def packed(text: str, precision: str) -> Callable[[ElasticLM, MakeModel], Draft]:
+    granularity = Granularity.parse(text)
+    return lambda model, _: NestedDraft(View(pack(model, precision, granularity), granularity))
+
+
 DRAFTS = {
     "narrow": nested("ffn=0.125,heads=0.5"),
     "first layer": nested("layers=0"),
     "last layer": nested("ffn=0.5,layers=1"),
     "whole target": nested("full"),
+    "narrow in int8": packed("ffn=0.125,heads=0.5", "int8"),
+    "whole target in int8": packed("full", "int8"),
+    "last layer in bf16": packed("ffn=0.5,layers=1", "bf16"),
     "own cache": own_cache,
     "hostile": hostile,
 }
