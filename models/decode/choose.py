@@ -151,13 +151,19 @@ def make_chooser(params: SamplingParams, random: Random, verifier: str | Verifie
     Raises:
         UsageError: if there is no verifier of this name.
     """
-    if isinstance(verifier, str) and verifier not in VERIFIER_NAMES:
-        raise UsageError(f"--verifier {verifier!r} is none of {', '.join(VERIFIER_NAMES)}")
+    if isinstance(verifier, str):
+        check_verifier(verifier)
     if params.is_greedy:
         return Greedy(params)
     if verifier == COUPLED:
         return Coupled(params, random)
     return Sampled(params, random, VERIFIERS[verifier] if isinstance(verifier, str) else verifier)
+
+
+def check_verifier(name: str) -> None:
+    """Raise UsageError unless there is a verifier of this name."""
+    if name not in VERIFIER_NAMES:
+        raise UsageError(f"--verifier {name!r} is none of {', '.join(VERIFIER_NAMES)}")
 
 
 def _draft_logits(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:

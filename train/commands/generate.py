@@ -65,11 +65,12 @@ def generate(
     """Continue a text; speculative decoding follows the full model's law whatever drafts."""
     check_json(json)
     _check_texts(prompt, stop or [])
-    from models.decode.choose import COUPLED
+    from models.decode.choose import COUPLED, check_verifier
     from models.decode.sampling import SamplingParams
     from models.decode.text import stream_text
     from train.commands.drafting import choose_drafting
 
+    check_verifier(verifier)
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
