@@ -150,13 +150,16 @@ DEFAULT_SCHEDULE = {
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
     """Every setting is given: those that are left out differ between the libraries (top_k is 50 there)."""
+    penalty = {"repetition_penalty": params.repetition_penalty}
     if params.is_greedy:
-        return {"do_sample": False}
+        return {"do_sample": False, **penalty}
     return {
         "do_sample": True,
+        **penalty,
         "temperature": params.temperature,
         "top_k": params.top_k,
         "top_p": params.top_p,
+        "min_p": params.min_p,
     }
 
 

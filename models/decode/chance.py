@@ -1,15 +1,20 @@
-"""Every random choice of decoding, behind three verbs.
+"""Every random choice of decoding, behind four verbs.
 
 The draft's tokens, the acceptance and the target's tokens (residual and bonus) come from three
 separate streams: a draft that takes more or fewer numbers must not move the numbers that acceptance
-sees. Tests put an object here that tries every choice in turn, which gives the engine's exact output
-law without sampling.
+sees. `models/measure/laws.py` puts an object here that tries every choice in turn, which gives the
+engine's exact output law without sampling.
+
+The fourth verb is for `coupled` decoding: noise that belongs to a position of the text and not to
+who asks for it, so that draft and target choose by the same numbers.
 """
 
 import math
 import random
+from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +34,10 @@ class Random(Protocol):
         """A token from the target's law or from a residual of it."""
         ...
 
+    def noise(self, position: int, num_tokens: int) -> Tensor:
+        """Gumbel noise [V] of a position of the text: the same however often it is asked for."""
+        ...
+
 
 class SeededRandom:
     """The same seed makes the same choices, on any device.
@@ -40,6 +49,7 @@ class SeededRandom:
     """
 
     def __init__(self, seed: int) -> None:
+        self._seed = seed
         self._draft = random.Random(f"{seed}/draft")
         self._accept = random.Random(f"{seed}/accept")
         self._target = random.Random(f"{seed}/target")
@@ -55,6 +65,30 @@ class SeededRandom:
     def target(self, probs_V: Tensor) -> int:
         """See `Random`."""
         return _invert(probs_V, self._target.random())
+
+    def noise(self, position: int, num_tokens: int) -> Tensor:
+        """See `Random`."""
+        return gumbel_noise(self._seed, position, num_tokens)
+
+
+# The draft asks for a position's noise, then the target does: a few rounds' worth is kept.
+@lru_cache(maxsize=64)
+def gumbel_noise(seed: int, position: int, num_tokens: int, *, row: int = 0) -> Tensor:
+    """Standard Gumbel noise [num_tokens] in float64, a pure function of its arguments.
+
+    Philox (Salmon et al. 2011) turns a key (seed, row) and a counter (position, index) into integers,
+    the same on every machine; nothing is carried from one position to the next.
+
+    >>> gumbel_noise(7, 3, 4).equal(gumbel_noise(7, 3, 8)[:4])
+    True
+    """
+    key = np.array([seed % 2**64, row], dtype=np.uint64)
+    # The generator counts up from the first word: the last one keeps positions apart.
+    counter = np.array([0, 0, 0, position], dtype=np.uint64)
+    raw = np.random.Philox(key=key, counter=counter).random_raw(num_tokens)
+    # 52 bits and a half step: strictly between 0 and 1, and exact in float64.
+    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return torch.from_numpy(-np.log(-np.log(uniform)))
 
 
 def _invert(probs_V: Tensor, uniform: float) -> int:

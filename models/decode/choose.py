@@ -1,11 +1,16 @@
-"""How tokens are chosen from logits: greedily, or drawn from a law.
+"""How tokens are chosen from logits: greedily, drawn from a law, or by noise that both models share.
 
-Greedy decoding compares ids and never builds a law; sampling keeps each q as it was drawn from, for
-verification. Both give the same `Verdict`.
+    Greedy    compares ids and never builds a law
+    Sampled   draws from the laws, and keeps each q as it was drawn from, for verification
+    Coupled   adds the position's own Gumbel noise to the log law and takes the largest, which is a draw
+              from that law; the draft guesses what the target takes there. The output is therefore
+              token for token that of plain decoding with the same seed, whatever drafts
+              (Daliri, Musco and Suresh, https://arxiv.org/abs/2408.07978)
 
-T positions, V vocabulary; p target, q draft.
+All three give the same `Verdict`. T positions, V vocabulary; p target, q draft.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,14 +19,19 @@ from torch import Tensor
 
 from models.decode.accept import VERIFIERS, Verifier, match
 from models.decode.chance import Random
-from models.decode.sampling import SamplingParams, law
+from models.decode.sampling import SamplingParams, law, penalise
 from models.errors import UsageError
+
+COUPLED = "coupled"
+VERIFIER_NAMES = (*VERIFIERS, COUPLED)
 
 
 @dataclass
 class Proposal:
     """Drafted tokens and the laws [V] that they were drawn from (none are kept when greedy)."""
 
+    prefix: Sequence[int]
+    """The settled tokens that these follow, from the first of the prompt."""
     ids: list[int] = field(default_factory=list)
     laws: list[Tensor] = field(default_factory=list)
 
@@ -49,17 +59,22 @@ class Chooser(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Greedy:
     """The likeliest token, the lowest id among equals."""
 
+    params: SamplingParams
+
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""
-        proposal.ids.append(int(logits_V.argmax()))  # a sync: the next draft step needs it
+        x_V = _draft_logits(logits_V, proposal, self.params)
+        proposal.ids.append(int(x_V.argmax()))  # a sync: the next draft step needs it
         return proposal.ids[-1]
 
     def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
         """See `Chooser`; the overlap of two certain laws is 1 or 0."""
-        kept = match(logits_TV.argmax(-1).tolist(), proposal.ids)  # the round's only sync
+        x_TV = penalise(logits_TV, self.params, proposal.prefix, proposal.ids)
+        kept = match(x_TV.argmax(-1).tolist(), proposal.ids)  # the round's only sync
         num_accepted = len(kept) - 1
         num_rejected = num_accepted < len(proposal.ids)
         return Verdict(kept, [1.0] * num_accepted + [0.0] * num_rejected)
@@ -75,20 +90,54 @@ class Sampled:
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""
-        q_V = law(logits_V, self.params)
+        q_V = _draft_law(logits_V, proposal, self.params)
         proposal.laws.append(q_V)
         proposal.ids.append(self.random.draft(q_V))
         return proposal.ids[-1]
 
     def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
         """See `Chooser`."""
-        p_TV = law(logits_TV, self.params)
+        p_TV = _target_laws(logits_TV, proposal, self.params)
         if not proposal.ids:
             return Verdict([self.random.target(p_TV[0])], [])
-        q_TV = torch.stack(proposal.laws)
-        kept = self.verifier(p_TV, q_TV, proposal.ids, self.random)
-        overlap_T = torch.minimum(p_TV[:-1], q_TV).sum(-1)[: len(kept)]
-        return Verdict(kept, overlap_T.tolist())
+        kept = self.verifier(p_TV, torch.stack(proposal.laws), proposal.ids, self.random)
+        return Verdict(kept, _overlaps(p_TV, proposal, len(kept)))
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """The largest of log law plus noise, where the noise is a function of the position alone.
+
+    Drafted tokens are kept while they are the target's own choice: each one at least with probability
+    (1 - d) / (1 + d), where d is the total variation of p and q and `token` keeps 1 - d. That is the
+    price of an output that does not depend on the draft.
+    """
+
+    params: SamplingParams
+    random: Random
+
+    def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
+        """See `Chooser`."""
+        q_V = _draft_law(logits_V, proposal, self.params)
+        position = len(proposal.prefix) + len(proposal.ids)
+        proposal.laws.append(q_V)
+        proposal.ids += self._choose(q_V.unsqueeze(0), position)
+        return proposal.ids[-1]
+
+    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
+        """See `Chooser`."""
+        p_TV = _target_laws(logits_TV, proposal, self.params)
+        kept = match(self._choose(p_TV, len(proposal.prefix)), proposal.ids)
+        return Verdict(kept, _overlaps(p_TV, proposal, len(kept)))
+
+    def _choose(self, probs_TV: Tensor, position: int) -> list[int]:
+        """The tokens at this position and the next ones."""
+        num_positions, num_tokens = probs_TV.shape
+        noise_TV = torch.stack([self.random.noise(position + t, num_tokens) for t in range(num_positions)])
+        # float64: in float32 close values would tie, and the lower id would win too often.
+        keys_TV = probs_TV.double().log() + noise_TV.to(probs_TV.device)
+        tokens: list[int] = keys_TV.argmax(-1).tolist()  # a sync: the host needs the tokens
+        return tokens
 
 
 def make_chooser(params: SamplingParams, random: Random, verifier: str | Verifier) -> Chooser:
@@ -97,13 +146,43 @@ def make_chooser(params: SamplingParams, random: Random, verifier: str | Verifie
     Args:
         params: how tokens are chosen.
         random: the random choices.
-        verifier: a name in `VERIFIERS`, or a function like them.
+        verifier: a name in `VERIFIER_NAMES`, or a function like those of `VERIFIERS`.
 
     Raises:
         UsageError: if there is no verifier of this name.
     """
     if isinstance(verifier, str):
-        if verifier not in VERIFIERS:
-            raise UsageError(f"--verifier {verifier!r} is none of {', '.join(VERIFIERS)}")
-        verifier = VERIFIERS[verifier]
-    return Greedy() if params.is_greedy else Sampled(params, random, verifier)
+        check_verifier(verifier)
+    if params.is_greedy:
+        return Greedy(params)
+    if verifier == COUPLED:
+        return Coupled(params, random)
+    return Sampled(params, random, VERIFIERS[verifier] if isinstance(verifier, str) else verifier)
+
+
+def check_verifier(name: str) -> None:
+    """Raise UsageError unless there is a verifier of this name."""
+    if name not in VERIFIER_NAMES:
+        raise UsageError(f"--verifier {name!r} is none of {', '.join(VERIFIER_NAMES)}")
+
+
+def _draft_logits(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
+    """What the next drafted token is chosen from: it follows the prefix and all drafted ones."""
+    return penalise(logits_V.unsqueeze(0), params, [*proposal.prefix, *proposal.ids])[0]
+
+
+def _draft_law(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
+    return law(_draft_logits(logits_V, proposal, params), params)
+
+
+def _target_laws(logits_TV: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
+    return law(penalise(logits_TV, params, proposal.prefix, proposal.ids), params)
+
+
+def _overlaps(p_TV: Tensor, proposal: Proposal, num_reached: int) -> list[float]:
+    """Sum of min(p, q) at the first drafted positions."""
+    if not proposal.ids:
+        return []
+    overlap_T = torch.minimum(p_TV[:-1], torch.stack(proposal.laws)).sum(-1)
+    overlaps: list[float] = overlap_T[:num_reached].tolist()
+    return overlaps

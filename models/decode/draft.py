@@ -65,7 +65,7 @@ class NestedDraft:
 
     def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
         """See `Draft`."""
-        return _propose(self.view, state.cache.view(), state.ids[-1:], num_tokens, chooser)
+        return _propose(self.view, state, state.cache.view(), num_tokens, chooser)
 
 
 class ModelDraft:
@@ -95,9 +95,8 @@ class ModelDraft:
         """See `Draft`; beyond the draft's own context it proposes nothing."""
         num_tokens = min(num_tokens, self._max_positions - len(state.ids) + 1)
         if num_tokens < 1:
-            return Proposal()
-        cache = self._rewound(state)
-        proposal = _propose(self.model, cache, state.ids[cache.length :], num_tokens, chooser)
+            return Proposal(state.ids)
+        proposal = _propose(self.model, state, self._rewound(state), num_tokens, chooser)
         self._cached_ids = [*state.ids, *proposal.ids[:-1]]
         return proposal
 
@@ -110,9 +109,9 @@ class ModelDraft:
         return self._cache
 
 
-def _propose(model: Model, cache: KVCache, ids: list[int], num_tokens: int, chooser: Chooser) -> Proposal:
-    """Draft token by token; `ids` are the settled tokens that the cache lacks, pending one last."""
-    proposal = Proposal()
+def _propose(model: Model, state: State, cache: KVCache, num_tokens: int, chooser: Chooser) -> Proposal:
+    """Draft token by token, after the settled tokens that the cache lacks (at least the pending one)."""
+    proposal, ids = Proposal(state.ids), state.ids[cache.length :]
     for _ in range(num_tokens):
         logits_TV = score(model, ids, cache, num_last=1)
         cache.commit(len(ids))

@@ -82,7 +82,8 @@ def stream(
         max_new_tokens: the most tokens to give; the context's end may come first.
         eos_token_ids: tokens that end the output (and are its last token); None means the model's.
         random: the random choices; None is `SeededRandom(0)`.
-        verifier: a name in `VERIFIERS` or a function like them; greedy decoding has no use for it.
+        verifier: `token`, `block`, `coupled` or a function like the first two; greedy decoding has no use
+            for it.
 
     Raises:
         UsageError: if the prompt leaves no room in the context, the draft does not fit the target,
@@ -150,14 +151,14 @@ def prefill(request: _Request) -> list[Token]:
     logits_TV = score(request.target, state.ids, state.cache, num_last=1)
     # commit() counts one position for each token kept; here the rest of the prompt comes on top.
     state.cache.commit(len(state.ids) - 1)
-    return commit(request, request.chooser.verify(logits_TV, Proposal()))
+    return commit(request, request.chooser.verify(logits_TV, Proposal(state.ids)))
 
 
 @torch.inference_mode()
 def propose(request: _Request, num_tokens: int) -> Proposal:
     """Let the draft propose up to `num_tokens` tokens; none without a draft."""
     if request.draft is None or num_tokens < 1:
-        return Proposal()
+        return Proposal(request.state.ids)
     return request.draft.propose(request.state, num_tokens, request.chooser)
 
 

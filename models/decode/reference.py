@@ -22,7 +22,11 @@ def full_pass_law(model: Model, params: SamplingParams) -> Law:
 
     @torch.inference_mode()
     def next_token(ids: list[int]) -> Tensor:
-        return law(model(torch.tensor([ids]))[0, -1], params)
+        logits_V = model(torch.tensor([ids]))[0, -1].clone()
+        for token in set(ids):
+            positive, penalty = bool(logits_V[token] > 0), params.repetition_penalty
+            logits_V[token] *= 1 / penalty if positive else penalty
+        return law(logits_V, params)
 
     return next_token
 

@@ -1,4 +1,6 @@
-"""From logits to the law that a token is drawn from: temperature, then top-k, then top-p.
+"""From logits to the law that a token is drawn from.
+
+First the repetition penalty, then temperature, top-k, top-p and min-p: the order of transformers.
 
 The target's logits and the draft's go through the same function with the same parameters, so that p
 and q are the laws that tokens are really drawn from. Speculative decoding is exact for any q, but
@@ -8,6 +10,7 @@ T positions, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +36,11 @@ class SamplingParams:
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens whose probabilities reach p; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep the tokens that are at least this many times as likely as the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that the text already has, and multiplies negative ones
+    (Keskar et al., https://arxiv.org/abs/1909.05858); 1 changes nothing. Greedy decoding obeys it too."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -41,6 +49,13 @@ class SamplingParams:
                 ("--temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
                 ("--top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
                 ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+                ("--min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+                (
+                    "--repetition-penalty",
+                    self.repetition_penalty,
+                    0 < self.repetition_penalty < math.inf,
+                    "above 0; 1 is off",
+                ),
             )
             if not holds
         ]
@@ -56,7 +71,8 @@ class SamplingParams:
 def law(logits_TV: Tensor, params: SamplingParams) -> Tensor:
     """The probabilities [T, V] that a token is drawn with, in fp32 (fp64 for fp64 logits).
 
-    Rows sum to 1. Among equal logits the lower id counts as the likelier one.
+    The repetition penalty depends on the text and comes before: `penalise`. Rows sum to 1. Among
+    equal logits the lower id counts as the likelier one.
 
     >>> law(torch.tensor([[2.0, 2.0, 1.0]]), SamplingParams())
     tensor([[1., 0., 0.]])
@@ -65,6 +81,8 @@ def law(logits_TV: Tensor, params: SamplingParams) -> Tensor:
     tensor([[0.6250, 0.3750, 0.0000]])
     >>> law(logits_TV, SamplingParams(temperature=1.0, top_p=0.4))
     tensor([[1., 0., 0.]])
+    >>> law(logits_TV, SamplingParams(temperature=1.0, min_p=0.5))
+    tensor([[0.6250, 0.3750, 0.0000]])
     """
     x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
     if params.is_greedy:
@@ -76,7 +94,30 @@ def law(logits_TV: Tensor, params: SamplingParams) -> Tensor:
         probs_TV = _top_k(probs_TV, params.top_k)
     if params.top_p < 1.0:
         probs_TV = _top_p(probs_TV, params.top_p)
+    if params.min_p > 0.0:
+        probs_TV = _min_p(probs_TV, params.min_p)
     return probs_TV
+
+
+def penalise(
+    logits_TV: Tensor, params: SamplingParams, prefix: Sequence[int], drafted: Sequence[int] = ()
+) -> Tensor:
+    """Logits [T, V] after the repetition penalty; row t follows `prefix` and the first t of `drafted`.
+
+    >>> params = SamplingParams(repetition_penalty=2.0)
+    >>> penalise(torch.tensor([[4.0, -1.0, 3.0]] * 2), params, prefix=[1], drafted=[0])
+    tensor([[ 4., -2.,  3.],
+            [ 2., -2.,  3.]])
+    """
+    if params.repetition_penalty == 1.0:
+        return logits_TV
+    x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    seen_TV = torch.zeros_like(x_TV, dtype=torch.bool)
+    seen_TV[:, torch.tensor(prefix, dtype=torch.long, device=x_TV.device)] = True
+    for t, token in enumerate(drafted, start=1):
+        seen_TV[t:, token] = True
+    penalty = params.repetition_penalty
+    return torch.where(seen_TV, torch.where(x_TV > 0, x_TV / penalty, x_TV * penalty), x_TV)
 
 
 def _top_k(probs_TV: Tensor, k: int) -> Tensor:
@@ -94,6 +135,11 @@ def _top_p(probs_TV: Tensor, p: float) -> Tensor:
     # One more than the tokens that do not reach p; rounding may leave the whole row short of it.
     count_T1 = ((reached_TN < p).sum(-1, keepdim=True) + 1).clamp_max(sorted_TN.shape[-1])
     return _keep_largest(probs_TV, count_T1, sorted_TN.gather(-1, count_T1 - 1))
+
+
+def _min_p(probs_TV: Tensor, p: float) -> Tensor:
+    probs_TV = torch.where(probs_TV < p * probs_TV.amax(-1, keepdim=True), 0.0, probs_TV)
+    return probs_TV / probs_TV.sum(-1, keepdim=True)
 
 
 def _keep_largest(probs_TV: Tensor, count_T1: Tensor, least_T1: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """`nestling generate`: continue a text, with a member of the family as the draft; see models/decode/."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,7 +32,8 @@ def generate(
         typer.Option(
             metavar="G[@int8|bf16]|auto|none|DIR",
             help="What drafts: a member, the best one here, nothing, or another model folder. "
-            "Default: auto; none when sampling, where each draft gives another text for a seed.",
+            "Default: auto; none when sampling, where each draft gives another text for a seed "
+            "(not so with --verifier coupled).",
         ),
     ] = None,
     gamma: Annotated[
@@ -41,6 +43,18 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep what is this share as likely as the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that the text has already become less likely.")
+    ] = 1.0,
+    verifier: Annotated[
+        str,
+        typer.Option(
+            metavar="token|block|coupled",
+            help="How drafted tokens are judged when sampling; coupled writes the same text for a seed "
+            "whatever drafts.",
+        ),
+    ] = "block",
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")
@@ -51,15 +65,23 @@ def generate(
     """Continue a text; speculative decoding follows the full model's law whatever drafts."""
     check_json(json)
     _check_texts(prompt, stop or [])
+    from models.decode.choose import COUPLED, check_verifier
     from models.decode.sampling import SamplingParams
     from models.decode.text import stream_text
     from train.commands.drafting import choose_drafting
 
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_verifier(verifier)
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     folder, dtype = open_for_decoding(model, dtype)
     if folder.tokenizer is None:
         raise NestlingError(f"{model} has no tokenizer.json; put the one it was trained with there")
-    draft = draft or ("auto" if params.is_greedy else "none")
+    draft = draft or ("auto" if params.is_greedy or verifier == COUPLED else "none")
     drafting = choose_drafting(folder, draft, gamma, params)
     pieces = stream_text(
         folder.model,
@@ -71,11 +93,12 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop=stop or (),
         seed=seed,
+        verifier=verifier,
     )
     _show(pieces, make_console())
     result = pieces.result()
     make_console(stderr=True).print(_summary(result.report, drafting, dtype), style="dim")
-    asked = {"prompt": prompt, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked = {"prompt": prompt, **dataclasses.asdict(params), "verifier": verifier}
     asked |= {"seed": seed, "draft": drafting.name, "gamma": drafting.gamma, "dtype": dtype}
     asked |= {"draft_extra_bytes": drafting.extra_bytes}
     write_results(json, {**result.as_dict(), **asked}, dtypes={"model": dtype})

@@ -2,6 +2,7 @@
 
 import random as python_random
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from models.decode.accept import VERIFIERS, residual
 from models.decode.chance import Random
+from models.measure.laws import exact_law
 
 Context = tuple[int, ...]
 Laws = Callable[[Context], Tensor]
@@ -79,10 +81,9 @@ def test_the_joint_law_of_gamma_plus_one_tokens_is_the_targets(
     pair: str,
     gamma: int,
     size: int,
-    output_law: Callable[..., dict[Context, float]],
 ) -> None:
     p, q = PAIRS[pair](size)
-    of_a_round = output_law(lambda random: draft_and_verify(verifier, p, q, gamma, random))
+    of_a_round = exact_law(lambda random: draft_and_verify(verifier, p, q, gamma, random))
     for tokens in product(range(size), repeat=gamma + 1):
         # The rounds that ended earlier go on by the target's law; later tokens are its own then.
         ours = sum(
@@ -101,34 +102,28 @@ def joint(p: Laws, tokens: Context, start: int = 0) -> float:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_block_verification_never_keeps_fewer_tokens_in_expectation(
-    pair: str, output_law: Callable[..., dict[Context, float]]
-) -> None:
+def test_block_verification_never_keeps_fewer_tokens_in_expectation(pair: str) -> None:
     p, q = PAIRS[pair](3)
     expected = {}
     for verifier in VERIFIERS:
-        law = output_law(lambda random, name=verifier: draft_and_verify(name, p, q, 3, random))
+        law = exact_law(partial(draft_and_verify, verifier, p, q, 3))
         expected[verifier] = sum(weight * len(kept) for kept, weight in law.items())
     assert expected["block"] >= expected["token"] - EXACT
     if pair == "different":
         assert expected["block"] > expected["token"] + 1e-3
 
 
-def test_the_first_drafted_token_is_accepted_with_the_overlap_of_the_laws(
-    output_law: Callable[..., dict[Context, float]],
-) -> None:
+def test_the_first_drafted_token_is_accepted_with_the_overlap_of_the_laws() -> None:
     p, q = PAIRS["different"](4)
-    law = output_law(lambda random: draft_and_verify("token", p, q, 1, random))
+    law = exact_law(lambda random: draft_and_verify("token", p, q, 1, random))
     accepted = sum(weight for kept, weight in law.items() if len(kept) == 2)
     assert accepted == pytest.approx(float(torch.minimum(p(()), q(())).sum()), abs=EXACT)
 
 
-def test_without_a_proposal_a_verifier_draws_from_the_target(
-    output_law: Callable[..., dict[Context, float]],
-) -> None:
+def test_without_a_proposal_a_verifier_draws_from_the_target() -> None:
     p_TV = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
     for verify in VERIFIERS.values():
-        law = output_law(lambda random, verify=verify: verify(p_TV, p_TV[:0], [], random))
+        law = exact_law(partial(verify, p_TV, p_TV[:0], []))
         assert law == pytest.approx({(0,): 0.2, (1,): 0.5, (2,): 0.3})
 
 

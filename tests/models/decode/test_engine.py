@@ -69,6 +69,26 @@ def test_greedy_output_is_plain_decodings_on_200_prompts(make_model: MakeModel) 
         assert 0.05 < accepted[name] / reached[name] < 0.95, (name, accepted, reached)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "gamma", "penalty"),
+    [("layers=0", 3, 1.0), ("ffn=0.5,heads=0.5", 5, 1.0), ("own cache", 4, 1.0), ("layers=0", 3, 1.3)],
+)
+def test_a_thousand_greedy_tokens_are_plain_decodings(
+    text: str, gamma: int, penalty: float, make_model: MakeModel
+) -> None:
+    fields: dict[str, Any] = {"dtype": torch.float32, "vocab_size": 64, "hidden_size": 16}
+    model = make_model(seed=1, max_position_embeddings=1024, **fields)
+    own = ModelDraft(View(model, Granularity.parse("ffn=0.5")))
+    draft = own if text == "own cache" else nested(model, text)
+    params = SamplingParams(repetition_penalty=penalty)
+    for prompt in prompts(8, 64):
+        theirs = ids_of(model, prompt, params=params, max_new_tokens=1000)
+        tokens = stream(model, prompt, draft=draft, gamma=gamma, params=params, max_new_tokens=1000)
+        assert [token.id for token in tokens] == theirs
+        assert 0 < tokens.report.accepted < tokens.report.drafted
+
+
 @pytest.mark.parametrize("gamma", [0, 1, 2, 5, 9])
 @pytest.mark.parametrize("text", ["layers=0", "layers=1:3", "heads=0.5", "ffn=0.1:0.5:1:0.2", "full"])
 def test_greedy_output_depends_neither_on_the_draft_nor_on_its_length(
@@ -249,7 +269,7 @@ def test_who_stops_taking_tokens_cancels_and_the_report_counts_what_was_taken(
         ([], {}, "--prompt is empty"),
         ([1], {"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
         ([1], {"gamma": -1}, "--gamma must be 0 or more, got -1"),
-        ([1], {"verifier": "tokens"}, "--verifier 'tokens' is none of token, block"),
+        ([1], {"verifier": "tokens"}, "--verifier 'tokens' is none of token, block, coupled"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_before_the_first_token(

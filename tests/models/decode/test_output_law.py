@@ -23,11 +23,10 @@ from models.decode.sampling import SamplingParams, law
 from models.decode.state import Model, State
 from models.elastic import ElasticLM
 from models.granularity import Granularity
+from models.measure.laws import Law, exact_law, total_variation
 from models.quantize import pack
 from models.view import View
 
-Law = dict[tuple[int, ...], float]
-OutputLaw = Callable[[Callable[[Random], Sequence[int]]], Law]
 MakeModel = Callable[..., ElasticLM]
 
 EXACT = 1e-10  # float64 passes over cached and over fresh positions differ by about 1e-16
@@ -36,6 +35,9 @@ PROMPT = [1, 0]
 PLAIN = SamplingParams(temperature=1.0)
 TOP_K = SamplingParams(temperature=0.6, top_k=2)
 TOP_P = SamplingParams(temperature=1.5, top_p=0.6)
+MIN_P = SamplingParams(temperature=1.5, min_p=0.4)
+PENALTY = SamplingParams(temperature=1.0, repetition_penalty=1.7)
+ALL = SamplingParams(temperature=1.5, top_k=3, top_p=0.95, min_p=0.1, repetition_penalty=0.6)
 TOP_K_TOP_P = SamplingParams(temperature=1.2, top_k=3, top_p=0.7)
 
 
@@ -88,6 +90,12 @@ CASES = [
     Case(TOP_P, 2, 4, "hostile", "token"),
     Case(TOP_K_TOP_P, 3, 4, "last layer", "block"),
     *(Case(SamplingParams(), 3, 5, draft, "block") for draft in DRAFTS),
+    *(Case(params, 2, 3, "hostile", verifier) for params in (MIN_P, PENALTY) for verifier in VERIFIERS),
+    Case(PENALTY, 2, 3, "first layer", "block"),
+    Case(PENALTY, 3, 2, "own cache", "token"),
+    *(Case(ALL, 1, 4, draft, "block") for draft in ("narrow", "hostile")),
+    *(Case(SamplingParams(repetition_penalty=3.0), 3, 5, draft, "block") for draft in DRAFTS),
+    pytest.param(Case(PLAIN, 1, 8, "narrow", "block"), marks=pytest.mark.slow),
 ]
 
 
@@ -95,65 +103,58 @@ def reference_law(
     model: Model,
     params: SamplingParams,
     num_tokens: int,
-    output_law: OutputLaw,
     eos_token_ids: Sequence[int] = (),
 ) -> Law:
     p = full_pass_law(model, params)
-    return output_law(
+    return exact_law(
         lambda random: plain_decode(
             p, PROMPT, max_new_tokens=num_tokens, random=random, eos_token_ids=eos_token_ids
         )
     )
 
 
-def total_variation(ours: Law, theirs: Law) -> float:
-    keys = ours.keys() | theirs.keys()
-    return sum(abs(ours.get(key, 0.0) - theirs.get(key, 0.0)) for key in keys) / 2
-
-
-def engine_law(model: Model, output_law: OutputLaw, **options: Any) -> Law:
-    return output_law(lambda random: [token.id for token in stream(model, PROMPT, random=random, **options)])
+def engine_law(model: Model, **options: Any) -> Law:
+    return exact_law(lambda random: [token.id for token in stream(model, PROMPT, random=random, **options)])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[1:])))
 def test_the_output_law_is_the_targets_for_every_draft(
     case: Case,
     make_model: MakeModel,
-    output_law: OutputLaw,
 ) -> None:
     model = make_model(vocab_size=case.vocab_size)
     draft, num_tokens = DRAFTS[case.draft](model, make_model), case.gamma + 2
     options = {"params": case.params, "gamma": case.gamma, "max_new_tokens": num_tokens}
-    ours = engine_law(model, output_law, draft=draft, verifier=case.verifier, **options)
-    assert total_variation(ours, reference_law(model, case.params, num_tokens, output_law)) < EXACT
+    ours = engine_law(model, draft=draft, verifier=case.verifier, **options)
+    assert total_variation(ours, reference_law(model, case.params, num_tokens)) < EXACT
 
 
-def test_plain_decoding_has_the_targets_law(make_model: MakeModel, output_law: OutputLaw) -> None:
+def test_plain_decoding_has_the_targets_law(make_model: MakeModel) -> None:
     model = make_model(vocab_size=4)
-    ours = engine_law(model, output_law, params=PLAIN, max_new_tokens=3)
-    assert total_variation(ours, reference_law(model, PLAIN, 3, output_law)) < EXACT
+    ours = engine_law(model, params=PLAIN, max_new_tokens=3)
+    assert total_variation(ours, reference_law(model, PLAIN, 3)) < EXACT
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_the_law_holds_where_the_end_of_text_falls_inside_a_block(
-    verifier: str, make_model: MakeModel, output_law: OutputLaw
+    verifier: str, make_model: MakeModel
 ) -> None:
     model = make_model(vocab_size=3)
     draft = NestedDraft(View(model, Granularity.parse("layers=1")))
     options = {"params": PLAIN, "gamma": 2, "max_new_tokens": 4, "verifier": verifier}
-    ours = engine_law(model, output_law, draft=draft, eos_token_ids=(2,), **options)
-    theirs = reference_law(model, PLAIN, 4, output_law, eos_token_ids=(2,))
+    ours = engine_law(model, draft=draft, eos_token_ids=(2,), **options)
+    theirs = reference_law(model, PLAIN, 4, eos_token_ids=(2,))
     assert total_variation(ours, theirs) < EXACT
     assert {len(ids) for ids in ours} == {1, 2, 3, 4}
 
 
-def test_a_member_as_the_target_keeps_its_own_law(make_model: MakeModel, output_law: OutputLaw) -> None:
+def test_a_member_as_the_target_keeps_its_own_law(make_model: MakeModel) -> None:
     model = make_model(vocab_size=3)
     target = View(model, Granularity.parse("heads=0.5"))
     draft = NestedDraft(View(model, Granularity.parse("ffn=0.25,heads=0.5,layers=1")))
-    ours = engine_law(target, output_law, draft=draft, params=PLAIN, gamma=1, max_new_tokens=3)
-    assert total_variation(ours, reference_law(target, PLAIN, 3, output_law)) < EXACT
-    assert total_variation(ours, reference_law(model, PLAIN, 3, output_law)) > VISIBLE
+    ours = engine_law(target, draft=draft, params=PLAIN, gamma=1, max_new_tokens=3)
+    assert total_variation(ours, reference_law(target, PLAIN, 3)) < EXACT
+    assert total_variation(ours, reference_law(model, PLAIN, 3)) > VISIBLE
 
 
 # ------------------------------------------------------------------ planted bugs
@@ -217,7 +218,7 @@ class DiscardsByValue:
         proposal = self.draft.propose(state, num_tokens, chooser)
         if float(proposal.laws[-1][proposal.ids[-1]]) > 0.4:
             return proposal
-        return Proposal(proposal.ids[:-1], proposal.laws[:-1])
+        return Proposal(proposal.prefix, proposal.ids[:-1], proposal.laws[:-1])
 
 
 BUGS: dict[str, Callable[[Draft], dict[str, Any]]] = {
@@ -243,13 +244,12 @@ def test_a_planted_bug_is_seen(
     gamma: int,
     vocab_size: int,
     make_model: MakeModel,
-    output_law: OutputLaw,
 ) -> None:
     model, num_tokens = make_model(vocab_size=vocab_size), gamma + 2
     draft = hostile(model, make_model)
     options = {"params": PLAIN, "gamma": gamma, "max_new_tokens": num_tokens}
     options |= {"draft": draft, "verifier": buggy_verifier()}
     options |= BUGS[bug](draft) if bug in BUGS else {}
-    ours = engine_law(model, output_law, **options)
-    distance = total_variation(ours, reference_law(model, PLAIN, num_tokens, output_law))
+    ours = engine_law(model, **options)
+    distance = total_variation(ours, reference_law(model, PLAIN, num_tokens))
     assert distance > VISIBLE if bug in BUGS else distance < EXACT

@@ -1,5 +1,6 @@
 """Reported figures are recounted from what came out and from what the verifier saw."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import count
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.decode import engine
-from models.decode.accept import verify_block
+from models.decode.accept import verify_block, verify_tokens
 from models.decode.chance import Random, SeededRandom
 from models.decode.draft import NestedDraft
 from models.decode.engine import Stream, Token, stream
@@ -71,6 +72,24 @@ def test_alpha_is_the_mean_overlap_of_the_laws_that_the_verifier_compared(
     assert run.report.alpha == pytest.approx(sum(overlaps) / len(overlaps))
     assert run.report.drafted == sum(num_drafted)
     assert 0.05 < (run.report.alpha or 0) < 0.95
+
+
+def test_first_drafted_tokens_are_kept_as_often_as_the_laws_overlap(tiny_model: ElasticLM) -> None:
+    overlaps: list[float] = []
+    kept = 0
+
+    def verifier(p_TV: Tensor, q_TV: Tensor, drafted: Sequence[int], random: Random) -> list[int]:
+        nonlocal kept
+        tokens = verify_tokens(p_TV, q_TV, drafted, random)
+        overlaps.append(float(torch.minimum(p_TV[0], q_TV[0]).sum()))
+        kept += len(tokens) > 1
+        return tokens
+
+    for seed in range(8):
+        speculate(tiny_model, params=WARM, verifier=verifier, random=SeededRandom(seed))
+    sigma = math.sqrt(sum(overlap * (1 - overlap) for overlap in overlaps))
+    assert 0.2 < sum(overlaps) / len(overlaps) < 0.9
+    assert abs(kept - sum(overlaps)) <= 4 * sigma  # over the choice of seeds fails once in 16,000
 
 
 def test_greedy_alpha_is_the_accepted_share_of_the_positions_reached(tiny_model: ElasticLM) -> None:

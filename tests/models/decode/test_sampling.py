@@ -1,13 +1,21 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from models.decode import sampling
-from models.decode.sampling import SamplingParams, law
+from models.decode.sampling import SamplingParams, law, penalise
 from models.errors import UsageError
 
 ROUNDING = 1e-9  # float64 sums of a few dozen probabilities
@@ -74,6 +82,61 @@ def test_rows_are_independent_of_each_other() -> None:
         torch.testing.assert_close(law(logits_V, params), ours_V, rtol=0, atol=0)
 
 
+@given(LOGITS, st.floats(0.3, 3), st.floats(0.01, 1))
+def test_min_p_keeps_the_tokens_within_this_factor_of_the_likeliest(
+    logits_V: Tensor, temperature: float, p: float
+) -> None:
+    all_V = law(logits_V, SamplingParams(temperature=temperature))
+    ours_V = law(logits_V, SamplingParams(temperature=temperature, min_p=p))
+    theirs_V = torch.where(all_V >= p * all_V.max(), all_V, 0.0)
+    torch.testing.assert_close(ours_V, theirs_V / theirs_V.sum(), rtol=0, atol=ROUNDING)
+
+
+def test_the_penalty_of_each_row_sees_the_prefix_and_the_drafted_tokens_before_it() -> None:
+    params, logits_TV = SamplingParams(repetition_penalty=1.5), torch.randn(4, 9)
+    together_TV = penalise(logits_TV, params, [3, 1, 3], [5, 2, 5])
+    for t in range(4):
+        alone_V = penalise(logits_TV[t : t + 1], params, [3, 1, 3, *[5, 2, 5][:t]])[0]
+        torch.testing.assert_close(together_TV[t], alone_V, rtol=0, atol=0)
+        assert (alone_V != logits_TV[t]).nonzero().flatten().tolist() == sorted({1, 3, *[5, 2][:t]})
+
+
+# name of ours -> theirs; each is applied to the same logits, after the same context
+PROCESSORS: dict[str, tuple[SamplingParams, list[Any]]] = {
+    "temperature": (SamplingParams(temperature=0.7), [TemperatureLogitsWarper(0.7)]),
+    "top-k": (SamplingParams(temperature=1.0, top_k=5), [TopKLogitsWarper(5)]),
+    "top-p": (SamplingParams(temperature=1.0, top_p=0.6), [TopPLogitsWarper(0.6)]),
+    "min-p": (SamplingParams(temperature=1.0, min_p=0.2), [MinPLogitsWarper(0.2)]),
+    "penalty": (
+        SamplingParams(temperature=1.0, repetition_penalty=1.8),
+        [RepetitionPenaltyLogitsProcessor(1.8)],
+    ),
+    "all, in their order": (
+        SamplingParams(temperature=1.6, top_k=12, top_p=0.9, min_p=0.15, repetition_penalty=0.7),
+        [
+            RepetitionPenaltyLogitsProcessor(0.7),
+            TemperatureLogitsWarper(1.6),
+            TopKLogitsWarper(12),
+            TopPLogitsWarper(0.9),
+            MinPLogitsWarper(0.15),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_each_processor_is_that_of_transformers(name: str) -> None:
+    params, processors = PROCESSORS[name]
+    context, logits_TV = [4, 17, 4, 30], 3 * torch.randn(50, 40)
+    theirs_TV = logits_TV.clone()
+    for processor in processors:
+        theirs_TV = processor(torch.tensor([context] * 50), theirs_TV)
+    ours_TV = law(penalise(logits_TV, params, context), params)
+    torch.testing.assert_close(ours_TV, theirs_TV.softmax(-1), rtol=0, atol=FP32_ROUNDING)
+    raw_TV = logits_TV.softmax(-1)
+    assert (ours_TV - raw_TV).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("given", "used"),
     [
@@ -107,6 +170,8 @@ def test_a_token_that_the_logits_forbid_is_never_kept() -> None:
         ({"temperature": math.inf}, "--temperature"),
         ({"top_k": -1}, "--top-k must be 0 (off) or more, got -1"),
         ({"top_p": 0.0}, "--top-p must be above 0 and at most 1 (off), got 0.0"),
+        ({"min_p": 1.5}, "--min-p must be from 0 (off) to 1, got 1.5"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty must be above 0; 1 is off, got 0.0"),
         ({"top_p": 1.1, "top_k": -2}, "--top-k must be 0 (off) or more, got -2; --top-p"),
     ],
 )

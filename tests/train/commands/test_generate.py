@@ -87,6 +87,32 @@ def test_a_seed_gives_the_same_sample_again(generate: Any) -> None:
     assert first != other
 
 
+def test_coupled_text_does_not_depend_on_the_draft(generate: Any) -> None:
+    flags = [
+        "--verifier",
+        "coupled",
+        "--temperature",
+        "0.9",
+        "--min-p",
+        "0.02",
+        "--repetition-penalty",
+        "1.2",
+    ]
+    plain, _, _ = generate(*flags, "--draft", "none")
+    assert (plain["verifier"], plain["min_p"], plain["repetition_penalty"]) == ("coupled", 0.02, 1.2)
+    drafted, _, _ = generate(*flags, "--draft", "D", "--gamma", "3")
+    assert drafted["ids"] == plain["ids"]
+    assert drafted["drafted"] > 0
+    assert generate(*flags, "--draft", "none", "--seed", "1")[0]["ids"] != plain["ids"]
+
+
+def test_a_penalty_changes_greedy_text(generate: Any) -> None:
+    plain, _, _ = generate("--draft", "none", "--max-new-tokens", "30")
+    penalised, _, _ = generate("--draft", "D", "--max-new-tokens", "30", "--repetition-penalty", "2")
+    assert penalised["ids"] != plain["ids"]
+    assert len(set(penalised["ids"])) > len(set(plain["ids"]))
+
+
 def test_a_stop_string_ends_the_text_before_it(generate: Any) -> None:
     whole = generate("--draft", "none", "--max-new-tokens", "40")[0]["text"]
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
@@ -113,6 +139,9 @@ def test_a_folder_without_measurements_decodes_plainly_and_says_why(
         (["--temperature", "-1"], "--temperature"),
         (["--top-k", "-1"], "--top-k"),
         (["--top-p", "0"], "--top-p"),
+        (["--min-p", "2"], "--min-p"),
+        (["--repetition-penalty", "0"], "--repetition-penalty"),
+        (["--verifier", "tree"], "--verifier"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--draft", "D", "--gamma", "-1"], "--gamma"),
         (["--stop", ""], "--stop"),
