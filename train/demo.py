@@ -30,9 +30,8 @@ from train.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 MEMBER = "S"
-PROMPT = '''def read_config(path, encoding="utf-8"):
-    """Read a configuration file and return a dictionary.
-'''
+# No line break at its end: a token holds the break and the indent that follows.
+PROMPT = 'def read_config(path, encoding="utf-8"):'
 NUM_TOKENS = 128
 NUM_RUNS = 5
 
@@ -163,7 +162,7 @@ def _next_steps(out: Path, page: Path) -> str:
     return f"""
 look at        {page}
 complete text  nestling generate {out}/model --prompt "class Stack:"
-any member     nestling evaluate {out}/model --data stdlib --granularity ffn=1:1:0.5:0.5:0.25:0.25
+any member     nestling evaluate {out}/model --data stdlib --granularity ffn=1:0.5:0.5:0.25
 cut one out    nestling extract {out}/model --granularity ffn=0.5 --out {out}/half
 train longer   nestling train --config configs/demo.yaml trainer.max_steps=5000 --out checkpoints/longer
 """

@@ -97,7 +97,7 @@ def generate(
     )
     _show(pieces, make_console())
     result = pieces.result()
-    make_console(stderr=True).print(_summary(result.report, drafting, dtype), style="dim")
+    make_console(stderr=True).print(_summary(result.report, drafting, dtype), style="dim", soft_wrap=True)
     asked = {"prompt": prompt, **dataclasses.asdict(params), "verifier": verifier}
     asked |= {"seed": seed, "draft": drafting.name, "gamma": drafting.gamma, "dtype": dtype}
     asked |= {"draft_extra_bytes": drafting.extra_bytes}
@@ -116,7 +116,7 @@ def _show(pieces: "TextStream", console: Console) -> None:
     """Write the text as it comes; on a terminal drafted tokens are dim."""
     for piece in pieces:
         if console.is_terminal:
-            style = "dim" if piece.drafted else None
+            style = "dim" if piece.drafted and not console.no_color else None
             console.print(piece.text, end="", style=style, markup=False, emoji=False, soft_wrap=True)
         else:
             console.file.write(piece.text)
