@@ -55,34 +55,28 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
         NestlingError: if data or disk fail.
         SystemExit: 130 or 143 after a signal; the state is saved.
     """
-    state = open_run(recipe, out, resume, console)
-    members = recipe.granularities
+    state = find_state(recipe, out, resume, console)
     torch.manual_seed(recipe.seed)
     data = TextData(recipe, first_step=state.step if state else 0)
     data.prepare(console)
     model = make_model(recipe, data)
     if state is not None:
         state.restore_weights(model)
-    module = JointModule(model, members, recipe, first_step=state.step if state else 0)
+    open_run(recipe, out, anew=resume == "never")
+    module = JointModule(model, recipe.granularities, recipe, first_step=state.step if state else 0)
     if module.first_step < recipe.trainer.max_steps:
         train(module, data, out, state, console)
     return finish(module, data, out, console)
 
 
-def open_run(recipe: Recipe, out: Path, resume: str, console: Console) -> TrainingState | None:
-    """Make the run folder, or find the state to go on from."""
+def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> TrainingState | None:
+    """The state to go on from, if any; touches nothing."""
     check_replaceable(out, marker=RECIPE_FILE)
-    if resume == "never" and out.exists():
-        for part in (out / "steps", out / "model"):
-            shutil.rmtree(part, ignore_errors=True)
-        for file in (RECIPE_FILE, "metrics.jsonl", "wandb_id"):
-            (out / file).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
+    if resume == "never":
+        return None
     if (out / RECIPE_FILE).is_file():
         _check_same(recipe, load_recipe([out / RECIPE_FILE], []), out)
-    save_recipe(recipe, out / RECIPE_FILE)
-    if resume not in ("auto", "never"):
+    if resume != "auto":
         return load_state(Path(resume))
     state, damaged = newest_state(out / "steps")
     for line in damaged:
@@ -90,6 +84,18 @@ def open_run(recipe: Recipe, out: Path, resume: str, console: Console) -> Traini
     if state is not None:
         console.print(f"resuming at step {state.step} of {recipe.trainer.max_steps}", highlight=False)
     return state
+
+
+def open_run(recipe: Recipe, out: Path, *, anew: bool) -> None:
+    """Make the run folder, once everything that can be refused was; `anew` clears an earlier run."""
+    if anew:
+        for part in (out / "steps", out / "model"):
+            shutil.rmtree(part, ignore_errors=True)
+        for file in (RECIPE_FILE, "metrics.jsonl", "wandb_id"):
+            (out / file).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
+    save_recipe(recipe, out / RECIPE_FILE)
 
 
 def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:

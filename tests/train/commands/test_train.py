@@ -73,7 +73,6 @@ def test_several_mistakes_are_told_at_once(capsys: pytest.CaptureFixture[str]) -
     assert "max_steps=many" in lines[1]
 
 
-@pytest.mark.xfail(reason="fit() makes the run folder before it has read the data", strict=True)
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_an_empty_corpus_is_named_and_leaves_nothing(text: str, tmp_path: Path, fails: Fails) -> None:
     empty, out = tmp_path / "empty.txt", tmp_path / "run"
