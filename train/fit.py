@@ -5,6 +5,7 @@ checkpoints/<run>/  recipe.yaml  metrics.jsonl  steps/<n>/  model/
 
 import logging
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def train(
     log = MetricsLog(out / "metrics.jsonl", make_loggers(recipe.tracking, out), first_step=module.first_step)
     signals = Signals()
     callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
+    # Lightning 2.6 uses what torch 2.13 deprecates; nothing that a user could mend
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     trainer = pl.Trainer(

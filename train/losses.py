@@ -66,11 +66,15 @@ def member_loss(
 def ramp(step: int, config: LossConfig) -> float:
     """Share of the divergence at a step: 0 up to `ramp_start`, 1 from `ramp_steps` later on.
 
+    Always 0 for a member that learns from the text alone.
+
     >>> [ramp(step, LossConfig(ramp_start=10, ramp_steps=4)) for step in (0, 10, 11, 14, 99)]
     [0.0, 0.0, 0.25, 1.0, 1.0]
     >>> [ramp(step, LossConfig(ramp_start=10, ramp_steps=0)) for step in (9, 10)]
     [0.0, 1.0]
     """
+    if config.divergence == "cross_entropy":
+        return 0.0
     if config.ramp_steps == 0:
         return float(step >= config.ramp_start)
     return min(1.0, max(0.0, (step - config.ramp_start) / config.ramp_steps))

@@ -80,6 +80,7 @@ class LossConfig(Section):
     """What a member learns from: cross-entropy that ramps to a divergence from the full model."""
 
     divergence: Literal[
+        "cross_entropy",
         "forward_kl",
         "reverse_kl",
         "jensen_shannon",
@@ -87,7 +88,10 @@ class LossConfig(Section):
         "skew_kl",
         "neg_log_alpha",
         "kl_tv",
-    ] = setting("neg_log_alpha", "how a member's law differs from the full model's")
+    ] = setting(
+        "neg_log_alpha",
+        "how a member's law differs from the full model's; cross_entropy: it learns from text alone",
+    )
     weight: float = setting(1.0, "factor of the divergence", within="[0, inf)")
     temperature: float = setting(1.0, "divides both sides' logits", within="(0, inf)")
     beta: float = setting(0.5, "jensen_shannon: share of the full model", within="(0, 1)")
@@ -136,7 +140,6 @@ class TrainerConfig(Section):
     """How long and on what to train, in Lightning's names."""
 
     max_steps: int = setting(2000, "optimizer steps", within="[1, inf)")
-    max_time: str | None = setting(None, "stop after DD:HH:MM:SS")
     batch_size: int = setting(16, "rows of one device's micro-batch", within="[1, inf)")
     accumulate_grad_batches: int = setting(1, "micro-batches of a step", within="[1, inf)")
     gradient_clip_val: float | None = setting(
@@ -187,7 +190,6 @@ class Recipe(Section):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = setting(0, "of weights, data order and sampling", within="[0, 4294967295]")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: what this machine is fast at")
-    compile: bool = setting(False, "compile the model with torch.compile")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -106,3 +106,11 @@ def test_the_gradient_is_the_same_under_any_accumulation(member: Any, name: str,
         return gradient
 
     torch.testing.assert_close(accumulate(parts), accumulate(1), atol=1e-9, rtol=1e-6)
+
+
+def test_a_member_can_learn_from_the_text_alone() -> None:
+    """Cross-entropy as the divergence: the teacher and the ramp do not matter."""
+    p, q = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 3, IGNORE, 6, 1])
+    config = LossConfig(divergence="cross_entropy", ramp_start=0, ramp_steps=0, weight=9.0)
+    assert torch.equal(member_loss(q, labels, p, config, 10**6), cross_entropy(q, labels))

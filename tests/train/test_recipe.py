@@ -67,11 +67,11 @@ def test_overrides_win_over_later_files_which_win_over_earlier_ones(write: Any) 
     "words", [["trainer.max_steps=7"], ["--trainer.max_steps=7"], ["--trainer.max_steps", "7"]]
 )
 def test_the_three_ways_to_write_an_override_are_equal(words: list[str]) -> None:
-    recipe = load_recipe([], ["seed=5", *words, "--compile", "true"])
-    assert (recipe.trainer.max_steps, recipe.seed, recipe.compile) == (7, 5, True)
+    recipe = load_recipe([], ["seed=5", *words, "--model.qk_norm", "true"])
+    assert (recipe.trainer.max_steps, recipe.seed, recipe.model.qk_norm) == (7, 5, True)
 
 
-@pytest.mark.parametrize("words", [["seed"], ["--seed"], ["=1"], ["--"], ["--seed", "--compile=true"]])
+@pytest.mark.parametrize("words", [["seed"], ["--seed"], ["=1"], ["--"], ["--seed", "--model.qk_norm=true"]])
 def test_a_word_that_is_no_override_is_named(words: list[str]) -> None:
     assert refusal(*words).startswith(words[0])
 
@@ -159,7 +159,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_one(override: str, nea
         ("sampler.share=1.1", "(0, 1]"),
         ("sampler.kind=some", "rows, all, random, sandwich"),
         ("loss.divergence=kl", "forward_kl, reverse_kl"),
-        ("compile=3", "true or false"),
+        ("model.qk_norm=3", "true or false"),
         ("data.max_documents=many", "whole number or null"),
         ("family=S", "table of text"),
         ("sampler.probabilities={S: -1}", "[0, inf)"),
@@ -245,7 +245,6 @@ RECIPES = st.builds(
     replace,
     st.just(Recipe()),
     seed=st.integers(0, 2**32 - 1),
-    compile=st.booleans(),
     dtype=st.sampled_from(["auto", "fp32", "bf16"]),
     family=st.dictionaries(
         st.from_regex(r"[A-Za-z0-9_]{1,4}", fullmatch=True).filter(lambda name: name != "XL"),

@@ -91,7 +91,7 @@ def check_flags(words: Sequence[str]) -> None:
     Raises:
         UsageError: naming the flag.
 
-    >>> check_flags(["--seed", "3", "--optim.lr=0.1", "compile=true"])
+    >>> check_flags(["--seed", "3", "--optim.lr=0.1", "model.qk_norm=true"])
     >>> check_flags(["--dryrun"])
     Traceback (most recent call last):
     models.errors.UsageError: --dryrun is not a flag; did you mean --dry-run?
