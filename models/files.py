@@ -73,11 +73,15 @@ def check_replaceable(path: str | Path, *, marker: str = "nestling.json") -> Non
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file, whole or not at all. NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all; its folder must exist."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="\n")
         _sync(partial)
         partial.replace(path)
     finally:

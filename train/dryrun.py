@@ -21,7 +21,6 @@ from models.count import (
     count_parameters,
     estimate_training_bytes,
 )
-from models.errors import NestlingError, UsageError
 from models.granularity import Granularity
 from models.machine import (
     MachineCard,
@@ -63,7 +62,7 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
     Raises:
         UsageError: if the model's sizes do not fit together.
     """
-    config = make_config(recipe)
+    config = recipe.elastic_config()
     with console.status("measuring this machine"):
         card = _card()
     estimate = estimate_run(recipe, config, card)
@@ -71,20 +70,6 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
     console.print(family_costs(recipe.granularities, config))
     console.print(estimate_table(estimate, recipe))
     return estimate
-
-
-def make_config(recipe: Recipe) -> ElasticConfig:
-    """The model's shape, with the vocabulary that the recipe asks for.
-
-    Raises:
-        UsageError: if its sizes do not fit together.
-    """
-    fields = dataclasses.asdict(recipe.model)
-    fields["max_position_embeddings"] = fields["max_position_embeddings"] or recipe.data.sequence_length
-    try:
-        return ElasticConfig(vocab_size=recipe.data.vocab_size, **fields)
-    except NestlingError as error:
-        raise UsageError(str(error)) from None
 
 
 def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Estimate:

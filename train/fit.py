@@ -16,7 +16,6 @@ from rich.console import Console
 
 from models.card import make_card
 from models.checkpoint import Member, save_model
-from models.config import ElasticConfig
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.files import check_replaceable
@@ -24,12 +23,13 @@ from models.machine import machine_card, training_dtype
 from models.measure.consistency import evaluate_family
 from train.callbacks.checkpoint import Checkpoint
 from train.callbacks.consistency import Consistency
-from train.callbacks.metrics import Metrics, MetricsLog
+from train.callbacks.metrics import Metrics
 from train.callbacks.progress import ProgressBar
 from train.callbacks.samples import Samples
 from train.callbacks.signals import Signals
 from train.data.module import TextData
 from train.joint import JointModule
+from train.metrics import MetricsLog
 from train.recipe import Recipe, load_recipe, save_recipe
 from train.state import TrainingState, load_state, newest_state, sweep
 from train.tracking import make_loggers
@@ -111,10 +111,7 @@ def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
 
 def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
     """A model with seeded initial weights, whose vocabulary is the tokenizer's."""
-    fields = asdict(recipe.model)
-    fields["max_position_embeddings"] = fields["max_position_embeddings"] or recipe.data.sequence_length
-    config = ElasticConfig(vocab_size=data.vocab_size, eos_token_id=data.eos_token_id, **fields)
-    model = ElasticLM(config)
+    model = ElasticLM(recipe.elastic_config(data.vocab_size, data.eos_token_id))
     model.init_weights(torch.Generator().manual_seed(recipe.seed))
     return model
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from models.errors import UsageError
+from models.files import write_text
 from train.settings import Kind, Section, UnfitError, help_rows, kinds, show
 
 S = TypeVar("S", bound=Section)
@@ -52,9 +53,7 @@ def save(section: Section, path: Path) -> None:
     """Write every setting as YAML that `load` reads back as an equal section; the file is whole or absent."""
     from omegaconf import OmegaConf
 
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(section))), "utf-8")
-    partial.replace(path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(section))))
 
 
 def pair_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:

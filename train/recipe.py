@@ -9,11 +9,12 @@ command line's help is quick.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from models.errors import UsageError
+from models.config import ElasticConfig
+from models.errors import NestlingError, UsageError
 from models.granularity import FULL, Granularity
 from train.overrides import load, save
 from train.settings import Section, SettingHelp, help_rows, setting, show
@@ -202,6 +203,24 @@ class Recipe(Section):
             )
         if problems:
             raise UsageError("\n".join(problems))
+
+    def elastic_config(self, vocab_size: int | None = None, eos_token_id: int | None = None) -> ElasticConfig:
+        """The full model's shape.
+
+        Args:
+            vocab_size: of the tokenizer; None is what the recipe asks for.
+            eos_token_id: of the tokenizer.
+
+        Raises:
+            UsageError: if the sizes do not fit together.
+        """
+        fields = asdict(self.model)
+        fields["max_position_embeddings"] = fields["max_position_embeddings"] or self.data.sequence_length
+        vocab_size = self.data.vocab_size if vocab_size is None else vocab_size
+        try:
+            return ElasticConfig(vocab_size=vocab_size, eos_token_id=eos_token_id, **fields)
+        except NestlingError as error:
+            raise UsageError(str(error)) from None
 
     @property
     def granularities(self) -> dict[str, Granularity]:

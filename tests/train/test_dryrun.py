@@ -7,7 +7,7 @@ import pytest
 from models.count import count_flops
 from models.granularity import Granularity
 from models.machine import MachineCard, measure_card, this_machine
-from train.dryrun import UTILISATION, estimate_run, make_config, num_devices
+from train.dryrun import UTILISATION, estimate_run, num_devices
 from train.recipe import Recipe, load_recipe
 
 ROWS, LENGTH = 8, 64
@@ -26,11 +26,11 @@ def recipe(*overrides: str) -> Recipe:
 
 def step_flops(card: MachineCard, *overrides: str) -> float:
     one = recipe(*overrides)
-    return estimate_run(one, make_config(one), card).flops_per_step
+    return estimate_run(one, one.elastic_config(), card).flops_per_step
 
 
 def forward(granularity: str) -> int:
-    config = make_config(recipe())
+    config = recipe().elastic_config()
     return ROWS * count_flops(config, Granularity.parse(granularity), num_tokens=LENGTH)
 
 
@@ -58,7 +58,7 @@ def test_one_member_a_step_costs_its_passes_and_the_teacher(card: MachineCard) -
 
 def test_accumulation_takes_time_and_no_memory(card: MachineCard) -> None:
     once, twice = recipe(), recipe("trainer.accumulate_grad_batches=2")
-    config = make_config(once)
+    config = once.elastic_config()
     ours, theirs = estimate_run(once, config, card), estimate_run(twice, config, card)
     assert ours.tokens == 10 * ROWS * LENGTH
     assert theirs.tokens == 2 * ours.tokens
@@ -68,7 +68,7 @@ def test_accumulation_takes_time_and_no_memory(card: MachineCard) -> None:
 
 def test_time_follows_the_measured_rate(card: MachineCard) -> None:
     one = recipe()
-    estimate = estimate_run(one, make_config(one), card)
+    estimate = estimate_run(one, one.elastic_config(), card)
     rate = card.device.dtypes["fp32"].product_gflops * 1e9 * UTILISATION["fp32"]
     assert estimate.seconds == pytest.approx(10 * estimate.flops_per_step / rate)
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from models.checkpoint import load_model
 from models.errors import UsageError
-from train.callbacks.metrics import read_metrics
 from train.fit import fit
+from train.metrics import read_metrics
 from train.recipe import Recipe, load_recipe
 
 WORDS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from models.checkpoint import load_model
-from train.callbacks.metrics import read_metrics
+from train.metrics import read_metrics
 from train.state import newest_state
 
 SETTINGS = (

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from models.errors import UsageError
-from train.callbacks.metrics import MetricsLog, read_metrics
+from train.metrics import MetricsLog, read_metrics
 from train.recipe import TrackingConfig
 from train.tracking import make_loggers
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from models.checkpoint import Member
 from models.granularity import Granularity
 from models.measure.consistency import evaluate_family
-from train.callbacks.metrics import Metrics, MetricsLog
+from train.callbacks.metrics import Metrics
 from train.callbacks.step import StepCallback
 from train.joint import JointModule
+from train.metrics import MetricsLog
 
 
 class Consistency(StepCallback):

@@ -1,74 +1,14 @@
-"""`metrics.jsonl`: append-only, one JSON object a line, the source of truth; loggers mirror it.
+"""Writes what a step cost and reached to `metrics.jsonl`; see train/metrics.py."""
 
-{"kind": "train", "step": 10, "tokens": 40960, "loss/XL": 3.1, "loss/S": 0.8, "lr": 0.001, ...}
-{"kind": "valid", "step": 50, "tokens": 204800, "valid/XL/loss": 2.9, "valid/S/alpha": 0.71, ...}
-{"kind": "sample", "step": 50, "member": "S", "prompt": "...", "text": "..."}
-"""
-
-import json
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from train.joint import JointModule
+from train.metrics import MetricsLog
 from train.objective import Batch
-
-
-class MetricsLog:
-    """Appends lines, and passes numbers on to loggers, whose failures are no one's loss.
-
-    Args:
-        path: of the file.
-        mirrors: Lightning loggers (wandb, TensorBoard, ...).
-        first_step: lines beyond this step belong to a history that a resumed run replaces.
-    """
-
-    def __init__(self, path: Path, mirrors: Sequence[Logger] = (), *, first_step: int = 0) -> None:
-        self.path = path
-        self.mirrors = list(mirrors)
-        kept = [line for line in read_metrics(path) if line.get("step", 0) <= first_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line; numbers go to the mirrors under the line's step as well."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        if numbers:
-            self._mirror(lambda logger: logger.log_metrics(numbers, step=step))
-
-    def close(self) -> None:
-        """Let the mirrors finish."""
-        self._mirror(lambda logger: logger.finalize("success"))
-
-    def _mirror(self, tell: Callable[[Logger], None]) -> None:
-        for logger in list(self.mirrors):
-            try:
-                tell(logger)
-            except Exception as error:  # noqa: BLE001 - a mirror may fail in any way, once
-                self.mirrors.remove(logger)
-                warnings.warn(f"{type(logger).__name__} failed and is dropped: {error}", stacklevel=3)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics file; a line torn by a kill is dropped."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
 
 
 class Metrics(pl.Callback):

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer
 from models.decode.engine import stream
 from models.granularity import Granularity
 from models.view import View
-from train.callbacks.metrics import MetricsLog
 from train.callbacks.step import StepCallback
 from train.joint import JointModule
+from train.metrics import MetricsLog
 
 
 class Samples(StepCallback):

@@ -72,12 +72,11 @@ def train(
     console = make_console()
     check_resume(resume)
     from train.dryrun import dry_run as show
-    from train.dryrun import make_config
 
     if dry_run:
         show(recipe, console)
         return 0
-    make_config(recipe)  # sizes that do not fit are told before anything is made
+    recipe.elastic_config()  # sizes that do not fit are told before anything is made
     from train.fit import fit
 
     model = fit(recipe, out or default_out(recipe, files), resume=resume, console=console)

@@ -8,8 +8,9 @@ from typing import Any
 
 import altair as alt
 
+from train.metrics import Line
 from train.report.charts import alpha_panel, curve, family_rows, loss_panel
-from train.report.read import Line, Run
+from train.report.read import Run
 from train.report.style import Key
 
 # More points than a panel has room for only make the page heavy.

@@ -4,7 +4,6 @@
 step wins; a line torn by a kill is skipped. `model/` and `decode.json` come last in a run and may be absent.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from models.errors import NestlingError, UsageError
 from models.family import FAMILY_FILE, Member, read_family
 from models.files import naming, read_json
 from models.huggingface_config import config_from_hugging_face
+from train.metrics import Line, read_metrics
 from train.recipe import FULL_NAME
-
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +74,6 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     ]
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a metrics file; a torn one is skipped."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
-
-
 def last_by_step(lines: Iterable[Line], kind: str, *also: str) -> list[Line]:
     """Lines of one kind by step; of several with equal step (and equal `also` fields) the last one.
 
@@ -108,7 +93,7 @@ def _read_run(path: Path, name: str) -> Run:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         raise NestlingError(f"{path} is not a run folder (no metrics.jsonl); give checkpoints/<run>")
-    lines = read_lines(metrics)
+    lines = read_metrics(metrics)
     train, valid = last_by_step(lines, "train"), last_by_step(lines, "valid")
     if not train and not valid:
         raise NestlingError(f"{metrics} has no train or valid line yet; wait for the run's first one")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from models.errors import NestlingError, UsageError
-from train.report.read import read_lines, read_runs
+from train.metrics import read_metrics
+from train.report.read import read_runs
 
 MakeRun = Callable[..., Path]
 
@@ -38,10 +39,10 @@ def test_lines_come_by_step_whatever_their_order_in_the_file(make_run: MakeRun) 
 @pytest.mark.parametrize("torn", ['{"kind": "train", "st', "\x00\x00", "[1]", '{"kind": "train"}'])
 def test_a_torn_line_is_skipped(make_run: MakeRun, torn: str) -> None:
     metrics = make_run() / "metrics.jsonl"
-    whole = read_lines(metrics)
+    whole = read_metrics(metrics)
     with metrics.open("a") as stream:
         stream.write(torn)
-    assert read_lines(metrics) == whole
+    assert read_metrics(metrics) == whole
 
 
 def test_every_member_of_a_step_keeps_its_sample(make_run: MakeRun) -> None:
