@@ -24,7 +24,8 @@ from models.config import ElasticConfig
 class Reading(NamedTuple):
     """Keys and values [B, G, S, K] to attend to, and which of them each new position sees.
 
-    A mask of None means causal where S == T, and everything where T == 1.
+    A mask, of bools or of numbers to add, has a row for each new position, or one for each query head of
+    a group and each position. None means causal where S == T, and everything where T == 1.
     """
 
     k_BGSK: Tensor
@@ -76,6 +77,7 @@ class KVCache:
             for _ in range(config.num_hidden_layers)
         ]
         self.num_positions = num_positions
+        self.heads_per_group = config.heads_per_group
         self.length = 0
         self._mask: Tensor | None = None
 
@@ -89,18 +91,21 @@ class KVCache:
         groups, num_tokens = k_BGTK.shape[1], k_BGTK.shape[2]
         end = self.length + num_tokens
         assert end <= self.num_positions, (end, self.num_positions)
-        k_BGSK, v_BGSK = self._stores[layer]
-        k_BGSK[:, :groups, self.length : end] = k_BGTK
-        v_BGSK[:, :groups, self.length : end] = v_BGTK
-        mask_TS = None if num_tokens == 1 or self.length == 0 else self._causal(num_tokens, k_BGTK)
-        return Reading(k_BGSK[:, :groups, :end], v_BGSK[:, :groups, :end], mask_TS)
+        k_BGSK, v_BGSK = (store[:, :groups, :end] for store in self._stores[layer])
+        k_BGSK[:, :, self.length :] = k_BGTK
+        v_BGSK[:, :, self.length :] = v_BGTK
+        mask_TS = None if num_tokens == 1 or self.length == 0 else self._causal(num_tokens, k_BGSK)
+        return Reading(k_BGSK, v_BGSK, mask_TS)
 
     def _causal(self, num_tokens: int, like: Tensor) -> Tensor:
-        """Causal mask aligned to the last position, made once for all layers of a pass."""
-        shape = (num_tokens, self.length + num_tokens)
+        """Causal mask aligned to the last position, made once for all layers of a pass.
+
+        It is ready to be added to the scores of all query heads of a group.
+        """
+        shape = (self.heads_per_group * num_tokens, self.length + num_tokens)
         if self._mask is None or self._mask.shape != shape:
-            mask_TS = torch.ones(shape, dtype=torch.bool, device=like.device)
-            self._mask = mask_TS.tril(self.length)
+            mask_TS = torch.full((num_tokens, shape[1]), -torch.inf, dtype=like.dtype, device=like.device)
+            self._mask = mask_TS.triu_(self.length + 1).repeat(self.heads_per_group, 1)
         return self._mask
 
     def commit(self, num_tokens: int) -> None:
@@ -117,6 +122,7 @@ class KVCache:
         """The same store with a length of its own, which starts at this one's."""
         view = object.__new__(KVCache)
         view._stores, view.num_positions = self._stores, self.num_positions
+        view.heads_per_group = self.heads_per_group
         view.length, view._mask = self.length, None
         return view
 

@@ -37,9 +37,9 @@ class Block(nn.Module):
         self, x_BTD: Tensor, plan: LayerPlan, rotary: tuple[Tensor, Tensor], memory: Memory | None
     ) -> Tensor:
         """Add attention, then the feed-forward part, to the residual stream."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), plan.groups, rotary, memory)
-        y_BTD: Tensor = self.mlp(self.post_attention_layernorm(x_BTD), plan.ffn)
-        return x_BTD + y_BTD
+        x_BTD = self.self_attn(self.input_layernorm(x_BTD), plan.groups, rotary, memory, x_BTD)
+        y_BTD: Tensor = self.mlp(self.post_attention_layernorm(x_BTD), plan.ffn, x_BTD)
+        return y_BTD
 
 
 class Backbone(nn.Module):

@@ -50,13 +50,18 @@ def check_json(path: Path | None) -> None:
 
 
 def open_for_decoding(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
-    """Open a model folder in the dtype (whose name is returned) and with the threads that decode fastest."""
+    """Open a model folder, packed in the dtype (whose name is returned), with the fastest threads."""
+    import dataclasses
+
     import torch
 
     from models.decode.auto import best_num_threads
     from models.machine import machine_card, num_threads
+    from models.quantize import INT8, pack
 
     folder, name = _open(path, dtype)
+    if name != INT8:  # which is packed already
+        folder = dataclasses.replace(folder, model=pack(folder.model, name))
     most = num_threads(machine_card(), name, purpose="decoding")
     torch.set_num_threads(best_num_threads(folder.model, most))
     return folder, name

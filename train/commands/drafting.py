@@ -12,7 +12,7 @@ from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.sampling import SamplingParams
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
-from models.quantize import pack, packed_bytes, split_precision
+from models.quantize import pack, packed_bytes, prepare, split_precision
 from models.view import View
 
 DEFAULT_GAMMA = 4
@@ -65,8 +65,11 @@ def nested_drafting(folder: ModelFolder, text: str, gamma: int, note: str = "") 
     """
     name, precision = split_precision(text)
     granularity = Granularity.parse(name, folder.family)
-    model = folder.model if precision is None else pack(folder.model, precision, granularity)
-    extra_bytes = 0 if precision is None else packed_bytes(model)
+    if precision is None:
+        model, extra_bytes = folder.model, prepare(folder.model, granularity)
+    else:
+        model = pack(folder.model, precision, granularity)
+        extra_bytes = packed_bytes(model)
     return Drafting(
         draft=NestedDraft(View(model, granularity)),
         name=text,
