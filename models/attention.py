@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.cache import Memory, Reading
+from models.cache import Memory, Reading, Readings
 from models.config import ElasticConfig
 from models.layers import NestedLinear, NestedMap, RMSNorm, rotate
 
@@ -40,17 +40,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Add what `groups` groups make of x to the residual stream [B, T, D].
 
-        `memory` takes the new keys and values and says what to read. The scores are computed in the
-        dtype of what is read, which may be wider than this pass's.
+        `memory` takes the new keys and values and says what to read.
         """
         heads = groups * self.heads_per_group
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, heads, groups, rotary)
         k_BGTK, v_BGTK = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
-        reading = Reading(k_BGTK, v_BGTK, None)
+        q_BHTK = q_BTHK.transpose(1, 2)
+        reading: Reading | Readings = Reading(k_BGTK, v_BGTK, None)
         if memory is not None:
             reading = memory.extend(self.layer, k_BGTK, v_BGTK)
-        mixed_BHTK = attend(q_BTHK.transpose(1, 2).to(reading.k_BGSK.dtype), reading).to(x_BTD.dtype)
-        mixed_BTW = mixed_BHTK.transpose(1, 2).flatten(2)
+        if isinstance(reading, Readings):
+            parts = zip(q_BHTK.split(reading.counts, dim=2), reading.each, strict=True)
+            mixed_BHTK = torch.cat([attend(q_BHTK, one) for q_BHTK, one in parts], dim=2)
+        else:
+            mixed_BHTK = attend(q_BHTK, reading)
+        mixed_BTW = mixed_BHTK.to(x_BTD.dtype).transpose(1, 2).flatten(2)
         return self.o_proj.prefix(
             mixed_BTW, rows=x_BTD.shape[-1], columns=mixed_BTW.shape[-1], finish="add", other=residual_BTD
         )
@@ -75,10 +79,12 @@ class Attention(nn.Module):
 def attend(q_BHTK: Tensor, reading: Reading) -> Tensor:
     """Softmax attention [B, H, T, K] of each query head over its group's keys.
 
+    It is computed in the dtype of what is read, which may be wider than the pass's.
     With few new tokens a group's query heads are laid out as rows of one matrix product, so that
     keys and values are read once a group and never repeated in memory.
     """
     k_BGSK, v_BGSK, mask_TS = reading
+    q_BHTK = q_BHTK.to(k_BGSK.dtype)
     num_rows, heads, num_tokens, head_dim = q_BHTK.shape
     groups = k_BGSK.shape[1]
     if mask_TS is None and num_tokens == k_BGSK.shape[2]:

@@ -1,6 +1,7 @@
-"""What an attention layer reads besides its own keys: three memories with one verb, `extend`.
+"""What an attention layer reads besides its own keys: four memories with one verb, `extend`.
 
     KVCache        decoding: a static store of committed positions; a draft's `view()` shares it
+    Batch          decoding: the caches of several requests, whose tokens share one pass
     Recording      training: keeps the full model's keys and values of this pass for the members
     SharedPrefix   training: a member reads the recorded keys and values as it will when it drafts
 
@@ -13,6 +14,7 @@ its own for the few positions that it drafted itself:
 B batch, G key/value groups, T new positions, S positions read, K head dim.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,15 +35,21 @@ class Reading(NamedTuple):
     mask_TS: Tensor | None
 
 
+class Readings(NamedTuple):
+    """A reading for each request of a pass, and how many of the new tokens are its own, in order."""
+
+    counts: list[int]
+    each: list[Reading]
+
+
 class Memory(Protocol):
     """What one forward pass reads from and writes to."""
 
-    @property
-    def offset(self) -> int:
-        """Position of the first new token."""
+    def positions(self, num_tokens: int) -> slice | Tensor:
+        """Where the new tokens stand in their texts."""
         ...
 
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
+    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading | Readings:
         """Take the new keys and values of a layer (its index in the full model)."""
         ...
 
@@ -81,10 +89,9 @@ class KVCache:
         self.length = 0
         self._mask: Tensor | None = None
 
-    @property
-    def offset(self) -> int:
-        """Committed positions; the next token goes there."""
-        return self.length
+    def positions(self, num_tokens: int) -> slice:
+        """See `Memory`: behind the committed ones."""
+        return slice(self.length, self.length + num_tokens)
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
         """Write behind the committed positions; read everything up to and including the new ones."""
@@ -137,13 +144,46 @@ class KVCache:
         return sum(store.nbytes for pair in self._stores for store in pair)
 
 
+class Batch:
+    """The caches of several requests, whose new tokens lie one after another in one row of a pass.
+
+    The tokens share the products with the weights, and nothing else: each request attends to its own
+    cache, at its own positions, as if it were alone. Nothing is padded.
+
+    Args:
+        caches: of one row each, and of the same device.
+        counts: new tokens of each request.
+    """
+
+    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
+        self.caches, self.counts = list(caches), list(counts)
+
+    def positions(self, num_tokens: int) -> Tensor:
+        """See `Memory`."""
+        ranges = [
+            torch.arange(cache.length, cache.length + count)
+            for cache, count in zip(self.caches, self.counts, strict=True)
+        ]
+        assert sum(map(len, ranges)) == num_tokens, (self.counts, num_tokens)
+        return torch.cat(ranges)
+
+    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Readings:
+        """See `KVCache.extend`, for each request."""
+        keys, values = k_BGTK.split(self.counts, dim=2), v_BGTK.split(self.counts, dim=2)
+        requests = zip(self.caches, keys, values, strict=True)
+        each = [cache.extend(layer, k_1GTK, v_1GTK) for cache, k_1GTK, v_1GTK in requests]
+        return Readings(self.counts, each)
+
+
 class Recording:
     """The full model's keys and values of one training pass, cut from the graph."""
 
-    offset = 0
-
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def positions(self, num_tokens: int) -> slice:
+        """See `Memory`."""
+        return slice(num_tokens)
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
         """Keep them and read just them, causally."""
@@ -168,14 +208,16 @@ class SharedPrefix:
         starts_T: for each position the first position of its block (not above the position).
     """
 
-    offset = 0
-
     def __init__(self, recording: Recording, starts_T: Tensor) -> None:
         positions = torch.arange(len(starts_T), device=starts_T.device)
         recorded_TT = positions < starts_T[:, None]
         own_TT = (positions >= starts_T[:, None]) & (positions <= positions[:, None])
         self.recording = recording
         self.mask_TS = torch.cat([recorded_TT, own_TT], dim=1)
+
+    def positions(self, num_tokens: int) -> slice:
+        """See `Memory`."""
+        return slice(num_tokens)
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
         """Read [recorded | own] keys and values, S = 2T, through the block mask."""

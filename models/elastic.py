@@ -115,8 +115,9 @@ class ElasticLM(nn.Module):
         plan: Plan = granularity.resolve(self.config)
         x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight)
         x_BTD = x_BTD.to(self.model.norm.weight.dtype)  # of a packed copy, which shares the embedding
-        offset = 0 if memory is None else memory.offset
-        rotary = self.rotary(offset, tokens_BT.shape[1], x_BTD.dtype)
+        num_tokens = tokens_BT.shape[1]
+        positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
+        rotary = self.rotary(positions, x_BTD.dtype)
         taken: dict[int, Tensor] = {}
         for count, layer_plan in enumerate(plan.layers, start=1):
             block = cast(Block, self.model.layers[layer_plan.index])

@@ -102,10 +102,9 @@ class Rotary(nn.Module):
         sign_K[: config.head_dim // 2] = -1  # folds the minus of rotate_half into the table
         self.register_buffer("sin_TK", angles_TK.sin() * sign_K, persistent=False)
 
-    def forward(self, offset: int, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [T, 1, K] of positions offset .. offset + num_tokens."""
-        end = offset + num_tokens
-        cos_T1K, sin_T1K = self.cos_TK[offset:end, None], self.sin_TK[offset:end, None]
+    def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [T, 1, K] of the positions, a range of them or one for each token."""
+        cos_T1K, sin_T1K = self.cos_TK[positions].unsqueeze(1), self.sin_TK[positions].unsqueeze(1)
         return cos_T1K.to(dtype), sin_T1K.to(dtype)
 
 
