@@ -1,6 +1,7 @@
 """The decoding engine: plain and speculative are one loop, and plain is the one without a draft.
 
     prefill   the target reads the prompt; its last logits give the first token
+    choose    a policy says who drafts this round and how many tokens gamma (models/decode/policy.py)
     propose   the draft proposes up to gamma tokens after the pending one
     verify    the target scores [pending, d1 .. d_gamma] in one pass and decides which of them stay
     commit    what stays is settled: the cache's length grows, nothing is copied or cropped
@@ -20,6 +21,7 @@ from models.decode.accept import Verifier
 from models.decode.chance import Random, SeededRandom
 from models.decode.choose import Chooser, Proposal, Verdict, make_chooser
 from models.decode.draft import Draft
+from models.decode.policy import NO_DRAFT, Fixed, Plan, Policy, Round
 from models.decode.report import Report
 from models.decode.sampling import SamplingParams
 from models.decode.state import Model, State, elastic_model, new_cache, score
@@ -41,6 +43,7 @@ class Options(TypedDict, total=False):
 
     draft: Draft | None
     gamma: int
+    policy: Policy | None
     params: SamplingParams
     max_new_tokens: int
     eos_token_ids: Collection[int] | None
@@ -65,6 +68,7 @@ def stream(
     *,
     draft: Draft | None = None,
     gamma: int = 4,
+    policy: Policy | None = None,
     params: SamplingParams = GREEDY,
     max_new_tokens: int = 128,
     eos_token_ids: Collection[int] | None = None,
@@ -78,6 +82,7 @@ def stream(
         prompt_ids: at least one token.
         draft: what proposes tokens; None decodes plainly.
         gamma: drafted tokens a round.
+        policy: decides round by round instead of `draft` and `gamma`; one that learns serves one request.
         params: how tokens are chosen.
         max_new_tokens: the most tokens to give; the context's end may come first.
         eos_token_ids: tokens that end the output (and are its last token); None means the model's.
@@ -90,31 +95,27 @@ def stream(
             or a number makes no sense.
     """
     limit = _num_new_tokens(target, prompt_ids, max_new_tokens)
-    if gamma < 0:
-        raise UsageError(f"--gamma must be 0 or more, got {gamma}")
-    if draft is not None:
-        draft.check(target)
+    policy = policy or Fixed(draft, gamma)
+    policy.check(target)
     if eos_token_ids is None:
         eos = elastic_model(target).config.eos_token_id
         eos_token_ids = () if eos is None else (eos,)
     request = _Request(
         target=target,
-        draft=draft if gamma else None,
-        gamma=gamma,
+        policy=policy,
         chooser=make_chooser(params, random or SeededRandom(0), verifier),
         limit=limit,
         eos_token_ids=frozenset(eos_token_ids),
         state=State(list(prompt_ids), new_cache(target, len(prompt_ids) + limit)),
     )
-    report = Report()
+    report = Report(kv_bytes=request.state.cache.num_bytes, known_costs=policy.costs)
     return Stream(_decode(request, report), report)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     target: Model
-    draft: Draft | None
-    gamma: int
+    policy: Policy
     chooser: Chooser
     limit: int
     eos_token_ids: frozenset[int]
@@ -137,11 +138,23 @@ def _decode(request: _Request, report: Report) -> Iterator[Token]:
             return
         started = perf_counter()
         # A round gives one token more than it drafts at most: this also keeps it inside the cache.
-        proposal = propose(request, min(request.gamma, request.limit - report.num_tokens - 1))
+        plan = request.policy.choose(request.state, request.limit - report.num_tokens - 1)
+        proposal = propose(request, plan)
+        drafted = perf_counter() if proposal.ids else started
         verdict = verify(request, proposal)
         kept = commit(request, verdict)
+        verified = perf_counter()
+        done = Round(
+            draft=plan.name if proposal.ids else NO_DRAFT,
+            num_drafted=len(proposal.ids),
+            num_accepted=sum(token.drafted for token in kept),
+            draft_seconds=drafted - started,
+            target_seconds=verified - drafted,
+            overlaps=tuple(verdict.overlaps[: len(kept)]),
+        )
+        request.policy.observe(done)
+        report.count_round(done)
         report.decode_seconds += perf_counter() - started
-        report.count_round(len(proposal.ids), verdict.overlaps[: len(kept)])
 
 
 @torch.inference_mode()
@@ -155,11 +168,11 @@ def prefill(request: _Request) -> list[Token]:
 
 
 @torch.inference_mode()
-def propose(request: _Request, num_tokens: int) -> Proposal:
-    """Let the draft propose up to `num_tokens` tokens; none without a draft."""
-    if request.draft is None or num_tokens < 1:
+def propose(request: _Request, plan: Plan) -> Proposal:
+    """Let the chosen draft propose tokens; none without a draft."""
+    if plan.draft is None:
         return Proposal(request.state.ids)
-    return request.draft.propose(request.state, num_tokens, request.chooser)
+    return plan.draft.propose(request.state, plan.gamma, request.chooser)
 
 
 @torch.inference_mode()

@@ -72,8 +72,8 @@ def stream_text(
         prompt: the text to continue; if empty, the model's start (or end) token stands for it.
         stop: texts that end the output, wherever they begin or end; they are not part of it.
         seed: of every random choice.
-        options: `draft`, `gamma`, `params`, `max_new_tokens`, `eos_token_ids` and `verifier`, as
-            `engine.stream` takes them.
+        options: `draft`, `gamma`, `policy`, `params`, `max_new_tokens`, `eos_token_ids` and `verifier`,
+            as `engine.stream` takes them.
 
     Raises:
         UsageError: as `engine.stream`, and for an empty prompt without a start token.

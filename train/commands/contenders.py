@@ -8,6 +8,7 @@ import torch
 from models.bench.matrix import Cell, DraftChoice, Target, make_cells
 from models.bench.prompts import HEADINGS, beginnings, check_room, encode_prompts, read_prompts
 from models.checkpoint import ModelFolder
+from models.decode.lookup import LookupDraft
 from models.decode.sampling import SamplingParams
 from models.errors import NestlingError
 from models.quantize import INT8
@@ -75,7 +76,7 @@ def choose_cells(
             notes += [
                 f"{choice.name} has unequal layers, which no stock model holds: transformers has no assistant"
                 for choice in chosen
-                if target.assistant(choice) is None
+                if target.assistant(choice) is None and not isinstance(choice.draft, LookupDraft)
             ]
     return cells, list(dict.fromkeys(notes))
 

@@ -1,14 +1,18 @@
-"""What `--draft` means: a member of the family, the best one on this machine, nothing, or another folder.
+"""What `--draft` and `--gamma` mean: who drafts, and who decides how much.
 
-A member or folder may carry its precision, as in `S@int8`: any precision is a legal draft.
+A draft is a member of the family, the best one on this machine, another folder, a copy of earlier text, or
+nothing. A member or folder may carry its precision, as in `S@int8`: any precision is a legal draft.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.checkpoint import ModelFolder, load_model
-from models.decode.auto import choose_draft, known_acceptance, measure_costs
+from models.decode.auto import Costs, choose_draft, known_acceptance, measure_costs
+from models.decode.control import PRIOR_ALPHA, Arm, Controller
 from models.decode.draft import Draft, ModelDraft, NestedDraft
+from models.decode.lookup import LookupDraft
+from models.decode.policy import Fixed, Policy
 from models.decode.sampling import SamplingParams
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
@@ -16,6 +20,9 @@ from models.quantize import pack, packed_bytes, prepare, split_precision
 from models.view import View
 
 DEFAULT_GAMMA = 4
+AUTO, LOOKUP = "auto", "lookup"
+# Of copied tokens, before any was seen: members know theirs, and should be tried first.
+LOOKUP_ALPHA = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +36,10 @@ class Drafting:
     """Why, in a few words, if it was chosen for the user; or what it costs besides time."""
     extra_bytes: int = 0
     """Of weights that only the draft has."""
+    precision: str | None = None
+    """That it runs in; None is the target's."""
+    costs: Costs | None = None
+    """Of the target and of this draft, where they were measured for the choice."""
 
 
 def choose_drafting(folder: ModelFolder, text: str, gamma: int | None, params: SamplingParams) -> Drafting:
@@ -40,9 +51,11 @@ def choose_drafting(folder: ModelFolder, text: str, gamma: int | None, params: S
     """
     if text == "none":
         return Drafting(draft=None, name="none", gamma=0)
-    if text == "auto":
+    if text == AUTO:
         return _automatic(folder, gamma, params)
     number = DEFAULT_GAMMA if gamma is None else gamma
+    if text == LOOKUP and LOOKUP not in folder.family:
+        return Drafting(draft=LookupDraft(), name=LOOKUP, gamma=number)
     if Path(text).is_dir() and text not in folder.family:
         return _separate(folder, text, None, number)  # a folder's name may hold anything
     name, precision = split_precision(text)
@@ -51,7 +64,7 @@ def choose_drafting(folder: ModelFolder, text: str, gamma: int | None, params: S
     if not Path(name).is_dir():
         raise UsageError(
             f"--draft {text} is neither a member of the family nor a folder; choose from "
-            f"{', '.join(folder.family)}, auto and none, write a granularity out as in ffn=0.25, "
+            f"{', '.join(folder.family)}, auto, lookup and none, write a granularity out as in ffn=0.25, "
             "or give a model folder; each may carry a precision, as in S@int8"
         )
     return _separate(folder, name, precision, number)
@@ -76,6 +89,7 @@ def nested_drafting(folder: ModelFolder, text: str, gamma: int, note: str = "") 
         gamma=gamma,
         note=", ".join(filter(None, [note, _weights(extra_bytes)])),
         extra_bytes=extra_bytes,
+        precision=precision,
     )
 
 
@@ -90,6 +104,7 @@ def _separate(folder: ModelFolder, path: str, precision: str | None, gamma: int)
         gamma=gamma,
         note=_weights(extra_bytes),
         extra_bytes=extra_bytes,
+        precision=precision,
     )
 
 
@@ -103,7 +118,8 @@ def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams) -
         return Drafting(draft=None, name="none", gamma=0, note="no member of this folder was ever measured")
     family = {member.name: member.granularity for member in folder.members}
     drafts = {name: Granularity.parse(family[name]) for name in acceptance}
-    best = choose_draft(acceptance, measure_costs(folder.model, drafts))
+    costs = measure_costs(folder.model, drafts)
+    best = choose_draft(acceptance, costs)
     if best is None:
         return Drafting(draft=None, name="none", gamma=0, note="plain decoding is faster here")
     return Drafting(
@@ -111,7 +127,35 @@ def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams) -
         name=best.name,
         gamma=best.gamma if gamma is None else gamma,
         note=f"{best.speedup:.2f}x predicted",
+        costs=costs,
     )
+
+
+def make_policy(
+    folder: ModelFolder, drafting: Drafting, params: SamplingParams, *, adapts: bool, copies: bool
+) -> Policy:
+    """Who decides on each round of a request.
+
+    Args:
+        folder: the target's, whose members' acceptance may be known.
+        drafting: what drafts.
+        params: how tokens are chosen.
+        adapts: whether the number of tokens follows what it measures; else it is `drafting.gamma`.
+        copies: whether earlier text is one more draft.
+    """
+    if not adapts:
+        return Fixed(drafting.draft, drafting.gamma, drafting.name, drafting.costs)
+    alpha = known_acceptance(folder.members, params).get(drafting.name, PRIOR_ALPHA)
+    arms = [] if drafting.draft is None else [_arm(drafting.name, drafting.draft, alpha)]
+    if copies:
+        arms.append(_arm(LOOKUP, LookupDraft(), PRIOR_ALPHA))
+    return Controller(arms, drafting.costs)
+
+
+def _arm(name: str, draft: Draft, alpha: float) -> Arm:
+    if isinstance(draft, LookupDraft):  # it costs nothing, and may have nothing to propose
+        return Arm(name=name, draft=draft, alpha=LOOKUP_ALPHA, step=0.0, room=draft.room)
+    return Arm(name=name, draft=draft, alpha=alpha)
 
 
 def _check_same_tokens(target: ModelFolder, draft: ModelFolder) -> None:
