@@ -11,6 +11,7 @@ law (https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
 from models.decode.choose import Chooser, Proposal
+from models.decode.passes import Steps
 from models.decode.state import Model, State
 
 
@@ -38,8 +39,9 @@ class LookupDraft:
         """
         return 0 if self._source(state) is None else state.cache.num_positions
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         """See `Draft`; the proposal keeps no laws, since nothing was drawn."""
+        yield from ()  # no pass is needed
         source = self._source(state)
         if source is None:
             return Proposal(state.ids)

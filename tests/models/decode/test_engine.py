@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.decode import engine
+from models.decode import engine, passes
 from models.decode.chance import SeededRandom
 from models.decode.choose import Chooser, Proposal
 from models.decode.control import Arm, Controller
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
 from models.decode.lookup import LookupDraft
+from models.decode.passes import Pass, Steps, run
 from models.decode.reference import full_pass_law, plain_decode, speculative_decode
 from models.decode.sampling import SamplingParams
 from models.decode.state import Model, State, new_cache, score
@@ -168,17 +169,18 @@ def test_a_draft_that_is_always_wrong_costs_no_more_than_the_ledger_says(
         def check(self, target: Model) -> None:
             pass
 
-        def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+        def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+            yield from ()
             now[0] += num_tokens
             following = self.plain[len(state.ids) - 3 :][:num_tokens]
             return Proposal(state.ids, [(token + 1) % 64 for token in following])
 
-    def timed(*args: Any, **options: Any) -> Tensor:
+    def timed(some: Sequence[Pass]) -> list[Tensor]:
         now[0] += 1.0
-        return score(*args, **options)
+        return run(some)
 
     plain = ids_of(model, [3, 1, 4], max_new_tokens=250)
-    monkeypatch.setattr(engine, "score", timed)
+    monkeypatch.setattr(passes, "run", timed)
     monkeypatch.setattr(engine, "perf_counter", lambda: now[0])
     tokens = stream(
         model,
@@ -221,10 +223,10 @@ class Watched:
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         self.rounds += 1
         self.look(state)
-        proposal = self.draft.propose(state, num_tokens, chooser)
+        proposal = yield from self.draft.propose(state, num_tokens, chooser)
         self.after(state)
         return proposal
 

@@ -12,6 +12,7 @@ from models.decode.chance import SeededRandom
 from models.decode.choose import Chooser, Proposal, make_chooser
 from models.decode.engine import stream
 from models.decode.lookup import LookupDraft
+from models.decode.passes import settle
 from models.decode.sampling import SamplingParams
 from models.decode.state import State, new_cache
 from models.elastic import ElasticLM
@@ -29,7 +30,7 @@ def state_of(tiny_model: ElasticLM) -> StateOf:
 
 
 def proposed(state: State, num_tokens: int = 4, draft: LookupDraft | None = None) -> list[int]:
-    return (draft or LookupDraft()).propose(state, num_tokens, NO_CHOOSER).ids
+    return settle((draft or LookupDraft()).propose(state, num_tokens, NO_CHOOSER)).ids
 
 
 def searched(ids: Sequence[int], num_tokens: int) -> list[int]:

@@ -24,6 +24,7 @@ from models.decode.control import Arm, Controller
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
 from models.decode.lookup import LookupDraft
+from models.decode.passes import Steps
 from models.decode.policy import PLAIN as PLAINLY
 from models.decode.policy import Plan, Round
 from models.decode.reference import full_pass_law, plain_decode
@@ -293,7 +294,7 @@ class DrawsByOtherRules:
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         assert isinstance(chooser, Sampled)
         return self.draft.propose(state, num_tokens, ReportsFalsely(chooser, self.drawn))
 
@@ -321,8 +322,8 @@ class DiscardsByValue:
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
-        proposal = self.draft.propose(state, num_tokens, chooser)
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        proposal = yield from self.draft.propose(state, num_tokens, chooser)
         if float(proposal.laws[-1][proposal.ids[-1]]) > 0.4:
             return proposal
         return Proposal(proposal.prefix, proposal.ids[:-1], proposal.laws[:-1])
