@@ -48,13 +48,13 @@ def generate(
         float, typer.Option(help="Above 1: tokens that the text has already become less likely.")
     ] = 1.0,
     verifier: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="token|block|coupled",
             help="How drafted tokens are judged when sampling; coupled writes the same text for a seed "
-            "whatever drafts.",
+            "whatever drafts. Default: auto's choice, or block.",
         ),
-    ] = "block",
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")
@@ -70,7 +70,8 @@ def generate(
     from models.decode.text import stream_text
     from train.commands.drafting import choose_drafting
 
-    check_verifier(verifier)
+    if verifier is not None:
+        check_verifier(verifier)
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -82,7 +83,7 @@ def generate(
     if folder.tokenizer is None:
         raise NestlingError(f"{model} has no tokenizer.json; put the one it was trained with there")
     draft = draft or ("auto" if params.is_greedy or verifier == COUPLED else "none")
-    drafting = choose_drafting(folder, draft, gamma, params)
+    drafting = choose_drafting(folder, draft, gamma, params, dtype=dtype, verifier=verifier)
     pieces = stream_text(
         folder.model,
         folder.tokenizer,
@@ -93,12 +94,12 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop=stop or (),
         seed=seed,
-        verifier=verifier,
+        verifier=drafting.verifier,
     )
     _show(pieces, make_console())
     result = pieces.result()
     make_console(stderr=True).print(_summary(result.report, drafting, dtype), style="dim", soft_wrap=True)
-    asked = {"prompt": prompt, **dataclasses.asdict(params), "verifier": verifier}
+    asked = {"prompt": prompt, **dataclasses.asdict(params), "verifier": drafting.verifier}
     asked |= {"seed": seed, "draft": drafting.name, "gamma": drafting.gamma, "dtype": dtype}
     asked |= {"draft_extra_bytes": drafting.extra_bytes}
     write_results(json, {**result.as_dict(), **asked}, dtypes={"model": dtype})
