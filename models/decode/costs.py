@@ -67,15 +67,20 @@ def time_drafts(
 ) -> dict[str, float]:
     """The cost of a step of each draft, in target passes on one token timed beside them.
 
-    Steps come several in a row, as in a round: only the first finds the target's weights, and not its
-    own, in the processor's caches.
+    Timed is a whole round, and the target's pass is taken off: as in decoding, a draft's first step finds
+    the target's weights, and not its own, in the processor's caches.
     """
-    cache = _filled_cache(target, num_steps)
-    num_steps = min(num_steps, cache.num_positions - cache.length)
-    cells: dict[tuple[str, ...], Work] = {(): _steps(target, cache, num_steps)}
-    cells |= {(name,): _steps(draft, cache, num_steps) for name, draft in drafts.items()}
+    cache = _filled_cache(target, num_steps + 1)
+    num_steps = min(num_steps, cache.num_positions - cache.length - 1)
+    verdict = _pass(target, cache, num_steps + 1)
+    cells: dict[tuple[str, str], Work] = {
+        ("", "token"): _pass(target, cache, 1),
+        ("", "verdict"): verdict,
+    }
+    cells |= {(name, "round"): _round(draft, cache, num_steps, verdict) for name, draft in drafts.items()}
     seconds = alternate(cells, budget=budget, clock=clock).median
-    return {name: seconds[name,] / seconds[()] for name in drafts}
+    one, last = seconds["", "token"], seconds["", "verdict"]
+    return {name: max(0.0, seconds[name, "round"] - last) / num_steps / one for name in drafts}
 
 
 def time_hosts(
@@ -115,13 +120,14 @@ def _pass(model: Scorer, cache: KVCache, num_tokens: int) -> Work:
     return work
 
 
-def _steps(model: Scorer, cache: KVCache, num_steps: int) -> Work:
+def _round(model: Scorer, cache: KVCache, num_steps: int, verdict: Work) -> Work:
     @torch.inference_mode()
     def work() -> None:
         tail = cache.view()
         for _ in range(num_steps):
             score(model, [0], tail, num_last=1)[-1, 0].item()
             tail.commit(1)
+        verdict()
 
     return work
 

@@ -18,7 +18,9 @@ COUNTS_V = torch.arange(64)
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time for timings, and no packed copies, which the clock would not see."""
     monkeypatch.setattr(search, "SECONDS", 0.0)
+    monkeypatch.setattr(search, "PRECISIONS", ())
 
 
 class LayerClock:
@@ -109,6 +111,30 @@ def test_each_draft_of_a_law_is_confirmed_once_and_the_best_coupled_one_as_well(
     assert warm[0].candidate != warm[1].candidate
 
 
+def test_the_best_drafts_are_tried_in_other_precisions_and_with_fewer_tokens(
+    model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine where int8 costs half, and half of the vocabulary half of that."""
+
+    def cost(name: str) -> float:
+        layers = Granularity.parse(name.partition(",")[0].partition("@")[0]).layers or range(4)
+        half = 0.5 if "@int8" in name else 1.0
+        return len(layers) / 4 * half * (0.5 if "32 tokens" in name else 1.0)
+
+    monkeypatch.setattr(search, "PRECISIONS", ("fp32", "int8"))
+    monkeypatch.setattr(search, "time_drafts", lambda _, drafts, **__: {name: cost(name) for name in drafts})
+    monkeypatch.setattr(
+        search, "list_candidates", lambda *_: [Granularity.parse(text) for text in ("layers=0", "layers=0-1")]
+    )
+    found = search_drafts(
+        model, text_for(model, GREEDY), num_prompts=1, num_rounds=1, clock=LayerClock(model)
+    )
+    texts = [str(one.candidate) for one in found.estimates]
+    assert {"layers=0-1", "layers=0-1@int8", "full@int8", "layers=0-1@int8, 32 tokens"} <= set(texts)
+    assert not any("fp32" in text or "16 tokens" in text for text in texts), "these are no cheaper"
+    assert len(found.confirmed) == 4
+
+
 def estimate(verifier: str = "block", params: SamplingParams = WARM, tau: float = 2.0) -> Estimate:
     candidate = Candidate(granularity=Granularity.parse("layers=0"), num_tokens=2)
     return Estimate(
@@ -158,4 +184,4 @@ def test_vocabularies_are_shares_and_what_covers_a_text() -> None:
     counts_V = torch.zeros(4096)
     counts_V[:100] = 1000
     counts_V[100:1000] = 5
-    assert search._vocabularies(counts_V) == [128, 320, 1024, 2048]
+    assert search._vocabularies(counts_V) == [128, 832, 1024, 2048]
