@@ -16,11 +16,14 @@ p target, q draft.
 
 from typing import Protocol
 
+from torch import Tensor
+
 from models.cache import KVCache
 from models.count import count_parameters
 from models.decode.choose import Chooser, Proposal
 from models.decode.passes import Pass, Steps
-from models.decode.state import Model, State, elastic_model, new_cache
+from models.decode.state import Model, Scorer, State, elastic_model, new_cache
+from models.decode.vocabulary import FewTokens
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
 from models.view import View
@@ -47,10 +50,19 @@ class Draft(Protocol):
 
 
 class NestedDraft:
-    """A member of the target's own weights that shares the target's key/value store."""
+    """A member of the target's own weights that shares the target's key/value store.
 
-    def __init__(self, view: View) -> None:
+    Args:
+        view: the member, of the target or of a packed copy of it.
+        vocabulary: ids of the tokens that it may draft; None means all.
+
+    Raises:
+        UsageError: if these are no token ids of the model.
+    """
+
+    def __init__(self, view: View, vocabulary: Tensor | None = None) -> None:
         self.view = view
+        self.scorer: Scorer = view if vocabulary is None else FewTokens(view, vocabulary)
 
     def check(self, target: Model) -> None:
         """See `Draft`."""
@@ -66,7 +78,7 @@ class NestedDraft:
 
     def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         """See `Draft`."""
-        return (yield from _propose(self.view, state, state.cache.view(), num_tokens, chooser))
+        return (yield from _propose(self.scorer, state, state.cache.view(), num_tokens, chooser))
 
 
 class ModelDraft:
@@ -111,7 +123,7 @@ class ModelDraft:
 
 
 def _propose(
-    model: Model, state: State, cache: KVCache, num_tokens: int, chooser: Chooser
+    model: Scorer, state: State, cache: KVCache, num_tokens: int, chooser: Chooser
 ) -> Steps[Proposal]:
     """Draft token by token, after the settled tokens that the cache lacks (at least the pending one)."""
     proposal, ids = Proposal(state.ids), state.ids[cache.length :]

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from models.cache import Batch, KVCache
-from models.decode.state import Model, elastic_model
+from models.decode.state import Model, Scorer, elastic_model
+from models.decode.vocabulary import FewTokens
+from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
 from models.view import View
 
@@ -31,7 +33,7 @@ Event = TypeVar("Event")
 class Pass(NamedTuple):
     """A pass over tokens that follow what a cache has committed."""
 
-    model: Model
+    model: Scorer
     ids: list[int]
     cache: KVCache
     num_last: int
@@ -127,7 +129,8 @@ def run(passes: Sequence[Pass]) -> list[Tensor]:
     memory = Batch([one.cache for one in passes], counts)
     parts = whole.states(tokens_BT, _granularity(first.model), memory)[-1][0].split(counts)
     scored = [part_TD[-one.num_last :] for part_TD, one in zip(parts, passes, strict=True)]
-    logits_TV = whole.head(torch.cat(scored))
+    head = first.model.head if isinstance(first.model, FewTokens) else whole.head
+    logits_TV = head(torch.cat(scored))
     return list(logits_TV.split([one.num_last for one in passes]))
 
 
@@ -148,9 +151,11 @@ def _next_group(waiting: Mapping[int, Pass], target: tuple[int, Granularity]) ->
     return max(groups.items(), key=lambda group: (group[0] != target, len(group[1])))[1]
 
 
-def _identity(model: Model) -> tuple[int, Granularity]:
-    return id(elastic_model(model)), _granularity(model)
+def _identity(model: Scorer) -> tuple[int, Granularity]:
+    return id(model if isinstance(model, FewTokens) else elastic_model(model)), _granularity(model)
 
 
-def _granularity(model: Model) -> Granularity:
-    return model.granularity if isinstance(model, View) else FULL
+def _granularity(model: Scorer) -> Granularity:
+    if isinstance(model, ElasticLM):
+        return FULL
+    return model.granularity if isinstance(model, View) else model.view.granularity

@@ -13,7 +13,7 @@ from models.decode.sampling import SamplingParams
 from models.errors import NestlingError
 from models.quantize import INT8
 from train.commands.common import open_for_decoding
-from train.commands.drafting import choose_drafting
+from train.commands.drafting import DEFAULT_VERIFIER, choose_drafting
 from train.data.corpus import open_corpus
 
 
@@ -86,7 +86,9 @@ def _drafts(
 ) -> list[DraftChoice]:
     chosen = []
     for text in dict.fromkeys(asked):
-        drafting = choose_drafting(target.folder, text, gamma, params)
+        drafting = choose_drafting(
+            target.folder, text, gamma, params, dtype=target.dtype, verifier=DEFAULT_VERIFIER
+        )
         if drafting.note:
             about = f"--draft {text} ({target.dtype}, T={params.temperature:g})"
             notes.append(f"{about} is {drafting.name}: {drafting.note}")

@@ -54,13 +54,13 @@ def generate(
         float, typer.Option(help="Above 1: tokens that the text has already become less likely.")
     ] = 1.0,
     verifier: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="token|block|coupled",
             help="How drafted tokens are judged when sampling; coupled writes the same text for a seed "
-            "whatever drafts.",
+            "whatever drafts. Default: auto's choice, or block.",
         ),
-    ] = "block",
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")
@@ -77,7 +77,8 @@ def generate(
     from models.decode.text import stream_text
     from train.commands.drafting import AUTO, choose_drafting, make_policy
 
-    check_verifier(verifier)
+    if verifier is not None:
+        check_verifier(verifier)
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -92,7 +93,7 @@ def generate(
     draft = draft or (AUTO if repeats else "none")
     copies = draft == AUTO and number is None
     adapts = number is None and draft != "none" and (AUTO in (gamma, draft) or repeats)
-    drafting = choose_drafting(folder, draft, number, params)
+    drafting = choose_drafting(folder, draft, number, params, dtype=dtype, verifier=verifier)
     pieces = stream_text(
         folder.model,
         folder.tokenizer,
@@ -102,14 +103,14 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop=stop or (),
         seed=seed,
-        verifier=verifier,
+        verifier=drafting.verifier,
     )
     _show(pieces, make_console())
     result = pieces.result()
     shown = AUTO if adapts else drafting.gamma
     who = _who(drafting, shown, copies=copies)
     make_console(stderr=True).print(_summary(result.report, who, dtype), style="dim", soft_wrap=True)
-    asked = {"prompt": prompt, **dataclasses.asdict(params), "verifier": verifier}
+    asked = {"prompt": prompt, **dataclasses.asdict(params), "verifier": drafting.verifier}
     asked |= {"seed": seed, "draft": drafting.name, "gamma": shown, "dtype": dtype}
     asked |= {"draft_dtype": drafting.precision or dtype, "draft_extra_bytes": drafting.extra_bytes}
     write_results(json, {**result.as_dict(), **asked}, dtypes={"model": dtype})

@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import Tensor
 
 from models.decode import engine
@@ -71,6 +72,16 @@ def packed(text: str, precision: str) -> Callable[[ElasticLM, MakeModel], Draft]
     return lambda model, _: NestedDraft(View(pack(model, precision, granularity), granularity))
 
 
+def few_tokens(text: str, precision: str | None = None) -> Callable[[ElasticLM, MakeModel], Draft]:
+    granularity = Granularity.parse(text)
+
+    def make(model: ElasticLM, _: MakeModel) -> Draft:
+        source = model if precision is None else pack(model, precision, granularity)
+        return NestedDraft(View(source, granularity), torch.tensor([2, 0]))
+
+    return make
+
+
 DRAFTS = {
     "narrow": nested("ffn=0.125,heads=0.5"),
     "first layer": nested("layers=0"),
@@ -79,6 +90,9 @@ DRAFTS = {
     "narrow in int8": packed("ffn=0.125,heads=0.5", "int8"),
     "whole target in int8": packed("full", "int8"),
     "last layer in bf16": packed("ffn=0.5,layers=1", "bf16"),
+    "two tokens": few_tokens("ffn=0.5,layers=0"),
+    "two tokens of the target": few_tokens("full"),
+    "two tokens in int8": few_tokens("layers=1", "int8"),
     "own cache": own_cache,
     "hostile": hostile,
     "lookup": lookup,
@@ -112,6 +126,13 @@ CASES = [
     *(Case(params, 2, 4, "lookup", "block") for params in (TOP_K, TOP_K_TOP_P, ALL)),
     *(Case(ALL, 1, 4, draft, "block") for draft in ("narrow", "hostile")),
     *(Case(SamplingParams(repetition_penalty=3.0), 3, 5, draft, "block") for draft in DRAFTS),
+    *(
+        Case(params, 2, 3, "two tokens", verifier)
+        for params in (PLAIN, TOP_K, TOP_P, MIN_P, PENALTY)
+        for verifier in VERIFIERS
+    ),
+    Case(ALL, 1, 4, "two tokens", "block"),
+    Case(TOP_K_TOP_P, 2, 4, "two tokens of the target", "token"),
     pytest.param(Case(PLAIN, 1, 8, "narrow", "block"), marks=pytest.mark.slow),
 ]
 
