@@ -9,7 +9,7 @@ from models.machine import thread_counts
 from models.probe import alternate, fewest_threads
 
 # Long enough that what is done once a request weighs little.
-NUM_TOKENS = 16
+NUM_TOKENS = 12
 BUDGET = 0.5
 
 

@@ -25,7 +25,7 @@ from models.decode.sampling import SamplingParams
 from models.errors import NestlingError, UsageError
 from models.granularity import Granularity
 from models.machine import machine_card, resolve_dtype
-from models.processor import free_memory_bytes
+from models.processor import busy_now, free_memory_bytes
 from models.quantize import INT8, split_precision
 from train.commands.common import open_for_decoding
 from train.commands.drafting import choose_drafting
@@ -176,7 +176,8 @@ def _target(folder: ModelFolder, dtype: str, options: Options) -> Target:
         folder,
         dtype=dtype,
         num_threads=torch.get_num_threads(),
-        most_threads=machine_card().cores,
+        # Threads wait for each other where others are busy: nothing can be told then, and all take as many.
+        most_threads=torch.get_num_threads() if busy_now() else machine_card().cores,
         scratch=options.scratch,
     )
 
