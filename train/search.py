@@ -495,7 +495,7 @@ def _confirm(
         for estimate in (None, *estimates)
     }
     cells = [
-        Cell(label=label, engine=bench.engine(*contender), num_threads=torch.get_num_threads())
+        Cell(label=label, engine=bench.engine(*contender))
         for label, contender in contenders.items()
     ]
     rows_RT = next(iter(bench.text.rows.values()))[:num_prompts]
@@ -523,7 +523,12 @@ def _confirm(
 
 
 def _label(params: SamplingParams, estimate: Estimate | None, dtype: str) -> Label:
-    common: dict[str, Any] = {"engine": "nestling", "dtype": dtype, "temperature": params.temperature}
+    common: dict[str, Any] = {
+        "engine": "nestling",
+        "dtype": dtype,
+        "temperature": params.temperature,
+        "threads": torch.get_num_threads(),
+    }
     if estimate is None:
         return Label(**common, mode="plain")
     name = f"{estimate.candidate} by {estimate.verifier}"
