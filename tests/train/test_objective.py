@@ -56,8 +56,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     model.zero_grad()
     for batch in batches:
-        losses = joint_loss(model, MEMBERS, batch, plan, config, block=3)
-        torch.stack(list(losses.values())).sum().backward()
+        joint_loss(model, MEMBERS, batch, plan, config, block=3).total.backward()
     return {
         name: parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
         for name, parameter in model.named_parameters()
@@ -109,7 +108,7 @@ def test_terms_are_weighted_sums_over_the_valid_tokens_of_the_step(tiny_model: E
     """A member on every row: its term is the plain mean of its per-token loss over valid tokens."""
     batch = make_batch()
     plan = StepPlan(full=True, exits=("D",), turns=(Turn("S", range(8)), Turn("L", range(3), 8 / 3)))
-    losses = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=3)
+    losses = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=3).terms
     labels_N, valid_N = batch.labels_BT.flatten(), batch.labels_BT.flatten() != -100
     target_NV = tiny_model(batch.tokens_BT).flatten(0, 1)
     assert torch.allclose(losses["XL"], cross_entropy(target_NV, labels_N)[valid_N].mean())
@@ -134,7 +133,7 @@ def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -
     # With blocks as long as the text nothing is read from the full pass, and both are one.
     plan = StepPlan(full=False, exits=(), turns=(Turn("S", range(8), shift=0),))
     tiny_model.zero_grad()
-    loss = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=99)["S"]
+    loss = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=99).terms["S"]
     plain = joint_loss(
         tiny_model,
         MEMBERS,
@@ -142,7 +141,7 @@ def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -
         StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),)),
         RAMPED,
         block=3,
-    )["S"]
+    ).terms["S"]
     torch.testing.assert_close(loss, plain)
 
 
