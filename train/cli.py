@@ -13,6 +13,7 @@ import typer
 
 from models.errors import NestlingError
 from train.commands.bench import bench
+from train.commands.bench_train import bench_train
 from train.commands.demo import demo
 from train.commands.evaluate import evaluate
 from train.commands.extract import extract
@@ -22,6 +23,7 @@ from train.commands.report import report
 from train.commands.train import PASS_ON, TrainCommand, train
 
 INTERRUPTED = 130
+TRAIN_FLAG = "--train"
 
 app = typer.Typer(
     help="One training run, a whole family of nested language models, and a draft for free.",
@@ -30,14 +32,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
-for command in (extract, generate, evaluate, bench, report, machine):
+for command in (extract, generate, evaluate, report, machine):
     app.command()(command)
+app.command(epilog=f"Training is measured by nestling bench {TRAIN_FLAG} [--config FILE] [KEY=VALUE ...].")(
+    bench
+)
+app.command(context_settings=PASS_ON, hidden=True)(bench_train)
 app.command(context_settings=PASS_ON)(demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, and raises only for bugs of ours."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    arguments = _named(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
     run = typer.main.get_command(app)
     try:
         code = run(arguments, prog_name="nestling", standalone_mode=False)
@@ -53,6 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         print("nestling: stopped", file=sys.stderr)
     return code or 0
+
+
+def _named(arguments: list[str]) -> list[str]:
+    """`bench --train` takes a recipe where `bench` takes a model: a command of its own.
+
+    >>> _named(["bench", "--train", "seed=1"]), _named(["bench", "MODEL"])
+    (['bench-train', 'seed=1'], ['bench', 'MODEL'])
+    """
+    if arguments[:1] == ["bench"] and TRAIN_FLAG in arguments:
+        return ["bench-train", *(word for word in arguments[1:] if word != TRAIN_FLAG)]
+    return arguments
 
 
 def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:

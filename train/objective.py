@@ -138,9 +138,7 @@ def _score(model: ElasticLM, learners: Sequence[_Learner], batch: Batch, config:
         sums = [learners[0].weight * cross_entropy(logits_NV, labels_n).sum()]
         for learner, places, states_ND in zip(learners[1:], shares_here, members_ND, strict=True):
             here = slice(places.start - span.start, places.stop - span.start, places.step)
-            loss_N = member_loss(
-                model.head(states_ND), labels_n[here], teacher_NV[here], config, batch.step
-            )
+            loss_N = member_loss(model.head(states_ND), labels_n[here], teacher_NV[here], config, batch.step)
             sums.append(learner.weight * loss_N.sum())
         return torch.stack(sums) / batch.num_valid
 

@@ -14,17 +14,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_ELEMENTS = 2**22
-"""Logits of one piece on a CPU: 16 MiB in fp32, near the size of its last cache. Larger ones were measured
-to be slower: each array is then new memory, whose pages the system clears first (docs/LOG.md)."""
+CPU_ELEMENTS = 2**20
+"""Logits of one piece on a CPU: 4 MiB in fp32. Of larger arrays each is new memory, whose pages the system
+clears first; that was measured to cost more than a product over few rows (docs/LOG.md)."""
 
 GPU_ELEMENTS = 2**26
 """On a GPU pieces only bound memory, and should be large enough to keep it busy."""
 
+MIN_ROWS = 256
+"""With fewer rows the products, and the sums of their weights' gradients, would be slow."""
+
 
 def rows_of_a_piece(width: int, device: torch.device) -> int:
-    """How many rows of `width` logits make one piece; at least one."""
-    return max(1, (CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // width)
+    """How many rows of `width` logits make one piece.
+
+    >>> rows_of_a_piece(2048, torch.device("cpu")), rows_of_a_piece(128_000, torch.device("cpu"))
+    (512, 256)
+    """
+    return max(MIN_ROWS, (CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // width)
 
 
 def sum_by_pieces(

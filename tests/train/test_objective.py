@@ -7,6 +7,7 @@ from torch import Tensor
 from models.cache import Recording
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
+from train import objective
 from train.losses import cross_entropy, member_loss
 from train.objective import Batch, joint_loss
 from train.recipe import LossConfig, SamplerConfig
@@ -77,7 +78,7 @@ def test_micro_batches_of_any_number_give_the_gradient_of_the_whole_step(
 ) -> None:
     """Law 6: one divisor, the valid tokens of the step, though rows hold different numbers of them."""
     plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
-    config = SamplerConfig(kind=kind, share=0.5, shared_cache=0.5)
+    config = SamplerConfig(kind=kind, share=0.5, shared_cache=0.5, exit_every=5)
     batch = make_batch()
     for step in range(3):
         plan = plan_step(plans, config, seed=0, step=step, num_rows=8)
@@ -91,6 +92,43 @@ def test_an_exit_trains_like_a_pass_of_its_own(tiny_model: ElasticLM) -> None:
     from_states = gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), turns=()))
     own_pass = gradients(tiny_model, [batch], StepPlan(full=True, exits=(), turns=(Turn("D", range(8)),)))
     assert_same(from_states, own_pass)
+
+
+def test_an_exit_learns_at_its_positions_only(tiny_model: ElasticLM) -> None:
+    """One position of five, counted through the rows of the step: as if no other had a label."""
+    batch = make_batch()
+    some = StepPlan(full=False, exits=("D",), turns=(), exit_every=5, exit_offset=2, exit_weight=3.0)
+    labels_N = torch.full_like(batch.labels_BT.flatten(), -100)
+    labels_N[2::5] = batch.labels_BT.flatten()[2::5]
+    only = batch._replace(labels_BT=labels_N.view_as(batch.labels_BT))
+    ours = joint_loss(tiny_model, MEMBERS, batch, some, RAMPED, block=3).terms
+    everywhere = StepPlan(full=False, exits=("D",), turns=())
+    theirs = joint_loss(tiny_model, MEMBERS, only, everywhere, RAMPED, block=3).terms
+    assert set(ours) == {"D"}
+    torch.testing.assert_close(ours["D"], 3 * theirs["D"])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 1000])
+def test_the_size_of_a_piece_of_logits_changes_nothing(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    batch = make_batch()
+    turns = (Turn("S", range(1, 3)), Turn("L", range(3, 8), 2.0, shift=1))
+    plan = StepPlan(full=True, exits=("D",), turns=turns, exit_every=5, exit_offset=3)
+    whole = gradients(tiny_model, [batch], plan)
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: rows)
+    assert_same(gradients(tiny_model, [batch], plan), whole)
+
+
+def test_no_logits_of_all_positions_are_ever_held(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 10)
+    seen: list[int] = []
+    tiny_model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[0]))
+    batch = make_batch()
+    gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), turns=(Turn("S", range(2)),)))
+    assert max(seen) == 10
 
 
 def test_the_teacher_is_not_taught(tiny_model: ElasticLM) -> None:
