@@ -104,6 +104,7 @@ def estimate_training_bytes(
     batch_tokens: int,
     activation_bytes: int = 4,
     members: Iterable[tuple[Granularity, float]] = (),
+    scored_at_once: int | None = None,
 ) -> TrainingBytes:
     """Estimate the memory of a step with AdamW and fp32 weights; no checkpointing of activations.
 
@@ -116,6 +117,7 @@ def estimate_training_bytes(
         activation_bytes: per number, 2 under autocast to bf16, which also keeps a cast of the weights.
         members: members that train too, each with the share of the tokens on which it does. Prefixes
             of the layers cost a head only: the full pass's states are theirs.
+        scored_at_once: tokens whose logits are held at the same time; all of them if None.
     """
     parameters = count_parameters(config)
     kept, scored = _kept_numbers(config, FULL), 1.0
@@ -124,7 +126,8 @@ def estimate_training_bytes(
         if not granularity.resolve(config).is_layer_prefix:
             kept += round(share * _kept_numbers(config, granularity))
     # Logits as the head gives them, then in fp32 their log-softmax and its gradient.
-    logits = scored * batch_tokens * config.vocab_size * (activation_bytes + 8)
+    tokens_at_once = min(batch_tokens, scored_at_once or batch_tokens)
+    logits = scored * tokens_at_once * config.vocab_size * (activation_bytes + 8)
     return TrainingBytes(
         weights=parameters * (4 if activation_bytes == 4 else 4 + activation_bytes),
         gradients=parameters * 4,

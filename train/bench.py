@@ -124,7 +124,7 @@ def choose_contenders(recipe: Recipe, dtype: str) -> tuple[list[Contender], list
     """Everyone that can run here, on one device, and notes on who cannot."""
     joint = dataclasses.replace(
         recipe,
-        dtype=dtype,
+        dtype="bf16" if dtype == "bf16" else "fp32",
         loss=dataclasses.replace(recipe.loss, ramp_start=0, ramp_steps=0),
         trainer=dataclasses.replace(recipe.trainer, devices=1, num_nodes=1, strategy="auto"),
     )
@@ -214,7 +214,7 @@ def _train_ours(
 def _train_theirs(
     recipe: Recipe, model: ElasticLM, data: TextData, steps: int, marks: Marks, scratch: Path
 ) -> None:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class MarkSteps(TrainerCallback):
         def on_step_end(self, *arguments: Any, **names: Any) -> None:
@@ -245,7 +245,9 @@ def _train_theirs(
     # Their model shifts the labels itself.
     examples: Any = [{"input_ids": row_T, "labels": row_T} for row_T in tokens_BT]
     stock = to_hugging_face(model).train()
-    Trainer(model=stock, args=arguments, train_dataset=examples, callbacks=[MarkSteps()]).train()
+    trainer = Trainer(model=stock, args=arguments, train_dataset=examples, callbacks=[MarkSteps()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def measure_memory(contender: Contender) -> dict[str, int]:

@@ -24,6 +24,7 @@ from train.commands.train import PASS_ON, TrainCommand, train
 
 INTERRUPTED = 130
 TRAIN_FLAG = "--train"
+TRAINING = f"bench {TRAIN_FLAG}"
 
 app = typer.Typer(
     help="One training run, a whole family of nested language models, and a draft for free.",
@@ -34,10 +35,8 @@ app = typer.Typer(
 app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
 for command in (extract, generate, evaluate, report, machine):
     app.command()(command)
-app.command(epilog=f"Training is measured by nestling bench {TRAIN_FLAG} [--config FILE] [KEY=VALUE ...].")(
-    bench
-)
-app.command(context_settings=PASS_ON, hidden=True)(bench_train)
+app.command(epilog=f"Training is measured by nestling {TRAINING} [--config FILE] [KEY=VALUE ...].")(bench)
+app.command(TRAINING, context_settings=PASS_ON, hidden=True)(bench_train)
 app.command(context_settings=PASS_ON)(demo)
 
 
@@ -65,10 +64,10 @@ def _named(arguments: list[str]) -> list[str]:
     """`bench --train` takes a recipe where `bench` takes a model: a command of its own.
 
     >>> _named(["bench", "--train", "seed=1"]), _named(["bench", "MODEL"])
-    (['bench-train', 'seed=1'], ['bench', 'MODEL'])
+    (['bench --train', 'seed=1'], ['bench', 'MODEL'])
     """
     if arguments[:1] == ["bench"] and TRAIN_FLAG in arguments:
-        return ["bench-train", *(word for word in arguments[1:] if word != TRAIN_FLAG)]
+        return [TRAINING, *(word for word in arguments[1:] if word != TRAIN_FLAG)]
     return arguments
 
 
@@ -85,7 +84,7 @@ def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:
 
 
 def _commands() -> set[str]:
-    return {str(info.callback.__name__) for info in app.registered_commands if info.callback}
+    return {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
 
 
 def _environment(error: Exception) -> str | None:

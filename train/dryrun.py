@@ -31,6 +31,7 @@ from models.machine import (
     this_machine,
 )
 from train.recipe import FULL_NAME, Recipe
+from train.rows import rows_of_a_piece
 from train.sampler import StepPlan, plan_step
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the share of a
@@ -86,6 +87,7 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
         batch_tokens=trainer.batch_size * recipe.data.sequence_length,
         activation_bytes=2 if dtype == "bf16" else 4,
         members=_largest_shares(plans, recipe, num_rows),
+        scored_at_once=rows_of_a_piece(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
     )
     return Estimate(
         tokens_per_step=tokens_per_step,

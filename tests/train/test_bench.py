@@ -10,6 +10,7 @@ from rich.console import Console
 from train import bench
 from train.bench import Contender, choose_contenders, compare, make_row
 from train.cli import main
+from train.data.module import TextData
 from train.recipe import load_recipe
 
 TINY = (
@@ -90,7 +91,7 @@ def test_a_row_s_figures_are_medians_and_ratios_of_rounds() -> None:
 def test_memory_is_that_of_a_fresh_process(text: Path, tmp_path: Path) -> None:
     """What this one holds is not counted, though a child inherits its `ru_maxrss`."""
     recipe = load_recipe(overrides=[*TINY, f"data.source={text}", f"data.cache_dir={tmp_path}"])
-    bench.TextData(recipe).prepare(Console(quiet=True))
+    TextData(recipe).prepare(Console(quiet=True))
     held = bytearray(b"x" * 1_500_000_000)
     memory = bench.measure_memory(choose_contenders(recipe, "fp32")[0][1])
     assert 0 < memory["training_bytes"] < memory["peak_bytes"] < len(held)
