@@ -5,7 +5,8 @@
     transformers  full    transformers.Trainer on the stock model of the same shape
 
 All train on the recipe's own rows, in the same dtype, a few steps each, round after round in one process, so
-that a disturbance hits each alike; a figure is the median over the rounds. Set-up and the first step of a
+that a disturbance hits each alike; a figure is the median over the rounds. What `nestling train` tells the C
+library of freed memory (train/memory.py) holds for all of them. Set-up and the first step of a
 round are not timed. Members learn from the divergence from the first step on, which costs more than the
 cross-entropy before it. Peak memory is that of a fresh process for each.
 """
@@ -39,6 +40,7 @@ from train.data.module import TextData
 from train.dryrun import estimate_run
 from train.fit import make_model, training_precision
 from train.joint import JointModule
+from train.memory import keep_freed_memory
 from train.recipe import Recipe, SamplerConfig
 
 PRODUCT_SIDE = 2048
@@ -83,6 +85,7 @@ def bench_training(
         console: for the data's progress.
         progress: called after each training.
     """
+    keep_freed_memory()
     card, dtype = machine_card(), training_precision(recipe.dtype)
     on_gpu = torch.cuda.is_available() and recipe.trainer.accelerator != "cpu"
     busy = busy_now()
@@ -263,6 +266,8 @@ def _peak(contender: Contender, threads: int) -> dict[str, int]:
     On a GPU that of its allocator; else the resident memory of the process, libraries included.
     """
     torch.set_num_threads(threads)
+    if contender.engine == "nestling":
+        keep_freed_memory()
     data = TextData(contender.recipe).prepare()
     if torch.cuda.is_available() and contender.recipe.trainer.accelerator != "cpu":
         train_briefly(contender, data, MEMORY_STEPS - 1, time.perf_counter)

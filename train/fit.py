@@ -29,6 +29,7 @@ from train.callbacks.samples import Samples
 from train.callbacks.signals import Signals
 from train.data.module import TextData
 from train.joint import JointModule
+from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.recipe import Recipe, load_recipe, save_recipe
 from train.state import TrainingState, load_state, newest_state, sweep
@@ -57,6 +58,7 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
         SystemExit: 130 or 143 after a signal; the state is saved.
     """
     state = find_state(recipe, out, resume, console)
+    keep_freed_memory()
     torch.manual_seed(recipe.seed)
     data = TextData(recipe, first_step=state.step if state else 0)
     data.prepare(console)

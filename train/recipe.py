@@ -54,7 +54,7 @@ class SamplerConfig(Section):
         "random: one member a step; sandwich: full, smallest and random ones",
     )
     share: float = setting(
-        0.25,
+        0.0625,
         "rows: share of a batch's rows that the members which are no layer prefix divide among them",
         within="(0, 1]",
     )

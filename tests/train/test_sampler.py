@@ -103,8 +103,7 @@ def test_a_plan_is_a_function_of_seed_and_step(kind: str) -> None:
 
 def test_the_shared_cache_gets_its_share_of_turns() -> None:
     """3 members x 1,000 steps; 5 sigma."""
-    shared = sum(
-        turn.shift is not None for step in range(1000) for turn in plan("rows", step, shared_cache=0.5).turns
-    )
+    plans = [plan("rows", step, share=0.25, shared_cache=0.5) for step in range(1000)]
+    shared = sum(turn.shift is not None for made in plans for turn in made.turns)
     assert abs(shared - 1500) < 5 * (3000 * 0.25) ** 0.5
     assert all(turn.shift is None for turn in plan("rows", shared_cache=0.0).turns)
