@@ -30,6 +30,7 @@ from train.callbacks.samples import Samples
 from train.callbacks.signals import Signals
 from train.data.module import TextData
 from train.joint import JointModule
+from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.processes import check_agreed, make_fabric, make_strategy, side_by_side
 from train.recipe import Recipe, load_recipe, save_recipe
@@ -61,6 +62,7 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
             training is over: the first alone writes the model and goes on.
     """
     _quieten()
+    keep_freed_memory()
     fabric = make_fabric(recipe.trainer)
     console = console if fabric.is_global_zero else Console(quiet=True)
     state = find_state(recipe, out, resume, console) if fabric.is_global_zero else None

@@ -60,6 +60,7 @@ def make_recipe(text: Path, *overrides: str) -> Recipe:
         "loss.ramp_steps": 3,
         "optim.lr": 0.01,
         "optim.warmup_steps": 2,
+        "sampler.share": 0.25,
         "trainer.max_steps": 8,
         "trainer.batch_size": 4,
         "trainer.val_check_interval": 4,
