@@ -4,9 +4,8 @@ checkpoints/<run>/  recipe.yaml  metrics.jsonl  steps/<n>/  model/
 """
 
 import logging
-import shutil
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from rich.console import Console
 from models.card import make_card
 from models.checkpoint import Member, save_model
 from models.elastic import ElasticLM
-from models.errors import UsageError
-from models.files import check_replaceable
+from models.errors import NestlingError, UsageError
+from models.files import check_replaceable, make_folder, remove_folder, sweep
 from models.machine import machine_card, training_dtype
 from models.measure.consistency import evaluate_family
 from train.callbacks.checkpoint import Checkpoint
@@ -27,11 +26,12 @@ from train.callbacks.metrics import Metrics
 from train.callbacks.progress import ProgressBar
 from train.callbacks.samples import Samples
 from train.callbacks.signals import Signals
+from train.callbacks.stability import Stability
 from train.data.module import TextData
 from train.joint import JointModule
 from train.metrics import MetricsLog
 from train.recipe import Recipe, load_recipe, save_recipe
-from train.state import TrainingState, load_state, newest_state, sweep
+from train.state import TrainingState, load_state, newest_state
 from train.tracking import make_loggers
 
 RECIPE_FILE = "recipe.yaml"
@@ -53,21 +53,24 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
 
     Raises:
         UsageError: if the recipe, the run folder or the state do not fit together.
-        NestlingError: if data or disk fail.
-        SystemExit: 130 or 143 after a signal; the state is saved.
+        NestlingError: if data or disk fail, or the run goes astray from every state.
+        SystemExit: 130 or 143 after a signal or `max_time`; the state is saved.
     """
-    state = find_state(recipe, out, resume, console)
-    torch.manual_seed(recipe.seed)
-    data = TextData(recipe, first_step=state.step if state else 0)
-    data.prepare(console)
-    model = make_model(recipe, data)
-    if state is not None:
-        state.restore_weights(model)
-    open_run(recipe, out, anew=resume == "never")
-    module = JointModule(model, recipe.granularities, recipe, first_step=state.step if state else 0)
-    if module.first_step < recipe.trainer.max_steps:
-        train(module, data, out, state, console)
-    return finish(module, data, out, console)
+    settings = recipe.trainer
+    with Signals(max_seconds=settings.max_seconds, every=settings.log_every_n_steps) as signals:
+        state = find_state(recipe, out, resume, console)
+        torch.manual_seed(recipe.seed)
+        data = TextData(recipe).prepare(console)
+        module = make_module(recipe, data, state)
+        open_run(recipe, out, anew=resume == "never")
+        returns: list[int] = []
+        while module.first_step < settings.max_steps:
+            train(module, data, out, state, signals, console)
+            if not module.guard.diverged:
+                break
+            state = earlier_state(module, data, out / "steps", returns, console)
+            module = make_module(recipe, data, state)
+        return finish(module, data, out, console)
 
 
 def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> TrainingState | None:
@@ -81,7 +84,9 @@ def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> Trai
         return load_state(Path(resume))
     state, damaged = newest_state(out / "steps")
     for line in damaged:
-        console.print(f"[yellow]warning:[/] {line}", highlight=False)
+        warn(console, line)
+    if state is None and damaged:
+        warn(console, f"no state in {out / 'steps'} is whole; starting at step 0")
     if state is not None:
         console.print(f"resuming at step {state.step} of {recipe.trainer.max_steps}", highlight=False)
     return state
@@ -91,11 +96,12 @@ def open_run(recipe: Recipe, out: Path, *, anew: bool) -> None:
     """Make the run folder, once everything that can be refused was; `anew` clears an earlier run."""
     if anew:
         for part in (out / "steps", out / "model"):
-            shutil.rmtree(part, ignore_errors=True)
+            remove_folder(part)
         for file in (RECIPE_FILE, "metrics.jsonl", "wandb_id"):
             (out / file).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
+    make_folder(out)
+    for folder in (out, out / "steps"):
+        sweep(folder)
     save_recipe(recipe, out / RECIPE_FILE)
 
 
@@ -109,20 +115,32 @@ def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
         )
 
 
-def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
-    """A model with seeded initial weights, whose vocabulary is the tokenizer's."""
+def make_module(recipe: Recipe, data: TextData, state: TrainingState | None) -> JointModule:
+    """A model with seeded initial weights or a state's, and the data from that step on."""
     model = ElasticLM(recipe.elastic_config(data.vocab_size, data.eos_token_id))
-    model.init_weights(torch.Generator().manual_seed(recipe.seed))
-    return model
+    if state is None:
+        model.init_weights(torch.Generator().manual_seed(recipe.seed))
+        return JointModule(model, recipe.granularities, recipe)
+    state.restore_weights(model)
+    data.first_step, data.offset = state.step, state.data_offset
+    return JointModule(model, recipe.granularities, recipe, first_step=state.step, guard=state.guard)
 
 
 def train(
-    module: JointModule, data: TextData, out: Path, state: TrainingState | None, console: Console
+    module: JointModule,
+    data: TextData,
+    out: Path,
+    state: TrainingState | None,
+    signals: Signals,
+    console: Console,
 ) -> None:
-    """Run Lightning's Trainer for the steps that remain."""
+    """Run Lightning's Trainer for the steps that remain.
+
+    Raises:
+        SystemExit: after a signal or `max_time`.
+    """
     recipe, settings = module.recipe, module.recipe.trainer
     log = MetricsLog(out / "metrics.jsonl", make_loggers(recipe.tracking, out), first_step=module.first_step)
-    signals = Signals()
     callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
     # Lightning 2.6 uses what torch 2.13 deprecates; nothing that a user could mend
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
@@ -148,9 +166,48 @@ def train(
     )
     trainer.fit(module, datamodule=data)
     log.close()
-    if signals.exit_code is not None and module.step < settings.max_steps:
+    if signals.exit_code is not None:
         console.print(f"stopped after step {module.step}; the same command goes on from there")
-        raise SystemExit(signals.exit_code)
+    signals.training_ended()
+
+
+def earlier_state(
+    module: JointModule, data: TextData, steps: Path, returns: list[int], console: Console
+) -> TrainingState:
+    """What a run that went astray goes on from: the newest state, with data that it has not read yet.
+
+    If that one, or one before it, already led astray, it is an older one's turn: so each return
+    either gets further than all before it or begins earlier, and their number has an end. A run that
+    is killed in between repeats them, for all of it is a function of the states on disk.
+
+    Args:
+        module: as it ended.
+        data: as the module read it.
+        steps: the folder of states.
+        returns: the steps that the run returned to before; the new one is added.
+        console: for a line about it.
+
+    Raises:
+        NestlingError: if there is no older state.
+    """
+    state, _ = newest_state(steps)
+    if state is not None and state.step <= max(returns, default=-1):
+        state, _ = newest_state(steps, before=returns[-1])
+    if state is None:
+        raise NestlingError(
+            f"training goes astray before step {module.step} from every state in {steps}: the gradient's "
+            "norm is not finite or leaps; choose a smaller optim.lr, or another optim.skip_sigma, "
+            "and start anew with --resume never"
+        )
+    returns.append(state.step)
+    warn(console, f"three steps in a row were skipped before step {module.step}; back to step {state.step}")
+    offset = data.offset + module.step - state.step
+    return replace(state, data_offset=offset, guard=module.guard.after_rollback())
+
+
+def warn(console: Console, line: str) -> None:
+    """Print a warning."""
+    console.print(f"[yellow]warning:[/] {line}", highlight=False)
 
 
 def training_precision(dtype: str) -> str:
@@ -174,8 +231,10 @@ def make_callbacks(
     callbacks: list[pl.Callback] = [metrics]
     if batches:
         callbacks.append(Consistency(log, metrics, module.members, batches, every=every))
-        prompt_ids = batches[0][0][0, :24].tolist()
+        row_T = batches[0][0][0]
+        prompt_ids = row_T[: min(24, 3 * len(row_T) // 4)].tolist()  # a short context needs room to answer
         callbacks.append(Samples(log, module.members, prompt_ids, data.tokenizer, every=every))
+    callbacks.append(Stability(every=settings.log_every_n_steps))
     callbacks.append(ProgressBar(console, metrics, max_steps=settings.max_steps))
     callbacks.append(
         Checkpoint(
@@ -211,6 +270,8 @@ def make_provenance(module: JointModule, data: TextData) -> dict[str, Any]:
     return {
         "recipe": asdict(module.recipe),
         "steps": max(module.step, module.first_step),
+        "skipped_steps": module.guard.skipped,
+        "rollbacks": module.guard.rollbacks,
         "data": data.provenance,
         "card": make_card(dtypes={"training": training_precision(module.recipe.dtype)}),
     }

@@ -20,6 +20,7 @@ from train.objective import Batch, joint_loss
 from train.optim import learning_rate_factor, make_optimizer
 from train.recipe import Recipe
 from train.sampler import plan_step
+from train.stability import Guard, skip_if
 
 
 class JointModule(pl.LightningModule):
@@ -30,6 +31,7 @@ class JointModule(pl.LightningModule):
         members: every trained granularity by name, the full one among them.
         recipe: the resolved recipe.
         first_step: optimizer steps already done, when a run is resumed.
+        guard: the counters of `train/stability.py`, when a run is resumed.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class JointModule(pl.LightningModule):
         recipe: Recipe,
         *,
         first_step: int = 0,
+        guard: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -46,6 +49,7 @@ class JointModule(pl.LightningModule):
         self.plans = {name: granularity.resolve(model.config) for name, granularity in members.items()}
         self.recipe = recipe
         self.first_step = first_step
+        self.guard = Guard(recipe.optim.skip_sigma, guard)
         self.losses: dict[str, Tensor] = {}
         self.gradient_norm = torch.zeros(())
         self.batch_ended: float | None = None
@@ -94,6 +98,8 @@ class JointModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm and keep it for the log, which Lightning would not."""
+        """Clip by the global norm, keep it for the log, which Lightning would not, and judge the step."""
         limit = gradient_clip_val or float("inf")
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
+        if self.guard.sigma:
+            skip_if(self.guard.judge(self.gradient_norm), optimizer)

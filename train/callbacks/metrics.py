@@ -9,6 +9,7 @@ from torch import Tensor
 from train.joint import JointModule
 from train.metrics import MetricsLog
 from train.objective import Batch
+from train.stability import Guard
 
 
 class Metrics(pl.Callback):
@@ -64,12 +65,17 @@ class Metrics(pl.Callback):
             "gradient_norm": _number(pl_module.gradient_norm),
             "tokens_per_second": self._window_tokens / elapsed,
             "data_wait": self._waiting / elapsed,
+            **_counts(pl_module.guard),
             **{f"loss/{name}": _number(loss) for name, loss in pl_module.losses.items()},
         }
         self._window_tokens, self._training, self._waiting = 0, 0.0, 0.0
         self.latest = line
         if trainer.is_global_zero:
             self.lines.write("train", pl_module.step, line)
+
+
+def _counts(guard: Guard) -> dict[str, int]:
+    return {"skipped": guard.skipped, "rollbacks": guard.rollbacks} if guard.sigma else {}
 
 
 def _number(value: Tensor | float) -> float:
