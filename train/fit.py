@@ -31,7 +31,7 @@ from train.data.module import TextData
 from train.joint import JointModule
 from train.metrics import MetricsLog
 from train.recipe import Recipe, load_recipe, save_recipe
-from train.state import TrainingState, load_state, newest_state
+from train.state import TrainingState, drop_old_states, load_state, newest_state
 from train.tracking import make_loggers
 
 RECIPE_FILE = "recipe.yaml"
@@ -62,7 +62,7 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
         torch.manual_seed(recipe.seed)
         data = TextData(recipe).prepare(console)
         module = make_module(recipe, data, state)
-        open_run(recipe, out, anew=resume == "never")
+        open_run(recipe, out, state, anew=resume == "never")
         returns: list[int] = []
         while module.first_step < settings.max_steps:
             train(module, data, out, state, signals, console)
@@ -92,8 +92,15 @@ def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> Trai
     return state
 
 
-def open_run(recipe: Recipe, out: Path, *, anew: bool) -> None:
-    """Make the run folder, once everything that can be refused was; `anew` clears an earlier run."""
+def open_run(recipe: Recipe, out: Path, state: TrainingState | None, *, anew: bool) -> None:
+    """Make the run folder, once everything that can be refused was, and clear away what a kill left.
+
+    Args:
+        recipe: saved in it.
+        out: the folder.
+        state: what the run goes on from.
+        anew: clear an earlier run.
+    """
     if anew:
         for part in (out / "steps", out / "model"):
             remove_folder(part)
@@ -102,6 +109,8 @@ def open_run(recipe: Recipe, out: Path, *, anew: bool) -> None:
     make_folder(out)
     for folder in (out, out / "steps"):
         sweep(folder)
+    if state is not None:
+        drop_old_states(out / "steps", step=state.step, keep=recipe.trainer.keep_checkpoints)
     save_recipe(recipe, out / RECIPE_FILE)
 
 

@@ -97,12 +97,17 @@ def save_state(
         facts = {"step": step, "tokens": tokens, "data_offset": data_offset, "guard": dict(guard or {})}
         write_json(folder / STATE, facts)
         write_json(folder / MANIFEST, {file.name: _seal(file) for file in sorted(folder.iterdir())})
-    folders = _state_folders(steps)
-    kept = [folder for folder in folders if int(folder.name) <= step][:keep]
-    for folder in folders:
-        if folder not in kept:
+    for folder in _state_folders(steps):
+        if int(folder.name) > step:
             remove_folder(folder)
+    drop_old_states(steps, step=step, keep=keep)
     return path
+
+
+def drop_old_states(steps: Path, *, step: int, keep: int) -> None:
+    """Drop all but the newest `keep` states up to a step."""
+    for old in [folder for folder in _state_folders(steps) if int(folder.name) <= step][keep:]:
+        remove_folder(old)
 
 
 def newest_state(steps: Path, *, before: int | None = None) -> tuple[TrainingState | None, list[str]]:

@@ -4,9 +4,10 @@ Every child is a whole `fit` of the same run folder: start, resume, train, save,
 torch is imported once, and no thread is started before the last fork. At each start a child checks what
 the killed one before it left.
 
-    python -c "from tests.train.kills import main; main()" FOLDER NUM_KILLS SEED
+    python -c "from tests.train.kills import main; main()" FOLDER NUM_KILLS NUM_DAMAGES SEED
 """
 
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,7 @@ import train.fit
 from models.files import read_json
 from train.metrics import read_metrics
 from train.recipe import Recipe, load_recipe
-from train.state import load_state, newest_state
+from train.state import newest_state
 
 SETTINGS = """
 model.hidden_size=16 model.intermediate_size=32 model.num_hidden_layers=2 model.num_attention_heads=2
@@ -84,8 +85,6 @@ def start(recipe: Recipe, out: Path) -> int:
 
     def tidy_then_train(*arguments: Any) -> None:
         assert not left_over(out), left_over(out)
-        for folder in (out / "steps").glob("*"):
-            load_state(folder)
         begin(*arguments)
 
     train.fit.train = tidy_then_train
@@ -123,58 +122,48 @@ def kill_at_random(recipe: Recipe, folder: Path, num_kills: int, rng: random.Ran
     whole = folder / "whole"
     run_to_the_end(recipe, folder / "first")  # fills the cache of tokens
     seconds = run_to_the_end(recipe, whole)
-    counts = {"kills": 0, "amid_writing": 0, "before_any_state": 0, "finished": 0, "equal": 0}
+    counts = {"kills": 0, "amid_writing": 0, "before_any_state": 0, "finished_and_equal": 0}
     while counts["kills"] < num_kills:
-        out = folder / f"killed-{counts['finished']}"
-        while True:
+        out = folder / f"killed-{counts['finished_and_equal']}"
+        while counts["kills"] < num_kills:
             pid = start(recipe, out)
-            if counts["kills"] < num_kills and not ended(pid, rng.uniform(0, seconds)):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                counts["kills"] += 1
-                counts["amid_writing"] += bool(left_over(out))
-                state, damaged = newest_state(out / "steps")
-                assert not damaged, damaged
-                counts["before_any_state"] += state is None
-                continue
-            if counts["kills"] == num_kills:
-                _finish(pid)
-            break
+            if ended(pid, rng.uniform(0, seconds)):
+                break
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            state, damaged = newest_state(out / "steps")
+            assert not damaged, damaged
+            counts["kills"] += 1
+            counts["amid_writing"] += bool(left_over(out))
+            counts["before_any_state"] += state is None
+        else:
+            run_to_the_end(recipe, out)
         found = list(differences(out, whole))
         assert not found, found
-        counts["finished"] += 1
-        counts["equal"] += 1
+        counts["finished_and_equal"] += 1
         shutil.rmtree(out)
     return counts
 
 
-def _finish(pid: int) -> None:
-    try:
-        assert ended(pid, 300)
-    except ChildProcessError:
-        pass  # it ended before, and well
-
-
-def damage(recipe: Recipe, folder: Path, rng: random.Random) -> dict[str, int]:
-    """A byte flipped, the end cut off, the file gone: of every file of the newest state, one after another."""
-    whole, counts = folder / "whole", {"damaged": 0, "equal": 0}
-    changes: dict[str, Callable[[bytes], bytes]] = {
-        "flip": lambda content: _flip(content, rng.randrange(len(content)), 1 << rng.randrange(8)),
-        "truncate": lambda content: content[: rng.randrange(len(content))],
-    }
-    for file in sorted((whole / "steps/00000006").iterdir()):
-        for change in changes.values():
-            out = folder / "damaged"
-            shutil.copytree(whole, out)
-            shutil.rmtree(out / "model")
-            victim = out / "steps/00000006" / file.name
-            victim.write_bytes(change(file.read_bytes()))
-            counts["damaged"] += 1
-            run_to_the_end(recipe, out)
-            found = list(differences(out, whole))
-            assert not found, (file.name, found)
-            counts["equal"] += 1
-            shutil.rmtree(out)
+def damage(recipe: Recipe, folder: Path, num_damages: int, rng: random.Random) -> dict[str, int]:
+    """A bit flipped or the end cut off, of every file of the newest state in turn: the one before serves."""
+    whole, out, counts = folder / "whole", folder / "damaged", {"damaged": 0, "finished_and_equal": 0}
+    changes: list[Callable[[bytes], bytes]] = [
+        lambda content: _flip(content, rng.randrange(len(content)), 1 << rng.randrange(8)),
+        lambda content: content[: rng.randrange(len(content))],
+    ]
+    names = sorted(path.name for path in (whole / "steps/00000006").iterdir())
+    for name, change in itertools.islice(itertools.cycle(itertools.product(names, changes)), num_damages):
+        shutil.copytree(whole, out)
+        shutil.rmtree(out / "model")
+        victim = out / "steps/00000006" / name
+        victim.write_bytes(change(victim.read_bytes()))
+        counts["damaged"] += newest_state(out / "steps")[1] != []
+        run_to_the_end(recipe, out)
+        found = list(differences(out, whole))
+        assert not found, (name, found)
+        counts["finished_and_equal"] += 1
+        shutil.rmtree(out)
     return counts
 
 
@@ -184,10 +173,10 @@ def _flip(content: bytes, place: int, bit: int) -> bytes:
 
 def main() -> None:
     """Print what happened as JSON; raise if a run did not come back as it should."""
-    folder, num_kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, num_kills, num_damages, seed = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     torch.set_num_threads(1)
     rng = random.Random(seed)
     recipe = make_recipe(folder)
-    results = {"kills": kill_at_random(recipe, folder, num_kills, rng)}
-    results["damage"] = damage(recipe, folder, rng)
+    results = {"killed": kill_at_random(recipe, folder, num_kills, rng)}
+    results["damaged"] = damage(recipe, folder, num_damages, rng)
     print(json.dumps(results))

@@ -90,7 +90,9 @@ def test_a_state_named_by_the_user_must_be_there_and_whole(tiny_model: ElasticLM
         load_state(tmp_path / "00000007")
 
 
-def test_states_of_a_replaced_history_go_with_the_first_new_one(tiny_model: ElasticLM, tmp_path: Path) -> None:
+def test_states_of_a_replaced_history_go_with_the_first_new_one(
+    tiny_model: ElasticLM, tmp_path: Path
+) -> None:
     save_at(tmp_path, tiny_model, 4, 8)
     (tmp_path / "00000008" / "state.json").write_text("{}")
     save_at(tmp_path, tiny_model, 6, keep=2)
