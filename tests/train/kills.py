@@ -4,7 +4,7 @@ Every child is a whole `fit` of the same run folder: start, resume, train, save,
 torch is imported once, and no thread is started before the last fork. At each start a child checks what
 the killed one before it left.
 
-    python -c "from tests.train.kills import main; main()" FOLDER NUM_KILLS NUM_DAMAGES SEED
+    python -c "from tests.train.kills import main; main()" FOLDER NUM_KILLS NUM_DAMAGES NUM_DISKS SEED
 """
 
 import itertools
@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import train.fit
+from models.errors import NestlingError
 from models.files import read_json
 from train.metrics import read_metrics
 from train.recipe import Recipe, load_recipe
@@ -38,6 +40,8 @@ trainer.max_steps=6 trainer.batch_size=4 trainer.accelerator=cpu trainer.val_che
 trainer.limit_val_batches=1 trainer.log_every_n_steps=1 trainer.checkpoint_every=1 tracking.wandb=disabled
 tracking.tensorboard=false dtype=fp32
 """
+REFUSED = 3
+"""Exit code of a child that the disk refused."""
 CLOCKS = {"seconds", "tokens_per_second", "data_wait"}
 
 
@@ -56,7 +60,7 @@ def left_over(run: Path) -> list[str]:
 
 
 def differences(ours: Path, theirs: Path) -> Iterator[str]:
-    """What two finished runs do not share, bit for bit."""
+    """What two finished runs do not share, bit for bit; their files may differ in clocks alone."""
     for name in ("steps/00000005", "steps/00000006", "model"):
         for file in sorted((theirs / name).glob("*.safetensors")):
             a, b = load_file(ours / name / file.name), load_file(file)
@@ -87,11 +91,14 @@ def start(recipe: Recipe, out: Path) -> int:
         assert not left_over(out), left_over(out)
         begin(*arguments)
 
-    train.fit.train = tidy_then_train
+    train.fit.train = tidy_then_train  # type: ignore[assignment]
     code = 1
     try:
         train.fit.fit(recipe, out, console=Console(quiet=True))
         code = 0
+    except (NestlingError, OSError) as error:
+        print(error, file=sys.stderr)
+        code = REFUSED
     except BaseException:  # noqa: BLE001 - whatever it was, the child must not go on as its parent
         traceback.print_exc()
     finally:
@@ -126,8 +133,11 @@ def kill_at_random(recipe: Recipe, folder: Path, num_kills: int, rng: random.Ran
     while counts["kills"] < num_kills:
         out = folder / f"killed-{counts['finished_and_equal']}"
         while counts["kills"] < num_kills:
+            began, anew = time.monotonic(), not out.exists()
             pid = start(recipe, out)
             if ended(pid, rng.uniform(0, seconds)):
+                if anew:  # the machine may be busier or quieter than before
+                    seconds = time.monotonic() - began
                 break
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -167,16 +177,48 @@ def damage(recipe: Recipe, folder: Path, num_damages: int, rng: random.Random) -
     return counts
 
 
+def fill_disk(recipe: Recipe, folder: Path, num_disks: int, rng: random.Random) -> dict[str, int] | None:
+    """Disks of random size that fill up, then grow; None if this user may not mount any."""
+    whole, disk, counts = folder / "whole", folder / "disk", {"full": 0, "finished_and_equal": 0}
+    size = sum(path.stat().st_size for path in whole.rglob("*"))
+    disk.mkdir()
+    for _ in range(num_disks):
+        if not _mount(f"size={rng.randrange(4096, 2 * size)}", disk):
+            return None
+        try:
+            _, status = os.waitpid(start(recipe, disk / "run"), 0)
+            code = os.waitstatus_to_exitcode(status)
+            assert code in (0, REFUSED), code
+            assert not newest_state(disk / "run/steps")[1]
+            counts["full"] += code == REFUSED
+            assert _mount("remount,size=100m", disk)
+            run_to_the_end(recipe, disk / "run")
+            found = list(differences(disk / "run", whole))
+            assert not found, found
+            counts["finished_and_equal"] += 1
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+    return counts
+
+
+def _mount(options: str, place: Path) -> bool:
+    words = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
+    return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
 def _flip(content: bytes, place: int, bit: int) -> bytes:
     return content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
 
 
 def main() -> None:
     """Print what happened as JSON; raise if a run did not come back as it should."""
-    folder, num_kills, num_damages, seed = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    folder, num_kills, num_damages, num_disks, seed = Path(sys.argv[1]), *map(int, sys.argv[2:6])
     torch.set_num_threads(1)
     rng = random.Random(seed)
     recipe = make_recipe(folder)
-    results = {"killed": kill_at_random(recipe, folder, num_kills, rng)}
-    results["damaged"] = damage(recipe, folder, num_damages, rng)
+    results = {
+        "killed": kill_at_random(recipe, folder, num_kills, rng),
+        "damaged": damage(recipe, folder, num_damages, rng),
+        "filled": fill_disk(recipe, folder, num_disks, rng),
+    }
     print(json.dumps(results))

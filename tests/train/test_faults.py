@@ -20,16 +20,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("kills", "damages"), [(6, 2), pytest.param(100, 24, marks=pytest.mark.slow, id="a hundred")]
+    ("kills", "damages", "disks"), [(5, 2, 1), pytest.param(100, 24, 16, marks=pytest.mark.slow)]
 )
-def test_a_run_killed_at_any_moment_or_damaged_ends_as_the_one_that_was_not(
-    tmp_path: Path, kills: int, damages: int
+def test_a_run_killed_at_any_moment_damaged_or_short_of_disk_ends_as_the_one_that_was_not(
+    tmp_path: Path, kills: int, damages: int, disks: int
 ) -> None:
     """Real processes, SIGKILL at moments drawn evenly over a run that saves a state at every step."""
     done = subprocess.run(
         [
             *(sys.executable, "-c", "from tests.train.kills import main; main()"),
-            *(str(tmp_path), str(kills), str(damages), "0"),
+            *map(str, (tmp_path, kills, damages, disks, 0)),
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -38,11 +38,12 @@ def test_a_run_killed_at_any_moment_or_damaged_ends_as_the_one_that_was_not(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    print(done.stdout)
     results = json.loads(done.stdout)
     assert results["killed"]["kills"] == kills
     assert results["killed"]["finished_and_equal"] > 0
     assert results["damaged"] == {"damaged": damages, "finished_and_equal": damages}
+    if results["filled"] is not None:  # it takes the right to mount
+        assert results["filled"]["finished_and_equal"] == disks
 
 
 @pytest.mark.parametrize("room", [0, 1, 100, 1000, 5000, 20_000, 40_000, 80_000])
