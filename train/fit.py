@@ -57,7 +57,7 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
         SystemExit: 130 or 143 after a signal or `max_time`; the state is saved.
     """
     settings = recipe.trainer
-    with Signals(max_seconds=settings.max_seconds, every=settings.log_every_n_steps) as signals:
+    with Signals(max_seconds=settings.max_seconds) as signals:
         state = find_state(recipe, out, resume, console)
         torch.manual_seed(recipe.seed)
         data = TextData(recipe).prepare(console)

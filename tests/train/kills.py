@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,16 @@ def start(recipe: Recipe, out: Path) -> int:
         os._exit(code)
 
 
-def ended(pid: int, seconds: float) -> bool:
-    """Whether the child ends by itself in time; if so, it must have succeeded."""
+def ended(pid: int, seconds: float, unless: Callable[[], object] = bool) -> bool:
+    """Whether the child ends by itself in time, before `unless`; if so, it must have succeeded."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             assert status == 0, f"a child failed: {status}"
             return True
+        if unless():
+            return False
         time.sleep(0.0005)
     return False
 
@@ -135,7 +138,8 @@ def kill_at_random(recipe: Recipe, folder: Path, num_kills: int, rng: random.Ran
         while counts["kills"] < num_kills:
             began, anew = time.monotonic(), not out.exists()
             pid = start(recipe, out)
-            if ended(pid, rng.uniform(0, seconds)):
+            writing = partial(left_over, out / "steps")  # every other kill waits for a state half written
+            if ended(pid, rng.uniform(0, seconds)) or (counts["kills"] % 2 and ended(pid, 60, writing)):
                 if anew:  # the machine may be busier or quieter than before
                     seconds = time.monotonic() - began
                 break

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_run_killed_at_any_moment_damaged_or_short_of_disk_ends_as_the_one_that_was_not(
     tmp_path: Path, kills: int, damages: int, disks: int
 ) -> None:
-    """Real processes, SIGKILL at moments drawn evenly over a run that saves a state at every step."""
+    """Real processes, SIGKILL at random: half of them at any moment, half amid writing a state."""
     done = subprocess.run(
         [
             *(sys.executable, "-c", "from tests.train.kills import main; main()"),

@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from train.callbacks.step import StepCallback
 from train.joint import JointModule
@@ -26,18 +27,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Signals(StepCallback):
     """Handles the signals inside its `with` block; during training they are remembered.
 
+    A signal to one process stops all of them after the same step.
+
     Args:
         max_seconds: after which training ends, counted from here.
-        every: steps after which several processes agree to end; a single one looks at each step.
     """
 
-    def __init__(self, *, max_seconds: float = math.inf, every: int = 1) -> None:
+    def __init__(self, *, max_seconds: float = math.inf) -> None:
         super().__init__(every=1)
-        self.agree_every = every
         self.deadline = time.monotonic() + max_seconds
         self.exit_code: int | None = None
         self._training = self._signalled = False
         self._previous: dict[int, Any] = {}
+        self._group: Any = None
 
     def __enter__(self) -> "Signals":
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -53,18 +55,19 @@ class Signals(StepCallback):
         """Take the handlers back from Lightning, whose own would drop the work since the last state."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
+        if trainer.world_size > 1 and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
         self._training = True
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Stop at the end of a step, never between its micro-batches."""
         if self.exit_code is None and time.monotonic() >= self.deadline:
             self.exit_code = 143
-        if trainer.world_size > 1:
-            if module.step % self.agree_every:
-                return
-            # waits for the other processes: all must stop after the same step
-            if trainer.strategy.reduce_boolean_decision(self.exit_code is not None, all=False):
-                self.exit_code = self.exit_code or 143
+        if self._group is not None:
+            # through the processors: asking an accelerator would make every step wait for it
+            code = torch.tensor(self.exit_code or 0)
+            torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX, group=self._group)
+            self.exit_code = int(code) or None
         if self.exit_code is not None:
             trainer.should_stop = True
 
