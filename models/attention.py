@@ -3,10 +3,11 @@
 B batch, T new positions, S positions read, D model, H query heads, G groups, R heads per group, K head dim.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.cache import Memory, Reading
+from models.cache import Memory, Reading, Readings
 from models.config import ElasticConfig
 from models.layers import NestedLinear, NestedMap, RMSNorm, rotate
 
@@ -35,41 +36,55 @@ class Attention(nn.Module):
         groups: int,
         rotary: tuple[Tensor, Tensor],
         memory: Memory | None,
+        residual_BTD: Tensor,
     ) -> Tensor:
-        """Map [B, T, D] to [B, T, D]; `memory` takes the new keys and values and says what to read.
+        """Add what `groups` groups make of x to the residual stream [B, T, D].
 
-        The scores are computed in the dtype of what is read, which may be wider than this pass's.
+        `memory` takes the new keys and values and says what to read.
         """
-        num_rows, num_tokens, size = x_BTD.shape
         heads = groups * self.heads_per_group
-        q_BHTK = self._project(x_BTD, self.q_proj, heads, self.q_norm)
-        k_BGTK = self._project(x_BTD, self.k_proj, groups, self.k_norm)
-        v_BGTK = self._project(x_BTD, self.v_proj, groups, None)
-        q_BHTK, k_BGTK = rotate(q_BHTK, *rotary), rotate(k_BGTK, *rotary)
-        reading = Reading(k_BGTK, v_BGTK, None)
+        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, heads, groups, rotary)
+        k_BGTK, v_BGTK = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+        q_BHTK = q_BTHK.transpose(1, 2)
+        reading: Reading | Readings = Reading(k_BGTK, v_BGTK, None)
         if memory is not None:
             reading = memory.extend(self.layer, k_BGTK, v_BGTK)
-        mixed_BHTK = attend(q_BHTK.to(reading.k_BGSK.dtype), reading).to(x_BTD.dtype)
-        width = heads * self.head_dim
-        mixed_BTW = mixed_BHTK.transpose(1, 2).reshape(num_rows, num_tokens, width)
-        return self.o_proj.prefix(mixed_BTW, rows=size, columns=width)
+        if isinstance(reading, Readings):
+            parts = zip(q_BHTK.split(reading.counts, dim=2), reading.each, strict=True)
+            mixed_BHTK = torch.cat([attend(q_BHTK, one) for q_BHTK, one in parts], dim=2)
+        else:
+            mixed_BHTK = attend(q_BHTK, reading)
+        mixed_BTW = mixed_BHTK.to(x_BTD.dtype).transpose(1, 2).flatten(2)
+        return self.o_proj.prefix(
+            mixed_BTW, rows=x_BTD.shape[-1], columns=mixed_BTW.shape[-1], finish="add", other=residual_BTD
+        )
 
-    def _project(self, x_BTD: Tensor, linear: NestedMap, heads: int, norm: RMSNorm | None) -> Tensor:
-        rows = heads * self.head_dim
-        y_BTW = linear.prefix(x_BTD, rows=rows, columns=x_BTD.shape[-1])
-        y_BTHK: Tensor = y_BTW.unflatten(-1, (heads, self.head_dim))
-        if norm is not None:
-            y_BTHK = norm(y_BTHK)
-        return y_BTHK.transpose(1, 2)
+    def _project(
+        self, x_BTD: Tensor, heads: int, groups: int, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, K] and keys [B, T, G, K], in place, and values."""
+        rows = [count * self.head_dim for count in (heads, groups, groups)]
+        y_BTW = self.q_proj.beside((self.k_proj, self.v_proj), x_BTD, rows=rows)
+        y_BTNK: Tensor = y_BTW.unflatten(-1, (heads + 2 * groups, self.head_dim))
+        placed_BTNK, v_BTGK = y_BTNK.split((heads + groups, groups), dim=2)
+        if self.q_norm is None or self.k_norm is None:
+            v_BTGK = v_BTGK.contiguous()  # or training would keep all of y for the sake of v
+        else:
+            q_BTHK, k_BTGK = placed_BTNK.split((heads, groups), dim=2)
+            placed_BTNK = torch.cat([self.q_norm(q_BTHK), self.k_norm(k_BTGK)], dim=2)
+        q_BTHK, k_BTGK = rotate(placed_BTNK, *rotary).split((heads, groups), dim=2)
+        return q_BTHK, k_BTGK, v_BTGK
 
 
 def attend(q_BHTK: Tensor, reading: Reading) -> Tensor:
     """Softmax attention [B, H, T, K] of each query head over its group's keys.
 
+    It is computed in the dtype of what is read, which may be wider than the pass's.
     With few new tokens a group's query heads are laid out as rows of one matrix product, so that
     keys and values are read once a group and never repeated in memory.
     """
     k_BGSK, v_BGSK, mask_TS = reading
+    q_BHTK = q_BHTK.to(k_BGSK.dtype)
     num_rows, heads, num_tokens, head_dim = q_BHTK.shape
     groups = k_BGSK.shape[1]
     if mask_TS is None and num_tokens == k_BGSK.shape[2]:
@@ -77,9 +92,8 @@ def attend(q_BHTK: Tensor, reading: Reading) -> Tensor:
             q_BHTK, k_BGSK, v_BGSK, is_causal=num_tokens > 1, enable_gqa=groups != heads
         )
     repeats = heads // groups
+    if mask_TS is not None and len(mask_TS) != repeats * num_tokens:
+        mask_TS = mask_TS.repeat(repeats, 1)
     q_BGRK = q_BHTK.reshape(num_rows, groups, repeats * num_tokens, head_dim)
-    mask_RS = None if mask_TS is None or repeats == 1 else mask_TS.repeat(repeats, 1)
-    mixed_BGRK = F.scaled_dot_product_attention(
-        q_BGRK, k_BGSK, v_BGSK, attn_mask=mask_TS if repeats == 1 else mask_RS
-    )
+    mixed_BGRK = F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, attn_mask=mask_TS)
     return mixed_BGRK.reshape(num_rows, heads, num_tokens, head_dim)

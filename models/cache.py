@@ -1,6 +1,7 @@
-"""What an attention layer reads besides its own keys: three memories with one verb, `extend`.
+"""What an attention layer reads besides its own keys: four memories with one verb, `extend`.
 
     KVCache        decoding: a static store of committed positions; a draft's `view()` shares it
+    Batch          decoding: the caches of several requests, whose tokens share one pass
     Recording      training: keeps the full model's keys and values of this pass for the members
     SharedPrefix   training: a member reads the recorded keys and values as it will when it drafts
 
@@ -13,6 +14,7 @@ its own for the few positions that it drafted itself:
 B batch, G key/value groups, T new positions, S positions read, K head dim.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,7 +26,8 @@ from models.config import ElasticConfig
 class Reading(NamedTuple):
     """Keys and values [B, G, S, K] to attend to, and which of them each new position sees.
 
-    A mask of None means causal where S == T, and everything where T == 1.
+    A mask, of bools or of numbers to add, has a row for each new position, or one for each query head of
+    a group and each position. None means causal where S == T, and everything where T == 1.
     """
 
     k_BGSK: Tensor
@@ -32,15 +35,21 @@ class Reading(NamedTuple):
     mask_TS: Tensor | None
 
 
+class Readings(NamedTuple):
+    """A reading for each request of a pass, and how many of the new tokens are its own, in order."""
+
+    counts: list[int]
+    each: list[Reading]
+
+
 class Memory(Protocol):
     """What one forward pass reads from and writes to."""
 
-    @property
-    def offset(self) -> int:
-        """Position of the first new token."""
+    def positions(self, num_tokens: int) -> slice | Tensor:
+        """Where the new tokens stand in their texts."""
         ...
 
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
+    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading | Readings:
         """Take the new keys and values of a layer (its index in the full model)."""
         ...
 
@@ -76,31 +85,34 @@ class KVCache:
             for _ in range(config.num_hidden_layers)
         ]
         self.num_positions = num_positions
+        self.heads_per_group = config.heads_per_group
         self.length = 0
         self._mask: Tensor | None = None
 
-    @property
-    def offset(self) -> int:
-        """Committed positions; the next token goes there."""
-        return self.length
+    def positions(self, num_tokens: int) -> slice:
+        """See `Memory`: behind the committed ones."""
+        return slice(self.length, self.length + num_tokens)
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
         """Write behind the committed positions; read everything up to and including the new ones."""
         groups, num_tokens = k_BGTK.shape[1], k_BGTK.shape[2]
         end = self.length + num_tokens
         assert end <= self.num_positions, (end, self.num_positions)
-        k_BGSK, v_BGSK = self._stores[layer]
-        k_BGSK[:, :groups, self.length : end] = k_BGTK
-        v_BGSK[:, :groups, self.length : end] = v_BGTK
-        mask_TS = None if num_tokens == 1 or self.length == 0 else self._causal(num_tokens, k_BGTK)
-        return Reading(k_BGSK[:, :groups, :end], v_BGSK[:, :groups, :end], mask_TS)
+        k_BGSK, v_BGSK = (store[:, :groups, :end] for store in self._stores[layer])
+        k_BGSK[:, :, self.length :] = k_BGTK
+        v_BGSK[:, :, self.length :] = v_BGTK
+        mask_TS = None if num_tokens == 1 or self.length == 0 else self._causal(num_tokens, k_BGSK)
+        return Reading(k_BGSK, v_BGSK, mask_TS)
 
     def _causal(self, num_tokens: int, like: Tensor) -> Tensor:
-        """Causal mask aligned to the last position, made once for all layers of a pass."""
-        shape = (num_tokens, self.length + num_tokens)
+        """Causal mask aligned to the last position, made once for all layers of a pass.
+
+        It is ready to be added to the scores of all query heads of a group.
+        """
+        shape = (self.heads_per_group * num_tokens, self.length + num_tokens)
         if self._mask is None or self._mask.shape != shape:
-            mask_TS = torch.ones(shape, dtype=torch.bool, device=like.device)
-            self._mask = mask_TS.tril(self.length)
+            mask_TS = torch.full((num_tokens, shape[1]), -torch.inf, dtype=like.dtype, device=like.device)
+            self._mask = mask_TS.triu_(self.length + 1).repeat(self.heads_per_group, 1)
         return self._mask
 
     def commit(self, num_tokens: int) -> None:
@@ -117,6 +129,7 @@ class KVCache:
         """The same store with a length of its own, which starts at this one's."""
         view = object.__new__(KVCache)
         view._stores, view.num_positions = self._stores, self.num_positions
+        view.heads_per_group = self.heads_per_group
         view.length, view._mask = self.length, None
         return view
 
@@ -131,13 +144,46 @@ class KVCache:
         return sum(store.nbytes for pair in self._stores for store in pair)
 
 
+class Batch:
+    """The caches of several requests, whose new tokens lie one after another in one row of a pass.
+
+    The tokens share the products with the weights, and nothing else: each request attends to its own
+    cache, at its own positions, as if it were alone. Nothing is padded.
+
+    Args:
+        caches: of one row each, and of the same device.
+        counts: new tokens of each request.
+    """
+
+    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
+        self.caches, self.counts = list(caches), list(counts)
+
+    def positions(self, num_tokens: int) -> Tensor:
+        """See `Memory`."""
+        ranges = [
+            torch.arange(cache.length, cache.length + count)
+            for cache, count in zip(self.caches, self.counts, strict=True)
+        ]
+        assert sum(map(len, ranges)) == num_tokens, (self.counts, num_tokens)
+        return torch.cat(ranges)
+
+    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Readings:
+        """See `KVCache.extend`, for each request."""
+        keys, values = k_BGTK.split(self.counts, dim=2), v_BGTK.split(self.counts, dim=2)
+        requests = zip(self.caches, keys, values, strict=True)
+        each = [cache.extend(layer, k_1GTK, v_1GTK) for cache, k_1GTK, v_1GTK in requests]
+        return Readings(self.counts, each)
+
+
 class Recording:
     """The full model's keys and values of one training pass, cut from the graph."""
 
-    offset = 0
-
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def positions(self, num_tokens: int) -> slice:
+        """See `Memory`."""
+        return slice(num_tokens)
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
         """Keep them and read just them, causally."""
@@ -162,14 +208,16 @@ class SharedPrefix:
         starts_T: for each position the first position of its block (not above the position).
     """
 
-    offset = 0
-
     def __init__(self, recording: Recording, starts_T: Tensor) -> None:
         positions = torch.arange(len(starts_T), device=starts_T.device)
         recorded_TT = positions < starts_T[:, None]
         own_TT = (positions >= starts_T[:, None]) & (positions <= positions[:, None])
         self.recording = recording
         self.mask_TS = torch.cat([recorded_TT, own_TT], dim=1)
+
+    def positions(self, num_tokens: int) -> slice:
+        """See `Memory`."""
+        return slice(num_tokens)
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
         """Read [recorded | own] keys and values, S = 2T, through the block mask."""

@@ -37,9 +37,9 @@ class Block(nn.Module):
         self, x_BTD: Tensor, plan: LayerPlan, rotary: tuple[Tensor, Tensor], memory: Memory | None
     ) -> Tensor:
         """Add attention, then the feed-forward part, to the residual stream."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), plan.groups, rotary, memory)
-        y_BTD: Tensor = self.mlp(self.post_attention_layernorm(x_BTD), plan.ffn)
-        return x_BTD + y_BTD
+        x_BTD = self.self_attn(self.input_layernorm(x_BTD), plan.groups, rotary, memory, x_BTD)
+        y_BTD: Tensor = self.mlp(self.post_attention_layernorm(x_BTD), plan.ffn, x_BTD)
+        return y_BTD
 
 
 class Backbone(nn.Module):
@@ -115,8 +115,9 @@ class ElasticLM(nn.Module):
         plan: Plan = granularity.resolve(self.config)
         x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight)
         x_BTD = x_BTD.to(self.model.norm.weight.dtype)  # of a packed copy, which shares the embedding
-        offset = 0 if memory is None else memory.offset
-        rotary = self.rotary(offset, tokens_BT.shape[1], x_BTD.dtype)
+        num_tokens = tokens_BT.shape[1]
+        positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
+        rotary = self.rotary(positions, x_BTD.dtype)
         taken: dict[int, Tensor] = {}
         for count, layer_plan in enumerate(plan.layers, start=1):
             block = cast(Block, self.model.layers[layer_plan.index])

@@ -3,6 +3,7 @@
 D model, F ffn, K head dim, T positions.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.config import ElasticConfig
+from models.kernels import Finish, finished
 
 
 class RMSNorm(nn.Module):
@@ -28,8 +30,14 @@ class RMSNorm(nn.Module):
 class NestedMap(Protocol):
     """A linear map every prefix of which is a map of its own."""
 
-    def prefix(self, x: Tensor, *, rows: int, columns: int) -> Tensor:
-        """Apply the prefix `weight[:rows, :columns]`."""
+    def prefix(
+        self, x: Tensor, *, rows: int, columns: int, finish: Finish = "none", other: Tensor | None = None
+    ) -> Tensor:
+        """Apply the prefix `weight[:rows, :columns]`, and `finish` the result; see models/kernels.py."""
+        ...
+
+    def beside(self, others: "Sequence[NestedMap]", x: Tensor, *, rows: Sequence[int]) -> Tensor:
+        """The results of several maps of the same input [..., I] side by side; this one is the first."""
         ...
 
 
@@ -40,7 +48,9 @@ class NestedLinear(nn.Linear):
     nesting costs the full model nothing.
     """
 
-    def prefix(self, x: Tensor, *, rows: int, columns: int) -> Tensor:
+    def prefix(
+        self, x: Tensor, *, rows: int, columns: int, finish: Finish = "none", other: Tensor | None = None
+    ) -> Tensor:
         """See `NestedMap`."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
@@ -49,7 +59,12 @@ class NestedLinear(nn.Linear):
         if rows != weight.shape[0]:
             weight = weight[:rows]
             bias = None if bias is None else bias[:rows]
-        return F.linear(x, weight, bias)
+        return finished(F.linear(x, weight, bias), finish, other)
+
+    def beside(self, others: Sequence[NestedMap], x: Tensor, *, rows: Sequence[int]) -> Tensor:
+        """See `NestedMap`."""
+        maps = zip((self, *others), rows, strict=True)
+        return torch.cat([one.prefix(x, rows=count, columns=x.shape[-1]) for one, count in maps], -1)
 
 
 class MLP(nn.Module):
@@ -62,12 +77,12 @@ class MLP(nn.Module):
         self.up_proj: NestedMap = NestedLinear(size, hidden, bias=False)
         self.down_proj: NestedMap = NestedLinear(hidden, size, bias=False)
 
-    def forward(self, x_BTD: Tensor, ffn: int) -> Tensor:
-        """Map [B, T, D] to [B, T, D] through the first `ffn` neurons."""
+    def forward(self, x_BTD: Tensor, ffn: int, residual_BTD: Tensor) -> Tensor:
+        """Add what the first `ffn` neurons make of x to the residual stream."""
         size = x_BTD.shape[-1]
-        gate_BTF = F.silu(self.gate_proj.prefix(x_BTD, rows=ffn, columns=size))
-        up_BTF = self.up_proj.prefix(x_BTD, rows=ffn, columns=size)
-        return self.down_proj.prefix(gate_BTF * up_BTF, rows=size, columns=ffn)
+        gate_BTF = self.gate_proj.prefix(x_BTD, rows=ffn, columns=size, finish="silu")
+        y_BTF = self.up_proj.prefix(x_BTD, rows=ffn, columns=size, finish="mul", other=gate_BTF)
+        return self.down_proj.prefix(y_BTF, rows=size, columns=ffn, finish="add", other=residual_BTD)
 
 
 class Rotary(nn.Module):
@@ -87,12 +102,13 @@ class Rotary(nn.Module):
         sign_K[: config.head_dim // 2] = -1  # folds the minus of rotate_half into the table
         self.register_buffer("sin_TK", angles_TK.sin() * sign_K, persistent=False)
 
-    def forward(self, offset: int, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [T, K] of positions offset .. offset + num_tokens."""
-        end = offset + num_tokens
-        return self.cos_TK[offset:end].to(dtype), self.sin_TK[offset:end].to(dtype)
+    def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [T, 1, K] of the positions, a range of them or one for each token."""
+        cos_T1K, sin_T1K = self.cos_TK[positions].unsqueeze(1), self.sin_TK[positions].unsqueeze(1)
+        return cos_T1K.to(dtype), sin_T1K.to(dtype)
 
 
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
     """Rotate each head's vector by its position's angles; linear, norm preserving."""
-    return x_BHTK * cos_TK + x_BHTK.roll(x_BHTK.shape[-1] // 2, dims=-1) * sin_TK
+    turned_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BTHK * cos_T1K, turned_BTHK, sin_T1K)

@@ -36,7 +36,7 @@ Purpose: TypeAlias = Literal["training", "decoding"]
 TRAINING_MARGIN = 1.5
 DECODING_MARGIN = 1.1
 # Counted up when a card's content changes, so that older cards are measured again.
-FORMAT = 1
+FORMAT = 2
 
 _log = logging.getLogger(__name__)
 

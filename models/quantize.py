@@ -1,21 +1,17 @@
 """Precision of a member: a packed copy of its weights that runs in place of the slices.
 
-    fp32 bf16 fp16   contiguous copies in that dtype: a narrow member reads no strided columns
+    fp32 bf16 fp16   copies in that dtype, in the layout that a product on few rows reads fastest
     int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token
 
 The copy is an `ElasticLM` that shares the source's embedding, so that any granularity runs in it and a
 draft made of it still reads and writes the target's key/value store, in the store's dtype. Prefixes are
-packed when they are first used, each once.
-
-Activations are scaled token by token, never over the whole input (torch's own `linear_dynamic` takes one
-range for all rows): a token's result does not depend on its companions, as a target's must not. The
-products are oneDNN's on plain int8 tensors; the `quantized` dtypes of torch, some of whose kernels are
-faster, are on their way out (https://github.com/pytorch/pytorch/issues/184982).
+packed when they are first used, each once; a layer's queries, keys and values become one product. A target
+and a draft that is a prefix of its layers use the same copies. The products are models/kernels.py.
 """
 
 import copy
-from collections.abc import Callable
-from typing import TypeAlias, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +20,12 @@ from torch.nn import functional as F
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
-from models.layers import RMSNorm
+from models.kernels import Finish, Kernel, int8_kernel, linear_kernel
+from models.layers import NestedMap, RMSNorm
 from models.probe import DTYPES
 
 INT8 = "int8"
 PRECISIONS = (*DTYPES, INT8)
-TINY = 1e-30
-
-Kernel: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def split_precision(text: str) -> tuple[str, str | None]:
@@ -76,10 +70,25 @@ def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> E
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child, precision))
             elif isinstance(child, RMSNorm):
-                child.weight = nn.Parameter(child.weight.detach().to(dtype), requires_grad=False)
-    with torch.inference_mode():
-        packed(torch.zeros(1, 1, dtype=torch.long, device=weight.device), granularity)
+                setattr(module, name, PackedNorm(child, dtype))
+    prepare(packed, granularity)
     return packed
+
+
+def prepare(model: ElasticLM, granularity: Granularity) -> int:
+    """Pack a member's weights now rather than when it first runs, if the model is packed at all.
+
+    Returns:
+        The bytes that it took beyond what was packed before.
+
+    Raises:
+        UsageError: if the member does not fit the model.
+    """
+    before = packed_bytes(model)
+    device = model.model.embed_tokens.weight.device
+    with torch.inference_mode():
+        model(torch.zeros(1, 1, dtype=torch.long, device=device), granularity)
+    return packed_bytes(model) - before
 
 
 def packed_bytes(model: ElasticLM) -> int:
@@ -96,13 +105,23 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", source.bias)
         self.precision = precision
         self.num_bytes = 0
-        self._kernels: dict[tuple[int, int], Kernel] = {}
+        self._kernels: dict[tuple[int, ...], Kernel] = {}
 
-    def prefix(self, x: Tensor, *, rows: int, columns: int) -> Tensor:
+    def prefix(
+        self, x: Tensor, *, rows: int, columns: int, finish: Finish = "none", other: Tensor | None = None
+    ) -> Tensor:
         """See `NestedMap`."""
         kernel = self._kernels.get((rows, columns))
         if kernel is None:
-            kernel = self._kernels[rows, columns] = self._pack(rows, columns)
+            kernel = self._kernels[rows, columns] = self._pack([self], [rows], columns)
+        return kernel(x, finish, other)
+
+    def beside(self, others: Sequence[NestedMap], x: Tensor, *, rows: Sequence[int]) -> Tensor:
+        """See `NestedMap`; one product serves all maps."""
+        kernel = self._kernels.get(tuple(rows))
+        if kernel is None:
+            maps = [self, *(cast(PackedLinear, other) for other in others)]
+            kernel = self._kernels[tuple(rows)] = self._pack(maps, rows, x.shape[-1])
         return kernel(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,41 +129,37 @@ class PackedLinear(nn.Linear):
         y = self.prefix(x, rows=self.out_features, columns=self.in_features)
         return y.to(torch.promote_types(y.dtype, self.weight.dtype))
 
-    def _pack(self, rows: int, columns: int) -> Kernel:
-        weight_OI = self.weight.detach()[:rows, :columns]
-        bias: Tensor | None = self.bias  # which torch's stubs say is always there
-        bias_O = None if bias is None else bias.detach()[:rows]
+    def _pack(self, maps: "Sequence[PackedLinear]", rows: Sequence[int], columns: int) -> Kernel:
+        counted = list(zip(maps, rows, strict=True))
+        weight_OI = torch.cat([one.weight.detach()[:count, :columns] for one, count in counted])
+        biases: list[Tensor | None] = [one.bias for one in maps]  # torch's stubs say they are always there
+        bias_O = None
+        if biases[0] is not None:
+            bias_O = torch.cat([one.bias.detach()[:count] for one, count in counted])
         if self.precision == INT8:
-            self.num_bytes += rows * (columns + 4)  # a byte a weight, four a scale
-            return _int8_kernel(weight_OI, bias_O)
+            self.num_bytes += weight_OI.numel() + 4 * len(weight_OI)  # a byte a weight, four a scale
+            return int8_kernel(weight_OI, bias_O)
         dtype = DTYPES[self.precision]
-        # Not `contiguous`: a copy even where nothing changes, so that the bytes told are true.
-        copy_OI = weight_OI.to(dtype).clone(memory_format=torch.contiguous_format)
-        cast_O = None if bias_O is None else bias_O.to(dtype)
-        self.num_bytes += copy_OI.nbytes
-        return lambda x: F.linear(x, copy_OI, cast_O)
+        self.num_bytes += weight_OI.numel() * dtype.itemsize
+        return linear_kernel(weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
 
 
-def _int8_kernel(weight_OI: Tensor, bias_O: Tensor | None) -> Kernel:
-    scale_O = (weight_OI.float().abs().amax(1) / 127).clamp_min(TINY)
-    codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(codes_OI, [1, codes_OI.shape[1]])
-    zero_O = torch.zeros(len(scale_O), dtype=torch.long)
-    bias_O = None if bias_O is None else bias_O.float()
-    product = torch.ops.onednn.qlinear_pointwise.default
-    # Without VNNI products are added in pairs in 16 bits: one bit less keeps them from overflowing.
-    levels = 127 if torch.cpu._is_vnni_supported() else 63
-    middle, step_O = torch.tensor(128.5), scale_O / levels
+class PackedNorm(RMSNorm):
+    """RMSNorm in half the number of operations, which is what it costs on a few tokens.
 
-    def apply(x: Tensor) -> Tensor:
-        size_1 = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp_min_(TINY)
-        # Unsigned codes around 128: those with a sign have no fast kernel. The cast rounds down.
-        codes = torch.addcmul(middle, x, levels / size_1).to(torch.uint8)
-        y = product(codes, 1.0, 128, packed, step_O, zero_O, None, 1.0, 0, torch.float32, "none", [], "")
-        y = cast(Tensor, y).mul_(size_1)
-        return y if bias_O is None else y.add_(bias_O)
+    x beside -x has mean zero and the mean square of x as its variance: a layer norm of both, one
+    kernel, is the RMSNorm of x in its first half.
+    """
 
-    return apply
+    def __init__(self, source: RMSNorm, dtype: torch.dtype) -> None:
+        super().__init__(len(source.weight), source.eps)
+        self.weight = nn.Parameter(source.weight.detach().to(dtype), requires_grad=False)
+        self._twice = torch.cat([self.weight.detach(), torch.zeros_like(self.weight)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `RMSNorm`."""
+        y = F.layer_norm(torch.cat([x, -x], -1), self._twice.shape, self._twice, None, self.eps)
+        return y[..., : x.shape[-1]]
 
 
 def _check_int8(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric import Fabric
 from rich.console import Console
 
 from models.card import make_card
@@ -30,7 +31,9 @@ from train.callbacks.stability import Stability
 from train.data.module import TextData
 from train.joint import JointModule
 from train.metrics import MetricsLog
+from train.processes import check_agreed, make_fabric, make_strategy, side_by_side
 from train.recipe import Recipe, load_recipe, save_recipe
+from train.shards import whole_model
 from train.state import TrainingState, drop_old_states, load_state, newest_state
 from train.tracking import make_loggers
 
@@ -54,23 +57,43 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
     Raises:
         UsageError: if the recipe, the run folder or the state do not fit together.
         NestlingError: if data or disk fail, or the run goes astray from every state.
-        SystemExit: 130 or 143 after a signal or `max_time`; the state is saved.
+        SystemExit: 130 or 143 after a signal or `max_time`; the state is saved. 0 in every process but the
+            first, when the training is over: the first alone writes the model and goes on.
     """
-    settings = recipe.trainer
-    with Signals(max_seconds=settings.max_seconds) as signals:
-        state = find_state(recipe, out, resume, console)
+    _quieten()
+    fabric = make_fabric(recipe.trainer)
+    console = console if fabric.is_global_zero else Console(quiet=True)
+    with Signals(max_seconds=recipe.trainer.max_seconds) as signals:
+        state = find_state(recipe, out, resume, console) if fabric.is_global_zero else None
         torch.manual_seed(recipe.seed)
         data = TextData(recipe).prepare(console)
-        module = make_module(recipe, data, state)
-        open_run(recipe, out, state, anew=resume == "never")
-        returns: list[int] = []
-        while module.first_step < settings.max_steps:
-            train(module, data, out, state, signals, console)
-            if not module.guard.diverged:
-                break
-            state = earlier_state(module, data, out / "steps", returns, console)
+        exit_code = None
+        with side_by_side(fabric):
+            check_agreed(fabric, "dtype=auto", training_precision(recipe.dtype))
+            state = fabric.broadcast(state)
             module = make_module(recipe, data, state)
+            if fabric.is_global_zero:
+                open_run(recipe, out, state, anew=resume == "never")
+            returns: list[int] = []
+            while module.first_step < recipe.trainer.max_steps:
+                exit_code = train(module, data, out, state, signals, fabric, console)
+                if exit_code is not None or not module.guard.diverged:
+                    break
+                if fabric.is_global_zero:
+                    state = earlier_state(module, data, out / "steps", returns, console)
+                state = fabric.broadcast(state)
+                module = make_module(recipe, data, state)
+        if exit_code is not None:
+            console.print(f"stopped after step {module.step}; the same command goes on from there")
+            raise SystemExit(exit_code)
         return finish(module, data, out, console)
+
+
+def _quieten() -> None:
+    # Lightning 2.6 uses what torch 2.13 deprecates; nothing that a user could mend
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> TrainingState | None:
@@ -141,27 +164,27 @@ def train(
     out: Path,
     state: TrainingState | None,
     signals: Signals,
+    fabric: Fabric,
     console: Console,
-) -> None:
-    """Run Lightning's Trainer for the steps that remain.
+) -> int | None:
+    """Run Lightning's Trainer for the steps that remain; the model is whole in the first process after.
 
-    Raises:
-        SystemExit: after a signal or `max_time`.
+    Returns:
+        The exit code, the same in every process, if a signal or `max_time` ended it.
     """
     recipe, settings = module.recipe, module.recipe.trainer
-    log = MetricsLog(out / "metrics.jsonl", make_loggers(recipe.tracking, out), first_step=module.first_step)
+    log = MetricsLog(None)
+    if fabric.is_global_zero:
+        loggers = make_loggers(recipe.tracking, out)
+        log = MetricsLog(out / "metrics.jsonl", loggers, first_step=module.first_step)
     callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
-    # Lightning 2.6 uses what torch 2.13 deprecates; nothing that a user could mend
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     trainer = pl.Trainer(
         max_steps=settings.max_steps - module.first_step,
         max_epochs=-1,
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        strategy=make_strategy(recipe, fabric.world_size),
         precision="bf16-mixed" if training_precision(recipe.dtype) == "bf16" else "32-true",
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
@@ -175,9 +198,8 @@ def train(
     )
     trainer.fit(module, datamodule=data)
     log.close()
-    if signals.exit_code is not None:
-        console.print(f"stopped after step {module.step}; the same command goes on from there")
-    signals.training_ended()
+    module.model = whole_model(module.model, wanted=fabric.is_global_zero) or module.model
+    return signals.training_ended()
 
 
 def earlier_state(

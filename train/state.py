@@ -25,6 +25,7 @@ from models.elastic import ElasticLM
 from models.errors import NestlingError, UsageError
 from models.files import read_json, remove_folder, write_folder, write_json
 from models.weights import WEIGHTS, write_weights
+from train.shards import part_like, whole, whole_model
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -63,7 +64,7 @@ class TrainingState:
             prefix = f"{name}/"
             optimizer.state[parameter] = {
                 # AdamW keeps its step counter on the CPU unless it is fused there
-                key.removeprefix(prefix): value if value.dim() == 0 else value.to(parameter.device)
+                key.removeprefix(prefix): value if value.dim() == 0 else part_like(value, parameter)
                 for key, value in saved.items()
                 if key.startswith(prefix)
             }
@@ -79,19 +80,27 @@ def save_state(
     keep: int,
     data_offset: int = 0,
     guard: Mapping[str, float] | None = None,
+    writes: bool = True,
 ) -> Path:
     """Write `steps/<step>/`, then drop all but the newest `keep` states up to it.
 
     States of later steps go too: they are damaged, or of a history that this one replaces.
 
+    A state is whole, however many processes share the weights out: all of them call this, and only the
+    one that `writes` has every tensor gathered.
+
     Raises:
         NestlingError: if the disk refuses; the older states stay.
     """
     path = steps / f"{step:08d}"
+    weights = whole_model(model, wanted=writes)
+    moments = dict(_moments(model, optimizer, wanted=writes))
+    if weights is None:
+        return path
     with write_folder(path, marker=MANIFEST) as folder:
-        write_weights(folder, model)
+        write_weights(folder, weights)
         try:
-            save_file(dict(_moments(model, optimizer)), folder / OPTIMIZER)
+            save_file(moments, folder / OPTIMIZER)
         except SafetensorError as error:
             raise NestlingError(f"cannot write {path / OPTIMIZER}: {error}; free some space") from error
         facts = {"step": step, "tokens": tokens, "data_offset": data_offset, "guard": dict(guard or {})}
@@ -153,10 +162,12 @@ def _state_folders(steps: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
 
-def _moments(model: ElasticLM, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def _moments(model: ElasticLM, optimizer: Optimizer, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{name}/{key}", value.contiguous()
+            tensor = whole(value)
+            if wanted:
+                yield f"{name}/{key}", tensor.cpu().contiguous()
 
 
 def _seal(file: Path) -> str:

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from models.cache import KVCache, Recording, SharedPrefix, block_starts
+from models.cache import Batch, KVCache, Recording, SharedPrefix, block_starts
 from models.config import ElasticConfig
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
@@ -97,3 +97,18 @@ def test_gradients_do_not_reach_the_full_model_through_the_shared_cache(tiny_mod
     recording = Recording()
     tiny_model(tokens_BT, FULL, recording)
     assert not any(tensor.requires_grad for pair in recording.layers.values() for tensor in pair)
+
+
+def test_requests_of_a_batch_share_a_pass_and_nothing_else(tiny_model: ElasticLM) -> None:
+    lengths, counts = (5, 0, 9), [3, 4, 1]
+    expected, caches, new = [], [], []
+    for length, count in zip(lengths, counts, strict=True):
+        tokens_BT = torch.randint(0, 64, (1, length + count))
+        expected.append(tiny_model(tokens_BT)[:, length:])
+        caches.append(KVCache(tiny_model.config, num_positions=length + count))
+        if length:
+            tiny_model(tokens_BT[:, :length], memory=caches[-1])
+            caches[-1].commit(length)
+        new.append(tokens_BT[:, length:])
+    logits_BTV = tiny_model(torch.cat(new, dim=1), memory=Batch(caches, counts))
+    torch.testing.assert_close(logits_BTV, torch.cat(expected, dim=1), atol=SUM_ORDER, rtol=0)

@@ -88,9 +88,9 @@ def start(recipe: Recipe, out: Path) -> int:
         return pid
     begin = train.fit.train
 
-    def tidy_then_train(*arguments: Any) -> None:
+    def tidy_then_train(*arguments: Any) -> int | None:
         assert not left_over(out), left_over(out)
-        begin(*arguments)
+        return begin(*arguments)
 
     train.fit.train = tidy_then_train  # type: ignore[assignment]
     code = 1

@@ -47,7 +47,7 @@ class Checkpoint(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Save this step's state, once; never one that the run is about to leave."""
-        if module.step == self._saved or module.guard.diverged or not trainer.is_global_zero:
+        if module.step == self._saved or module.guard.diverged:
             return
         self._saved = module.step
         self.metrics.lines.sync()  # a state on disk tells that the lines before it are there, too
@@ -60,6 +60,7 @@ class Checkpoint(StepCallback):
             keep=self.keep,
             data_offset=self.state.data_offset if self.state else 0,
             guard=module.guard.counters(),
+            writes=trainer.is_global_zero,
         )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -36,7 +36,8 @@ class Signals(StepCallback):
     def __init__(self, *, max_seconds: float = math.inf) -> None:
         super().__init__(every=1)
         self.deadline = time.monotonic() + max_seconds
-        self.exit_code: int | None = None
+        self.exit_code: int | None = None  # what all processes agree on
+        self._code: int | None = None  # what came to this one
         self._training = self._signalled = False
         self._previous: dict[int, Any] = {}
         self._group: Any = None
@@ -61,25 +62,30 @@ class Signals(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Stop at the end of a step, never between its micro-batches."""
-        if self.exit_code is None and time.monotonic() >= self.deadline:
-            self.exit_code = 143
-        if self._group is not None:
-            # through the processors: asking an accelerator would make every step wait for it
-            code = torch.tensor(self.exit_code or 0)
-            torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX, group=self._group)
-            self.exit_code = int(code) or None
+        if self._code is None and time.monotonic() >= self.deadline:
+            self._code = 143
+        self._agree()
         if self.exit_code is not None:
             trainer.should_stop = True
 
-    def training_ended(self) -> None:
-        """From here on a signal ends the run at once.
+    def training_ended(self) -> int | None:
+        """From here on a signal ends its process at once.
 
-        Raises:
-            SystemExit: if one came before.
+        Returns:
+            The exit code if one came before, to whichever process.
         """
         self._training = False
-        if self.exit_code is not None:
-            raise SystemExit(self.exit_code)
+        self._agree()
+        return self.exit_code
+
+    def _agree(self) -> None:
+        code = self._code  # what comes while this one waits for the others is for the next step
+        if self._group is not None:
+            # through the processors: asking an accelerator would make every step wait for it
+            highest = torch.tensor(code or 0)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=self._group)
+            code = int(highest) or None
+        self.exit_code = code
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         code = 130 if number == signal.SIGINT else 143
@@ -88,6 +94,6 @@ class Signals(StepCallback):
                 child.kill()
             os._exit(code)
         self._signalled = True
-        self.exit_code = code
+        self._code = code
         if not self._training:
             raise SystemExit(code)

@@ -39,24 +39,43 @@ def check_file(flag: str, path: Path) -> None:
 
 def check_json(path: Path | None) -> None:
     """Say before the work, not after it, that the results could not be written."""
+    _check_output("--json", path)
+
+
+def check_plot(path: Path | None) -> None:
+    """The same for a picture, whose kind its name tells."""
+    _check_output("--plot", path)
+    if path is not None and path.suffix not in PLOTS:
+        raise UsageError(f"--plot {path} has no known ending; choose from {', '.join(PLOTS)}")
+
+
+PLOTS = (".svg", ".png", ".html")
+
+
+def _check_output(flag: str, path: Path | None) -> None:
     if path is None:
         return
     if path.is_dir():
-        raise UsageError(f"--json {path} is a folder; give the path of a file")
+        raise UsageError(f"{flag} {path} is a folder; give the path of a file")
     if not path.parent.is_dir():
-        raise UsageError(f"--json {path}: the folder {path.parent} does not exist; make it first")
+        raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--json {path}: the folder {path.parent} cannot be written to; choose another")
+        raise UsageError(f"{flag} {path}: the folder {path.parent} cannot be written to; choose another")
 
 
 def open_for_decoding(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
-    """Open a model folder in the dtype (whose name is returned) and with the threads that decode fastest."""
+    """Open a model folder, packed in the dtype (whose name is returned), with the fastest threads."""
+    import dataclasses
+
     import torch
 
     from models.decode.auto import best_num_threads
     from models.machine import machine_card, num_threads
+    from models.quantize import INT8, pack
 
     folder, name = _open(path, dtype)
+    if name != INT8:  # which is packed already
+        folder = dataclasses.replace(folder, model=pack(folder.model, name))
     most = num_threads(machine_card(), name, purpose="decoding")
     torch.set_num_threads(best_num_threads(folder.model, most))
     return folder, name

@@ -1,0 +1,110 @@
+"""Matrix products for a few tokens: a weight is packed once and applied many times.
+
+Decoding multiplies each weight with one token, or with the few that verification scores, so its speed is
+that of reading weights. Every kernel here maps x [..., I] to [..., O] and may finish its result in the
+same pass, where it still lies in a register:
+
+    linear    the weight in oneDNN's own layout, which a product on few rows reads at up to twice the speed
+              of a plain one; a plain one where oneDNN has no kernel for the dtype
+    int8      8-bit weights, one scale a row, and 8-bit activations, one scale a token
+
+Activations are scaled token by token, never over the whole input (torch's own `linear_dynamic` takes one
+range for all rows): a token's result does not depend on its companions, as a target's must not. The
+products are oneDNN's on plain tensors; the `quantized` dtypes of torch, some of whose kernels are faster,
+are on their way out (https://github.com/pytorch/pytorch/issues/184982).
+
+I inputs, O outputs.
+"""
+
+from typing import Literal, Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Finish: TypeAlias = Literal["none", "silu", "mul", "add"]
+"""What happens to a product at the end: nothing, SiLU, times or plus another tensor."""
+
+NUM_ROWS = 8
+"""Rows that a layout is made for: between one token and a verified block. It runs with any number."""
+TINY = 1e-30
+_ONEDNN_FINISH = {"silu": "swish"}
+
+
+class Kernel(Protocol):
+    """A matrix product with a packed weight."""
+
+    def __call__(self, x: Tensor, finish: Finish = "none", other: Tensor | None = None) -> Tensor:
+        """Map x [..., I] to [..., O]; `other`, of that shape, is what "mul" and "add" take."""
+        ...
+
+
+def finished(y: Tensor, finish: Finish, other: Tensor | None) -> Tensor:
+    """The end of a product, on its own.
+
+    >>> finished(torch.tensor([2.0]), "mul", torch.tensor([3.0]))
+    tensor([6.])
+    """
+    if finish == "silu":
+        return F.silu(y)
+    if other is not None:
+        return other * y if finish == "mul" else other + y
+    return y
+
+
+def linear_kernel(weight_OI: Tensor, bias_O: Tensor | None = None) -> Kernel:
+    """A product in the dtype of the weight."""
+    if _onednn_packs(weight_OI):
+        return _onednn_kernel(weight_OI, bias_O)
+    weight_OI = weight_OI.contiguous()
+
+    def apply(x: Tensor, finish: Finish = "none", other: Tensor | None = None) -> Tensor:
+        return finished(F.linear(x, weight_OI, bias_O), finish, other)
+
+    return apply
+
+
+def int8_kernel(weight_OI: Tensor, bias_O: Tensor | None = None) -> Kernel:
+    """A product in 8 bits, on a CPU; the result is in fp32."""
+    scale_O = (weight_OI.float().abs().amax(1) / 127).clamp_min(TINY)
+    codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(codes_OI, [1, codes_OI.shape[1]])
+    zero_O = torch.zeros(len(scale_O), dtype=torch.long)
+    bias_O = None if bias_O is None else bias_O.float()
+    product = torch.ops.onednn.qlinear_pointwise.default
+    # Without VNNI products are added in pairs in 16 bits: one bit less keeps them from overflowing.
+    levels = 127 if torch.cpu._is_vnni_supported() else 63
+    middle, step_O = torch.tensor(128.5), scale_O / levels
+
+    def apply(x: Tensor, finish: Finish = "none", other: Tensor | None = None) -> Tensor:
+        size_1 = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp_min_(TINY)
+        # Unsigned codes around 128: those with a sign have no fast kernel. The cast rounds down.
+        codes = torch.addcmul(middle, x, levels / size_1).to(torch.uint8)
+        y = product(codes, 1.0, 128, packed, step_O, zero_O, None, 1.0, 0, torch.float32, "none", [], "")
+        y = cast(Tensor, y).mul_(size_1)
+        return finished(y if bias_O is None else y.add_(bias_O), finish, other)
+
+    return apply
+
+
+def _onednn_packs(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def _onednn_kernel(weight_OI: Tensor, bias_O: Tensor | None) -> Kernel:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), NUM_ROWS)
+    alone = torch.ops.mkldnn._linear_pointwise.default
+    with_other = torch.ops.mkldnn._linear_pointwise.binary
+
+    def apply(x: Tensor, finish: Finish = "none", other: Tensor | None = None) -> Tensor:
+        if other is None:
+            y = alone(x, packed, bias_O, _ONEDNN_FINISH.get(finish, finish), [], "")
+        else:
+            y = with_other(x, other, packed, bias_O, finish)
+        return cast(Tensor, y)
+
+    return apply
