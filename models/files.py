@@ -1,7 +1,8 @@
 """Writing that is whole or absent: a folder or a JSON file appears complete, or not at all.
 
 A folder is written beside its final place, forced to disk, then renamed: a reader never meets half
-of it, and a run that dies leaves only a hidden `.name.*.partial`.
+of it, and a run that dies leaves only a hidden `.name.*.partial`, or what it was about to replace under
+`.name.*.replaced`; `sweep` removes the one and puts back the other.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ def write_folder(path: str | Path, *, marker: str = "nestling.json") -> Iterator
     final = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         partial.mkdir()
         yield partial
         assert (partial / marker).is_file(), f"{partial} lacks {marker}: it could not be replaced later"
@@ -59,7 +60,7 @@ def check_replaceable(path: str | Path, *, marker: str = "nestling.json") -> Non
     """
     path = Path(path)
     if path.is_dir():
-        if any(path.iterdir()) and not (path / marker).is_file():
+        if any(not _is_left_over(inside) for inside in path.iterdir()) and not (path / marker).is_file():
             raise UsageError(
                 f"{path} exists and is not ours to replace (no {marker} in it); "
                 "choose another place or empty it"
@@ -73,7 +74,7 @@ def check_replaceable(path: str | Path, *, marker: str = "nestling.json") -> Non
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file, whole or not at all. NaN and infinity, which JSON lacks, become null."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -87,10 +88,49 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.write_bytes(content)
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents, their names forced to disk; one that is there stays."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder at once: whoever dies in the middle leaves a `.partial`, never half of `path`."""
+    doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what killed writers left in a folder that nobody else writes to now."""
+    for path in filter(_is_left_over, list(folder.glob(".*"))):
+        final = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if path.suffix == ".replaced" and not final.exists():
+            path.rename(final)  # killed between the two renames: what stood there is still the best
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's names to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -113,6 +153,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def finite(value: Any) -> Any:
+    """The value with null where JSON has no number for it: NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Put the file's name in front of an error that the block raises about its content."""
@@ -122,44 +173,37 @@ def naming(path: Path) -> Iterator[None]:
         raise NestlingError(f"{path}: {error}") from None
 
 
-_DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_DISK_REFUSES = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def _is_left_over(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix in (".partial", ".replaced")
 
 
 def _publish(partial: Path, final: Path) -> None:
     """Rename into place; what stood there is put aside first and comes back if the rename fails."""
     aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.replaced")
-    replaces = final.exists()
-    if replaces:
-        final.rename(aside)
     try:
+        if final.exists():
+            final.rename(aside)
         partial.rename(final)
     except BaseException:
-        if replaces:
+        if aside.exists() and not final.exists():
             aside.rename(final)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+        sync(path)
+    sync(folder)

@@ -4,9 +4,8 @@ checkpoints/<run>/  recipe.yaml  metrics.jsonl  steps/<n>/  model/
 """
 
 import logging
-import shutil
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from rich.console import Console
 from models.card import make_card
 from models.checkpoint import Member, save_model
 from models.elastic import ElasticLM
-from models.errors import UsageError
-from models.files import check_replaceable
+from models.errors import NestlingError, UsageError
+from models.files import check_replaceable, make_folder, remove_folder, sweep
 from models.machine import machine_card, training_dtype
 from models.measure.consistency import evaluate_family
 from train.callbacks.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from train.callbacks.metrics import Metrics
 from train.callbacks.progress import ProgressBar
 from train.callbacks.samples import Samples
 from train.callbacks.signals import Signals
+from train.callbacks.stability import Stability
 from train.data.module import TextData
 from train.joint import JointModule
 from train.memory import keep_freed_memory
@@ -35,7 +35,7 @@ from train.metrics import MetricsLog
 from train.processes import check_agreed, make_fabric, make_strategy, side_by_side
 from train.recipe import Recipe, load_recipe, save_recipe
 from train.shards import whole_model
-from train.state import TrainingState, load_state, newest_state, sweep
+from train.state import TrainingState, drop_old_states, load_state, newest_state
 from train.tracking import make_loggers
 
 RECIPE_FILE = "recipe.yaml"
@@ -57,35 +57,38 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
 
     Raises:
         UsageError: if the recipe, the run folder or the state do not fit together.
-        NestlingError: if data or disk fail.
-        SystemExit: 130 or 143 after a signal; the state is saved. 0 in every process but the first, when the
-            training is over: the first alone writes the model and goes on.
+        NestlingError: if data or disk fail, or the run goes astray from every state.
+        SystemExit: 130 or 143 after a signal or `max_time`; the state is saved. 0 in every process but the
+            first, when the training is over: the first alone writes the model and goes on.
     """
     _quieten()
     keep_freed_memory()
     fabric = make_fabric(recipe.trainer)
     console = console if fabric.is_global_zero else Console(quiet=True)
-    state = find_state(recipe, out, resume, console) if fabric.is_global_zero else None
-    torch.manual_seed(recipe.seed)
-    data = TextData(recipe)
-    data.prepare(console)
-    model = make_model(recipe, data)
-    exit_code = None
-    with side_by_side(fabric):
-        check_agreed(fabric, "dtype=auto", training_precision(recipe.dtype))
-        state = fabric.broadcast(state)
-        if state is not None:
-            data.first_step = state.step
-            state.restore_weights(model)
-        if fabric.is_global_zero:
-            open_run(recipe, out, anew=resume == "never")
-        module = JointModule(model, recipe.granularities, recipe, first_step=data.first_step)
-        if module.first_step < recipe.trainer.max_steps:
-            exit_code = train(module, data, out, state, fabric, console)
-    if exit_code is not None:
-        console.print(f"stopped after step {module.step}; the same command goes on from there")
-        raise SystemExit(exit_code)
-    return finish(module, data, out, console)
+    with Signals(max_seconds=recipe.trainer.max_seconds) as signals:
+        state = find_state(recipe, out, resume, console) if fabric.is_global_zero else None
+        torch.manual_seed(recipe.seed)
+        data = TextData(recipe).prepare(console)
+        exit_code = None
+        with side_by_side(fabric):
+            check_agreed(fabric, "dtype=auto", training_precision(recipe.dtype))
+            state = fabric.broadcast(state)
+            module = make_module(recipe, data, state)
+            if fabric.is_global_zero:
+                open_run(recipe, out, state, anew=resume == "never")
+            returns: list[int] = []
+            while module.first_step < recipe.trainer.max_steps:
+                exit_code = train(module, data, out, state, signals, fabric, console)
+                if exit_code is not None or not module.guard.diverged:
+                    break
+                if fabric.is_global_zero:
+                    state = earlier_state(module, data, out / "steps", returns, console)
+                state = fabric.broadcast(state)
+                module = make_module(recipe, data, state)
+        if exit_code is not None:
+            console.print(f"stopped after step {module.step}; the same command goes on from there")
+            raise SystemExit(exit_code)
+        return finish(module, data, out, console)
 
 
 def _quieten() -> None:
@@ -106,21 +109,33 @@ def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> Trai
         return load_state(Path(resume))
     state, damaged = newest_state(out / "steps")
     for line in damaged:
-        console.print(f"[yellow]warning:[/] {line}", highlight=False)
+        warn(console, line)
+    if state is None and damaged:
+        warn(console, f"no state in {out / 'steps'} is whole; starting at step 0")
     if state is not None:
         console.print(f"resuming at step {state.step} of {recipe.trainer.max_steps}", highlight=False)
     return state
 
 
-def open_run(recipe: Recipe, out: Path, *, anew: bool) -> None:
-    """Make the run folder, once everything that can be refused was; `anew` clears an earlier run."""
+def open_run(recipe: Recipe, out: Path, state: TrainingState | None, *, anew: bool) -> None:
+    """Make the run folder, once everything that can be refused was, and clear away what a kill left.
+
+    Args:
+        recipe: saved in it.
+        out: the folder.
+        state: what the run goes on from.
+        anew: clear an earlier run.
+    """
     if anew:
         for part in (out / "steps", out / "model"):
-            shutil.rmtree(part, ignore_errors=True)
+            remove_folder(part)
         for file in (RECIPE_FILE, "metrics.jsonl", "wandb_id"):
             (out / file).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
+    make_folder(out)
+    for folder in (out, out / "steps"):
+        sweep(folder)
+    if state is not None:
+        drop_old_states(out / "steps", step=state.step, keep=recipe.trainer.keep_checkpoints)
     save_recipe(recipe, out / RECIPE_FILE)
 
 
@@ -141,25 +156,35 @@ def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
     return model
 
 
+def make_module(recipe: Recipe, data: TextData, state: TrainingState | None) -> JointModule:
+    """A new model or a state's, and the data from that step on."""
+    model = make_model(recipe, data)
+    if state is None:
+        return JointModule(model, recipe.granularities, recipe)
+    state.restore_weights(model)
+    data.first_step, data.offset = state.step, state.data_offset
+    return JointModule(model, recipe.granularities, recipe, first_step=state.step, guard=state.guard)
+
+
 def train(
     module: JointModule,
     data: TextData,
     out: Path,
     state: TrainingState | None,
+    signals: Signals,
     fabric: Fabric,
     console: Console,
 ) -> int | None:
     """Run Lightning's Trainer for the steps that remain; the model is whole in the first process after.
 
     Returns:
-        The exit code if a signal stopped the run before its end.
+        The exit code, the same in every process, if a signal or `max_time` ended it.
     """
     recipe, settings = module.recipe, module.recipe.trainer
     log = MetricsLog(None)
     if fabric.is_global_zero:
         loggers = make_loggers(recipe.tracking, out)
         log = MetricsLog(out / "metrics.jsonl", loggers, first_step=module.first_step)
-    signals = Signals()
     callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
     trainer = pl.Trainer(
         max_steps=settings.max_steps - module.first_step,
@@ -182,7 +207,46 @@ def train(
     trainer.fit(module, datamodule=data)
     log.close()
     module.model = whole_model(module.model, wanted=fabric.is_global_zero) or module.model
-    return signals.exit_code if module.step < settings.max_steps else None
+    return signals.training_ended()
+
+
+def earlier_state(
+    module: JointModule, data: TextData, steps: Path, returns: list[int], console: Console
+) -> TrainingState:
+    """What a run that went astray goes on from: the newest state, with data that it has not read yet.
+
+    If that one, or one before it, already led astray, it is an older one's turn: so each return
+    either gets further than all before it or begins earlier, and their number has an end. A run that
+    is killed in between repeats them, for all of it is a function of the states on disk.
+
+    Args:
+        module: as it ended.
+        data: as the module read it.
+        steps: the folder of states.
+        returns: the steps that the run returned to before; the new one is added.
+        console: for a line about it.
+
+    Raises:
+        NestlingError: if there is no older state.
+    """
+    state, _ = newest_state(steps)
+    if state is not None and state.step <= max(returns, default=-1):
+        state, _ = newest_state(steps, before=returns[-1])
+    if state is None:
+        raise NestlingError(
+            f"training goes astray before step {module.step} from every state in {steps}: the gradient's "
+            "norm is not finite or leaps; choose a smaller optim.lr, or another optim.skip_sigma, "
+            "and start anew with --resume never"
+        )
+    returns.append(state.step)
+    warn(console, f"three steps in a row were skipped before step {module.step}; back to step {state.step}")
+    offset = data.offset + module.step - state.step
+    return replace(state, data_offset=offset, guard=module.guard.after_rollback())
+
+
+def warn(console: Console, line: str) -> None:
+    """Print a warning."""
+    console.print(f"[yellow]warning:[/] {line}", highlight=False)
 
 
 def training_precision(dtype: str) -> str:
@@ -206,8 +270,10 @@ def make_callbacks(
     callbacks: list[pl.Callback] = [metrics]
     if batches:
         callbacks.append(Consistency(log, metrics, module.members, batches, every=every))
-        prompt_ids = batches[0][0][0, :24].tolist()
+        row_T = batches[0][0][0]
+        prompt_ids = row_T[: min(24, 3 * len(row_T) // 4)].tolist()  # a short context needs room to answer
         callbacks.append(Samples(log, module.members, prompt_ids, data.tokenizer, every=every))
+    callbacks.append(Stability(every=settings.log_every_n_steps))
     callbacks.append(ProgressBar(console, metrics, max_steps=settings.max_steps))
     callbacks.append(
         Checkpoint(
@@ -243,6 +309,8 @@ def make_provenance(module: JointModule, data: TextData) -> dict[str, Any]:
     return {
         "recipe": asdict(module.recipe),
         "steps": max(module.step, module.first_step),
+        "skipped_steps": module.guard.skipped,
+        "rollbacks": module.guard.rollbacks,
         "data": data.provenance,
         "card": make_card(dtypes={"training": training_precision(module.recipe.dtype)}),
     }

@@ -21,6 +21,7 @@ from train.optim import learning_rate_factor, make_optimizer
 from train.recipe import Recipe
 from train.sampler import plan_step
 from train.shards import share_out, whole
+from train.stability import Guard, skip_if
 
 
 class JointModule(pl.LightningModule):
@@ -31,6 +32,7 @@ class JointModule(pl.LightningModule):
         members: every trained granularity by name, the full one among them.
         recipe: the resolved recipe.
         first_step: optimizer steps already done, when a run is resumed.
+        guard: the counters of `train/stability.py`, when a run is resumed.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class JointModule(pl.LightningModule):
         recipe: Recipe,
         *,
         first_step: int = 0,
+        guard: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -47,6 +50,7 @@ class JointModule(pl.LightningModule):
         self.plans = {name: granularity.resolve(model.config) for name, granularity in members.items()}
         self.recipe = recipe
         self.first_step = first_step
+        self.guard = Guard(recipe.optim.skip_sigma, guard)
         self.losses: dict[str, Tensor] = {}
         self.gradient_norm = torch.zeros(())
         self.batch_ended: float | None = None
@@ -100,8 +104,10 @@ class JointModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm and keep it for the log, which Lightning would not."""
+        """Clip by the global norm, keep it for the log, which Lightning would not, and judge the step."""
         limit = gradient_clip_val or float("inf")
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         self.gradient_norm = whole(torch.nn.utils.get_total_norm(gradients)).detach()
         torch.nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.gradient_norm)
+        if self.guard.sigma:
+            skip_if(self.guard.judge(self.gradient_norm), optimizer)

@@ -3,6 +3,8 @@
 {"kind": "train", "step": 10, "tokens": 40960, "loss/XL": 3.1, "loss/S": 0.8, "lr": 0.001, ...}
 {"kind": "valid", "step": 50, "tokens": 204800, "valid/XL/loss": 2.9, "valid/S/alpha": 0.71, ...}
 {"kind": "sample", "step": 50, "member": "S", "prompt": "...", "text": "..."}
+
+A value that is not finite is null.
 """
 
 import json
@@ -11,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.files import write_text
+from models.files import finite, sync, write_text
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -42,10 +44,15 @@ class MetricsLog:
         if self.path is None:
             return
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            stream.write(json.dumps(finite({"kind": kind, "step": step, **values})) + "\n")
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         if numbers:
             self._mirror(lambda logger: logger.log_metrics(numbers, step=step))
+
+    def sync(self) -> None:
+        """Force the lines to disk."""
+        if self.path is not None:
+            sync(self.path)
 
     def close(self) -> None:
         """Let the mirrors finish."""

@@ -39,18 +39,18 @@ def side_by_side(fabric: Fabric) -> Iterator[None]:
         SystemExit: 0, in the others, at the end. Lightning and torchrun take any other code for a crash and
             kill the first, which has yet to write.
     """
-    fabric.launch()
     try:
+        fabric.launch()
         yield
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except BaseException:
         launcher = fabric.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             for process in launcher.procs:  # they wait for this one and would do so for long
                 process.kill()
         raise
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
     if not fabric.is_global_zero:
         raise SystemExit(0)
 

@@ -7,6 +7,7 @@ command line's help is quick.
     recipe = load_recipe([Path("configs/tiny.yaml")], ["trainer.max_steps=100", "--family.S", "ffn=0.5"])
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -139,7 +140,15 @@ class OptimConfig(Section):
     weight_decay: float = setting(0.1, "decay of the matrices", within="[0, inf)")
     warmup_steps: int = setting(100, "steps of linear warm-up", within="[0, inf)")
     min_lr_ratio: float = setting(0.1, "last learning rate / peak (cosine)", within="[0, 1]")
-    fused: bool = setting(True, "one kernel for the whole update")
+    fused: bool = setting(
+        True, "one kernel for the whole update; without it, skip_sigma waits for the device once a step"
+    )
+    skip_sigma: float = setting(
+        6.0,
+        "skip a step whose gradient norm is not finite, or whose logarithm is so many deviations above "
+        "its running mean; three in a row go back to the last state, with new data; 0: never",
+        within="[0, inf)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +178,18 @@ class TrainerConfig(Section):
     limit_val_batches: int = setting(16, "batches of a validation", within="[1, inf)")
     log_every_n_steps: int = setting(10, "steps between log lines", within="[1, inf)")
     checkpoint_every: int = setting(500, "steps between resumable states", within="[1, inf)")
-    keep_checkpoints: int = setting(2, "resumable states that are kept", within="[1, inf)")
+    keep_checkpoints: int = setting(2, "resumable states that are kept", within="[2, inf)")
+    max_time: str | None = setting(
+        None, "DD:HH:MM:SS after which the run saves its state and ends, code 143; null: no limit"
+    )
+
+    @property
+    def max_seconds(self) -> float:
+        """`max_time` as a number; infinite without a limit."""
+        if self.max_time is None:
+            return math.inf
+        days, hours, minutes, seconds = map(int, self.max_time.split(":"))
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +235,10 @@ class Recipe(Section):
             problems.append(
                 f"data.sequence_length={length}: is longer than "
                 f"model.max_position_embeddings={longest}; set that to 0 or at least {length}"
+            )
+        if not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.trainer.max_time or "00:00:00:00"):
+            problems.append(
+                f"trainer.max_time={show(self.trainer.max_time)}: expected DD:HH:MM:SS, such as 00:11:30:00"
             )
         if problems:
             raise UsageError("\n".join(problems))

@@ -2,32 +2,34 @@
 
     model.safetensors      weights in training precision
     optimizer.safetensors  AdamW's moments, named like the weights
-    state.json             optimizer steps and tokens done
+    state.json             optimizer steps and tokens done, how far the data are ahead, the guard's counters
     manifest.json          size and SHA-256 of each file, written last
 
 A run needs nothing else to go on: batches, members' turns and the learning rate are functions of the
-step (train/data/loader.py, train/sampler.py, train/optim.py). A damaged state is named and skipped
-for the last good one.
+step (train/data/loader.py, train/sampler.py, train/optim.py), and what train/stability.py counts is in
+`state.json`. A damaged state is named and skipped for the last good one.
 """
 
 import hashlib
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from models.elastic import ElasticLM
 from models.errors import NestlingError, UsageError
-from models.files import read_json, write_folder, write_json
+from models.files import read_json, remove_folder, write_folder, write_json
 from models.weights import WEIGHTS, write_weights
 from train.shards import part_like, whole, whole_model
 
 MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ class TrainingState:
         path: its folder.
         step: optimizer steps done.
         tokens: tokens trained on.
+        data_offset: step s reads the batch of step s + data_offset.
+        guard: counters of `train/stability.py`.
     """
 
     path: Path
     step: int
     tokens: int
+    data_offset: int = 0
+    guard: Mapping[str, float] = field(default_factory=dict)
 
     def restore_weights(self, model: ElasticLM) -> None:
         """Put the weights into a model of the same shape."""
@@ -53,7 +59,7 @@ class TrainingState:
 
     def restore_optimizer(self, model: ElasticLM, optimizer: Optimizer) -> None:
         """Put the moments back; the learning rate is the schedule's business."""
-        saved = load_file(self.path / "optimizer.safetensors")
+        saved = load_file(self.path / OPTIMIZER)
         for name, parameter in model.named_parameters():
             prefix = f"{name}/"
             optimizer.state[parameter] = {
@@ -72,9 +78,13 @@ def save_state(
     step: int,
     tokens: int,
     keep: int,
+    data_offset: int = 0,
+    guard: Mapping[str, float] | None = None,
     writes: bool = True,
 ) -> Path:
-    """Write `steps/<step>/` and drop all but the newest `keep` states.
+    """Write `steps/<step>/`, then drop all but the newest `keep` states up to it.
+
+    States of later steps go too: they are damaged, or of a history that this one replaces.
 
     A state is whole, however many processes share the weights out: all of them call this, and only the
     one that `writes` has every tensor gathered.
@@ -89,18 +99,37 @@ def save_state(
         return path
     with write_folder(path, marker=MANIFEST) as folder:
         write_weights(folder, weights)
-        save_file(moments, folder / "optimizer.safetensors")
-        write_json(folder / "state.json", {"step": step, "tokens": tokens})
+        try:
+            save_file(moments, folder / OPTIMIZER)
+        except SafetensorError as error:
+            raise NestlingError(f"cannot write {path / OPTIMIZER}: {error}; free some space") from error
+        facts = {"step": step, "tokens": tokens, "data_offset": data_offset, "guard": dict(guard or {})}
+        write_json(folder / STATE, facts)
         write_json(folder / MANIFEST, {file.name: _seal(file) for file in sorted(folder.iterdir())})
-    for old in _state_folders(steps)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for folder in _state_folders(steps):
+        if int(folder.name) > step:
+            remove_folder(folder)
+    drop_old_states(steps, step=step, keep=keep)
     return path
 
 
-def newest_state(steps: Path) -> tuple[TrainingState | None, list[str]]:
-    """The newest state that verifies, and a line for each newer one that does not."""
+def drop_old_states(steps: Path, *, step: int, keep: int) -> None:
+    """Drop all but the newest `keep` states up to a step."""
+    for old in [folder for folder in _state_folders(steps) if int(folder.name) <= step][keep:]:
+        remove_folder(old)
+
+
+def newest_state(steps: Path, *, before: int | None = None) -> tuple[TrainingState | None, list[str]]:
+    """The newest state that verifies, and a line for each newer one that does not.
+
+    Args:
+        steps: the folder of states.
+        before: look only at those of earlier steps.
+    """
     damaged: list[str] = []
     for folder in _state_folders(steps):
+        if before is not None and int(folder.name) >= before:
+            continue
         try:
             return load_state(folder), damaged
         except NestlingError as error:
@@ -118,19 +147,13 @@ def load_state(folder: Path) -> TrainingState:
     if not folder.is_dir():
         raise UsageError(f"--resume {folder}: no such folder; give one of a run's steps/<n>")
     manifest = read_json(folder / MANIFEST)
-    for name, seal in manifest.items():
-        if not (folder / name).is_file() or _seal(folder / name) != seal:
+    for name in sorted({WEIGHTS, OPTIMIZER, STATE, *manifest}):
+        if _seal(folder / name) != manifest.get(name):
             raise NestlingError(f"{folder / name} is missing or damaged; an older state will do")
-    state = read_json(folder / "state.json")
-    return TrainingState(folder, int(state["step"]), int(state["tokens"]))
-
-
-def sweep(run: Path) -> None:
-    """Remove what a killed writer left: hidden `.partial` folders and files."""
-    for parent in (run, run / "steps"):
-        for orphan in [*parent.glob(".*.partial"), *parent.glob(".*.replaced")]:
-            shutil.rmtree(orphan, ignore_errors=True)
-            orphan.unlink(missing_ok=True)
+    state = read_json(folder / STATE)
+    return TrainingState(
+        folder, state["step"], state["tokens"], state.get("data_offset", 0), state.get("guard", {})
+    )
 
 
 def _state_folders(steps: Path) -> list[Path]:
@@ -148,5 +171,9 @@ def _moments(model: ElasticLM, optimizer: Optimizer, *, wanted: bool) -> Iterato
 
 
 def _seal(file: Path) -> str:
-    with file.open("rb") as stream:
-        return f"{file.stat().st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    """Size and hash of a file; of one that cannot be read, a word that equals neither."""
+    try:
+        with file.open("rb") as stream:
+            return f"{file.stat().st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    except OSError as error:
+        return str(error)

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from models.errors import UsageError
+from models.files import write_text
 from train.recipe import TrackingConfig
 
 
@@ -40,7 +41,7 @@ def _wandb(config: TrackingConfig, run: Path, *, offline: bool) -> Logger:
 
     identity = run / "wandb_id"
     if not identity.is_file():
-        identity.write_text(secrets.token_hex(4), encoding="utf-8")
+        write_text(identity, secrets.token_hex(4))
     return WandbLogger(
         project=config.project,
         name=config.name or run.name,

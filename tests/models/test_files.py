@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from models.errors import NestlingError, UsageError
-from models.files import read_json, write_folder, write_json
+from models.files import (
+    check_replaceable,
+    make_folder,
+    read_json,
+    remove_folder,
+    sweep,
+    write_folder,
+    write_json,
+)
 
 MARKER = "nestling.json"
 
@@ -130,3 +138,90 @@ def test_a_damaged_json_file_is_named(tmp_path: Path, content: bytes | None, nam
     with pytest.raises(NestlingError, match=named) as caught:
         read_json(path)
     assert str(path) in str(caught.value)
+
+
+# ---------------------------------------------------------------- what a killed writer leaves
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".00000003.ab12.partial").mkdir()
+    (tmp_path / ".a.json.ab12.partial").write_text("{")
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "model.partial").mkdir()
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "model.partial"]
+
+
+def test_a_writer_killed_between_its_two_renames_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".model.ab12.replaced").mkdir()
+    write_json(tmp_path / ".model.ab12.replaced" / MARKER, {"old": 1})
+    (tmp_path / ".model.cd34.partial").mkdir()
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert read_json(tmp_path / "model" / MARKER) == {"old": 1}
+
+
+def test_a_writer_killed_after_its_two_renames_keeps_the_new(tmp_path: Path) -> None:
+    with write_folder(tmp_path / "model") as folder:
+        fill(folder, "new")
+    (tmp_path / ".model.ab12.replaced").mkdir()
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert read_json(tmp_path / "model" / MARKER) == {"text": "new"}
+
+
+def test_a_stop_between_the_two_renames_puts_back_what_stood_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with write_folder(tmp_path / "model") as folder:
+        fill(folder, "old")
+    rename = Path.rename
+
+    def stop_after_the_first(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        rename(self, target)
+        raise SystemExit(143)
+
+    def replace_it() -> None:
+        with write_folder(tmp_path / "model") as folder:
+            fill(folder, "new")
+            monkeypatch.setattr(Path, "rename", stop_after_the_first)
+
+    with pytest.raises(SystemExit):
+        replace_it()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert read_json(tmp_path / "model" / MARKER) == {"text": "old"}
+
+
+def test_a_place_where_a_writer_died_is_still_ours(tmp_path: Path) -> None:
+    (tmp_path / ".recipe.yaml.ab12.partial").touch()
+    check_replaceable(tmp_path)
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(UsageError, match="not ours"):
+        check_replaceable(tmp_path)
+
+
+def test_a_removal_that_dies_in_the_middle_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    remove_folder(tmp_path / "old")
+    assert not (tmp_path / "old").exists()
+    monkeypatch.undo()
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_and_its_parents_are_forced_to_disk_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("models.files.sync", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]
+    synced.clear()
+    with write_folder(tmp_path / "a" / "b" / "model") as folder:
+        fill(folder, "new")
+    assert synced[-1] == tmp_path / "a" / "b"
+    assert {path.name for path in synced[:-1]} >= {MARKER, folder.name}

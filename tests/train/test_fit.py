@@ -1,6 +1,9 @@
 import itertools
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from models.checkpoint import load_model
-from models.errors import UsageError
+from models.errors import NestlingError, UsageError
+from models.files import read_json
+from train.data.module import TextData
 from train.fit import fit
 from train.metrics import read_metrics
+from train.objective import Batch, JointLoss, joint_loss
 from train.recipe import Recipe, load_recipe
 
 WORDS = [
@@ -84,6 +90,17 @@ def without_clocks(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in clocks} for line in read_metrics(path)]
 
 
+def assert_equal_at(step: int, ours: Path, theirs: Path) -> None:
+    """Weights, moments, counters and metrics of two runs, bit for bit."""
+    states = [run / "steps" / f"{step:08d}" for run in (ours, theirs)]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(state / file) for state in states)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    assert read_json(states[0] / "state.json") == read_json(states[1] / "state.json")
+    assert without_clocks(ours / "metrics.jsonl") == without_clocks(theirs / "metrics.jsonl")
+
+
 @pytest.fixture(scope="module")
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
@@ -152,14 +169,7 @@ def test_a_run_killed_and_resumed_equals_the_run_never_killed(
     seen = [line for line in lines if json.loads(line)["step"] <= 6]
     (tmp_path / "killed" / "metrics.jsonl").write_text("\n".join(seen) + '\n{"kind": "tra')
     run(recipe, tmp_path / "killed")
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        ours = load_file(tmp_path / "killed" / "steps" / "00000008" / file)
-        theirs = load_file(tmp_path / "whole" / "steps" / "00000008" / file)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert without_clocks(tmp_path / "killed" / "metrics.jsonl") == without_clocks(
-        tmp_path / "whole" / "metrics.jsonl"
-    )
+    assert_equal_at(8, tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_finished_run_trains_no_further(text: Path, finished: Path) -> None:
@@ -177,7 +187,7 @@ def test_resume_never_starts_anew(text: Path, finished: Path, tmp_path: Path) ->
     out = tmp_path / "again"
     shutil.copytree(finished, out)
     run(make_recipe(text, "seed=1", "trainer.max_steps=4"), out, resume="never")
-    assert [path.name for path in (out / "steps").iterdir()] == ["00000004"]
+    assert [path.name for path in sorted((out / "steps").iterdir())] == ["00000000", "00000004"]
     assert max(line["step"] for line in read_metrics(out / "metrics.jsonl")) == 4
 
 
@@ -186,3 +196,185 @@ def test_a_folder_that_is_no_run_is_left_alone(text: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="not ours to replace"):
         run(make_recipe(text), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+# ---------------------------------------------------------------- steps that do harm
+
+
+class Faults:
+    """Multiplies the loss of some data by a factor: faults that come with the data, whoever reads them.
+
+    Places are steps of a run that never went back; `read` holds the place of each step's first batch.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
+        loader = TextData(recipe).prepare().train_dataloader()
+        micros = range(recipe.trainer.accumulate_grad_batches)
+        batches = {(place, micro): loader.batch(place, micro) for place in range(40) for micro in micros}
+        self.places = {key(batch): where for where, batch in batches.items()}
+        self.factors: dict[int, float] = {}
+        self.read: list[tuple[int, int]] = []
+        monkeypatch.setattr("train.joint.joint_loss", self.joint_loss)
+
+    def set(self, places: Iterable[int], factor: float = float("nan")) -> None:
+        self.factors = dict.fromkeys(places, factor)
+
+    def joint_loss(self, model: Any, members: Any, batch: Batch, *rest: Any, **named: Any) -> Any:
+        place, micro = self.places[key(batch)]
+        if micro == 0:
+            self.read.append((batch.step, place))
+        factor = self.factors.get(place, 1.0) if micro == 0 else 1.0
+        loss = joint_loss(model, members, batch, *rest, **named)
+        return JointLoss(loss.total * factor, {name: term * factor for name, term in loss.terms.items()})
+
+
+def key(batch: Batch) -> bytes:
+    return batch.tokens_BT.numpy().tobytes()
+
+
+def cut_back(whole: Path, out: Path, step: int) -> Path:
+    """A copy as it was when the state of a step was the newest."""
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    for state in (out / "steps").iterdir():
+        if int(state.name) > step:
+            shutil.rmtree(state)
+    return out
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    recipe = make_recipe(
+        text,
+        "trainer.checkpoint_every=1",
+        "trainer.keep_checkpoints=9",
+        f"trainer.accumulate_grad_batches={accumulate}",
+        f"trainer.batch_size={4 // accumulate}",
+    )
+    Faults(monkeypatch, recipe).set([5])
+    run(recipe, tmp_path / "whole")
+    before, after = (tmp_path / "whole" / "steps" / f"{step:08d}" for step in (5, 6))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (before / file).read_bytes() == (after / file).read_bytes()
+    lines = {
+        line["step"]: line for line in read_metrics(tmp_path / "whole/metrics.jsonl") if "skipped" in line
+    }
+    assert {step: line["skipped"] for step, line in lines.items()} == {2: 0, 4: 0, 6: 1, 8: 1}
+    assert lines[6]["gradient_norm"] is None
+    assert lines[8]["gradient_norm"] > 0
+    run(recipe, cut_back(tmp_path / "whole", tmp_path / "killed", 5))
+    assert_equal_at(8, tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("sigma", "skipped"), [("6", 1), ("0", None)])
+def test_a_step_that_leaps_is_skipped_once_the_usual_is_known(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sigma: str, skipped: int | None
+) -> None:
+    monkeypatch.setattr("train.stability.WARM_UP", 3)
+    recipe = make_recipe(text, f"optim.skip_sigma={sigma}")
+    Faults(monkeypatch, recipe).set([5], 1e6)
+    run(recipe, tmp_path / "run")
+    last = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if line["kind"] == "train"][-1]
+    assert last.get("skipped") == skipped
+
+
+def test_three_in_a_row_go_back_to_the_last_state_and_read_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(text, "trainer.max_steps=12", "trainer.keep_checkpoints=9")
+    faults = Faults(monkeypatch, recipe)
+    faults.set([5, 6, 7])
+    run(recipe, tmp_path / "whole")
+    assert faults.read == [*((s, s) for s in range(8)), *((s, s + 4) for s in range(4, 12))]
+    train = [line for line in read_metrics(tmp_path / "whole/metrics.jsonl") if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [2, 4, 6, 8, 10, 12]
+    assert [line["rollbacks"] for line in train] == [0, 0, 1, 1, 1, 1]
+    assert train[-1]["skipped"] == 3
+    assert read_json(tmp_path / "whole/steps/00000012/state.json")["data_offset"] == 4
+    assert load_model(tmp_path / "whole/model").provenance["rollbacks"] == 1
+    for step in (4, 8):  # killed before the next state was written, and after
+        out = cut_back(tmp_path / "whole", tmp_path / f"killed-{step}", step)
+        run(recipe, out)
+        assert_equal_at(12, out, tmp_path / "whole")
+
+
+def test_a_state_that_leads_astray_again_gives_way_to_an_older_one(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(text, "trainer.max_steps=12")
+    faults = Faults(monkeypatch, recipe)
+    faults.set(range(5, 12))
+    run(recipe, tmp_path / "run")
+    pairs = itertools.pairwise(faults.read)
+    assert [after for before, after in pairs if after[0] <= before[0]] == [(4, 8), (0, 12)]
+    assert read_json(tmp_path / "run/steps/00000012/state.json")["guard"]["rollbacks"] == 2
+
+
+def test_a_run_that_goes_astray_from_every_state_ends_in_one_line(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(text)
+    Faults(monkeypatch, recipe).set(range(40))
+    with pytest.raises(NestlingError, match=r"goes astray before step 4 from every state.*optim\.lr"):
+        run(recipe, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/steps").iterdir()] == ["00000000"]
+
+
+# ---------------------------------------------------------------- stopping
+
+
+def kill_myself(number: int, then: Callable[..., Any]) -> Callable[..., Any]:
+    def killing(*arguments: Any, **named: Any) -> Any:
+        if named.get("step") != 0:  # the state that a run begins with is not the last one
+            os.kill(os.getpid(), number)
+        return then(*arguments, **named)
+
+    return killing
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_training_ends_the_run_at_once(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(TextData, "prepare", kill_myself(number, TextData.prepare))
+    with pytest.raises(SystemExit) as stopped:
+        run(make_recipe(text), tmp_path / "run")
+    assert stopped.value.code == code
+    assert not (tmp_path / "run").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["train.fit.evaluate_family", "models.checkpoint.write_family", "train.callbacks.checkpoint.save_state"],
+)
+def test_a_signal_at_the_end_is_no_success_and_the_same_command_finishes(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """While the last state is saved, while the family is measured, amid the files of the model."""
+    recipe = make_recipe(text, "trainer.checkpoint_every=100")
+    run(recipe, tmp_path / "whole")
+    module, _, name = place.rpartition(".")
+    original = getattr(__import__(module, fromlist=[name]), name)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, kill_myself(signal.SIGTERM, original))
+        with pytest.raises(SystemExit) as stopped:
+            run(recipe, tmp_path / "run")
+    assert stopped.value.code == 143
+    assert not (tmp_path / "run/model").exists()
+    assert not list((tmp_path / "run").rglob(".*"))
+    run(recipe, tmp_path / "run")
+    assert_equal_at(8, tmp_path / "run", tmp_path / "whole")
+    assert load_model(tmp_path / "run/model").provenance["steps"] == 8
+
+
+def test_a_run_whose_time_is_up_is_saved_and_no_success(text: Path, tmp_path: Path, finished: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(make_recipe(text, "trainer.max_time=00:00:00:00"), tmp_path / "run")
+    assert stopped.value.code == 143
+    assert sorted(path.name for path in (tmp_path / "run/steps").iterdir()) == ["00000000", "00000001"]
+    run(make_recipe(text), tmp_path / "run")
+    assert_equal_at(8, tmp_path / "run", finished)

@@ -1,5 +1,7 @@
 """Several processes train as one does: real ones, over gloo, started as a user would start them."""
 
+import itertools
+import math
 import os
 import shutil
 import signal
@@ -16,14 +18,20 @@ from safetensors.torch import load_file
 
 from models.checkpoint import load_model
 from models.errors import UsageError
+from models.files import read_json
 from train.fit import fit
 from train.metrics import read_metrics
+from train.objective import Batch, JointLoss, joint_loss
 from train.processes import make_fabric
 from train.recipe import Recipe, TrainerConfig, load_recipe, save_recipe
 from train.state import newest_state
 
 ROOT = Path(__file__).parents[2]
 DOOR = "from train.cli import main\nraise SystemExit(main())\n"
+BROKEN_DOOR = f"""import pytest
+from tests.train.test_processes import break_steps
+break_steps(pytest.MonkeyPatch())
+{DOOR}"""
 LOSS_TOLERANCE = 1e-5
 """Relative. Gradients are added up in another order, and AdamW divides by their roots: after 8 steps at a
 learning rate of 0.01 the curves differ by some 1e-6."""
@@ -73,10 +81,25 @@ def make_recipe(text: Path, *overrides: str) -> Recipe:
     return load_recipe(overrides=[*(f"{key}={value}" for key, value in settings.items()), *overrides])
 
 
-def start_two(recipe: Recipe, folder: Path, strategy: str, *, torchrun: bool) -> subprocess.Popen[str]:
+def break_steps(patch: pytest.MonkeyPatch) -> None:
+    """Make the fifth to seventh batch of the last process one whose loss is not finite."""
+    calls = itertools.count(1)
+
+    def faulty(model: Any, members: Any, batch: Batch, *rest: Any, **named: Any) -> JointLoss:
+        bad = next(calls) in (5, 6, 7) and batch.first_row == batch.stride - 1
+        total, terms = joint_loss(model, members, batch, *rest, **named)
+        factor = math.nan if bad else 1.0
+        return JointLoss(total * factor, {name: term * factor for name, term in terms.items()})
+
+    patch.setattr("train.joint.joint_loss", faulty)
+
+
+def start_two(
+    recipe: Recipe, folder: Path, strategy: str, *, torchrun: bool, door: str = DOOR
+) -> subprocess.Popen[str]:
     """Two processes that train into `folder/run`, started by Lightning or by torchrun."""
     save_recipe(recipe, folder / "given.yaml")
-    (folder / "door.py").write_text(DOOR)
+    (folder / "door.py").write_text(door)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if torchrun else []
     words = f"train --config {folder / 'given.yaml'} --out {folder / 'run'} trainer.devices=2"
     return subprocess.Popen(
@@ -159,6 +182,24 @@ def test_two_processes_go_on_from_one_and_one_from_two_as_if_nothing_had_changed
     forget_after(mixed, 4)
     fit(recipe, mixed, console=Console(quiet=True))
     compare(mixed, alone)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_steps_that_are_bad_in_one_process_are_skipped_by_all_and_take_all_back(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    recipe = make_recipe(text, "trainer.checkpoint_every=4")
+    process = start_two(recipe, tmp_path, strategy, torchrun=False, door=BROKEN_DOOR)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.count("skipped before step 7; back to step 4") == 1, "the first process alone decides"
+    break_steps(monkeypatch)
+    fit(recipe, tmp_path / "alone", console=Console(quiet=True))
+    compare(tmp_path / "run", tmp_path / "alone")
+    for run in (tmp_path / "run", tmp_path / "alone"):
+        assert read_json(run / "steps/00000008/state.json")["data_offset"] == 3
+        assert load_model(run / "model").provenance["skipped_steps"] == 3
+        assert load_model(run / "model").provenance["rollbacks"] == 1
 
 
 @pytest.mark.slow

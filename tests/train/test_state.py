@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -5,9 +6,10 @@ import torch
 
 from models.elastic import ElasticLM
 from models.errors import NestlingError, UsageError
+from models.files import read_json, write_json
 from train.optim import make_optimizer
 from train.recipe import OptimConfig
-from train.state import load_state, newest_state, save_state, sweep
+from train.state import load_state, newest_state, save_state
 
 
 def train_a_little(model: ElasticLM, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -88,10 +90,29 @@ def test_a_state_named_by_the_user_must_be_there_and_whole(tiny_model: ElasticLM
         load_state(tmp_path / "00000007")
 
 
-def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / "steps" / ".00000003.ab12.partial").mkdir(parents=True)
-    (tmp_path / ".model.cd34.replaced").mkdir()
-    (tmp_path / "metrics.jsonl").write_text("")
-    sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "steps"]
-    assert not list((tmp_path / "steps").iterdir())
+def test_states_of_a_replaced_history_go_with_the_first_new_one(
+    tiny_model: ElasticLM, tmp_path: Path
+) -> None:
+    save_at(tmp_path, tiny_model, 4, 8)
+    (tmp_path / "00000008" / "state.json").write_text("{}")
+    save_at(tmp_path, tiny_model, 6, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000004", "00000006"]
+
+
+def test_an_unreadable_or_incomplete_state_is_damaged(tiny_model: ElasticLM, tmp_path: Path) -> None:
+    save_at(tmp_path, tiny_model, 7)
+    write_json(tmp_path / "00000007" / "manifest.json", {})
+    with pytest.raises(NestlingError, match=r"model\.safetensors is missing or damaged"):
+        load_state(tmp_path / "00000007")
+
+
+def test_a_state_written_before_there_was_a_guard_still_serves(tiny_model: ElasticLM, tmp_path: Path) -> None:
+    save_at(tmp_path, tiny_model, 7)
+    folder = tmp_path / "00000007"
+    write_json(folder / "state.json", {"step": 7, "tokens": 70})
+    manifest = read_json(folder / "manifest.json")
+    content = (folder / "state.json").read_bytes()
+    manifest["state.json"] = f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+    write_json(folder / "manifest.json", manifest)
+    state = load_state(folder)
+    assert (state.step, state.tokens, state.data_offset, dict(state.guard)) == (7, 70, 0, {})

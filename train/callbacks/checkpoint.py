@@ -1,4 +1,4 @@
-"""Writes resumable states every n steps and where the run ends, and puts the optimizer's state back."""
+"""Writes resumable states every n steps, first and last, and puts the optimizer's state back."""
 
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from train.state import TrainingState, save_state
 
 class Checkpoint(StepCallback):
     """Keeps `steps/<n>/` of a run folder.
+
+    The state of step 0 is what a run goes back to that goes astray early on, and it tells at once
+    whether the disk takes such a state.
 
     Args:
         steps: the folder of states.
@@ -39,12 +42,15 @@ class Checkpoint(StepCallback):
         assert isinstance(pl_module, JointModule)
         if self.state is not None:
             self.state.restore_optimizer(pl_module.model, trainer.optimizers[0])
+        else:
+            self.on_step(trainer, pl_module)
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
-        """Save this step's state, once."""
-        if module.step == self._saved:
+        """Save this step's state, once; never one that the run is about to leave."""
+        if module.step == self._saved or module.guard.diverged:
             return
         self._saved = module.step
+        self.metrics.lines.sync()  # a state on disk tells that the lines before it are there, too
         save_state(
             self.steps,
             module.model,
@@ -52,6 +58,8 @@ class Checkpoint(StepCallback):
             step=module.step,
             tokens=self.metrics.tokens,
             keep=self.keep,
+            data_offset=self.state.data_offset if self.state else 0,
+            guard=module.guard.counters(),
             writes=trainer.is_global_zero,
         )
 

@@ -9,6 +9,7 @@ import torch
 from train.joint import JointModule
 from train.metrics import MetricsLog
 from train.objective import Batch
+from train.stability import Guard
 
 
 class Metrics(pl.Callback):
@@ -66,8 +67,13 @@ class Metrics(pl.Callback):
             "gradient_norm": float(pl_module.gradient_norm),
             "tokens_per_second": self._window_tokens / elapsed,
             "data_wait": self._waiting / elapsed,
+            **_counts(pl_module.guard),
             **{f"loss/{name}": loss for name, loss in zip(pl_module.losses, losses, strict=True)},
         }
         self._window_tokens, self._training, self._waiting = 0, 0.0, 0.0
         self.latest = line
         self.lines.write("train", pl_module.step, line)
+
+
+def _counts(guard: Guard) -> dict[str, int]:
+    return {"skipped": guard.skipped, "rollbacks": guard.rollbacks} if guard.sigma else {}

@@ -44,6 +44,8 @@ class ProgressBar(StepCallback):
         status = ""
         if loss is not None:
             status = f"loss {loss:.3f} · {latest['tokens_per_second']:,.0f} tokens/s"
+        if latest.get("skipped"):
+            status += f" · {latest['skipped']:.0f} skipped"
         self.bar.update(self._task, completed=module.step, status=status)
         tenth = max(1, self.max_steps // 10)
         if not self.console.is_terminal and module.step % tenth == 0:

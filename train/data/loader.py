@@ -12,6 +12,7 @@ an equal part of that work.
 """
 
 import functools
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ class StepLoader:
         seed: of the shuffles.
         num_steps: where the run ends, counted from the run's very beginning.
         start_step: where to go on.
+        offset: step s reads the rows of step s + offset: a run that went back does not read again what
+            led it astray.
         rank: this process.
         world_size: number of processes.
         num_workers: processes that read ahead; any number gives the same batches.
@@ -51,6 +54,7 @@ class StepLoader:
     seed: int
     num_steps: int
     start_step: int = 0
+    offset: int = 0
     rank: int = 0
     world_size: int = 1
     num_workers: int = 0
@@ -84,7 +88,7 @@ class StepLoader:
 
     def row_ids(self, step: int) -> NDArray[np.int64]:
         """The rows of a step, over all micro-batches and ranks."""
-        places = step * self.rows_per_step + np.arange(self.rows_per_step)
+        places = (step + self.offset) * self.rows_per_step + np.arange(self.rows_per_step)
         epochs, offsets = np.divmod(places, len(self.rows))
         ids = np.full(self.rows_per_step, len(self.rows))
         for epoch in np.unique(epochs) if self.repeat else [0]:
@@ -103,6 +107,7 @@ class StepLoader:
                 sampler=places,
                 num_workers=self.num_workers,
                 collate_fn=_unchanged,
+                worker_init_fn=_leave_signals_to_the_parent,
                 # its own generator: drawing the workers' seed would move the global random state
                 generator=torch.Generator(),
             )
@@ -146,6 +151,12 @@ class _Places(Dataset[Batch]):
 
     def __getitem__(self, place: int) -> Batch:
         return self.loader.batch(*divmod(place, self.loader.accumulate))
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """A signal to every process of a job must not cost the step that the parent finishes its data."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -33,6 +33,7 @@ class TextData(pl.LightningDataModule):
     Args:
         recipe: its `data`, `seed` and the batch sizes of `trainer` are read.
         first_step: where a resumed run goes on.
+        offset: how many steps ahead of the run its data are; see `StepLoader`.
 
     After `prepare()`:
         text_tokenizer: the tokenizer with its end token.
@@ -45,11 +46,12 @@ class TextData(pl.LightningDataModule):
     valid_rows: Rows
     provenance: dict[str, Any]
 
-    def __init__(self, recipe: Recipe, *, first_step: int = 0) -> None:
+    def __init__(self, recipe: Recipe, *, first_step: int = 0, offset: int = 0) -> None:
         super().__init__()
         self.recipe = recipe
         self.config = recipe.data
         self.first_step = first_step
+        self.offset = offset
         self.cache_dir = cache_folder(recipe.data.cache_dir)
         self.console: Console | None = None
 
@@ -109,6 +111,7 @@ class TextData(pl.LightningDataModule):
             seed=self.recipe.seed,
             num_steps=self.recipe.trainer.max_steps,
             start_step=self.first_step,
+            offset=self.offset,
             rank=rank,
             world_size=world_size,
             num_workers=self.config.num_workers,
