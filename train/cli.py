@@ -22,6 +22,7 @@ from train.commands.machine import machine
 from train.commands.report import report
 from train.commands.search import search
 from train.commands.train import PASS_ON, TrainCommand, train
+from train.commands.verify import verify
 
 INTERRUPTED = 130
 TRAIN_FLAG = "--train"
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
-for command in (extract, search, generate, evaluate, report, machine):
+for command in (extract, search, generate, evaluate, verify, report, machine):
     app.command()(command)
 app.command(epilog=f"Training is measured by nestling {TRAINING} [--config FILE] [KEY=VALUE ...].")(bench)
 app.command(TRAINING, context_settings=PASS_ON, hidden=True)(bench_train)

@@ -1,9 +1,11 @@
 """What the terminal shows: a console that also reads well in a file, and the family's table."""
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from models.family import Member
@@ -16,6 +18,15 @@ def make_console(*, stderr: bool = False) -> Console:
     """A rich console; without a terminal, or with NO_COLOR, its output is plain text."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else WIDTH_OF_A_FILE, highlight=False)
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar that the yielded function moves on by one; shown on a terminal only."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)
 
 
 def family_table(members: Iterable[Member], *, title: str | None = None) -> Table:

@@ -23,6 +23,8 @@ from models.decode.state import Model, State, new_cache, score
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import Granularity
+from models.measure.verify import Whole, check_identity
+from models.quantize import PRECISIONS, pack
 from models.view import View
 
 MakeModel = Callable[..., ElasticLM]
@@ -74,24 +76,50 @@ def test_greedy_output_is_plain_decodings_on_200_prompts(make_model: MakeModel) 
         assert 0.05 < accepted[name] / reached[name] < 0.95, (name, accepted, reached)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("text", "gamma", "penalty"),
-    [("layers=0", 3, 1.0), ("ffn=0.5,heads=0.5", 5, 1.0), ("own cache", 4, 1.0), ("layers=0", 3, 1.3)],
-)
-def test_a_thousand_greedy_tokens_are_plain_decodings(
-    text: str, gamma: int, penalty: float, make_model: MakeModel
+KINDS = ["ffn=0.5", "ffn=0.5,heads=0.5", "layers=0", "layers=1", "ffn=1:0.5,heads=0.5:1"]
+SHORT_AND_LONG = [(2, 24), pytest.param(8, 1000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("num_prompts", "num_tokens"), SHORT_AND_LONG)
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("text", [*KINDS, "own cache"])
+def test_greedy_tokens_are_plain_decodings_whatever_drafts_and_is_kept_in_part(
+    text: str, penalty: float, num_prompts: int, num_tokens: int, make_model: MakeModel
 ) -> None:
     fields: dict[str, Any] = {"dtype": torch.float32, "vocab_size": 64, "hidden_size": 16}
     model = make_model(seed=1, max_position_embeddings=1024, **fields)
-    own = ModelDraft(View(model, Granularity.parse("ffn=0.5")))
-    draft = own if text == "own cache" else nested(model, text)
-    params = SamplingParams(repetition_penalty=penalty)
-    for prompt in prompts(8, 64):
-        theirs = ids_of(model, prompt, params=params, max_new_tokens=1000)
-        tokens = stream(model, prompt, draft=draft, gamma=gamma, params=params, max_new_tokens=1000)
-        assert [token.id for token in tokens] == theirs
-        assert 0 < tokens.report.accepted < tokens.report.drafted
+    options: dict[str, Any] = {
+        "params": SamplingParams(repetition_penalty=penalty),
+        "max_new_tokens": num_tokens,
+    }
+    plain = {tuple(ids): ids_of(model, ids, **options) for ids in prompts(num_prompts, 64)}
+    if text == "own cache":
+        drafts: list[Draft] = [ModelDraft(View(model, Granularity.parse("ffn=0.5")))]
+    else:
+        granularity = Granularity.parse(text)
+        packed = [pack(model, precision, granularity) for precision in PRECISIONS]
+        drafts = [NestedDraft(View(one, granularity)) for one in (model, *packed)]
+    for gamma, draft in enumerate(drafts, start=2):
+        accepted, drafted = 0, 0
+        for prompt, theirs in plain.items():
+            tokens = stream(model, prompt, draft=draft, gamma=gamma, **options)
+            assert [token.id for token in tokens] == theirs, gamma
+            accepted, drafted = accepted + tokens.report.accepted, drafted + tokens.report.drafted
+        assert 0 < accepted < drafted
+
+
+@pytest.mark.parametrize(("num_prompts", "num_tokens"), SHORT_AND_LONG)
+@pytest.mark.parametrize("law", ["greedy", "T=1"])
+def test_in_half_precision_tokens_first_differ_where_two_are_as_good_as_tied(
+    law: str, num_prompts: int, num_tokens: int, make_model: MakeModel
+) -> None:
+    fields: dict[str, Any] = {"dtype": torch.bfloat16, "vocab_size": 64, "hidden_size": 16}
+    model = make_model(seed=1, max_position_embeddings=1024, **fields)
+    whole = Whole(model=model, dtype="bf16", prompts=prompts(num_prompts, 64), length=num_tokens)
+    for text in KINDS:
+        draft = nested(model, text)
+        check = check_identity(whole, text, lambda draft=draft: draft, law=law)  # type: ignore[misc]
+        assert check.passed, check
 
 
 @pytest.mark.parametrize("gamma", [0, 1, 2, 5, 9])

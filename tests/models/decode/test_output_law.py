@@ -5,34 +5,31 @@ first is the prefill's, then at least one full round with its bonus, then what f
 that this round left. A suite of planted bugs shows that the comparison sees them.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, product
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from models.decode import engine
-from models.decode.accept import VERIFIERS, Verifier, residual
+from models.decode.accept import VERIFIERS, Verifier
 from models.decode.auto import Costs
 from models.decode.chance import Random
-from models.decode.choose import Chooser, Proposal, Sampled, Verdict
 from models.decode.control import Arm, Controller
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
 from models.decode.lookup import LookupDraft
-from models.decode.passes import Steps
 from models.decode.policy import PLAIN as PLAINLY
 from models.decode.policy import Plan, Round
 from models.decode.reference import full_pass_law, plain_decode
-from models.decode.sampling import SamplingParams, law
+from models.decode.sampling import SamplingParams
 from models.decode.state import Model, State
 from models.elastic import ElasticLM
 from models.granularity import Granularity
+from models.measure.few import Few, member
 from models.measure.laws import Law, exact_law, total_variation
 from models.quantize import pack
 from models.view import View
@@ -286,99 +283,52 @@ def test_a_member_as_the_target_keeps_its_own_law(make_model: MakeModel) -> None
     assert total_variation(ours, reference_law(model, PLAIN, 3)) > VISIBLE
 
 
+# ------------------------------------------------------------------ every kind of member
+
+KINDS = {
+    "ffn": "ffn=0.25",
+    "heads": "heads=0.5",
+    "layers": "layers=1",
+    "exit": "layers=0",
+    "mix": "ffn=1:0.25,heads=0.5:1",
+}
+PROCESSORS = (PLAIN, TOP_K, TOP_P, MIN_P, PENALTY, ALL)
+
+
+@pytest.mark.parametrize("gamma", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_law_holds_for_every_member_precision_processor_and_end_of_text(
+    kind: str, precision: str | None, gamma: int, make_model: MakeModel
+) -> None:
+    few = Few(make_model(vocab_size=3), {kind: member(Granularity.parse(KINDS[kind]), precision)})
+    for params, eos in product(PROCESSORS, ((), (2,))):
+        options: dict[str, Any] = {"params": params, "length": gamma + 2, "eos_token_ids": eos}
+        theirs = few.reference(**options)
+        for verifier in VERIFIERS:
+            ours = few.law(draft=kind, gamma=gamma, verifier=verifier, **options)
+            assert total_variation(ours, theirs) < EXACT, (params, eos, verifier)
+
+
 # ------------------------------------------------------------------ planted bugs
 
 
-def buggy_verifier(
-    rest: Callable[[Tensor, Tensor], Tensor] = residual,
-    bonus: Callable[[Tensor, Tensor], Tensor] = lambda p_TV, _: p_TV[-1],
-    acceptance: Callable[[float, float], float] = lambda p, q: min(1.0, p / q),
-) -> Verifier:
-    """Token verification with its parts exchangeable; without an exchange it is the right one."""
-
-    def verify(p_TV: Tensor, q_TV: Tensor, drafted: Sequence[int], random: Random) -> list[int]:
-        for t, token in enumerate(drafted):
-            if not random.accept(acceptance(float(p_TV[t, token]), float(q_TV[t, token]))):
-                return [*drafted[:t], random.target(rest(p_TV[t], q_TV[t]))]
-        return [*drafted, random.target(bonus(p_TV, q_TV) if drafted else p_TV[-1])]
-
-    return verify
-
-
-@dataclass(frozen=True)
-class DrawsByOtherRules:
-    """Reports the law that the caller asked for, and draws from another."""
-
-    draft: Draft
-    drawn: SamplingParams
-
-    def check(self, target: Model) -> None:
-        self.draft.check(target)
-
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
-        assert isinstance(chooser, Sampled)
-        return self.draft.propose(state, num_tokens, ReportsFalsely(chooser, self.drawn))
-
-
-@dataclass(frozen=True)
-class ReportsFalsely:
-    asked: Sampled
-    drawn: SamplingParams
-
-    def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
-        proposal.laws.append(law(logits_V, self.asked.params))
-        proposal.ids.append(self.asked.random.draft(law(logits_V, self.drawn)))
-        return proposal.ids[-1]
-
-    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class DiscardsByValue:
-    """Drops its last token when it finds it unlikely: the tokens that stay are no draw from q."""
-
-    draft: Draft
-
-    def check(self, target: Model) -> None:
-        self.draft.check(target)
-
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
-        proposal = yield from self.draft.propose(state, num_tokens, chooser)
-        if float(proposal.laws[-1][proposal.ids[-1]]) > 0.4:
-            return proposal
-        return Proposal(proposal.prefix, proposal.ids[:-1], proposal.laws[:-1])
-
-
-BUGS: dict[str, Callable[[Draft], dict[str, Any]]] = {
-    "residual := p": lambda _: {"verifier": buggy_verifier(rest=lambda p_V, _: p_V)},
-    "bonus off by one": lambda _: {"verifier": buggy_verifier(bonus=lambda p_TV, _: p_TV[-2])},
-    "bonus from the draft": lambda _: {"verifier": buggy_verifier(bonus=lambda _, q_TV: q_TV[-1])},
-    "acceptance without q": lambda _: {"verifier": buggy_verifier(acceptance=lambda p, _: p)},
-    "a 101-level uniform": lambda _: {
-        "verifier": buggy_verifier(acceptance=lambda p, q: math.ceil(min(1.0, p / q) * 100) / 101)
-    },
-    "greedy draft, softmax q": lambda draft: {
-        "draft": DrawsByOtherRules(draft, SamplingParams(temperature=0.0))
-    },
-    "truncated draft, raw q": lambda draft: {"draft": DrawsByOtherRules(draft, TOP_P)},
-    "discarding by own value": lambda draft: {"draft": DiscardsByValue(draft)},
-}
-
-
 @pytest.mark.parametrize(("gamma", "vocab_size"), [(1, 3), (2, 2)])
-@pytest.mark.parametrize("bug", ["none", *BUGS])
 def test_a_planted_bug_is_seen(
-    bug: str,
-    gamma: int,
-    vocab_size: int,
-    make_model: MakeModel,
+    planted_bug: Callable[[Draft], dict[str, Any]], gamma: int, vocab_size: int, make_model: MakeModel
 ) -> None:
     model, num_tokens = make_model(vocab_size=vocab_size), gamma + 2
     draft = hostile(model, make_model)
-    options = {"params": PLAIN, "gamma": gamma, "max_new_tokens": num_tokens}
-    options |= {"draft": draft, "verifier": buggy_verifier()}
-    options |= BUGS[bug](draft) if bug in BUGS else {}
-    ours = engine_law(model, **options)
-    distance = total_variation(ours, reference_law(model, PLAIN, num_tokens))
-    assert distance > VISIBLE if bug in BUGS else distance < EXACT
+    options = {"params": PLAIN, "gamma": gamma, "max_new_tokens": num_tokens, "draft": draft}
+    ours = engine_law(model, **{**options, "verifier": "token", **planted_bug(draft)})
+    assert total_variation(ours, reference_law(model, PLAIN, num_tokens)) > VISIBLE
+
+
+def test_without_a_bug_the_verifier_that_they_are_planted_in_is_right(
+    rebuilt_verifier: Verifier, make_model: MakeModel
+) -> None:
+    model = make_model(vocab_size=3)
+    draft = hostile(model, make_model)
+    options = {"params": PLAIN, "gamma": 1, "max_new_tokens": 3, "draft": draft}
+    ours = engine_law(model, verifier=rebuilt_verifier, **options)
+    assert total_variation(ours, reference_law(model, PLAIN, 3)) < EXACT

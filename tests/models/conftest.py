@@ -1,0 +1,139 @@
+"""What the tests of decoding and of its laws share: very small models, and bugs to be found."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.config import ElasticConfig
+from models.decode.accept import Verifier, residual
+from models.decode.chance import Random
+from models.decode.choose import Chooser, Proposal, Sampled, Verdict
+from models.decode.draft import Draft
+from models.decode.passes import Steps
+from models.decode.sampling import SamplingParams, law
+from models.decode.state import Model, State
+from models.elastic import ElasticLM
+
+TRUNCATED = SamplingParams(temperature=1.5, top_p=0.6)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., ElasticLM]:
+    """A very small model in float64, with logits far from flat; every field can be set."""
+
+    def make(*, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: int) -> ElasticLM:
+        shape = {
+            "vocab_size": 3,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32,
+        }
+        config = ElasticConfig(**(shape | fields), initializer_range=0.5)  # type: ignore[arg-type]
+        model = ElasticLM(config)
+        model.init_weights(torch.Generator().manual_seed(seed))
+        return model.to(dtype).eval()
+
+    return make
+
+
+# ------------------------------------------------------------------ planted bugs
+
+
+def buggy_verifier(
+    rest: Callable[[Tensor, Tensor], Tensor] = residual,
+    bonus: Callable[[Tensor, Tensor], Tensor] = lambda p_TV, _: p_TV[-1],
+    acceptance: Callable[[float, float], float] = lambda p, q: min(1.0, p / q),
+) -> Verifier:
+    """Token verification with its parts exchangeable; without an exchange it is the right one."""
+
+    def verify(p_TV: Tensor, q_TV: Tensor, drafted: Sequence[int], random: Random) -> list[int]:
+        for t, token in enumerate(drafted):
+            if not random.accept(acceptance(float(p_TV[t, token]), float(q_TV[t, token]))):
+                return [*drafted[:t], random.target(rest(p_TV[t], q_TV[t]))]
+        return [*drafted, random.target(bonus(p_TV, q_TV) if drafted else p_TV[-1])]
+
+    return verify
+
+
+@dataclass(frozen=True)
+class DrawsByOtherRules:
+    """Reports the law that the caller asked for, and draws from another."""
+
+    draft: Draft
+    drawn: SamplingParams
+
+    def check(self, target: Model) -> None:
+        self.draft.check(target)
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        assert isinstance(chooser, Sampled)
+        return self.draft.propose(state, num_tokens, ReportsFalsely(chooser, self.drawn))
+
+
+@dataclass(frozen=True)
+class ReportsFalsely:
+    asked: Sampled
+    drawn: SamplingParams
+
+    def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
+        proposal.laws.append(law(logits_V, self.asked.params))
+        proposal.ids.append(self.asked.random.draft(law(logits_V, self.drawn)))
+        return proposal.ids[-1]
+
+    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DiscardsByValue:
+    """Drops its last token when it finds it unlikely: the tokens that stay are no draw from q."""
+
+    draft: Draft
+
+    def check(self, target: Model) -> None:
+        self.draft.check(target)
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        proposal = yield from self.draft.propose(state, num_tokens, chooser)
+        if float(proposal.laws[-1][proposal.ids[-1]]) > 0.4:
+            return proposal
+        return Proposal(proposal.prefix, proposal.ids[:-1], proposal.laws[:-1])
+
+
+Bug = Callable[[Draft], dict[str, Any]]
+"""A draft -> options of `stream` that break the law."""
+
+BUGS: dict[str, Bug] = {
+    "residual := p": lambda _: {"verifier": buggy_verifier(rest=lambda p_V, _: p_V)},
+    "bonus off by one": lambda _: {"verifier": buggy_verifier(bonus=lambda p_TV, _: p_TV[-2])},
+    "bonus from the draft": lambda _: {"verifier": buggy_verifier(bonus=lambda _, q_TV: q_TV[-1])},
+    "acceptance without q": lambda _: {"verifier": buggy_verifier(acceptance=lambda p, _: p)},
+    "a 101-level uniform": lambda _: {
+        "verifier": buggy_verifier(acceptance=lambda p, q: math.ceil(min(1.0, p / q) * 100) / 101)
+    },
+    "greedy draft, softmax q": lambda draft: {
+        "draft": DrawsByOtherRules(draft, SamplingParams(temperature=0.0))
+    },
+    "truncated draft, raw q": lambda draft: {"draft": DrawsByOtherRules(draft, TRUNCATED)},
+    "discarding by own value": lambda draft: {"draft": DiscardsByValue(draft)},
+}
+
+
+@pytest.fixture(params=BUGS)
+def planted_bug(request: pytest.FixtureRequest) -> Bug:
+    """Each of the bugs that a law test must see; a test that uses it runs once for each."""
+    return BUGS[request.param]
+
+
+@pytest.fixture
+def rebuilt_verifier() -> Verifier:
+    """The verifier that the bugs are planted in, without a bug."""
+    return buggy_verifier()

@@ -1,0 +1,200 @@
+"""The tests that `nestling verify` runs hold for a sound engine, and each can fail."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from models.decode.accept import Verifier
+from models.decode.choose import VERIFIER_NAMES, Chooser, Proposal
+from models.decode.draft import Draft
+from models.decode.passes import Steps
+from models.decode.state import Model, State
+from models.elastic import ElasticLM
+from models.granularity import Granularity
+from models.measure import verify
+from models.measure.few import Few, MakeDraft, hostile, member, restrict
+from models.measure.verify import (
+    COUNTED_GAMMA,
+    Case,
+    Check,
+    Whole,
+    check_counts,
+    check_dtype,
+    check_exact,
+    check_identity,
+    gap_between,
+    plan_checks,
+)
+from models.quantize import pack
+from models.view import View
+
+Bug = Callable[[Draft], dict[str, Any]]
+
+FIRST = member(Granularity.parse("layers=0-1"))
+PROMPTS = ([3, 1, 4], [1, 5])
+
+
+def few(model: ElasticLM, num_tokens: int, dtype: torch.dtype = torch.float64) -> Few:
+    return Few(restrict(model, range(5, 5 + num_tokens), dtype), {"D": FIRST, "hostile": hostile})
+
+
+def with_bug(model: ElasticLM, num_tokens: int, bug: Bug) -> tuple[Few, Case]:
+    """The same, with a draft or verifier of the bug's."""
+
+    def spoiled(target: ElasticLM, view: Any) -> MakeDraft:
+        make = hostile(target, view)
+        return lambda: bug(make()).get("draft", make())
+
+    target = restrict(model, range(5, 5 + num_tokens), torch.float64)
+    gamma = 1 if num_tokens > 2 else 2
+    subject = Few(target, {"bad": spoiled})
+    return subject, Case(bug(hostile(target, View)()).get("verifier", "token"), "bad", gamma)
+
+
+def believes(p_TV: Any, q_TV: Any, drafted: Sequence[int], random: Any) -> list[int]:
+    """A verifier that accepts whatever was drafted."""
+    return [*drafted, random.target(p_TV[-1])]
+
+
+# ------------------------------------------------------------------ all of them
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_a_sound_engine_passes_every_test(
+    dtype: str, tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "NUM_TOKENS", {1: 3, 2: 2, 3: 2})
+    monkeypatch.setattr(verify, "LAWS", {name: verify.LAWS[name] for name in ("T=1", "all", "greedy")})
+    source = tiny_model.bfloat16() if dtype == "bf16" else tiny_model
+    jobs = plan_checks(
+        pack(source, dtype),
+        dtype=dtype,
+        drafts={"D": FIRST, "S@int8": member(Granularity.parse("ffn=0.5"), "int8")},
+        verifiers=VERIFIER_NAMES,
+        prompts=PROMPTS,
+        num_trials=200,
+        length=12,
+    )
+    checks = [job() for job in jobs]
+    assert [check for check in checks if not check.passed] == []
+    assert {check.test for check in checks} == {"exact", "dtype", "counts", "coupled", "greedy"}
+    assert {check.dtype for check in checks} == {"fp64", "fp32", dtype}
+    assert {check.draft for check in checks} >= {"D", "S@int8", "hostile"}
+    bounds = [check.bound for check in checks if check.test == "counts"]
+    assert sum(bounds) == pytest.approx(verify.FALSE_ALARM / 10)
+
+
+def test_only_the_verifiers_that_were_asked_for_are_tested(tiny_model: ElasticLM) -> None:
+    counted = []
+    for verifiers in (["token"], ["coupled"], ["token", "block"]):
+        jobs = plan_checks(
+            tiny_model,
+            dtype="fp32",
+            drafts={"D": FIRST},
+            verifiers=verifiers,
+            prompts=PROMPTS,
+            num_trials=1,
+            length=2,
+        )
+        counted.append(len(jobs))
+    token, coupled, both = counted
+    greedy = 2  # drafts
+    assert both - greedy == 2 * (token - greedy)
+    assert coupled == 2 * greedy + 1
+
+
+# ------------------------------------------------------------------ laws over a few tokens
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3])
+def test_a_planted_bug_fails_the_walk(planted_bug: Bug, num_tokens: int, tiny_model: ElasticLM) -> None:
+    check = check_exact(*with_bug(tiny_model, num_tokens, planted_bug))
+    assert not check.passed
+    assert check.value > 1e-3
+
+
+def test_the_walk_sees_a_law_that_is_not_the_targets(
+    rebuilt_verifier: Verifier, tiny_model: ElasticLM
+) -> None:
+    subject, case = with_bug(tiny_model, 3, lambda _: {"verifier": rebuilt_verifier})
+    assert check_exact(subject, case).passed
+    assert check_exact(subject, case, ends=True).passed
+
+
+def test_a_bug_of_one_dtype_is_seen_beside_its_rounding(tiny_model: ElasticLM) -> None:
+    precise, own = few(tiny_model, 2), few(tiny_model.bfloat16(), 2, torch.bfloat16)
+    sound = check_dtype(own, precise, Case("token", "hostile", 2), dtype="bf16")
+    assert sound.passed
+    assert sound.bound < 0.1
+    assert not check_dtype(own, precise, Case(believes, "hostile", 2), dtype="bf16").passed
+
+
+def test_counts_that_their_law_does_not_give_fail(tiny_model: ElasticLM) -> None:
+    subject = few(tiny_model, 2, torch.float32)
+    counts: dict[str, Any] = {"dtype": "fp32", "num_trials": 1000, "bound": 1e-8}
+    case = Case("token", "hostile", COUNTED_GAMMA)
+    assert check_counts(subject, case, **counts).passed
+
+    assert not check_counts(subject, Case(believes, "hostile", COUNTED_GAMMA), **counts).passed
+    law = subject.law
+    subject.law = lambda **options: law(**{**options, "params": verify.LAWS["T=0.7"]})  # type: ignore[method-assign]
+    assert not check_counts(subject, case, **counts).passed
+    assert not check_counts(subject, Case("coupled", None, 0), **counts).passed
+
+
+# ------------------------------------------------------------------ tokens of the whole model
+
+
+@dataclass
+class Spoils:
+    """Writes over the settled keys and values, as no draft may."""
+
+    draft: Draft
+    factor: float
+
+    def check(self, target: Model) -> None:
+        self.draft.check(target)
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        keys, _ = state.cache.read(0)
+        keys.mul_(self.factor)
+        return self.draft.propose(state, num_tokens, chooser)
+
+
+def identity(model: ElasticLM, dtype: str, law: str, factor: float) -> Check:
+    whole = Whole(model=model, dtype=dtype, prompts=PROMPTS, length=24)
+    make = FIRST(model, View)
+    return check_identity(whole, "D", lambda: Spoils(make(), factor), law=law)
+
+
+@pytest.mark.parametrize("law", ["greedy", "T=1"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_spoiled_cache_is_no_near_tie(law: str, dtype: str, tiny_model: ElasticLM) -> None:
+    model = tiny_model.bfloat16() if dtype == "bf16" else tiny_model
+    sound, spoiled = identity(model, dtype, law, 1.0), identity(model, dtype, law, -1.0)
+    assert sound.passed
+    assert not spoiled.passed
+    assert spoiled.value > spoiled.bound > 0
+    if dtype == "fp32":
+        assert (sound.value, sound.note) == (0.0, "48 tokens of 48 alike")
+
+
+def test_a_gap_is_what_the_choice_compared(tiny_model: ElasticLM) -> None:
+    whole = Whole(model=tiny_model, dtype="fp32", prompts=PROMPTS, length=1)
+    logits_V = tiny_model(torch.tensor([PROMPTS[0]]))[0, -1].detach()
+    best, second = logits_V.topk(2).indices.tolist()
+    gap, tie = gap_between(whole, PROMPTS[0], (second, best), verify.LAWS["greedy"])
+    assert gap == pytest.approx(float(logits_V[best] - logits_V[second]))
+    assert 0 < tie < 1e-4
+    (chosen,) = whole.plain(PROMPTS[0], verify.LAWS["T=1"])
+    gaps = [
+        gap_between(whole, PROMPTS[0], (token, chosen), verify.LAWS["T=1"])[0]
+        for token in range(tiny_model.config.vocab_size)
+    ]
+    assert gaps.count(0.0) == 1
+    assert gaps[chosen] == 0.0
+    other = replace(whole, seed=1)
+    assert gap_between(other, PROMPTS[0], (best, second), verify.LAWS["T=1"])[0] != gap

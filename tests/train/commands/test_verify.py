@@ -1,0 +1,86 @@
+"""`nestling verify`: a line for each law test, 1 if one fails; mistakes in one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.checkpoint import save_model
+from models.decode.accept import VERIFIERS
+from models.elastic import ElasticLM
+from models.granularity import Granularity
+from models.measure import verify
+from train.cli import main
+
+Fails = Callable[..., str]
+
+FAMILY = {"S": Granularity.parse("ffn=0.5"), "XL": Granularity.parse("full")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model: ElasticLM) -> Path:
+    """Random weights and no tokenizer: the laws hold for any model."""
+    return save_model(tmp_path / "model", tiny_model, family=FAMILY)
+
+
+@pytest.fixture(autouse=True)
+def short_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "NUM_TOKENS", {1: 2, 2: 2, 3: 2})
+    monkeypatch.setattr(verify, "LAWS", {name: verify.LAWS[name] for name in ("T=1", "all", "greedy")})
+
+
+def flags(folder: Path) -> list[str]:
+    results = folder.parent / "verify.json"
+    numbers = ["--trials", "1000", "--max-new-tokens", "8", "--dtype", "fp32"]
+    return ["verify", str(folder), *numbers, "--json", str(results)]
+
+
+def test_every_test_is_a_line_and_a_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(folder)) == 0
+    shown = capsys.readouterr()
+    results: dict[str, Any] = json.loads((folder.parent / "verify.json").read_text())
+    assert results["passed"] is True
+    assert f"{len(results['checks'])} of {len(results['checks'])} hold" in shown.out
+    assert {check["draft"] for check in results["checks"]} == {"S", "hostile"}
+    assert {check["verifier"] for check in results["checks"]} == {"token", "block", "coupled", ""}
+    fields = {"test", "verifier", "draft", "gamma", "law", "dtype", "value", "bound", "note", "passed"}
+    assert all(check.keys() == fields for check in results["checks"])
+    assert results.keys() >= {"model", "false_alarm", "trials", "max_new_tokens", "seed", "card"}
+    assert results["card"]["dtypes"] == {"model": "fp32"}
+    assert "\x1b" not in shown.out + shown.err
+
+
+def test_a_broken_verifier_ends_in_exit_code_1(
+    folder: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def believes(p_TV: Any, q_TV: Any, drafted: Any, random: Any) -> list[int]:
+        return [*drafted, random.target(p_TV[-1])]
+
+    monkeypatch.setitem(VERIFIERS, "token", believes)
+    line = fails(*flags(folder), "--verifier", "token", "--draft", "ffn=0.25", code=1)
+    assert "tests failed, first exact token with draft ffn=0.25" in line
+    results: dict[str, Any] = json.loads((folder.parent / "verify.json").read_text())
+    assert results["passed"] is False
+    failed = {check["test"] for check in results["checks"] if not check["passed"]}
+    assert failed == {"exact", "dtype", "counts"}
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "code"),
+    [
+        (["--verifier", "blocks"], "--verifier 'blocks' is none of token, block, coupled", 2),
+        (["--trials", "10"], "--trials must be at least 1000, got 10", 2),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0", 2),
+        (["--draft", "Q"], "'Q'", 2),
+        (["--draft", "S@int9"], "'int9' is no precision", 2),
+        (["--draft", "layers=0:9"], "layer 9", 2),
+        (["--prompt", "Once"], "has no tokenizer.json", 1),
+        (["--json", "missing/x.json"], "--json missing/x.json", 2),
+    ],
+)
+def test_what_cannot_be_tested_is_named(
+    words: list[str], named: str, code: int, folder: Path, fails: Fails
+) -> None:
+    assert named in fails(*flags(folder)[:-2], *words, code=code)
