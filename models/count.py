@@ -103,6 +103,7 @@ def estimate_training_bytes(
     activation_bytes: int = 4,
     members: Iterable[tuple[Granularity, float]] = (),
     shards: int = 1,
+    scored_at_once: int | None = None,
 ) -> TrainingBytes:
     """Estimate the memory of a step with AdamW and fp32 weights; no checkpointing of activations.
 
@@ -118,6 +119,7 @@ def estimate_training_bytes(
         shards: processes that share out weights, gradients and moments. Beside its part each holds the
             gathered embedding, norm and head with their gradients for the whole step, one layer that
             runs and the next one.
+        scored_at_once: tokens whose logits are held at the same time; all of them if None.
     """
     parameters = count_parameters(config)
     layer = _layer_weights(config, FULL.resolve(config).layers[0])
@@ -129,7 +131,8 @@ def estimate_training_bytes(
         if not granularity.resolve(config).is_layer_prefix:
             kept += round(share * _kept_numbers(config, granularity))
     # Logits as the head gives them, then in fp32 their log-softmax and its gradient.
-    logits = scored * batch_tokens * config.vocab_size * (activation_bytes + 8)
+    tokens_at_once = min(batch_tokens, scored_at_once or batch_tokens)
+    logits = scored * tokens_at_once * config.vocab_size * (activation_bytes + 8)
     return TrainingBytes(
         weights=4 * (held + gathered) + (0 if activation_bytes == 4 else parameters * activation_bytes),
         gradients=4 * (held + gathered),

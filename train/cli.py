@@ -13,6 +13,7 @@ import typer
 
 from models.errors import NestlingError
 from train.commands.bench import bench
+from train.commands.bench_train import bench_train
 from train.commands.demo import demo
 from train.commands.evaluate import evaluate
 from train.commands.extract import extract
@@ -23,6 +24,8 @@ from train.commands.search import search
 from train.commands.train import PASS_ON, TrainCommand, train
 
 INTERRUPTED = 130
+TRAIN_FLAG = "--train"
+TRAINING = f"bench {TRAIN_FLAG}"
 
 app = typer.Typer(
     help="One training run, a whole family of nested language models, and a draft for free.",
@@ -31,14 +34,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
-for command in (extract, search, generate, evaluate, bench, report, machine):
+for command in (extract, search, generate, evaluate, report, machine):
     app.command()(command)
+app.command(epilog=f"Training is measured by nestling {TRAINING} [--config FILE] [KEY=VALUE ...].")(bench)
+app.command(TRAINING, context_settings=PASS_ON, hidden=True)(bench_train)
 app.command(context_settings=PASS_ON)(demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, and raises only for bugs of ours."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    arguments = _named(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
     run = typer.main.get_command(app)
     try:
         code = run(arguments, prog_name="nestling", standalone_mode=False)
@@ -56,6 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or 0
 
 
+def _named(arguments: list[str]) -> list[str]:
+    """`bench --train` takes a recipe where `bench` takes a model: a command of its own.
+
+    >>> _named(["bench", "--train", "seed=1"]), _named(["bench", "MODEL"])
+    (['bench --train', 'seed=1'], ['bench', 'MODEL'])
+    """
+    if arguments[:1] == ["bench"] and TRAIN_FLAG in arguments:
+        return [TRAINING, *(word for word in arguments[1:] if word != TRAIN_FLAG)]
+    return arguments
+
+
 def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:
     """Typer's message in one line, with the value, which it does not tell, and where to look."""
     message = " ".join(error.format_message().split())
@@ -69,7 +85,7 @@ def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:
 
 
 def _commands() -> set[str]:
-    return {str(info.callback.__name__) for info in app.registered_commands if info.callback}
+    return {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
 
 
 def _environment(error: Exception) -> str | None:

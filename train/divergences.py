@@ -18,8 +18,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from train.rows import by_rows
-
 TINY = torch.finfo(torch.float32).tiny
 LOG_TINY = math.log(TINY)
 
@@ -153,11 +151,7 @@ def alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float 
     >>> alpha(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.5000])
     """
-
-    def overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor) -> Tensor:
-        return _overlap(_law(target_logits_NV, temperature), _law(draft_logits_NV, temperature))
-
-    return by_rows(overlap, target_logits_NV, draft_logits_NV)
+    return _overlap(_law(target_logits_NV, temperature), _law(draft_logits_NV, temperature))
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from models.machine import (
     this_machine,
 )
 from train.recipe import FULL_NAME, Recipe
+from train.rows import rows_of_a_piece
 from train.sampler import StepPlan, plan_step
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the share of a
@@ -90,6 +91,7 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
         batch_tokens=-(-trainer.batch_size // devices) * recipe.data.sequence_length,
         activation_bytes=2 if dtype == "bf16" else 4,
         members=_largest_shares(plans, recipe, num_rows),
+        scored_at_once=rows_of_a_piece(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
         shards=devices if trainer.strategy == "fsdp" else 1,
     )
     traffic = count_step_traffic(
@@ -130,16 +132,16 @@ def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig, num_rows:
     # An exit costs the vocabulary head; the pass under it is the full model's own.
     head = 2 * config.hidden_size * config.vocab_size * length
     full = num_rows * forward(FULL_NAME) * (3 if plan.full else 1)
-    exits = 3 * num_rows * head * len(plan.exits)
+    exits = 3 * num_rows * head * len(plan.exits) // plan.exit_every
     return full + exits + sum(3 * len(turn.rows) * forward(turn.name) for turn in plan.turns)
 
 
 def _largest_shares(plans: list[StepPlan], recipe: Recipe, num_rows: int) -> list[tuple[Granularity, float]]:
     """Members that train, each with the most of a step's rows that it trains on."""
-    rows: dict[str, int] = {}
+    rows: dict[str, float] = {}
     for plan in plans:
         for name in plan.exits:
-            rows[name] = num_rows
+            rows[name] = num_rows / plan.exit_every
         for turn in plan.turns:
             rows[turn.name] = max(rows.get(turn.name, 0), len(turn.rows))
     members = recipe.granularities

@@ -30,6 +30,7 @@ from train.callbacks.signals import Signals
 from train.callbacks.stability import Stability
 from train.data.module import TextData
 from train.joint import JointModule
+from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.processes import check_agreed, make_fabric, make_strategy, side_by_side
 from train.recipe import Recipe, load_recipe, save_recipe
@@ -61,6 +62,7 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
             first, when the training is over: the first alone writes the model and goes on.
     """
     _quieten()
+    keep_freed_memory()
     fabric = make_fabric(recipe.trainer)
     console = console if fabric.is_global_zero else Console(quiet=True)
     with Signals(max_seconds=recipe.trainer.max_seconds) as signals:
@@ -147,11 +149,17 @@ def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
         )
 
 
+def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
+    """A model with seeded initial weights, whose vocabulary is the tokenizer's."""
+    model = ElasticLM(recipe.elastic_config(data.vocab_size, data.eos_token_id))
+    model.init_weights(torch.Generator().manual_seed(recipe.seed))
+    return model
+
+
 def make_module(recipe: Recipe, data: TextData, state: TrainingState | None) -> JointModule:
     """A model with seeded initial weights or a state's, and the data from that step on."""
-    model = ElasticLM(recipe.elastic_config(data.vocab_size, data.eos_token_id))
+    model = make_model(recipe, data)
     if state is None:
-        model.init_weights(torch.Generator().manual_seed(recipe.seed))
         return JointModule(model, recipe.granularities, recipe)
     state.restore_weights(model)
     data.first_step, data.offset = state.step, state.data_offset

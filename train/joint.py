@@ -71,17 +71,17 @@ class JointModule(pl.LightningModule):
         plan = plan_step(
             self.plans, recipe.sampler, seed=recipe.seed, step=batch.step, num_rows=batch.num_rows
         )
-        losses = joint_loss(self.model, self.members, batch, plan, recipe.loss, block=recipe.sampler.block)
-        self._keep(losses, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
+        loss = joint_loss(self.model, self.members, batch, plan, recipe.loss, block=recipe.sampler.block)
+        self._keep(loss.terms, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
         averaged_over = recipe.trainer.accumulate_grad_batches * self.trainer.world_size
-        return torch.stack(list(losses.values())).sum() * averaged_over
+        return loss.total * averaged_over
 
     def _keep(self, losses: Mapping[str, Tensor], *, first: bool) -> None:
         """Add up the step's terms for whoever logs them; no synchronisation here."""
         if first:
             self.losses = {}
         for name, loss in losses.items():
-            self.losses[name] = self.losses.get(name, loss.new_zeros(())) + loss.detach()
+            self.losses[name] = self.losses.get(name, loss.new_zeros(())) + loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Called after every callback's hook: from here until the next batch the run waits for data."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from train.divergences import DIVERGENCES, SETTINGS, alpha, at_least_fp32, greedy_match
 from train.recipe import LossConfig
-from train.rows import by_rows
 
 __all__ = [
     "DIVERGENCES",
@@ -39,8 +38,7 @@ def member_loss(
 
     `(1 - r) * cross_entropy + r * weight * divergence`, with `r = ramp(step, config)`. Distillation
     from the first step on would drag the weights that the full model shares. A part with no share is
-    not computed, and rows are taken a few at a time (`train/rows.py`), so that memory beyond the logits
-    is one gradient.
+    not computed.
 
     Args:
         logits_NV: the member's.
@@ -50,17 +48,13 @@ def member_loss(
         step: the absolute optimizer step, from 0.
     """
     share = ramp(step, config)
-
-    def blend(logits_NV: Tensor, labels_N: Tensor, target_logits_NV: Tensor) -> Tensor:
-        loss_N = logits_NV.new_zeros(len(labels_N), dtype=at_least_fp32(logits_NV.dtype))
-        if share < 1:
-            loss_N = loss_N + (1 - share) * _cross_entropy(logits_NV, labels_N)
-        if share > 0:
-            divergence_N = divergence(target_logits_NV, logits_NV, config)
-            loss_N = loss_N + share * config.weight * divergence_N
-        return loss_N.masked_fill(labels_N == IGNORE, 0.0)
-
-    return by_rows(blend, logits_NV, labels_N, target_logits_NV)
+    loss_N = logits_NV.new_zeros(len(labels_N), dtype=at_least_fp32(logits_NV.dtype))
+    if share < 1:
+        loss_N = loss_N + (1 - share) * cross_entropy(logits_NV, labels_N)
+    if share > 0:
+        divergence_N = divergence(target_logits_NV, logits_NV, config)
+        loss_N = loss_N + share * config.weight * divergence_N
+    return loss_N.masked_fill(labels_N == IGNORE, 0.0)
 
 
 def ramp(step: int, config: LossConfig) -> float:
@@ -87,7 +81,8 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
     tensor([1.3863, 0.0000])
     """
-    return by_rows(_cross_entropy, logits_NV, labels_N)
+    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
+    return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE)
 
 
 def divergence(target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossConfig) -> Tensor:
@@ -95,8 +90,3 @@ def divergence(target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossCo
     name = config.divergence
     own = {SETTINGS[name]: getattr(config, SETTINGS[name])} if name in SETTINGS else {}
     return DIVERGENCES[name](target_logits_NV, draft_logits_NV, config.temperature, **own)
-
-
-def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
-    return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE)

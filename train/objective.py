@@ -1,19 +1,23 @@
 """The joint objective: the full model's cross-entropy plus a distillation loss for every member.
 
-    one full pass ──┬─ states after k layers ─ head ─ loss of exit k     (every row)
-                    ├─ keys and values ─ members that train on the shared cache
-                    └─ logits, detached ─ the teacher of all of them
-    some rows ─ a pass of each narrow member ─ loss                      (a share of the rows)
+    one full pass ──┬─ last states ──────────────────────────────────────┐
+                    ├─ states after k layers, at a share of the positions ┤
+                    └─ keys and values ─┐                                 ├─ head ─ losses
+    a share of the rows ─ a pass of each narrow member ─ states ──────────┘
+
+The vocabulary head runs last, for everyone together and a few positions at a time: a piece's logits of
+the full model, detached, teach the members of that piece, and are let go (train/rows.py).
 
 Sums over tokens, divided once by the number of valid tokens of the whole optimizer step: splitting
-the step into micro-batches changes nothing. A member that trains on a share of the rows is weighed by
+the step into micro-batches changes nothing. A member that trains on a share of the step is weighed by
 its turn (train/sampler.py).
 
-N tokens, B rows, T positions, D model, V vocabulary.
+N places (positions of all rows, one row after the other), B rows, T positions, D model, V vocabulary,
+M learners.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +28,7 @@ from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
 from train.losses import cross_entropy, member_loss
 from train.recipe import LossConfig
+from train.rows import rows_of_a_piece, sum_by_pieces
 from train.sampler import StepPlan, Turn
 
 
@@ -49,6 +54,27 @@ class Batch(NamedTuple):
     stride: int = 1
 
 
+class JointLoss(NamedTuple):
+    """What one micro-batch adds to the step's loss.
+
+    Args:
+        total: to be differentiated.
+        terms: its parts by member's name, detached, for the log.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class _Learner(NamedTuple):
+    """The states that a member learns at, the places of the micro-batch where they are, and their weight."""
+
+    name: str
+    states_ND: Tensor
+    places: range
+    weight: float
+
+
 def joint_loss(
     model: ElasticLM,
     members: Mapping[str, Granularity],
@@ -57,44 +83,85 @@ def joint_loss(
     config: LossConfig,
     *,
     block: int,
-) -> dict[str, Tensor]:
-    """Loss terms of one micro-batch by member's name, to be summed and differentiated.
+) -> JointLoss:
+    """Loss of one micro-batch.
 
     Args:
         model: the elastic model; run under autocast by the caller if at all.
         members: every granularity that the plan names, the full one among them.
         batch: tokens and the step's divisors.
-        plan: who trains on which rows.
+        plan: who trains on which rows and positions.
         config: the members' loss.
         block: positions of a block for members that train on the shared cache.
     """
     full = next(name for name, granularity in members.items() if granularity == FULL)
-    exits = {name: len(members[name].layers or ()) for name in plan.exits}
+    depths = {name: len(members[name].layers or ()) for name in plan.exits}
     turns = [_part_here(turn, batch) for turn in plan.turns if _is_here(turn, batch)]
-    losses: dict[str, Tensor] = {}
+    num_positions = batch.tokens_BT.shape[1]
+    assert num_positions % plan.exit_every == 0, (num_positions, plan.exit_every)
+    places = range(batch.tokens_BT.numel())
 
     recording = Recording() if any(turn.shift is not None for turn, _ in turns) else None
     with torch.set_grad_enabled(torch.is_grad_enabled() and plan.full):
         *states, last_BTD = model.states(
-            batch.tokens_BT, FULL, recording, exits=tuple(sorted(set(exits.values())))
+            batch.tokens_BT, FULL, recording, exits=tuple(sorted(set(depths.values())))
         )
-        logits_BTV = model.head(last_BTD)
-    if plan.full:
-        per_token_N = cross_entropy(logits_BTV.flatten(0, 1), batch.labels_BT.flatten())
-        losses[full] = per_token_N.sum() / batch.num_valid
-    teacher_BTV = logits_BTV.detach()
+    by_depth = dict(zip(sorted(set(depths.values())), states, strict=True))
 
-    by_depth = dict(zip(sorted(set(exits.values())), states, strict=True))
-    for name, depth in exits.items():
-        exit_BTV = model.head(by_depth[depth])
-        losses[name] = _member_term(exit_BTV, teacher_BTV, batch, slice(None), config)
+    learners = [_Learner(full, last_BTD.flatten(0, 1), places, float(plan.full))]
+    for name, depth in depths.items():
+        some = places[plan.exit_offset :: plan.exit_every]
+        states_ND = by_depth[depth].flatten(0, 1)[plan.exit_offset :: plan.exit_every]
+        learners.append(_Learner(name, states_ND, some, plan.exit_weight))
     for turn, rows in turns:
-        tokens_BT = batch.tokens_BT[rows]
-        memory = _memory(recording, rows, tokens_BT.shape[1], turn, block)
-        member_BTV = model(tokens_BT, members[turn.name], memory)
-        term = _member_term(member_BTV, teacher_BTV[rows], batch, rows, config)
-        losses[turn.name] = term * turn.weight
-    return losses
+        memory = _memory(recording, rows, num_positions, turn, block)
+        states_BTD = model.states(batch.tokens_BT[rows], members[turn.name], memory)[-1]
+        some = places[rows.start * num_positions : rows.stop * num_positions]
+        learners.append(_Learner(turn.name, states_BTD.flatten(0, 1), some, turn.weight))
+    return _score(model, learners, batch, config)
+
+
+def _score(model: ElasticLM, learners: Sequence[_Learner], batch: Batch, config: LossConfig) -> JointLoss:
+    """Logits and losses of all learners, piece by piece; the first learner teaches the others."""
+    labels_N = batch.labels_BT.flatten()
+    size = rows_of_a_piece(model.config.vocab_size, labels_N.device)
+    spans = [range(start, min(start + size, len(labels_N))) for start in range(0, len(labels_N), size)]
+    shares = [[_overlap(learner.places, span) for learner in learners] for span in spans]
+    columns = [
+        learner.states_ND.split([len(places) for places in column])
+        for learner, column in zip(learners, zip(*shares, strict=True), strict=True)
+    ]
+
+    def terms(number: int, last_ND: Tensor, *members_ND: Tensor) -> Tensor:
+        span, (_, *shares_here) = spans[number], shares[number]
+        labels_n = labels_N[span.start : span.stop]
+        logits_NV = model.head(last_ND)
+        teacher_NV = logits_NV.detach()
+        sums = [learners[0].weight * cross_entropy(logits_NV, labels_n).sum()]
+        for learner, places, states_ND in zip(learners[1:], shares_here, members_ND, strict=True):
+            here = slice(places.start - span.start, places.stop - span.start, places.step)
+            loss_N = member_loss(model.head(states_ND), labels_n[here], teacher_NV[here], config, batch.step)
+            sums.append(learner.weight * loss_N.sum())
+        return torch.stack(sums) / batch.num_valid
+
+    parameters = [model.model.norm.weight, model.lm_head.weight]
+    total, terms_M = sum_by_pieces(terms, list(zip(*columns, strict=True)), parameters)
+    named = {learner.name: term for learner, term in zip(learners, terms_M, strict=True)}
+    if not learners[0].weight:
+        del named[learners[0].name]
+    return JointLoss(total, named)
+
+
+def _overlap(places: range, span: range) -> range:
+    """The places that lie in the span.
+
+    >>> _overlap(range(1, 20, 4), range(8, 16)), _overlap(range(2, 4), range(8, 16))
+    (range(9, 17, 4), range(8, 8))
+    """
+    first = max(0, -((places.start - span.start) // places.step))
+    last = max(first, -((places.start - span.stop) // places.step))
+    part = places[first:last]
+    return part or range(span.start, span.start)
 
 
 def _is_here(turn: Turn, batch: Batch) -> bool:
@@ -128,13 +195,3 @@ def _memory(
     starts_T = block_starts(num_positions, block, turn.shift)
     device = next(iter(recording.layers.values()))[0].device
     return SharedPrefix(recording.rows(rows), starts_T.to(device))
-
-
-def _member_term(
-    logits_BTV: Tensor, teacher_BTV: Tensor, batch: Batch, rows: slice, config: LossConfig
-) -> Tensor:
-    labels_N = batch.labels_BT[rows].flatten()
-    per_token_N = member_loss(
-        logits_BTV.flatten(0, 1), labels_N, teacher_BTV.flatten(0, 1), config, batch.step
-    )
-    return per_token_N.sum() / batch.num_valid

@@ -55,14 +55,20 @@ class SamplerConfig(Section):
         "random: one member a step; sandwich: full, smallest and random ones",
     )
     share: float = setting(
-        0.25,
+        0.0625,
         "rows: share of a batch's rows that the members which are no layer prefix divide among them",
         within="(0, 1]",
     )
+    exit_every: int = setting(
+        4,
+        "rows: a member that is a prefix of the layers at full width (an exit) learns at one of so many "
+        "positions; each costs it a vocabulary head",
+        within="[1, inf)",
+    )
     reweight: float = setting(
         0.5,
-        "rows: a member on n of N rows counts (N/n)**reweight times: 0 sums tokens, 1 is its mean, "
-        "0.5 lets it add as much gradient noise as the full model does",
+        "rows: a member on n of N rows or positions counts (N/n)**reweight times: 0 sums tokens, 1 is its "
+        "mean, 0.5 lets it add as much gradient noise as the full model does",
         within="[0, 1]",
     )
     shared_cache: float = setting(
@@ -307,6 +313,9 @@ def _family_problems(recipe: Recipe) -> list[str]:
 
 def _sampler_problems(recipe: Recipe) -> list[str]:
     sampler, names = recipe.sampler, {*recipe.family, FULL_NAME}
+    if recipe.data.sequence_length % sampler.exit_every:
+        shown = f"sampler.exit_every={sampler.exit_every}"
+        return [f"{shown}: it must divide data.sequence_length={recipe.data.sequence_length}"]
     if sampler.probabilities is None:
         return []
     shown = f"sampler.probabilities={show(sampler.probabilities)}"

@@ -1,80 +1,104 @@
 """Functions of logits, a few rows at a time.
 
-A per-token loss over [N, V] logits written plainly walks over several [N, V] arrays and keeps most of
-them for the backward pass. Rows do not depend on each other, so the value *and* the gradient of a few
-rows can be made together, and only the gradient is kept. The same numbers for two thirds to a third
-of the memory and, on a CPU with nothing else to do, in less time.
+A loss over [N, V] logits written plainly walks over several [N, V] arrays and keeps most of them for the
+backward pass. Rows do not depend on each other, so the loss of a few rows and its gradients, with respect
+to what the logits are made of, can be made together and the logits let go: no [N, V] array ever exists.
+The idea is that of Liger Kernel (https://arxiv.org/abs/2410.10989, section 3.2) and of Cut
+Cross-Entropy (https://arxiv.org/abs/2411.09009), here for any loss that autograd can differentiate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_ELEMENTS = 2**22
-"""Logits of one piece on a CPU. A few such arrays are near the size of its last cache. Smaller pieces gain
-little and start more parallel loops, each of which waits for the slowest thread: slow on a busy machine."""
+CPU_ELEMENTS = 2**20
+"""Logits of one piece on a CPU: 4 MiB in fp32. Of larger arrays each is new memory, whose pages the system
+clears first; that was measured to cost more than a product over few rows (docs/LOG.md)."""
 
 GPU_ELEMENTS = 2**26
 """On a GPU pieces only bound memory, and should be large enough to keep it busy."""
 
+MIN_ROWS = 256
+"""With fewer rows the products, and the sums of their weights' gradients, would be slow."""
 
-def by_rows(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Apply a row-wise function to tensors that share their first dimension, piece by piece.
 
-    The gradient is computed together with the value, so there is no second derivative.
+def rows_of_a_piece(width: int, device: torch.device) -> int:
+    """How many rows of `width` logits make one piece.
+
+    >>> rows_of_a_piece(2048, torch.device("cpu")), rows_of_a_piece(128_000, torch.device("cpu"))
+    (512, 256)
+    """
+    return max(MIN_ROWS, (CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // width)
+
+
+def sum_by_pieces(
+    function: Callable[..., Tensor],
+    pieces: Sequence[Sequence[Tensor]],
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Sum a function over pieces, one after the other; what a piece needed is let go before the next.
+
+    The gradients are computed together with the values, so there is no second derivative.
 
     Args:
-        function: from the same rows of each tensor to one value per row; no row may see another.
-        tensors: the first [N, V], which sets the size of a piece; the others [N, ...].
+        function: from a piece's number and its tensors to terms [M]. It may read `parameters`, and
+            nothing else that requires a gradient.
+        pieces: the tensors of each piece, as many of each.
+        parameters: what the function reads besides its arguments, and is to have gradients too.
 
     Returns:
-        value_N, differentiable with respect to every tensor that requires a gradient.
+        The sum of all terms, differentiable with respect to pieces and parameters, and the terms [M],
+        summed over the pieces, which are not.
 
-    >>> by_rows(lambda x_NV: x_NV.sum(-1), torch.ones(3, 2))
-    tensor([2., 2., 2.])
+    >>> weight = torch.tensor([3.0], requires_grad=True)
+    >>> pieces = [[torch.tensor([1.0])], [torch.tensor([2.0])]]
+    >>> total, terms = sum_by_pieces(lambda number, x: torch.stack([weight @ x, -x.sum()]), pieces, [weight])
+    >>> total.backward()
+    >>> total.item(), terms.tolist(), weight.grad
+    (6.0, [9.0, -3.0], tensor([3.]))
     """
-    num_rows, width = tensors[0].shape
-    elements = CPU_ELEMENTS if tensors[0].device.type == "cpu" else GPU_ELEMENTS
-    rows = max(1, elements // width)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        value_N: Tensor = _ByRows.apply(function, rows, *tensors)  # type: ignore[no-untyped-call]
-        return value_N
-    if num_rows <= rows:
-        return function(*tensors)
-    pieces = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-    return torch.cat([function(*piece) for piece in pieces])
+    tensors = [tensor for piece in pieces for tensor in piece]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*parameters, *tensors)):
+        both: tuple[Tensor, Tensor] = _SumByPieces.apply(  # type: ignore[no-untyped-call]
+            function, len(pieces), len(parameters), *parameters, *tensors
+        )
+        return both
+    terms_M = torch.stack([function(number, *piece) for number, piece in enumerate(pieces)]).sum(0)
+    return terms_M.sum(), terms_M
 
 
-class _ByRows(torch.autograd.Function):
+class _SumByPieces(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
-        needed = ctx.needs_input_grad[2:]
-        grads = [torch.empty_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
-        values = []
-        for start in range(0, max(len(tensors[0]), 1), rows):  # no rows are one empty piece
-            piece = [x[start : start + rows].detach() for x in tensors]
-            for x, need in zip(piece, needed, strict=True):
-                x.requires_grad_(need)
-            wanted = [x for x in piece if x.requires_grad]
+    def forward(
+        ctx: Any, function: Callable[..., Tensor], num_pieces: int, num_parameters: int, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        parameters = tensors[:num_parameters]
+        grads = [torch.zeros_like(x) if x.requires_grad else None for x in parameters]
+        size, terms = (len(tensors) - num_parameters) // num_pieces, []
+        for number in range(num_pieces):
+            piece = [
+                x.detach().requires_grad_(x.requires_grad)
+                for x in tensors[num_parameters + number * size :][:size]
+            ]
             with torch.enable_grad():
-                value_N = function(*piece)
-                total = value_N.sum()  # a row's value is its own, so this has each row's own gradient
-            found = iter(torch.autograd.grad(total, wanted))
-            for grad in grads:
-                if grad is not None:
-                    grad[start : start + rows] = next(found)
-            values.append(value_N.detach())
+                terms_M = function(number, *piece)
+                wanted = [x for x in (*parameters, *piece) if x.requires_grad]
+                found = iter(torch.autograd.grad(terms_M.sum(), wanted))
+            for total in grads[:num_parameters]:
+                if total is not None:
+                    total += next(found)
+            grads += [next(found) if x.requires_grad else None for x in piece]
+            terms.append(terms_M.detach())
         ctx.save_for_backward(*grads)
-        return torch.cat(values)
+        terms_M = torch.stack(terms).sum(0)
+        ctx.mark_non_differentiable(terms_M)
+        return terms_M.sum(), terms_M
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [
-            None if grad is None else grad * grad_N.view(-1, *[1] * (grad.dim() - 1)).to(grad.dtype)
-            for grad in ctx.saved_tensors
-        ]
-        return None, None, *grads
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if one is None else one * grad for one in ctx.saved_tensors]
+        return None, None, None, *scaled

@@ -1,15 +1,16 @@
 """Which members train on which rows of a step: a pure function of (seed, step).
 
-    rows      one full pass; exits train on every row from its states, the other members divide
-              a share of the rows among themselves (about 1.15x the time of the full model alone)
+    rows      one full pass; exits train from its states at one position of a few, the other members
+              divide a share of the rows among themselves
     all       every member on every row, the sum of losses (MatFormer, 2310.07707, section 3.2)
     random    one member a step, drawn with given probabilities
     sandwich  the full model, the smallest member and some random ones (https://arxiv.org/abs/1903.05134)
 
-Rows are counted over the whole optimizer step, so that splitting it into micro-batches or over
-processes changes nothing. An exit is a member that is a prefix of the layers at full width.
+Rows and positions are counted over the whole optimizer step, so that splitting it into micro-batches or
+over processes changes nothing. An exit is a member that is a prefix of the layers at full width.
 """
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,13 +43,19 @@ class StepPlan:
 
     Args:
         full: whether the full model's own loss is trained.
-        exits: members that train on every row from the full pass's states.
+        exits: members that train from the full pass's states.
         turns: members that run a pass of their own.
+        exit_every: exits train at one position of so many in every row; it divides the row.
+        exit_offset: the first of these positions.
+        exit_weight: factor of an exit's summed loss.
     """
 
     full: bool
     exits: tuple[str, ...]
     turns: tuple[Turn, ...]
+    exit_every: int = 1
+    exit_offset: int = 0
+    exit_weight: float = 1.0
 
 
 def plan_step(
@@ -68,9 +75,12 @@ def plan_step(
     ... )
     >>> texts = {"S": "ffn=0.25", "D": "layers=0-1", "XL": "full"}
     >>> plans = {name: Granularity.parse(text).resolve(shape) for name, text in texts.items()}
-    >>> config = SamplerConfig(kind="rows", share=0.25, shared_cache=0.0)
-    >>> plan_step(plans, config, seed=0, step=0, num_rows=8)
-    StepPlan(full=True, exits=('D',), turns=(Turn(name='S', rows=range(0, 2), weight=2.0, shift=None),))
+    >>> config = SamplerConfig(kind="rows", share=0.25, shared_cache=0.0, exit_every=4)
+    >>> plan = plan_step(plans, config, seed=0, step=0, num_rows=8)
+    >>> plan.turns
+    (Turn(name='S', rows=range(0, 2), weight=2.0, shift=None),)
+    >>> plan.exits, plan.exit_every, plan.exit_weight
+    (('D',), 4, 2.0)
     """
     rng = random.Random(f"members {seed} {step}")
     full = next(name for name, plan in members.items() if plan.is_full)
@@ -91,16 +101,29 @@ def plan_step(
     narrow = [name for name in others if name not in exits]
     shares = dict.fromkeys(narrow, everyone)
     if config.kind == "rows":
-        shares = _divide(narrow, max(1, round(config.share * num_rows)), num_rows, step)
+        shares = _divide(narrow, config.share * num_rows, num_rows, step)
     turns = tuple(_turn(name, rows, num_rows, config, rng) for name, rows in shares.items())
-    return StepPlan(full=True, exits=exits, turns=turns)
+    every = config.exit_every if config.kind == "rows" else 1
+    return StepPlan(
+        full=True,
+        exits=exits,
+        turns=turns,
+        exit_every=every,
+        exit_offset=rng.randrange(every),
+        exit_weight=every**config.reweight,
+    )
 
 
-def _divide(names: list[str], quota: int, num_rows: int, step: int) -> dict[str, range]:
-    """Hand out `quota` rows in turn; with fewer rows than members, they take turns by step."""
+def _divide(names: list[str], rows_per_step: float, num_rows: int, step: int) -> dict[str, range]:
+    """Hand out rows in turn; with fewer rows than members, they take turns by step.
+
+    Fractions of a row add up over the steps, so that less than one a step is none in some.
+    """
     if not names:
         return {}
-    start = step * quota % len(names)
+    handed_out = math.floor(step * rows_per_step)
+    quota = math.floor((step + 1) * rows_per_step) - handed_out
+    start = handed_out % len(names)
     order = names[start:] + names[:start]
     counts = [quota // len(names) + (place < quota % len(names)) for place in range(len(names))]
     shares, first = {}, 0

@@ -494,10 +494,7 @@ def _confirm(
         for params, estimates in best.items()
         for estimate in (None, *estimates)
     }
-    cells = [
-        Cell(label=label, engine=bench.engine(*contender))
-        for label, contender in contenders.items()
-    ]
+    cells = [Cell(label=label, engine=bench.engine(*contender)) for label, contender in contenders.items()]
     rows_RT = next(iter(bench.text.rows.values()))[:num_prompts]
     prompts = rows_RT[:, : bench.text.num_prompt].tolist()
     total, done = len(cells) * (1 + num_rounds * len(prompts)), itertools.count(1)

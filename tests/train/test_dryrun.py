@@ -47,8 +47,10 @@ def test_a_member_on_a_share_of_the_rows_costs_that_share(card: MachineCard) -> 
 def test_a_prefix_of_the_layers_costs_a_head(card: MachineCard) -> None:
     one = recipe()
     head = 2 * one.model.hidden_size * one.data.vocab_size * ROWS * LENGTH
-    cost = step_flops(card, "family={D: layers=0-1}")
-    assert cost == 3 * (forward("full") + head)
+    everywhere = step_flops(card, "family={D: layers=0-1}", "sampler.exit_every=1")
+    assert everywhere == 3 * (forward("full") + head)
+    at_some = step_flops(card, "family={D: layers=0-1}", "sampler.exit_every=4")
+    assert at_some == 3 * forward("full") + 3 * head // 4
 
 
 def test_one_member_a_step_costs_its_passes_and_the_teacher(card: MachineCard) -> None:
@@ -57,7 +59,8 @@ def test_one_member_a_step_costs_its_passes_and_the_teacher(card: MachineCard) -
 
 
 def test_accumulation_takes_time_and_no_memory(card: MachineCard) -> None:
-    once, twice = recipe(), recipe("trainer.accumulate_grad_batches=2")
+    once = recipe("sampler.share=0.25")
+    twice = recipe("sampler.share=0.25", "trainer.accumulate_grad_batches=2")
     config = once.elastic_config()
     ours, theirs = estimate_run(once, config, card), estimate_run(twice, config, card)
     assert ours.tokens == 10 * ROWS * LENGTH

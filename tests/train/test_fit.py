@@ -18,7 +18,7 @@ from models.files import read_json
 from train.data.module import TextData
 from train.fit import fit
 from train.metrics import read_metrics
-from train.objective import Batch, joint_loss
+from train.objective import Batch, JointLoss, joint_loss
 from train.recipe import Recipe, load_recipe
 
 WORDS = [
@@ -66,6 +66,7 @@ def make_recipe(text: Path, *overrides: str) -> Recipe:
         "loss.ramp_steps": 3,
         "optim.lr": 0.01,
         "optim.warmup_steps": 2,
+        "sampler.share": 0.25,
         "trainer.max_steps": 8,
         "trainer.batch_size": 4,
         "trainer.val_check_interval": 4,
@@ -218,13 +219,13 @@ class Faults:
     def set(self, places: Iterable[int], factor: float = float("nan")) -> None:
         self.factors = dict.fromkeys(places, factor)
 
-    def joint_loss(self, model: Any, members: Any, batch: Batch, *rest: Any, **named: Any) -> Any:
+    def joint_loss(self, model: Any, members: Any, batch: Batch, *rest: Any, **named: Any) -> JointLoss:
         place, micro = self.places[key(batch)]
         if micro == 0:
             self.read.append((batch.step, place))
         factor = self.factors.get(place, 1.0) if micro == 0 else 1.0
-        losses = joint_loss(model, members, batch, *rest, **named)
-        return {name: loss * factor for name, loss in losses.items()}
+        total, terms = joint_loss(model, members, batch, *rest, **named)
+        return JointLoss(total * factor, {name: term * factor for name, term in terms.items()})
 
 
 def key(batch: Batch) -> bytes:

@@ -7,6 +7,7 @@ from torch import Tensor
 from models.cache import Recording
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
+from train import objective
 from train.losses import cross_entropy, member_loss
 from train.objective import Batch, joint_loss
 from train.recipe import LossConfig, SamplerConfig
@@ -68,8 +69,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     model.zero_grad()
     for batch in batches:
-        losses = joint_loss(model, MEMBERS, batch, plan, config, block=3)
-        torch.stack(list(losses.values())).sum().backward()
+        joint_loss(model, MEMBERS, batch, plan, config, block=3).total.backward()
     return {
         name: parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
         for name, parameter in model.named_parameters()
@@ -90,7 +90,7 @@ def test_micro_batches_of_any_number_give_the_gradient_of_the_whole_step(
 ) -> None:
     """Law 6: one divisor, the valid tokens of the step, though rows hold different numbers of them."""
     plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
-    config = SamplerConfig(kind=kind, share=0.5, shared_cache=0.5)
+    config = SamplerConfig(kind=kind, share=0.5, shared_cache=0.5, exit_every=4)
     batch = make_batch()
     for step in range(3):
         plan = plan_step(plans, config, seed=0, step=step, num_rows=8)
@@ -104,6 +104,43 @@ def test_an_exit_trains_like_a_pass_of_its_own(tiny_model: ElasticLM) -> None:
     from_states = gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), turns=()))
     own_pass = gradients(tiny_model, [batch], StepPlan(full=True, exits=(), turns=(Turn("D", range(8)),)))
     assert_same(from_states, own_pass)
+
+
+def test_an_exit_learns_at_its_positions_only(tiny_model: ElasticLM) -> None:
+    """One position of four, in every row: as if no other had a label."""
+    batch = make_batch()
+    some = StepPlan(full=False, exits=("D",), turns=(), exit_every=4, exit_offset=2, exit_weight=3.0)
+    labels_N = torch.full_like(batch.labels_BT.flatten(), -100)
+    labels_N[2::4] = batch.labels_BT.flatten()[2::4]
+    only = batch._replace(labels_BT=labels_N.view_as(batch.labels_BT))
+    ours = joint_loss(tiny_model, MEMBERS, batch, some, RAMPED, block=3).terms
+    everywhere = StepPlan(full=False, exits=("D",), turns=())
+    theirs = joint_loss(tiny_model, MEMBERS, only, everywhere, RAMPED, block=3).terms
+    assert set(ours) == {"D"}
+    torch.testing.assert_close(ours["D"], 3 * theirs["D"])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 1000])
+def test_the_size_of_a_piece_of_logits_changes_nothing(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    batch = make_batch()
+    turns = (Turn("S", range(1, 3)), Turn("L", range(3, 8), 2.0, shift=1))
+    plan = StepPlan(full=True, exits=("D",), turns=turns, exit_every=4, exit_offset=3)
+    whole = gradients(tiny_model, [batch], plan)
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: rows)
+    assert_same(gradients(tiny_model, [batch], plan), whole)
+
+
+def test_no_logits_of_all_positions_are_ever_held(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 10)
+    seen: list[int] = []
+    tiny_model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[0]))
+    batch = make_batch()
+    gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), turns=(Turn("S", range(2)),)))
+    assert max(seen) == 10
 
 
 def test_the_teacher_is_not_taught(tiny_model: ElasticLM) -> None:
@@ -121,7 +158,7 @@ def test_terms_are_weighted_sums_over_the_valid_tokens_of_the_step(tiny_model: E
     """A member on every row: its term is the plain mean of its per-token loss over valid tokens."""
     batch = make_batch()
     plan = StepPlan(full=True, exits=("D",), turns=(Turn("S", range(8)), Turn("L", range(3), 8 / 3)))
-    losses = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=3)
+    losses = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=3).terms
     labels_N, valid_N = batch.labels_BT.flatten(), batch.labels_BT.flatten() != -100
     target_NV = tiny_model(batch.tokens_BT).flatten(0, 1)
     assert torch.allclose(losses["XL"], cross_entropy(target_NV, labels_N)[valid_N].mean())
@@ -146,7 +183,7 @@ def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -
     # With blocks as long as the text nothing is read from the full pass, and both are one.
     plan = StepPlan(full=False, exits=(), turns=(Turn("S", range(8), shift=0),))
     tiny_model.zero_grad()
-    loss = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=99)["S"]
+    loss = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=99).terms["S"]
     plain = joint_loss(
         tiny_model,
         MEMBERS,
@@ -154,7 +191,7 @@ def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -
         StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),)),
         RAMPED,
         block=3,
-    )["S"]
+    ).terms["S"]
     torch.testing.assert_close(loss, plain)
 
 
@@ -177,5 +214,5 @@ def test_processes_share_the_gradient_of_a_step_and_all_run_the_same_members(
     parts = share(batch, processes)
 
     assert_same(gradients(tiny_model, parts, plan), gradients(tiny_model, [batch], plan))
-    names = [list(joint_loss(tiny_model, MEMBERS, part, plan, RAMPED, block=3)) for part in parts]
+    names = [list(joint_loss(tiny_model, MEMBERS, part, plan, RAMPED, block=3).terms) for part in parts]
     assert all(one == names[0] for one in names), "FSDP's processes would wait for each other for ever"

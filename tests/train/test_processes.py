@@ -15,14 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
 
 from models.checkpoint import load_model
 from models.errors import UsageError
 from models.files import read_json
 from train.fit import fit
 from train.metrics import read_metrics
-from train.objective import Batch, joint_loss
+from train.objective import Batch, JointLoss, joint_loss
 from train.processes import make_fabric
 from train.recipe import Recipe, TrainerConfig, load_recipe, save_recipe
 from train.state import newest_state
@@ -86,10 +85,11 @@ def break_steps(patch: pytest.MonkeyPatch) -> None:
     """Make the fifth to seventh batch of the last process one whose loss is not finite."""
     calls = itertools.count(1)
 
-    def faulty(model: Any, members: Any, batch: Batch, *rest: Any, **named: Any) -> dict[str, Tensor]:
+    def faulty(model: Any, members: Any, batch: Batch, *rest: Any, **named: Any) -> JointLoss:
         bad = next(calls) in (5, 6, 7) and batch.first_row == batch.stride - 1
-        losses = joint_loss(model, members, batch, *rest, **named)
-        return {name: loss * (math.nan if bad else 1.0) for name, loss in losses.items()}
+        total, terms = joint_loss(model, members, batch, *rest, **named)
+        factor = math.nan if bad else 1.0
+        return JointLoss(total * factor, {name: term * factor for name, term in terms.items()})
 
     patch.setattr("train.joint.joint_loss", faulty)
 

@@ -1,59 +1,97 @@
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from train import rows
-from train.rows import by_rows
+from train.rows import sum_by_pieces
+
+Losses = Callable[..., Tensor]
 
 
-def product(x_NV: Tensor, y_NV: Tensor, scale_N: Tensor) -> Tensor:
-    return (x_NV.softmax(-1) * y_NV.square()).sum(-1) * scale_N
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.randn(5, 3).requires_grad_()
 
 
-@pytest.fixture(params=[1, 3, 4, 64], ids=lambda rows: f"{rows} rows a piece")
-def tensors(request: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Ten rows of width 5, in pieces of some rows."""
-    monkeypatch.setattr(rows, "CPU_ELEMENTS", 5 * request.param)
-    made = [torch.randn(10, 5), torch.randn(10, 5), torch.arange(10)]
-    return [made[0].requires_grad_(), made[1].requires_grad_(), made[2]]
+@pytest.fixture
+def losses(weight: Tensor) -> Losses:
+    """Two terms of rows of states, labelled by their piece, through a weight that both read."""
+
+    def function(number: int, x_ND: Tensor, y_ND: Tensor) -> Tensor:
+        x_NV, y_NV = x_ND @ weight.T, y_ND @ weight.T
+        return torch.stack([x_NV.logsumexp(-1).sum() * (number + 1), y_NV.square().sum()])
+
+    return function
 
 
-def test_values_and_gradients_are_those_of_the_plain_function(tensors: list[Tensor]) -> None:
-    weights = torch.randn(10)
-    ours, theirs = by_rows(product, *tensors), product(*tensors)
-    torch.testing.assert_close(ours, theirs)
+@pytest.fixture
+def states() -> list[Tensor]:
+    return [torch.randn(10, 3).requires_grad_(), torch.randn(4, 3).requires_grad_()]
+
+
+def cut(states: list[Tensor]) -> list[list[Tensor]]:
+    """Three pieces, in one of which the second tensor has no rows."""
+    return [list(piece) for piece in zip(states[0].split([4, 4, 2]), states[1].split([3, 0, 1]), strict=True)]
+
+
+def plainly(losses: Losses, states: list[Tensor]) -> Tensor:
+    return torch.stack([losses(number, *piece) for number, piece in enumerate(cut(states))]).sum(0)
+
+
+def test_values_and_gradients_are_those_of_the_plain_sum(
+    losses: Losses, states: list[Tensor], weight: Tensor
+) -> None:
+    theirs = plainly(losses, states)
+    total, terms = sum_by_pieces(losses, cut(states), [weight])
+    torch.testing.assert_close(terms, theirs)
+    torch.testing.assert_close(total, theirs.sum())
     torch.testing.assert_close(
-        torch.autograd.grad(ours @ weights, tensors[:2]),
-        torch.autograd.grad(theirs @ weights, tensors[:2]),
+        torch.autograd.grad(3 * total, [*states, weight]),
+        torch.autograd.grad(3 * theirs.sum(), [*states, weight]),
     )
 
 
-def test_only_what_requires_a_gradient_gets_one(tensors: list[Tensor]) -> None:
-    x, y, scale = tensors
-    by_rows(product, x.detach(), y, scale).sum().backward()
-    assert x.grad is None
-    assert y.grad is not None
-    assert not by_rows(product, x.detach(), y.detach(), scale).requires_grad
+def test_the_terms_alone_teach_nothing(losses: Losses, states: list[Tensor], weight: Tensor) -> None:
+    _, terms = sum_by_pieces(losses, cut(states), [weight])
+    assert not terms.requires_grad
+
+
+def test_only_what_requires_a_gradient_gets_one(losses: Losses, states: list[Tensor], weight: Tensor) -> None:
+    weight.requires_grad_(False)
+    total, _ = sum_by_pieces(losses, cut([states[0].detach(), states[1]]), [weight])
+    total.backward()
+    assert (weight.grad, states[0].grad) == (None, None)
+    assert states[1].grad is not None
+    total, _ = sum_by_pieces(losses, cut([x.detach() for x in states]), [weight])
+    assert not total.requires_grad
+
+
+def test_without_a_gradient_the_values_are_the_same(
+    losses: Losses, states: list[Tensor], weight: Tensor
+) -> None:
     with torch.no_grad():
-        assert not by_rows(product, x, y, scale).requires_grad
+        total, terms = sum_by_pieces(losses, cut(states), [weight])
+    assert not total.requires_grad
+    torch.testing.assert_close(terms, plainly(losses, states).detach())
 
 
-def test_without_a_gradient_the_values_are_the_same(tensors: list[Tensor]) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(by_rows(product, *tensors), product(*tensors))
+def test_backward_can_run_twice(losses: Losses, states: list[Tensor], weight: Tensor) -> None:
+    total, _ = sum_by_pieces(losses, cut(states), [weight])
+    first = torch.autograd.grad(total, [*states, weight], retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(total, [*states, weight])))
 
 
-def test_backward_can_run_twice(tensors: list[Tensor]) -> None:
-    total = by_rows(product, *tensors).sum()
-    first = torch.autograd.grad(total, tensors[:2], retain_graph=True)
-    assert all(map(torch.equal, first, torch.autograd.grad(total, tensors[:2])))
+def test_no_more_than_one_piece_is_alive(states: list[Tensor], weight: Tensor) -> None:
+    """What a piece's graph holds is freed before the next one starts."""
+    alive: list[int] = []
 
+    def function(number: int, x_ND: Tensor) -> Tensor:
+        assert not alive
+        x_NV = x_ND @ weight.T
+        alive.append(number)
+        x_NV.register_hook(lambda _: alive.remove(number))
+        return x_NV.square().sum()[None]
 
-def test_no_rows_give_no_values() -> None:
-    x = torch.empty(0, 5, requires_grad=True)
-    value = by_rows(lambda x_NV: x_NV.sum(-1), x)
-    value.sum().backward()
-    assert (value.shape, x.grad is not None) == ((0,), True)
-    assert by_rows(lambda x_NV: x_NV.sum(-1), x.detach()).shape == (0,)
+    total, _ = sum_by_pieces(function, [[x] for x in states[0].split(2)], [weight])
+    assert (alive, total.requires_grad) == ([], True)

@@ -1,0 +1,122 @@
+"""`nestling bench --train`: what training a family costs here; see train/bench.py.
+
+Recipe keys are given as for `nestling train`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from models.errors import UsageError
+from train.commands.common import JsonOption, check_file, check_json
+from train.commands.train import check_sources
+from train.console import make_console
+
+if TYPE_CHECKING:
+    from train.bench import TrainingBench
+
+
+def bench_train(
+    context: typer.Context,
+    *,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A recipe; later ones override earlier ones."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times that everybody trains; figures are medians.")] = 3,
+    steps: Annotated[int, typer.Option(help="Timed optimizer steps of each in a round.")] = 8,
+    json: JsonOption = None,
+) -> None:
+    """Measure training: the family, the full model alone, and transformers.Trainer.
+
+    Recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE.
+    """
+    check_json(json)
+    for flag, value in (("--rounds", rounds), ("--steps", steps)):
+        if value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}")
+    for file in config or []:
+        check_file("--config", file)
+    from train.recipe import load_recipe
+
+    recipe = load_recipe(config or [], context.args)
+    recipe.elastic_config()  # sizes that do not fit are told before anything runs
+    check_sources(recipe)
+    from train.bench import bench_training, choose_contenders
+
+    console = make_console(stderr=True)
+    contenders, _ = choose_contenders(recipe, "fp32")
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("training", total=len(contenders) * (rounds + 1))
+        bench = bench_training(
+            recipe, rounds=rounds, steps=steps, console=console, progress=lambda: bar.advance(task)
+        )
+    _finish(bench, json)
+
+
+def _finish(bench: "TrainingBench", path: Path | None) -> None:
+    """A card, a table, notes, and one last line of JSON: the object that --json writes."""
+    import json
+
+    from models.card import make_card
+    from models.files import write_json
+
+    settings, card = bench.settings, make_card(dtypes={"training": bench.settings["dtype"]})
+    document: dict[str, Any] = {"results": bench.results, **settings, "notes": bench.notes, "card": card}
+    table = Table(caption=_LEGEND, caption_justify="left")
+    for number, name in enumerate(_HEADER):
+        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in bench.results:
+        table.add_row(*_texts(row))
+    console = make_console()
+    console.print(
+        f"{settings['parameters']:,} parameters, {settings['rows_per_step']} rows of "
+        f"{settings['sequence_length']} tokens a step, {settings['dtype']}, {settings['threads']} threads, "
+        f"{card['hardware']['gpu'] or card['hardware']['cpu']}; a matrix product reaches "
+        f"{settings['roof_gflops']:,.0f} GFLOP/s",
+        markup=False,
+        highlight=False,
+    )
+    console.print(table)
+    for note in bench.notes:
+        console.print(f"note: {note}", markup=False)
+    if path is not None:
+        write_json(path, document)
+    print(json.dumps(document, ensure_ascii=False))
+
+
+_HEADER = (
+    "engine",
+    "trains",
+    "tokens/s",
+    "s/step",
+    "x full",
+    "MFU",
+    "peak",
+    "x full",
+    "of it training",
+    "x full",
+)
+_LEGEND = (
+    "x full: against nestling full; MFU: of the rate of a matrix product; of it training: above what the "
+    "process held before"
+)
+
+
+def _texts(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["engine"],
+        row["mode"],
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['seconds_per_step']:.3g}",
+        f"{row['step_ratio']:.2f}",
+        f"{row['mfu']:.0%}",
+        f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+        f"{row['peak_ratio']:.2f}",
+        f"{row['training_bytes'] / 2**20:,.0f} MiB",
+        f"{row['training_ratio']:.2f}",
+    )
