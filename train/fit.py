@@ -157,7 +157,7 @@ def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
 
 
 def make_module(recipe: Recipe, data: TextData, state: TrainingState | None) -> JointModule:
-    """A model with seeded initial weights or a state's, and the data from that step on."""
+    """A new model or a state's, and the data from that step on."""
     model = make_model(recipe, data)
     if state is None:
         return JointModule(model, recipe.granularities, recipe)

@@ -28,8 +28,8 @@ HEADINGS = (
 """Written for this project; for a model of code such as the demo's."""
 
 
-def read_prompts(path: Path, num_prompts: int) -> list[str]:
-    """The first prompts of a file with one JSON object a line: its `prompt`, first of `turns`, or `text`.
+def read_prompts(path: Path, num_prompts: int | None = None) -> list[str]:
+    """Prompts of a file, or the first ones: of each line's object `prompt`, the first of `turns`, or `text`.
 
     Raises:
         NestlingError: naming the line that holds no prompt, or the file if it is empty.

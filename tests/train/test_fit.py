@@ -224,8 +224,8 @@ class Faults:
         if micro == 0:
             self.read.append((batch.step, place))
         factor = self.factors.get(place, 1.0) if micro == 0 else 1.0
-        total, terms = joint_loss(model, members, batch, *rest, **named)
-        return JointLoss(total * factor, {name: term * factor for name, term in terms.items()})
+        loss = joint_loss(model, members, batch, *rest, **named)
+        return JointLoss(loss.total * factor, {name: term * factor for name, term in loss.terms.items()})
 
 
 def key(batch: Batch) -> bytes:

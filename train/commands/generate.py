@@ -1,16 +1,21 @@
 """`nestling generate`: continue a text, with a member of the family as the draft; see models/decode/."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from models.errors import NestlingError, UsageError
 from train.commands.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    check_file,
     check_json,
     open_for_decoding,
     write_results,
@@ -18,15 +23,25 @@ from train.commands.common import (
 from train.console import make_console
 
 if TYPE_CHECKING:
+    from models.checkpoint import ModelFolder
     from models.decode.report import Report
-    from models.decode.text import TextStream
+    from models.decode.sampling import SamplingParams
+    from models.decode.text import GenerationResult, TextStream
     from train.commands.drafting import Drafting
 
 
 def generate(
     model: ModelArgument,
     *,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Continue many instead: one JSON object a line with a prompt, turns or a text.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Of --prompts: texts that share their passes.")] = 8,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +86,9 @@ def generate(
     """Continue a text; speculative decoding follows the full model's law whatever drafts."""
     check_json(json)
     _check_texts(prompt, stop or [])
+    _check_source(prompt, prompts, batch_size)
     number = _check_gamma(gamma)
+    from models.bench.prompts import read_prompts
     from models.decode.choose import COUPLED, check_verifier
     from models.decode.sampling import SamplingParams
     from models.decode.text import stream_text
@@ -91,29 +108,85 @@ def generate(
         raise NestlingError(f"{model} has no tokenizer.json; put the one it was trained with there")
     repeats = params.is_greedy or verifier == COUPLED  # the text does not depend on who drafts
     draft = draft or (AUTO if repeats else "none")
-    copies = draft == AUTO and number is None
-    adapts = number is None and draft != "none" and (AUTO in (gamma, draft) or repeats)
+    # In a batch rounds take as long as their companions': a clock tells nothing of a draft.
+    copies = draft == AUTO and number is None and prompts is None
+    adapts = number is None and draft != "none" and (AUTO in (gamma, draft) or repeats) and prompts is None
     drafting = choose_drafting(folder, draft, number, params, dtype=dtype, verifier=verifier)
-    pieces = stream_text(
-        folder.model,
-        folder.tokenizer,
-        prompt,
-        policy=make_policy(folder, drafting, params, adapts=adapts, copies=copies),
-        params=params,
-        max_new_tokens=max_new_tokens,
-        stop=stop or (),
-        seed=seed,
-        verifier=drafting.verifier,
-    )
-    _show(pieces, make_console())
-    result = pieces.result()
-    shown = AUTO if adapts else drafting.gamma
-    who = _who(drafting, shown, copies=copies)
-    make_console(stderr=True).print(_summary(result.report, who, dtype), style="dim", soft_wrap=True)
-    asked = {"prompt": prompt, **dataclasses.asdict(params), "verifier": drafting.verifier}
-    asked |= {"seed": seed, "draft": drafting.name, "gamma": shown, "dtype": dtype}
-    asked |= {"draft_dtype": drafting.precision or dtype, "draft_extra_bytes": drafting.extra_bytes}
-    write_results(json, {**result.as_dict(), **asked}, dtypes={"model": dtype})
+    options: _Options = {
+        "params": params,
+        "max_new_tokens": max_new_tokens,
+        "stop": stop or (),
+        "seed": seed,
+        "verifier": drafting.verifier,
+    }
+    gamma_shown = AUTO if adapts else drafting.gamma
+    asked: dict[str, Any] = {
+        **dataclasses.asdict(params),
+        "verifier": drafting.verifier,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    asked |= {"draft": drafting.name, "gamma": gamma_shown, "draft_dtype": drafting.precision or dtype}
+    asked |= {"draft_extra_bytes": drafting.extra_bytes}
+    who = f"{_who(drafting, gamma_shown, copies=copies)} · {dtype}"
+    errors = make_console(stderr=True)
+    if prompt is not None:
+        policy = make_policy(folder, drafting, params, adapts=adapts, copies=copies)
+        pieces = stream_text(folder.model, folder.tokenizer, prompt, policy=policy, **options)
+        _show(pieces, make_console())
+        result = pieces.result()
+        errors.print(_summary(result.report, who), style="dim", soft_wrap=True)
+        results: dict[str, Any] = {"prompt": prompt, **result.as_dict(), **asked}
+    else:
+        assert prompts is not None
+        texts = read_prompts(prompts)
+        started = perf_counter()
+        rows = _continue_many(folder, drafting, texts, batch_size, options, errors)
+        num_tokens = sum(row.report.num_tokens for row in rows)
+        rate = num_tokens / (perf_counter() - started)
+        count = f"{len(rows)} texts, {num_tokens} tokens · {rate:.1f} tokens/s"
+        errors.print(f"{count} · {who} · batches of {batch_size}", style="dim", soft_wrap=True)
+        each = [{"prompt": text, **row.as_dict()} for text, row in zip(texts, rows, strict=True)]
+        results = {"results": each, "batch_size": batch_size, "tokens_per_second": rate, **asked}
+    write_results(json, results, dtypes={"model": dtype})
+
+
+class _Options(TypedDict):
+    params: "SamplingParams"
+    max_new_tokens: int
+    stop: Sequence[str]
+    seed: int
+    verifier: str
+
+
+def _continue_many(
+    folder: "ModelFolder",
+    drafting: "Drafting",
+    prompts: Sequence[str],
+    batch_size: int,
+    options: _Options,
+    errors: Console,
+) -> "list[GenerationResult]":
+    """Continue each prompt, so many at a time, and show the texts of a batch when it is done."""
+    from models.decode.policy import Fixed
+    from models.decode.text import generate_batch
+
+    assert folder.tokenizer is not None
+    results: list[GenerationResult] = []
+    console = make_console()
+    for first in track(range(0, len(prompts), batch_size), console=errors, disable=not errors.is_terminal):
+        batch = prompts[first : first + batch_size]
+        done = generate_batch(
+            folder.model,
+            folder.tokenizer,
+            batch,
+            new_policy=lambda: Fixed(drafting.renewed(), drafting.gamma, drafting.name),
+            **options,
+        )
+        for prompt, result in zip(batch, done, strict=True):
+            console.file.write(f"{prompt}{result.text}\n\n")
+        results += done
+    return results
 
 
 def _check_gamma(text: str | None) -> int | None:
@@ -129,8 +202,17 @@ def _check_gamma(text: str | None) -> int | None:
     return number
 
 
-def _check_texts(prompt: str, stop: list[str]) -> None:
-    for flag, text in [("--prompt", prompt), *(("--stop", text) for text in stop)]:
+def _check_source(prompt: str | None, prompts: Path | None, batch_size: int) -> None:
+    if (prompt is None) == (prompts is None):
+        raise UsageError("--prompt TEXT or --prompts FILE: give one of them")
+    if prompts:
+        check_file("--prompts", prompts)
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+
+
+def _check_texts(prompt: str | None, stop: list[str]) -> None:
+    for flag, text in [("--prompt", prompt or ""), *(("--stop", text) for text in stop)]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -156,9 +238,9 @@ def _who(drafting: "Drafting", gamma: int | str, *, copies: bool) -> str:
     return f"draft {drafting.name}{note}{' or lookup' if copies else ''}{number}"
 
 
-def _summary(report: "Report", who: str, dtype: str) -> str:
+def _summary(report: "Report", who: str) -> str:
     parts = [f"{report.num_tokens} tokens", f"{report.tokens_per_second or 0:.1f} tokens/s"]
     parts += [f"{report.speedup:.2f}x plain"] if report.speedup and report.drafted else []
     parts += [] if report.tau is None else [f"tau {report.tau:.2f}"]
     parts += [] if report.alpha is None else [f"alpha {report.alpha:.3f}"]
-    return " · ".join([*parts, who, dtype, report.finish_reason])
+    return " · ".join([*parts, who, report.finish_reason])

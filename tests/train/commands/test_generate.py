@@ -219,3 +219,33 @@ def test_a_draft_of_another_vocabulary_is_refused(model: Path, tmp_path: Path, f
 def test_a_model_without_a_tokenizer_is_named(model: Path, tmp_path: Path, fails: Fails) -> None:
     mute = other_model(model, tmp_path / "mute", vocab_size=300)
     assert "tokenizer.json" in fails("generate", mute, "--prompt", "x", code=1)
+
+
+@pytest.mark.parametrize("draft", ["none", "D", "lookup"])
+def test_many_prompts_are_continued_as_each_is_alone(
+    generate: Any, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], draft: str
+) -> None:
+    prompts = [PROMPT, "import ", "class Node:\n"]
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "many.json"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    common = ["--draft", draft, "--gamma", "2", "--max-new-tokens", "12"]
+    words = ["generate", str(model), "--prompts", str(file), "--batch-size", "2", "--dtype", "fp32"]
+    assert main([*words, *common, "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    many = json.loads(out.read_text())
+    assert [row["prompt"] for row in many["results"]] == prompts
+    assert (many["batch_size"], many["draft"]) == (2, draft)
+    alone, _, _ = generate(*common)
+    assert many["results"][0]["ids"] == alone["ids"]
+    for row in many["results"]:
+        assert row["prompt"] + row["text"] in shown
+
+
+def test_one_prompt_or_a_file_of_them(model: Path, tmp_path: Path, fails: Fails) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    both = ["--prompt", "a", "--prompts", file]
+    assert "--prompt TEXT or --prompts FILE" in fails("generate", model, *both, code=2)
+    assert "--prompt TEXT or --prompts FILE" in fails("generate", model, code=2)
+    assert "--batch-size" in fails("generate", model, "--prompts", file, "--batch-size", "0", code=2)
+    assert "does not exist" in fails("generate", model, "--prompts", tmp_path / "none.jsonl", code=2)
