@@ -219,7 +219,7 @@ class Faults:
     def set(self, places: Iterable[int], factor: float = float("nan")) -> None:
         self.factors = dict.fromkeys(places, factor)
 
-    def joint_loss(self, model: Any, members: Any, batch: Batch, *rest: Any, **named: Any) -> Any:
+    def joint_loss(self, model: Any, members: Any, batch: Batch, *rest: Any, **named: Any) -> JointLoss:
         place, micro = self.places[key(batch)]
         if micro == 0:
             self.read.append((batch.step, place))
