@@ -18,7 +18,16 @@ import torch
 from models.machine import this_machine
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("nestling", "torch", "transformers", "tokenizers", "lightning", "datasets", "numpy")
+PACKAGES = (
+    "nestling",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "lightning",
+    "datasets",
+    "numpy",
+    "llama-cpp-python",
+)
 
 
 def make_card(*, dtypes: Mapping[str, str]) -> dict[str, Any]:

@@ -35,10 +35,8 @@ def count_parameters(config: ElasticConfig, granularity: Granularity = FULL) -> 
     Raises:
         UsageError: if the granularity does not fit (so do all functions here).
     """
-    embedding = config.vocab_size * config.hidden_size
-    ends = embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
     layers = granularity.resolve(config).layers
-    return ends + sum(_matrix_weights(config, layer) + _vector_weights(config, layer) for layer in layers)
+    return count_ends(config) + sum(_layer_weights(config, layer) for layer in layers)
 
 
 def count_flops(
@@ -104,6 +102,7 @@ def estimate_training_bytes(
     batch_tokens: int,
     activation_bytes: int = 4,
     members: Iterable[tuple[Granularity, float]] = (),
+    shards: int = 1,
 ) -> TrainingBytes:
     """Estimate the memory of a step with AdamW and fp32 weights; no checkpointing of activations.
 
@@ -116,8 +115,14 @@ def estimate_training_bytes(
         activation_bytes: per number, 2 under autocast to bf16, which also keeps a cast of the weights.
         members: members that train too, each with the share of the tokens on which it does. Prefixes
             of the layers cost a head only: the full pass's states are theirs.
+        shards: processes that share out weights, gradients and moments. Beside its part each holds the
+            gathered embedding, norm and head with their gradients for the whole step, one layer that
+            runs and the next one.
     """
     parameters = count_parameters(config)
+    layer = _layer_weights(config, FULL.resolve(config).layers[0])
+    gathered = 0 if shards == 1 else min(parameters, count_ends(config) + 2 * layer)
+    held = -(-parameters // shards)
     kept, scored = _kept_numbers(config, FULL), 1.0
     for granularity, share in members:
         scored += share
@@ -126,12 +131,87 @@ def estimate_training_bytes(
     # Logits as the head gives them, then in fp32 their log-softmax and its gradient.
     logits = scored * batch_tokens * config.vocab_size * (activation_bytes + 8)
     return TrainingBytes(
-        weights=parameters * (4 if activation_bytes == 4 else 4 + activation_bytes),
-        gradients=parameters * 4,
-        optimizer=parameters * 8,
+        weights=4 * (held + gathered) + (0 if activation_bytes == 4 else parameters * activation_bytes),
+        gradients=4 * (held + gathered),
+        optimizer=8 * held,
         activations=kept * batch_tokens * activation_bytes,
         logits=round(logits),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTraffic:
+    """Bytes of the tensors that the processes of a training step put together.
+
+    Args:
+        reduced: gradients added up and handed to every process.
+        gathered: weights whose parts every process gets.
+        scattered: gradients added up, of which each process gets its part.
+    """
+
+    reduced: int = 0
+    gathered: int = 0
+    scattered: int = 0
+
+    def sent(self, processes: int) -> int:
+        """Bytes that each process sends, and receives, in rings (https://arxiv.org/abs/1802.05799)."""
+        return (2 * self.reduced + self.gathered + self.scattered) * (processes - 1) // processes
+
+
+def count_step_traffic(
+    config: ElasticConfig,
+    *,
+    shared_out: bool,
+    passes: Iterable[Granularity] = (FULL,),
+    micro_batches: int = 1,
+) -> StepTraffic:
+    """Traffic of an optimizer step with fp32 weights and gradients.
+
+    Whole models (DDP) add up their gradients once a step. Shared out (FSDP2), a layer is gathered for
+    each pass that runs it, forward and backward, and what is left of it let go between; embedding,
+    norm and head are gathered once; gradients are added up after each micro-batch.
+
+    Args:
+        config: the full model's shape.
+        shared_out: whether the processes share the weights out.
+        passes: members that run a trained pass in a micro-batch, the full model among them.
+        micro_batches: of a step.
+
+    >>> from models.config import ElasticConfig
+    >>> config = ElasticConfig(
+    ...     vocab_size=1000,
+    ...     hidden_size=64,
+    ...     intermediate_size=256,
+    ...     num_hidden_layers=4,
+    ...     num_attention_heads=4,
+    ...     num_key_value_heads=2,
+    ... )
+    >>> count_step_traffic(config, shared_out=False).sent(8) // 1000, 4 * count_parameters(config) // 1000
+    (2172, 1241)
+    >>> count_step_traffic(config, shared_out=True).sent(8) // 1000
+    3034
+    """
+    parameters, ends = count_parameters(config), count_ends(config)
+    if not shared_out:
+        return StepTraffic(reduced=4 * parameters)
+    full = FULL.resolve(config).layers
+    gathered = 0
+    for granularity in passes:
+        for layer in granularity.resolve(config).layers:
+            gathered += 2 * _layer_weights(config, full[layer.index])
+    return StepTraffic(
+        gathered=4 * micro_batches * (ends + gathered), scattered=4 * micro_batches * parameters
+    )
+
+
+def count_ends(config: ElasticConfig) -> int:
+    """Numbers of the embedding, the final norm and the vocabulary head."""
+    embedding = config.vocab_size * config.hidden_size
+    return embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+
+
+def _layer_weights(config: ElasticConfig, layer: LayerPlan) -> int:
+    return _matrix_weights(config, layer) + _vector_weights(config, layer)
 
 
 def _matrix_weights(config: ElasticConfig, layer: LayerPlan) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "compile_config",
     "config_from_hugging_face",
     "config_to_hugging_face",
     "from_hugging_face",
@@ -75,3 +76,12 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
     if wrong:
         raise NestlingError(f"{path} does not open cleanly in transformers: {wrong}")
     return cast("PreTrainedModel", stock.eval())
+
+
+def compile_config() -> Any:
+    """What makes `generate` compile its decoding steps, on the CPU too, where it does not by itself."""
+    from transformers import CompileConfig
+
+    config: Any = CompileConfig(mode="default")
+    config._compile_all_devices = True  # as the library's own tests do: it has no public spelling
+    return config

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,3 +66,18 @@ def processor_name(info: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, 
 def memory_bytes() -> int:
     """Main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory_bytes(info: Path = Path("/proc/meminfo")) -> int:
+    """Main memory that a process could still take; all of it where the system does not tell."""
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else memory_bytes()
+
+
+def peak_memory_bytes() -> int:
+    """The most main memory that this process ever held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        peak if sys.platform == "darwin" else peak * 1024
+    )  # https://man7.org/linux/man-pages/man2/getrusage.2.html

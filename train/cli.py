@@ -19,6 +19,7 @@ from train.commands.extract import extract
 from train.commands.generate import generate
 from train.commands.machine import machine
 from train.commands.report import report
+from train.commands.search import search
 from train.commands.train import PASS_ON, TrainCommand, train
 from train.commands.verify import verify
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
-for command in (extract, generate, evaluate, bench, verify, report, machine):
+for command in (extract, search, generate, evaluate, bench, verify, report, machine):
     app.command()(command)
 app.command(context_settings=PASS_ON)(demo)
 

@@ -19,9 +19,10 @@ from models.count import (
     count_flops,
     count_kv_bytes,
     count_parameters,
+    count_step_traffic,
     estimate_training_bytes,
 )
-from models.granularity import Granularity
+from models.granularity import FULL, Granularity
 from models.machine import (
     MachineCard,
     default_cache_dir,
@@ -50,6 +51,9 @@ class Estimate:
     """Mean over the sampler's plans, all devices together."""
     memory: TrainingBytes
     """On one device."""
+    devices: int
+    sent: int
+    """Bytes that each device sends in a step."""
     seconds: float
     dtype: str
     gflops: float
@@ -75,7 +79,7 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
 def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Estimate:
     """Tokens, memory and time of a run."""
     devices, trainer = num_devices(recipe), recipe.trainer
-    num_rows = trainer.batch_size * trainer.accumulate_grad_batches * devices
+    num_rows = trainer.batch_size * trainer.accumulate_grad_batches
     tokens_per_step = num_rows * recipe.data.sequence_length
     dtype = resolve_dtype(recipe.dtype, card, purpose="training")
     gflops = card.device.dtypes[dtype].product_gflops
@@ -83,15 +87,24 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
     flops = statistics.fmean(_plan_flops(plan, recipe, config, num_rows) for plan in plans)
     memory = estimate_training_bytes(
         config,
-        batch_tokens=trainer.batch_size * recipe.data.sequence_length,
+        batch_tokens=-(-trainer.batch_size // devices) * recipe.data.sequence_length,
         activation_bytes=2 if dtype == "bf16" else 4,
         members=_largest_shares(plans, recipe, num_rows),
+        shards=devices if trainer.strategy == "fsdp" else 1,
+    )
+    traffic = count_step_traffic(
+        config,
+        shared_out=trainer.strategy == "fsdp",
+        passes=[FULL, *(recipe.granularities[turn.name] for turn in plans[0].turns)],
+        micro_batches=trainer.accumulate_grad_batches,
     )
     return Estimate(
         tokens_per_step=tokens_per_step,
         tokens=tokens_per_step * trainer.max_steps,
         flops_per_step=flops,
         memory=memory,
+        devices=devices,
+        sent=traffic.sent(devices),
         seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION[dtype] * devices),
         dtype=dtype,
         gflops=gflops,
@@ -181,6 +194,9 @@ def estimate_table(estimate: Estimate, recipe: Recipe) -> Table:
         f"about {_gib(memory.total)}: {_gib(state)} weights, gradients and optimizer, "
         f"{_gib(memory.activations)} activations, {_gib(memory.logits)} logits",
     )
+    if estimate.devices > 1:
+        text = f"each of {estimate.devices} devices holds this and sends {_gib(estimate.sent)} a step"
+        table.add_row("devices", text)
     share = UTILISATION[estimate.dtype]
     table.add_row(
         "time",

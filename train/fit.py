@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric import Fabric
 from rich.console import Console
 
 from models.card import make_card
@@ -30,7 +31,9 @@ from train.callbacks.signals import Signals
 from train.data.module import TextData
 from train.joint import JointModule
 from train.metrics import MetricsLog
+from train.processes import check_agreed, make_fabric, make_strategy, side_by_side
 from train.recipe import Recipe, load_recipe, save_recipe
+from train.shards import whole_model
 from train.state import TrainingState, load_state, newest_state, sweep
 from train.tracking import make_loggers
 
@@ -54,20 +57,40 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
     Raises:
         UsageError: if the recipe, the run folder or the state do not fit together.
         NestlingError: if data or disk fail.
-        SystemExit: 130 or 143 after a signal; the state is saved.
+        SystemExit: 130 or 143 after a signal; the state is saved. 0 in every process but the first, when the
+            training is over: the first alone writes the model and goes on.
     """
-    state = find_state(recipe, out, resume, console)
+    _quieten()
+    fabric = make_fabric(recipe.trainer)
+    console = console if fabric.is_global_zero else Console(quiet=True)
+    state = find_state(recipe, out, resume, console) if fabric.is_global_zero else None
     torch.manual_seed(recipe.seed)
-    data = TextData(recipe, first_step=state.step if state else 0)
+    data = TextData(recipe)
     data.prepare(console)
     model = make_model(recipe, data)
-    if state is not None:
-        state.restore_weights(model)
-    open_run(recipe, out, anew=resume == "never")
-    module = JointModule(model, recipe.granularities, recipe, first_step=state.step if state else 0)
-    if module.first_step < recipe.trainer.max_steps:
-        train(module, data, out, state, console)
+    exit_code = None
+    with side_by_side(fabric):
+        check_agreed(fabric, "dtype=auto", training_precision(recipe.dtype))
+        state = fabric.broadcast(state)
+        if state is not None:
+            data.first_step = state.step
+            state.restore_weights(model)
+        if fabric.is_global_zero:
+            open_run(recipe, out, anew=resume == "never")
+        module = JointModule(model, recipe.granularities, recipe, first_step=data.first_step)
+        if module.first_step < recipe.trainer.max_steps:
+            exit_code = train(module, data, out, state, fabric, console)
+    if exit_code is not None:
+        console.print(f"stopped after step {module.step}; the same command goes on from there")
+        raise SystemExit(exit_code)
     return finish(module, data, out, console)
+
+
+def _quieten() -> None:
+    # Lightning 2.6 uses what torch 2.13 deprecates; nothing that a user could mend
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> TrainingState | None:
@@ -117,24 +140,32 @@ def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
 
 
 def train(
-    module: JointModule, data: TextData, out: Path, state: TrainingState | None, console: Console
-) -> None:
-    """Run Lightning's Trainer for the steps that remain."""
+    module: JointModule,
+    data: TextData,
+    out: Path,
+    state: TrainingState | None,
+    fabric: Fabric,
+    console: Console,
+) -> int | None:
+    """Run Lightning's Trainer for the steps that remain; the model is whole in the first process after.
+
+    Returns:
+        The exit code if a signal stopped the run before its end.
+    """
     recipe, settings = module.recipe, module.recipe.trainer
-    log = MetricsLog(out / "metrics.jsonl", make_loggers(recipe.tracking, out), first_step=module.first_step)
+    log = MetricsLog(None)
+    if fabric.is_global_zero:
+        loggers = make_loggers(recipe.tracking, out)
+        log = MetricsLog(out / "metrics.jsonl", loggers, first_step=module.first_step)
     signals = Signals()
     callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
-    # Lightning 2.6 uses what torch 2.13 deprecates; nothing that a user could mend
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     trainer = pl.Trainer(
         max_steps=settings.max_steps - module.first_step,
         max_epochs=-1,
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        strategy=make_strategy(recipe, fabric.world_size),
         precision="bf16-mixed" if training_precision(recipe.dtype) == "bf16" else "32-true",
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
@@ -148,9 +179,8 @@ def train(
     )
     trainer.fit(module, datamodule=data)
     log.close()
-    if signals.exit_code is not None and module.step < settings.max_steps:
-        console.print(f"stopped after step {module.step}; the same command goes on from there")
-        raise SystemExit(signals.exit_code)
+    module.model = whole_model(module.model, wanted=fabric.is_global_zero) or module.model
+    return signals.exit_code if module.step < settings.max_steps else None
 
 
 def training_precision(dtype: str) -> str:

@@ -20,6 +20,7 @@ from train.objective import Batch, joint_loss
 from train.optim import learning_rate_factor, make_optimizer
 from train.recipe import Recipe
 from train.sampler import plan_step
+from train.shards import share_out, whole
 
 
 class JointModule(pl.LightningModule):
@@ -54,6 +55,11 @@ class JointModule(pl.LightningModule):
     def step(self) -> int:
         """Optimizer steps done since the run began, resumed ones included."""
         return self.first_step + self.global_step
+
+    def configure_model(self) -> None:
+        """Share the weights out, if the strategy has a mesh of processes for it."""
+        if self.device_mesh is not None:
+            share_out(self, self.model, self.device_mesh["data_parallel"], step="training_step")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum of every member's loss; Lightning averages over micro-batches and processes."""
@@ -96,4 +102,6 @@ class JointModule(pl.LightningModule):
     ) -> None:
         """Clip by the global norm and keep it for the log, which Lightning would not."""
         limit = gradient_clip_val or float("inf")
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        self.gradient_norm = whole(torch.nn.utils.get_total_norm(gradients)).detach()
+        torch.nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.gradient_norm)

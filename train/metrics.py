@@ -24,19 +24,23 @@ class MetricsLog:
     """Appends lines, and passes numbers on to loggers, whose failures are no one's loss.
 
     Args:
-        path: of the file.
+        path: of the file; None in a process that writes nothing.
         mirrors: Lightning loggers (wandb, TensorBoard, ...).
         first_step: lines beyond this step belong to a history that a resumed run replaces.
     """
 
-    def __init__(self, path: Path, mirrors: "Sequence[Logger]" = (), *, first_step: int = 0) -> None:
+    def __init__(self, path: Path | None, mirrors: "Sequence[Logger]" = (), *, first_step: int = 0) -> None:
         self.path = path
         self.mirrors = list(mirrors)
+        if path is None:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= first_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line; numbers go to the mirrors under the line's step as well."""
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}

@@ -12,6 +12,7 @@ its turn (train/sampler.py).
 N tokens, B rows, T positions, D model, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Batch(NamedTuple):
         first_row: place of the first row among the rows of the step.
         num_rows: rows of the whole step, over all micro-batches and processes.
         num_valid: valid labels of the whole step: the one divisor.
+        stride: places from one row to the next: the number of processes that share the micro-batch.
     """
 
     tokens_BT: Tensor
@@ -44,6 +46,7 @@ class Batch(NamedTuple):
     first_row: int
     num_rows: int
     num_valid: int
+    stride: int = 1
 
 
 def joint_loss(
@@ -67,8 +70,7 @@ def joint_loss(
     """
     full = next(name for name, granularity in members.items() if granularity == FULL)
     exits = {name: len(members[name].layers or ()) for name in plan.exits}
-    turns = [(turn, _rows_here(turn, batch)) for turn in plan.turns]
-    turns = [(turn, rows) for turn, rows in turns if rows.start < rows.stop]
+    turns = [_part_here(turn, batch) for turn in plan.turns if _is_here(turn, batch)]
     losses: dict[str, Tensor] = {}
 
     recording = Recording() if any(turn.shift is not None for turn, _ in turns) else None
@@ -95,11 +97,27 @@ def joint_loss(
     return losses
 
 
-def _rows_here(turn: Turn, batch: Batch) -> slice:
-    """The turn's rows of the step as rows of this micro-batch."""
-    first = max(turn.rows.start - batch.first_row, 0)
-    last = min(turn.rows.stop - batch.first_row, batch.tokens_BT.shape[0])
-    return slice(first, max(first, last))
+def _is_here(turn: Turn, batch: Batch) -> bool:
+    """Whether the micro-batch has rows of the turn, in this process or another."""
+    start = batch.first_row - batch.first_row % batch.stride
+    stop = start + batch.tokens_BT.shape[0] * batch.stride
+    return turn.rows.start < stop and start < turn.rows.stop
+
+
+def _part_here(turn: Turn, batch: Batch) -> tuple[Turn, slice]:
+    """The turn and its rows of the step as rows of this process.
+
+    A process that has none of them runs one row with weight 0: processes that share out a model's
+    weights must all run the same layers, and they wait for the slowest one anyway.
+    """
+    num_here = batch.tokens_BT.shape[0]
+    first, last = (
+        min(max(-((batch.first_row - place) // batch.stride), 0), num_here)
+        for place in (turn.rows.start, turn.rows.stop)
+    )
+    if first == last:
+        return dataclasses.replace(turn, weight=0.0), slice(0, 1)
+    return turn, slice(first, last)
 
 
 def _memory(

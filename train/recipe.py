@@ -141,15 +141,24 @@ class TrainerConfig(Section):
     """How long and on what to train, in Lightning's names."""
 
     max_steps: int = setting(2000, "optimizer steps", within="[1, inf)")
-    batch_size: int = setting(16, "rows of one device's micro-batch", within="[1, inf)")
+    batch_size: int = setting(
+        16,
+        "rows of a micro-batch, over all devices, which share them evenly: a recipe trains on the same rows "
+        "in the same steps on any number of devices",
+        within="[1, inf)",
+    )
     accumulate_grad_batches: int = setting(1, "micro-batches of a step", within="[1, inf)")
     gradient_clip_val: float | None = setting(
         1.0, "largest norm of the gradient; null: no limit", within="(0, inf)"
     )
     accelerator: str = setting("auto", "auto, cpu, gpu, ...")
-    devices: int | str = setting("auto", "auto, a number, or a list as in 0,1")
+    devices: int | str = setting("auto", "of each machine: auto, a number, or a list as in 0,1")
     num_nodes: int = setting(1, "machines", within="[1, inf)")
-    strategy: str = setting("auto", "auto, ddp, fsdp, ...")
+    strategy: Literal["auto", "ddp", "fsdp"] = setting(
+        "auto",
+        "ddp: every device holds the whole model; fsdp: they share out weights, gradients and moments "
+        "(FSDP2); auto: ddp if there are several devices",
+    )
     val_check_interval: int = setting(250, "steps between validations", within="[1, inf)")
     limit_val_batches: int = setting(16, "batches of a validation", within="[1, inf)")
     log_every_n_steps: int = setting(10, "steps between log lines", within="[1, inf)")

@@ -25,6 +25,7 @@ from models.elastic import ElasticLM
 from models.errors import NestlingError, UsageError
 from models.files import read_json, write_folder, write_json
 from models.weights import WEIGHTS, write_weights
+from train.shards import part_like, whole, whole_model
 
 MANIFEST = "manifest.json"
 
@@ -57,24 +58,38 @@ class TrainingState:
             prefix = f"{name}/"
             optimizer.state[parameter] = {
                 # AdamW keeps its step counter on the CPU unless it is fused there
-                key.removeprefix(prefix): value if value.dim() == 0 else value.to(parameter.device)
+                key.removeprefix(prefix): value if value.dim() == 0 else part_like(value, parameter)
                 for key, value in saved.items()
                 if key.startswith(prefix)
             }
 
 
 def save_state(
-    steps: Path, model: ElasticLM, optimizer: Optimizer, *, step: int, tokens: int, keep: int
+    steps: Path,
+    model: ElasticLM,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    tokens: int,
+    keep: int,
+    writes: bool = True,
 ) -> Path:
     """Write `steps/<step>/` and drop all but the newest `keep` states.
+
+    A state is whole, however many processes share the weights out: all of them call this, and only the
+    one that `writes` has every tensor gathered.
 
     Raises:
         NestlingError: if the disk refuses; the older states stay.
     """
     path = steps / f"{step:08d}"
+    weights = whole_model(model, wanted=writes)
+    moments = dict(_moments(model, optimizer, wanted=writes))
+    if weights is None:
+        return path
     with write_folder(path, marker=MANIFEST) as folder:
-        write_weights(folder, model)
-        save_file(dict(_moments(model, optimizer)), folder / "optimizer.safetensors")
+        write_weights(folder, weights)
+        save_file(moments, folder / "optimizer.safetensors")
         write_json(folder / "state.json", {"step": step, "tokens": tokens})
         write_json(folder / MANIFEST, {file.name: _seal(file) for file in sorted(folder.iterdir())})
     for old in _state_folders(steps)[keep:]:
@@ -124,10 +139,12 @@ def _state_folders(steps: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
 
-def _moments(model: ElasticLM, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def _moments(model: ElasticLM, optimizer: Optimizer, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{name}/{key}", value.contiguous()
+            tensor = whole(value)
+            if wanted:
+                yield f"{name}/{key}", tensor.cpu().contiguous()
 
 
 def _seal(file: Path) -> str:

@@ -55,6 +55,7 @@ class OurEngine:
     new_draft: Callable[[], Draft] | None = None
     """Called for each prompt: a draft with a cache of its own must not know the prompt from before."""
     gamma: int = 0
+    verifier: str = "block"
 
     def decode(self, prompt_ids: Sequence[int], *, max_new_tokens: int, seed: int) -> Sample:
         """See `Engine`."""
@@ -69,6 +70,7 @@ class OurEngine:
             max_new_tokens=max_new_tokens,
             eos_token_ids=(),
             random=SeededRandom(seed),
+            verifier=self.verifier,
         )
         ids = [next(tokens).id]
         first_seconds = perf_counter() - start

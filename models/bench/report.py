@@ -9,6 +9,8 @@ A row has its cell's label and:
     tau                                 tokens per target pass, the first pass left out
     alpha                               expected acceptance of a drafted token (ours only)
     num_identical                       greedy: prompts whose ids are those of ours plain
+    best                                whether it is the fastest of its engine and mode (same dtype,
+                                        temperature), whatever cache, draft or schedule
     mbu                                 plain: bytes read per second, as a share of the bandwidth
 """
 
@@ -26,6 +28,10 @@ from models.probe import DTYPES
 
 Row = dict[str, Any]
 
+KIND = ("dtype", "temperature")
+"""Rows that differ in these are not compared."""
+OURS = ("nestling", "speculative")
+
 
 def make_rows(runs: Runs) -> list[Row]:
     """One row for each cell; `mbu` is for `add_utilisation` to fill in."""
@@ -34,9 +40,12 @@ def make_rows(runs: Runs) -> list[Row]:
         for label, rounds in runs.samples.items()
         if (label.engine, label.mode) == ("nestling", "plain")
     }
-    return [
+    rows = [
         _row(label, rounds, plain[label.dtype, label.temperature]) for label, rounds in runs.samples.items()
     ]
+    for row in rows:
+        row["best"] = row is _fastest(rows, **{name: row[name] for name in (*KIND, "engine", "mode")})
+    return rows
 
 
 def add_utilisation(
@@ -52,7 +61,7 @@ def add_utilisation(
             caches can exceed it.
     """
     for row in rows:
-        if row["mode"] == "plain":
+        if row["mode"] == "plain" and row["dtype"] in DTYPES:  # int8 packs some weights and not others
             rate = row["decode_tokens_per_second"] * bytes_per_token(
                 config, num_positions=num_positions, dtype_bytes=DTYPES[row["dtype"]].itemsize
             )
@@ -75,6 +84,7 @@ def make_notes(rows: Sequence[Row], runs: Runs, *, num_prompts: int) -> list[str
         for row in rows
         if row["dtype"] == "fp32" and row["num_identical"] not in (None, num_prompts)
     ]
+    notes += [_comparison(row, rows) for row in rows if (row["engine"], row["mode"]) == OURS and row["best"]]
     if any(runs.busy):
         notes.append(
             f"other programs kept the machine busy in {sum(runs.busy)} of {len(runs.busy)} rounds: "
@@ -92,12 +102,13 @@ def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str
     """Where the figures come from, in words: rows of name and value.
 
     Args:
-        results: what was run, and how; its `results` are not read.
+        results: what was run, and how.
         card: of `models.card.make_card`.
     """
     hardware, versions = card["hardware"], card["versions"]
     gpu = f", {hardware['gpu']}" if hardware["gpu"] else ""
-    threads = ", ".join(f"{dtype} {number}" for dtype, number in results["threads"].items())
+    counts = {(row["dtype"], row["engine"]): row["threads"] for row in results["results"]}
+    threads = ", ".join(f"{dtype} {engine} {count}" for (dtype, engine), count in counts.items())
     mean_prompt = results["num_prompt_tokens"] / results["num_prompts"]
     work = (
         f"{results['num_prompts']} prompts of {mean_prompt:.0f} tokens on average from {results['prompts']}, "
@@ -105,17 +116,22 @@ def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str
         f"others were busy in {results['busy_rounds']}"
     )
     return [
+        ("model", results["model"]),
         ("command", card["command"]),
         ("commit", card["commit"] or "unknown"),
         ("hardware", f"{hardware['cpu']}, {hardware['cores']} cores{gpu}; {hardware['system']}"),
         ("threads", threads),
+        ("memory", f"{results['peak_memory_bytes'] / 2**30:.1f} GiB at most"),
         ("versions", ", ".join(f"{name} {versions[name]}" for name in VERSIONS if name in versions)),
         ("date", card["date"]),
         ("work", work),
     ]
 
 
-VERSIONS = ("nestling", "torch", "transformers", "python")
+VERSIONS = ("nestling", "torch", "transformers", "llama-cpp-python", "python")
+
+BEST = "*"
+"""Follows the speed of the best row of its engine and mode."""
 
 HEADER = (
     "engine",
@@ -127,12 +143,13 @@ HEADER = (
     "tokens/s",
     "range",
     "x plain",
-    "decode only",
+    "decode",
     "x plain",
     "first token",
     "tau",
     "alpha",
-    "same ids",
+    "read",
+    "same",
 )
 
 
@@ -148,8 +165,30 @@ def _row(label: Label, rounds: Sequence[Sequence[Sample]], plain: Sequence[Seque
         "tau": _ratio(_num_decoded(samples), sum(sample.passes for sample in samples)),
         "alpha": _ratio(sum(sample.overlap for sample in samples), sum(sample.reached for sample in samples)),
         "num_identical": _num_identical(rounds, plain) if label.temperature == 0 else None,
+        "best": False,
         "mbu": None,
     }
+
+
+def _fastest(rows: Sequence[Row], **fields: Any) -> Row | None:
+    """The fastest of the rows with these fields."""
+    found = [row for row in rows if all(row[name] == value for name, value in fields.items())]
+    return max(found, key=lambda row: row["tokens_per_second"], default=None)
+
+
+def _comparison(row: Row, rows: Sequence[Row]) -> str:
+    """Our best drafted decoding against the best that each engine offers."""
+    kind = {name: row[name] for name in KIND}
+    others = [
+        (engine, mode)
+        for engine, mode in dict.fromkeys((other["engine"], other["mode"]) for other in rows)
+        if (engine, mode) != OURS
+    ]
+    best = [found for engine, mode in others if (found := _fastest(rows, **kind, engine=engine, mode=mode))]
+    ratios = [
+        f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}x {_name(other)}" for other in best
+    ]
+    return f"{row['dtype']}, T={row['temperature']:g}: {_name(row)} is {', '.join(ratios)}"
 
 
 def _figures(prefix: str, by_round: Sequence[float | None], plain: Sequence[float | None]) -> Row:
@@ -190,6 +229,7 @@ def _ratio(amount: float, count: int) -> float | None:
 
 def _name(row: Mapping[str, Any]) -> str:
     words = [row["engine"], row["mode"], row["cache"], row["draft"] and f"by {row['draft']}", row["schedule"]]
+    words.append(row["gamma"] and f"({row['gamma']})")
     return " ".join(word for word in words if word)
 
 
@@ -202,7 +242,7 @@ def _texts(row: Row, num_prompts: int) -> tuple[str, ...]:
         str(row["gamma"] or row["schedule"] or "-"),
         f"{row['temperature']:g}",
         row["dtype"],
-        f"{row['tokens_per_second']:.1f}",
+        f"{row['tokens_per_second']:.1f}{BEST if row['best'] else ''}",
         f"{least:.1f}-{most:.1f}",
         f"{row['speedup']:.2f}",
         _text(row["decode_tokens_per_second"], "{:.1f}"),
@@ -210,6 +250,7 @@ def _texts(row: Row, num_prompts: int) -> tuple[str, ...]:
         f"{row['seconds_to_first_token'] * 1e3:.1f} ms",
         _text(row["tau"], "{:.2f}"),
         _text(row["alpha"], "{:.3f}"),
+        _text(row["mbu"], "{:.0%}"),
         _text(row["num_identical"], f"{{}}/{num_prompts}"),
     )
 

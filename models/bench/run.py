@@ -63,8 +63,8 @@ def run_cells(
 def _decode(
     cell: Cell, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, progress: Progress | None
 ) -> Sample:
-    if torch.get_num_threads() != cell.num_threads:
-        torch.set_num_threads(cell.num_threads)
+    if torch.get_num_threads() != cell.label.threads:
+        torch.set_num_threads(cell.label.threads)
     sample = cell.engine.decode(prompt_ids, max_new_tokens=max_new_tokens, seed=seed)
     assert len(sample.ids) == max_new_tokens, (cell.label, len(sample.ids))
     if progress:

@@ -7,7 +7,8 @@ target pass on m tokens that costs v(m) of them, speculative decoding is
 
 times as fast as plain decoding (https://arxiv.org/abs/2211.17192, theorem 3.8, where v is 1). alpha
 was measured when the family was trained; c and v follow from the machine and are timed now. Only
-speed depends on the choice.
+speed depends on the choice. `nestling search` measures more and more precisely, and what it found
+for this machine comes first: models/decode/searched.py.
 """
 
 import math
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from models.cache import KVCache
+from models.decode.choose import COUPLED
 from models.decode.sampling import SamplingParams
 from models.decode.state import Model, new_cache, score
 from models.elastic import ElasticLM
@@ -61,7 +63,11 @@ def speedup(alpha: float, gamma: int, c: float, v: float) -> float:
     >>> speedup(1.0, 3, c=0.25, v=1.25)
     2.0
     """
-    num_tokens = sum(alpha**position for position in range(gamma + 1))
+    return round_speedup(sum(alpha**position for position in range(gamma + 1)), gamma, c, v)
+
+
+def round_speedup(num_tokens: float, gamma: int, c: float, v: float) -> float:
+    """The same where the tokens that a round gives are known."""
     return num_tokens / (gamma * c + v)
 
 
@@ -93,16 +99,22 @@ def choose_draft(
     return best if best is not None and best.speedup >= least else None
 
 
-def known_acceptance(members: Iterable[Member], params: SamplingParams) -> dict[str, float]:
+def known_acceptance(
+    members: Iterable[Member], params: SamplingParams, verifier: str = "block"
+) -> dict[str, float]:
     """Acceptance of each measured member by name, the full model left out.
 
-    A greedy draft is kept where its token is the full model's, so `match` tells; otherwise `alpha`.
+    A greedy draft is kept where its token is the full model's, so `match` tells; otherwise `alpha`, of
+    which `coupled` guarantees alpha / (2 - alpha) only.
     """
     known = {}
     for member in members:
         share = member.alpha if not params.is_greedy or member.match is None else member.match / 100
-        if share is not None and member.granularity != "full" and math.isfinite(share):
-            known[member.name] = min(share, 1.0)
+        if share is None or member.granularity == "full" or not math.isfinite(share):
+            continue
+        share = min(share, 1.0)
+        is_coupled = verifier == COUPLED and not params.is_greedy
+        known[member.name] = share / (2 - share) if is_coupled else share
     return known
 
 

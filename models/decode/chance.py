@@ -40,7 +40,7 @@ class Random(Protocol):
 
 
 class SeededRandom:
-    """The same seed makes the same choices, on any device.
+    """The same seed makes the same choices, on any device; rows of a batch make their own.
 
     >>> ours, theirs = SeededRandom(7), SeededRandom(7)
     >>> probs_V = torch.tensor([0.25, 0.0, 0.75])
@@ -48,11 +48,12 @@ class SeededRandom:
     True
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._draft = random.Random(f"{seed}/draft")
-        self._accept = random.Random(f"{seed}/accept")
-        self._target = random.Random(f"{seed}/target")
+    def __init__(self, seed: int, row: int = 0) -> None:
+        self._seed, self._row = seed, row
+        name = f"{seed}/{row}" if row else f"{seed}"
+        self._draft = random.Random(f"{name}/draft")
+        self._accept = random.Random(f"{name}/accept")
+        self._target = random.Random(f"{name}/target")
 
     def draft(self, probs_V: Tensor) -> int:
         """See `Random`."""
@@ -68,7 +69,7 @@ class SeededRandom:
 
     def noise(self, position: int, num_tokens: int) -> Tensor:
         """See `Random`."""
-        return gumbel_noise(self._seed, position, num_tokens)
+        return gumbel_noise(self._seed, position, num_tokens, row=self._row)
 
 
 # The draft asks for a position's noise, then the target does: a few rounds' worth is kept.

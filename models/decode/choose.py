@@ -28,7 +28,11 @@ VERIFIER_NAMES = (*VERIFIERS, COUPLED)
 
 @dataclass
 class Proposal:
-    """Drafted tokens and the laws [V] that they were drawn from (none are kept when greedy)."""
+    """Drafted tokens and the laws [V] that they were drawn from.
+
+    None are kept when greedy, nor where the tokens are no draws at all but certain, as copied ones are:
+    verification then takes a point mass for the law of each.
+    """
 
     prefix: Sequence[int]
     """The settled tokens that these follow, from the first of the prompt."""
@@ -100,8 +104,9 @@ class Sampled:
         p_TV = _target_laws(logits_TV, proposal, self.params)
         if not proposal.ids:
             return Verdict([self.random.target(p_TV[0])], [])
-        kept = self.verifier(p_TV, torch.stack(proposal.laws), proposal.ids, self.random)
-        return Verdict(kept, _overlaps(p_TV, proposal, len(kept)))
+        q_TV = _stacked_laws(p_TV, proposal)
+        kept = self.verifier(p_TV, q_TV, proposal.ids, self.random)
+        return Verdict(kept, _overlaps(p_TV, q_TV, len(kept)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,9 @@ class Coupled:
         """See `Chooser`."""
         p_TV = _target_laws(logits_TV, proposal, self.params)
         kept = match(self._choose(p_TV, len(proposal.prefix)), proposal.ids)
-        return Verdict(kept, _overlaps(p_TV, proposal, len(kept)))
+        if not proposal.ids:
+            return Verdict(kept, [])
+        return Verdict(kept, _overlaps(p_TV, _stacked_laws(p_TV, proposal), len(kept)))
 
     def _choose(self, probs_TV: Tensor, position: int) -> list[int]:
         """The tokens at this position and the next ones."""
@@ -179,10 +186,15 @@ def _target_laws(logits_TV: Tensor, proposal: Proposal, params: SamplingParams) 
     return law(penalise(logits_TV, params, proposal.prefix, proposal.ids), params)
 
 
-def _overlaps(p_TV: Tensor, proposal: Proposal, num_reached: int) -> list[float]:
+def _stacked_laws(p_TV: Tensor, proposal: Proposal) -> Tensor:
+    """The laws [T, V] of the drafted tokens, T of them; point masses where the tokens were certain."""
+    if proposal.laws:
+        return torch.stack(proposal.laws)
+    tokens_T1 = torch.tensor(proposal.ids, device=p_TV.device).unsqueeze(-1)
+    return torch.zeros_like(p_TV[:-1]).scatter_(-1, tokens_T1, 1.0)
+
+
+def _overlaps(p_TV: Tensor, q_TV: Tensor, num_reached: int) -> list[float]:
     """Sum of min(p, q) at the first drafted positions."""
-    if not proposal.ids:
-        return []
-    overlap_T = torch.minimum(p_TV[:-1], torch.stack(proposal.laws)).sum(-1)
-    overlaps: list[float] = overlap_T[:num_reached].tolist()
+    overlaps: list[float] = torch.minimum(p_TV[:-1], q_TV).sum(-1)[:num_reached].tolist()
     return overlaps

@@ -16,10 +16,14 @@ p target, q draft.
 
 from typing import Protocol
 
+from torch import Tensor
+
 from models.cache import KVCache
 from models.count import count_parameters
 from models.decode.choose import Chooser, Proposal
-from models.decode.state import Model, State, elastic_model, new_cache, score
+from models.decode.passes import Pass, Steps
+from models.decode.state import Model, Scorer, State, elastic_model, new_cache
+from models.decode.vocabulary import FewTokens
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
 from models.view import View
@@ -36,7 +40,7 @@ class Draft(Protocol):
         """
         ...
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         """At most `num_tokens` tokens after the pending one; what is settled stays as it is.
 
         How many there are may depend on the state, never on the values of the proposed tokens: to
@@ -46,10 +50,19 @@ class Draft(Protocol):
 
 
 class NestedDraft:
-    """A member of the target's own weights that shares the target's key/value store."""
+    """A member of the target's own weights that shares the target's key/value store.
 
-    def __init__(self, view: View) -> None:
+    Args:
+        view: the member, of the target or of a packed copy of it.
+        vocabulary: ids of the tokens that it may draft; None means all.
+
+    Raises:
+        UsageError: if these are no token ids of the model.
+    """
+
+    def __init__(self, view: View, vocabulary: Tensor | None = None) -> None:
         self.view = view
+        self.scorer: Scorer = view if vocabulary is None else FewTokens(view, vocabulary)
 
     def check(self, target: Model) -> None:
         """See `Draft`."""
@@ -63,9 +76,9 @@ class NestedDraft:
                 "it must be a part of it"
             )
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         """See `Draft`."""
-        return _propose(self.view, state, state.cache.view(), num_tokens, chooser)
+        return (yield from _propose(self.scorer, state, state.cache.view(), num_tokens, chooser))
 
 
 class ModelDraft:
@@ -91,12 +104,12 @@ class ModelDraft:
                 f"{_num_parameters(target):,}: choose a smaller draft"
             )
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         """See `Draft`; beyond the draft's own context it proposes nothing."""
         num_tokens = min(num_tokens, self._max_positions - len(state.ids) + 1)
         if num_tokens < 1:
             return Proposal(state.ids)
-        proposal = _propose(self.model, state, self._rewound(state), num_tokens, chooser)
+        proposal = yield from _propose(self.model, state, self._rewound(state), num_tokens, chooser)
         self._cached_ids = [*state.ids, *proposal.ids[:-1]]
         return proposal
 
@@ -109,11 +122,13 @@ class ModelDraft:
         return self._cache
 
 
-def _propose(model: Model, state: State, cache: KVCache, num_tokens: int, chooser: Chooser) -> Proposal:
+def _propose(
+    model: Scorer, state: State, cache: KVCache, num_tokens: int, chooser: Chooser
+) -> Steps[Proposal]:
     """Draft token by token, after the settled tokens that the cache lacks (at least the pending one)."""
     proposal, ids = Proposal(state.ids), state.ids[cache.length :]
     for _ in range(num_tokens):
-        logits_TV = score(model, ids, cache, num_last=1)
+        logits_TV = yield Pass(model, ids, cache, num_last=1)
         cache.commit(len(ids))
         ids = [chooser.draft(logits_TV[-1], proposal)]
     return proposal

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from models.cache import KVCache
+from models.decode.vocabulary import FewTokens
 from models.elastic import ElasticLM
 from models.view import View
 
 Model: TypeAlias = ElasticLM | View
 """Anything that decodes: the elastic model, or a member of it in place."""
+Scorer: TypeAlias = Model | FewTokens
+"""Anything that drafts."""
 
 
 @dataclass
@@ -25,9 +28,9 @@ class State:
     cache: KVCache
 
 
-def elastic_model(model: Model) -> ElasticLM:
+def elastic_model(model: Scorer) -> ElasticLM:
     """The model whose weights these are."""
-    return model.model if isinstance(model, View) else model
+    return model if isinstance(model, ElasticLM) else model.model
 
 
 def new_cache(model: Model, num_positions: int) -> KVCache:
@@ -37,7 +40,7 @@ def new_cache(model: Model, num_positions: int) -> KVCache:
     return KVCache(whole.config, num_positions=num_positions, dtype=weight.dtype, device=weight.device)
 
 
-def score(model: Model, ids: list[int], cache: KVCache, *, num_last: int) -> Tensor:
+def score(model: Scorer, ids: list[int], cache: KVCache, *, num_last: int) -> Tensor:
     """Logits [T, V] of the last positions of `ids`, which follow what the cache has committed."""
     device = elastic_model(model).model.embed_tokens.weight.device
     tokens_BT = torch.tensor([ids], device=device)

@@ -4,13 +4,13 @@ What follows a stop string, the rest of the block included, is neither shown nor
 is plain decoding's. `generate` gives the whole text, `stream_text` the pieces as they come.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Unpack
 
 from models.decode.chance import SeededRandom
 from models.decode.detokenize import Detokenizer, StopStrings, Tokenizer
-from models.decode.engine import Options, Stream, stream
+from models.decode.engine import BatchOptions, Options, Stream, stream, stream_batch
 from models.decode.report import Report
 from models.decode.state import Model, elastic_model
 from models.errors import UsageError
@@ -55,6 +55,44 @@ def generate(
     return pieces.result()
 
 
+def generate_batch(
+    target: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    stop: Collection[str] = (),
+    seed: int = 0,
+    **options: Unpack[BatchOptions],
+) -> list[GenerationResult]:
+    """Continue several prompts, whose passes share the reading of the weights.
+
+    Each text is what `stream_text` writes for it alone with `SeededRandom(seed, row)`, apart from rounding.
+
+    Args:
+        target: as `stream_text`, like everything that is not told here.
+        tokenizer: the model's.
+        prompts: the texts to continue.
+        stop: texts that end an output; the others go on.
+        seed: of every random choice; each row makes its own.
+        options: `new_policy`, `params`, `max_new_tokens`, `eos_token_ids` and `verifier`, as
+            `engine.stream_batch` takes them.
+
+    Raises:
+        UsageError: as `stream_text`, for any of the prompts.
+    """
+    prompt_ids = [tokenizer.encode(prompt).ids or _start_of_text(target) for prompt in prompts]
+    randoms = [SeededRandom(seed, row) for row in range(len(prompts))]
+    streams = stream_batch(target, prompt_ids, randoms=randoms, **options)
+    texts = [
+        TextStream(tokens, Detokenizer(tokenizer, ids), StopStrings(stop))
+        for tokens, ids in zip(streams, prompt_ids, strict=True)
+    ]
+    going = list(texts)
+    while going:  # in turn, so that none is decoded far beyond its stop string
+        going = [text for text in going if next(text, None) is not None]
+    return [text.result() for text in texts]
+
+
 def stream_text(
     target: Model,
     tokenizer: Tokenizer,
@@ -72,8 +110,8 @@ def stream_text(
         prompt: the text to continue; if empty, the model's start (or end) token stands for it.
         stop: texts that end the output, wherever they begin or end; they are not part of it.
         seed: of every random choice.
-        options: `draft`, `gamma`, `params`, `max_new_tokens`, `eos_token_ids` and `verifier`, as
-            `engine.stream` takes them.
+        options: `draft`, `gamma`, `policy`, `params`, `max_new_tokens`, `eos_token_ids` and `verifier`,
+            as `engine.stream` takes them.
 
     Raises:
         UsageError: as `engine.stream`, and for an empty prompt without a start token.
@@ -109,6 +147,7 @@ class TextStream(Iterator[Piece]):
             if report.finish_reason != "eos":  # the end token's text is no part of the output
                 yield Piece(self._stop.add(self._detokenizer.add(token)), drafted)
             if self._stop.stopped:
+                self._tokens.close()
                 break
         rest = self._stop.add(self._detokenizer.flush()) + self._stop.flush()
         if self._stop.stopped:

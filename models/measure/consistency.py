@@ -27,6 +27,7 @@ from models.measure.perplexity import (
     select_valid,
     to_perplexity,
 )
+from models.view import View
 
 MEASURES = ("loss", "match", "kl", "alpha")
 
@@ -54,7 +55,8 @@ def evaluate_family(
         UsageError: if a granularity does not fit the model.
         NestlingError: if no position has a label.
     """
-    means = _means(model, family, batches, progress, shared_block=None)
+    views = {name: View(model, granularity) for name, granularity in family.items()}
+    means = _means(model, views, batches, progress, shared_block=None)
     return [
         Member(
             name=name,
@@ -72,61 +74,47 @@ def evaluate_family(
 
 def evaluate_shared_alpha(
     model: ElasticLM,
-    family: Mapping[str, Granularity],
+    drafts: Mapping[str, View],
     batches: Batches,
     *,
     block: int = 4,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Alpha of each member as a draft in place, which reads the full model's keys and values.
+    """Alpha of each draft in place, which reads the full model's keys and values.
 
     Positions are cut into blocks of `block`, as if each were a round of decoding that drafts so many
-    tokens: a position reads the full model's cache before its block and the member's own within it.
+    tokens: a position reads the full model's cache before its block and the draft's own within it.
+
+    Args:
+        model: the target.
+        drafts: by name, views of the target or of packed copies of it.
+        batches: tokens and labels; read once.
+        block: drafted tokens of a round.
+        progress: called after each batch.
 
     Raises:
-        UsageError: if a granularity does not fit the model.
         NestlingError: if no position has a label.
     """
-    means = _means(model, family, batches, progress, shared_block=block)
-    return {name: means[name]["alpha"] for name in family}
+    means = _means(model, drafts, batches, progress, shared_block=block)
+    return {name: means[name]["alpha"] for name in drafts}
 
 
-@torch.no_grad()
-def _means(
-    model: ElasticLM,
-    family: Mapping[str, Granularity],
-    batches: Batches,
-    progress: Progress | None,
-    *,
-    shared_block: int | None,
-) -> dict[str, dict[str, float]]:
-    """Name -> measure -> mean over valid positions."""
-    device = model.lm_head.weight.device
-    sums_MQ = torch.zeros(len(family), len(MEASURES), dtype=torch.float64, device=device)
-    num_tokens = 0
-    for tokens_BT, labels_BT in batches:
-        states = _family_states(model, list(family.values()), tokens_BT.to(device), shared_block)
-        labels_N, (p_ND, *q_NDs) = select_valid(labels_BT.to(device), states)
-        for rows in row_chunks(len(labels_N), model.config.vocab_size):
-            log_p_NV = exact_logits(model, p_ND[rows]).log_softmax(-1)
-            for sums_Q, q_ND in zip(sums_MQ, q_NDs, strict=True):
-                log_q_NV = exact_logits(model, q_ND[rows]).log_softmax(-1)
-                sums_Q += _measures(log_p_NV, log_q_NV, labels_N[rows]).sum(1, dtype=torch.float64)
-        num_tokens += len(labels_N)
-        if progress:
-            progress()
-    means_MQ = (sums_MQ / check_some(num_tokens)).tolist()
-    return {
-        name: dict(zip(MEASURES, means, strict=True)) for name, means in zip(family, means_MQ, strict=True)
-    }
-
-
-def _family_states(
-    model: ElasticLM, members: Sequence[Granularity], tokens_BT: Tensor, shared_block: int | None
+def draft_states(
+    model: ElasticLM, views: Sequence[View], tokens_BT: Tensor, *, shared_block: int | None
 ) -> list[Tensor]:
-    """Final residual streams [B, T, D] of the full model, then of each member."""
-    plans = [granularity.resolve(model.config) for granularity in members]
-    exits = sorted({len(plan.layers) for plan in plans if plan.is_layer_prefix})
+    """Final residual streams [B, T, D] of the full model, then of each member of it or of a copy.
+
+    A prefix of the model's own layers is an exit of the full model's pass; every other member has a
+    pass of its own.
+
+    Args:
+        model: the elastic model.
+        views: members of it, or of packed copies.
+        tokens_BT: token ids.
+        shared_block: drafted tokens of a round, within which a member reads its own keys and values and
+            before which the full model's; None: its own throughout.
+    """
+    exits = sorted({len(view.plan.layers) for view in views if _is_exit(view, model)})
     recording = None if shared_block is None else Recording()
     *taken, full_BTD = model.states(tokens_BT, FULL, recording, exits=exits)
     exit_states = dict(zip(exits, taken, strict=True))
@@ -135,11 +123,46 @@ def _family_states(
         starts_T = block_starts(tokens_BT.shape[1], shared_block, 0).to(tokens_BT.device)
         memory = SharedPrefix(recording, starts_T)
     return [full_BTD] + [
-        exit_states[len(plan.layers)]
-        if plan.is_layer_prefix
-        else model.states(tokens_BT, granularity, memory)[-1]
-        for granularity, plan in zip(members, plans, strict=True)
+        exit_states[len(view.plan.layers)]
+        if _is_exit(view, model)
+        else view.model.states(tokens_BT, view.granularity, memory)[-1]
+        for view in views
     ]
+
+
+def _is_exit(view: View, model: ElasticLM) -> bool:
+    return view.model is model and view.plan.is_layer_prefix
+
+
+@torch.no_grad()
+def _means(
+    model: ElasticLM,
+    views: Mapping[str, View],
+    batches: Batches,
+    progress: Progress | None,
+    *,
+    shared_block: int | None,
+) -> dict[str, dict[str, float]]:
+    """Name -> measure -> mean over valid positions."""
+    device = model.lm_head.weight.device
+    members = list(views.values())
+    sums_MQ = torch.zeros(len(members), len(MEASURES), dtype=torch.float64, device=device)
+    num_tokens = 0
+    for tokens_BT, labels_BT in batches:
+        states = draft_states(model, members, tokens_BT.to(device), shared_block=shared_block)
+        labels_N, (p_ND, *q_NDs) = select_valid(labels_BT.to(device), states)
+        for rows in row_chunks(len(labels_N), model.config.vocab_size):
+            log_p_NV = exact_logits(model, p_ND[rows]).log_softmax(-1)
+            for sums_Q, view, q_ND in zip(sums_MQ, members, q_NDs, strict=True):
+                log_q_NV = exact_logits(view.model, q_ND[rows]).log_softmax(-1)
+                sums_Q += _measures(log_p_NV, log_q_NV, labels_N[rows]).sum(1, dtype=torch.float64)
+        num_tokens += len(labels_N)
+        if progress:
+            progress()
+    means_MQ = (sums_MQ / check_some(num_tokens)).tolist()
+    return {
+        name: dict(zip(MEASURES, means, strict=True)) for name, means in zip(views, means_MQ, strict=True)
+    }
 
 
 def _measures(log_p_NV: Tensor, log_q_NV: Tensor, labels_N: Tensor) -> Tensor:

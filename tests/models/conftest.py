@@ -14,6 +14,7 @@ from models.decode.accept import Verifier, residual
 from models.decode.chance import Random
 from models.decode.choose import Chooser, Proposal, Sampled, Verdict
 from models.decode.draft import Draft
+from models.decode.passes import Steps
 from models.decode.sampling import SamplingParams, law
 from models.decode.state import Model, State
 from models.elastic import ElasticLM
@@ -72,7 +73,7 @@ class DrawsByOtherRules:
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         assert isinstance(chooser, Sampled)
         return self.draft.propose(state, num_tokens, ReportsFalsely(chooser, self.drawn))
 
@@ -100,8 +101,8 @@ class DiscardsByValue:
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
-        proposal = self.draft.propose(state, num_tokens, chooser)
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        proposal = yield from self.draft.propose(state, num_tokens, chooser)
         if float(proposal.laws[-1][proposal.ids[-1]]) > 0.4:
             return proposal
         return Proposal(proposal.prefix, proposal.ids[:-1], proposal.laws[:-1])

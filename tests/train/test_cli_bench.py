@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from models.checkpoint import save_model
+from models.config import ElasticConfig
 from models.elastic import ElasticLM
 from models.family import Member
 from models.files import write_json
@@ -22,7 +23,7 @@ ROW = {
     "engine", "mode", "dtype", "temperature", "draft", "gamma", "schedule", "cache",
     "tokens_per_second", "tokens_per_second_range", "speedup",
     "decode_tokens_per_second", "decode_tokens_per_second_range", "decode_speedup",
-    "seconds_to_first_token", "tau", "alpha", "num_identical", "mbu",
+    "seconds_to_first_token", "tau", "alpha", "num_identical", "best", "mbu", "threads",
 }  # fmt: skip
 BRIEF = ("--num-prompts", "2", "--max-new-tokens", "6", "--rounds", "2")
 
@@ -31,7 +32,8 @@ Bench = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def known_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that was measured before: its card lies in the cache."""
+    """A machine that was measured before: its card lies in the cache; llama.cpp is not installed."""
+    monkeypatch.setattr("models.bench.llama.is_installed", lambda: False)
     rates = DtypeRates(
         product_gflops=100.0, product_threads=1, decode_threads=1, pass_seconds={1: 1.0, 4: 2.0}
     )
@@ -93,8 +95,8 @@ def test_it_ends_with_a_card_a_table_and_a_line_of_json(folder: Path, tmp_path: 
         ("transformers", "plain", None, "dynamic"),
         ("transformers", "plain", None, "static"),
         ("transformers", "assisted", "S", "default"),
-        ("transformers", "assisted", "S", "constant"),
-        ("transformers", "lookup", None, None),
+        *[("transformers", "assisted", "S", "constant")] * 3,
+        *[("transformers", "lookup", None, None)] * 2,
     ]
     for row in document["results"]:
         assert set(row) == ROW
@@ -102,7 +104,7 @@ def test_it_ends_with_a_card_a_table_and_a_line_of_json(folder: Path, tmp_path: 
         least, most = row["tokens_per_second_range"]
         assert 0 < least <= row["tokens_per_second"] <= most
         assert (row["mbu"] is not None) == (row["mode"] == "plain")
-    assert [row["gamma"] for row in document["results"]] == [None, 2, None, None, None, 2, 10]
+    assert [row["gamma"] for row in document["results"]] == [None, 2, None, None, None, 2, 4, 8, 4, 10]
     assert document["results"][1]["alpha"] is not None
     assert {name: document[name] for name in ("num_prompts", "max_new_tokens", "rounds", "threads")} == {
         "num_prompts": 2,
@@ -111,8 +113,12 @@ def test_it_ends_with_a_card_a_table_and_a_line_of_json(folder: Path, tmp_path: 
         "threads": {"fp32": 1},
     }
     assert {"commit", "command", "hardware", "threads", "dtypes", "versions", "date"} <= set(document["card"])
+    assert any(note.startswith("llama.cpp is left out: pip install") for note in document["notes"])
     text = "\n".join(shown)
-    assert all(word in text for word in ("hardware", "threads", "fp32 1", "tokens/s", "assisted", "2/2"))
+    assert all(
+        word in text
+        for word in ("hardware", "threads", "fp32 nestling 1, fp32 transformers 1", "tokens/s", "2/2")
+    )
 
 
 def test_every_dtype_and_temperature_has_its_own_rows(folder: Path, bench: Bench) -> None:
@@ -129,7 +135,7 @@ def test_every_dtype_and_temperature_has_its_own_rows(folder: Path, bench: Bench
         ("bf16", 0.0, 1.0),
         ("bf16", 0.7, 1.0),
     ]
-    assert len(rows) == 4 * 4
+    assert len(rows) == 4 * 5
     assert {row["mode"] for row in rows} == {"plain", "lookup"}
     assert {row["num_identical"] for row in rows if row["temperature"]} == {None}
 
@@ -150,7 +156,7 @@ def test_unequal_layers_draft_here_and_are_noted_as_no_assistant(folder: Path, b
     assert code == 0, err
     document = json.loads(out.splitlines()[-1])
     modes = [row[1] for row in rows_of(document)]
-    assert modes == ["plain", "speculative", "plain", "plain", "lookup"]
+    assert modes == ["plain", "speculative", "plain", "plain", "lookup", "lookup"]
     assert any(note.startswith("ffn=1:0.5,layers=0:1 has unequal layers") for note in document["notes"])
 
 
@@ -162,7 +168,7 @@ def test_another_folder_drafts_for_both_engines(
     assert code == 0, err
     rows = json.loads(out.splitlines()[-1])["results"]
     drafted = [row for row in rows if row["draft"]]
-    assert [row["mode"] for row in drafted] == ["speculative", "assisted", "assisted"]
+    assert [row["mode"] for row in drafted] == ["speculative", *["assisted"] * 4]
     # It is the model itself, so every drafted token stays: one pass gives the 5 after the first.
     assert (drafted[0]["tau"], drafted[0]["alpha"]) == (5.0, 1.0)
 
@@ -179,6 +185,46 @@ def test_prompts_come_from_a_file_of_prompts_or_of_documents(
         document = json.loads(out.splitlines()[-1])
         assert (document["prompts"], document["num_prompts"]) == (str(path), 2)
         assert document["num_prompt_tokens"] == num_tokens
+
+
+def test_random_weights_need_no_model_and_are_told_everywhere(
+    tmp_path: Path, tiny_config: ElasticConfig, monkeypatch: pytest.MonkeyPatch, bench: Bench
+) -> None:
+    monkeypatch.setattr("train.commands.contenders.SHAPES", {"tiny": tiny_config})
+    monkeypatch.setattr("models.bench.shapes.SHAPES", {"tiny": tiny_config})
+    plot = tmp_path / "speed.svg"
+    code, out, err = bench("--random", "tiny", "--alpha", 0.7, "--temperature", 1, *BRIEF, "--plot", plot)
+    assert code == 0, err
+    document = json.loads(out.splitlines()[-1])
+    assert (document["model"], document["prompts"]) == ("random tiny", "random tokens")
+    assert (document["random"]["size"], document["random"]["alpha_asked"]) == ("tiny", 0.7)
+    assert document["random"]["alpha"] == pytest.approx(0.7, abs=0.01)
+    assert "weights are random" in document["notes"][0]
+    assert {row["draft"] for row in document["results"]} == {None, "layers=0-1"}
+    assert document["peak_memory_bytes"] > 0
+    svg = plot.read_text()
+    assert "random tiny" in svg
+    assert "nestling speculative by layers=0-1" in svg
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "there is no MODEL; give a model folder, or --random with a size such as 125M"),
+        (["--random", "7B"], "--random 7B is not a size; choose from 15M, 60M, 125M, 350M"),
+        (["model", "--random", "15M"], "MODEL model and --random 15M exclude each other"),
+        (["--random", "15M", "--alpha", "1.5"], "--alpha 1.5: give a share between 0 and 1"),
+        (["model", "--alpha", "0.5"], "--alpha 0.5: give a share between 0 and 1, together with --random"),
+        (["--random", "15M", "--draft", "ffn=0.5"], "with --random it is the first layers at full width"),
+        (["--random", "15M", "--data", "a.txt"], "--data a.txt has no effect with --random"),
+        (["--random", "15M", "--temperature", "0", "--temperature", "1"], "--random takes one --temperature"),
+        (["model", "--plot", "out.gif"], "--plot out.gif has no known ending; choose from .svg, .png, .html"),
+    ],
+)
+def test_a_wrong_source_or_plot_is_refused_before_any_work(
+    bench: Bench, arguments: list[str], named: str
+) -> None:
+    assert_refused(bench(*arguments), 2, named)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from models.count import count_flops
 from models.granularity import Granularity
 from models.machine import MachineCard, measure_card, this_machine
-from train.dryrun import UTILISATION, estimate_run, num_devices
+from train.dryrun import UTILISATION, Estimate, estimate_run, num_devices
 from train.recipe import Recipe, load_recipe
 
 ROWS, LENGTH = 8, 64
@@ -78,3 +78,18 @@ def test_devices_are_counted(devices: str, count: int) -> None:
     one = recipe()
     trainer = dataclasses.replace(one.trainer, devices=devices, accelerator="cpu", num_nodes=2)
     assert num_devices(dataclasses.replace(one, trainer=trainer)) == 2 * count
+
+
+def test_devices_share_rows_and_time_and_with_fsdp_the_weights(card: MachineCard) -> None:
+    def estimate(*overrides: str) -> Estimate:
+        one = recipe("trainer.accelerator=cpu", *overrides)
+        return estimate_run(one, one.elastic_config(), card)
+
+    alone, ddp = estimate(), estimate("trainer.devices=4")
+    fsdp = estimate("trainer.devices=4", "trainer.strategy=fsdp")
+    assert ddp.tokens_per_step == alone.tokens_per_step == ROWS * LENGTH
+    assert ddp.seconds == pytest.approx(alone.seconds / 4)
+    assert ddp.memory.activations == alone.memory.activations // 4
+    assert ddp.memory.optimizer == alone.memory.optimizer == 4 * fsdp.memory.optimizer
+    assert alone.sent == 0
+    assert ddp.sent == 2 * alone.memory.gradients * 3 // 4

@@ -51,6 +51,18 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
+def share(batch: Batch, processes: int) -> list[Batch]:
+    return [
+        batch._replace(
+            tokens_BT=batch.tokens_BT[rank::processes],
+            labels_BT=batch.labels_BT[rank::processes],
+            first_row=rank,
+            stride=processes,
+        )
+        for rank in range(processes)
+    ]
+
+
 def gradients(
     model: ElasticLM, batches: list[Batch], plan: StepPlan, config: LossConfig = RAMPED
 ) -> dict[str, Tensor]:
@@ -152,3 +164,18 @@ def test_recording_keeps_the_rows_of_its_turn(tiny_model: ElasticLM) -> None:
     tiny_model(batch.tokens_BT, FULL, recording)
     part = recording.rows(slice(2, 5))
     assert torch.equal(part.layers[1][0], recording.layers[1][0][2:5])
+
+
+@pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_processes_share_the_gradient_of_a_step_and_all_run_the_same_members(
+    tiny_model: ElasticLM, kind: Any, processes: int
+) -> None:
+    plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
+    batch = make_batch()
+    plan = plan_step(plans, SamplerConfig(kind=kind, share=0.5), seed=0, step=5, num_rows=8)
+    parts = share(batch, processes)
+
+    assert_same(gradients(tiny_model, parts, plan), gradients(tiny_model, [batch], plan))
+    names = [list(joint_loss(tiny_model, MEMBERS, part, plan, RAMPED, block=3)) for part in parts]
+    assert all(one == names[0] for one in names), "FSDP's processes would wait for each other for ever"

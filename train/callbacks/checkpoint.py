@@ -42,7 +42,7 @@ class Checkpoint(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Save this step's state, once."""
-        if module.step == self._saved or not trainer.is_global_zero:
+        if module.step == self._saved:
             return
         self._saved = module.step
         save_state(
@@ -52,6 +52,7 @@ class Checkpoint(StepCallback):
             step=module.step,
             tokens=self.metrics.tokens,
             keep=self.keep,
+            writes=trainer.is_global_zero,
         )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ from train.callbacks.metrics import Metrics
 from train.callbacks.step import StepCallback
 from train.joint import JointModule
 from train.metrics import MetricsLog
+from train.shards import whole_model
 
 
 class Consistency(StepCallback):
@@ -42,9 +43,10 @@ class Consistency(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Measure all members and write the line."""
-        if not trainer.is_global_zero:
+        model = whole_model(module.model, wanted=trainer.is_global_zero)
+        if model is None:
             return
-        self.latest = evaluate_family(module.model, self.members, self.batches)
+        self.latest = evaluate_family(model, self.members, self.batches)
         line: dict[str, Any] = {"tokens": self.metrics.tokens}
         for member in self.latest:
             for measure in ("loss", "match", "kl", "alpha"):

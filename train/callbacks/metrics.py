@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+import torch
 
 from train.joint import JointModule
 from train.metrics import MetricsLog
@@ -57,20 +57,17 @@ class Metrics(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches or pl_module.step % self.every:
             return
         elapsed = self._training + self._waiting
+        parts = torch.stack(list(pl_module.losses.values()))  # each process has those of its rows
+        losses = trainer.strategy.reduce(parts, reduce_op="sum").tolist()  # a sync, once a line
         line = {
             "tokens": self.tokens,
             "seconds": now - self._started,
             "lr": self._lr,
-            "gradient_norm": _number(pl_module.gradient_norm),
+            "gradient_norm": float(pl_module.gradient_norm),
             "tokens_per_second": self._window_tokens / elapsed,
             "data_wait": self._waiting / elapsed,
-            **{f"loss/{name}": _number(loss) for name, loss in pl_module.losses.items()},
+            **{f"loss/{name}": loss for name, loss in zip(pl_module.losses, losses, strict=True)},
         }
         self._window_tokens, self._training, self._waiting = 0, 0.0, 0.0
         self.latest = line
-        if trainer.is_global_zero:
-            self.lines.write("train", pl_module.step, line)
-
-
-def _number(value: Tensor | float) -> float:
-    return float(value)  # a sync, once a line
+        self.lines.write("train", pl_module.step, line)

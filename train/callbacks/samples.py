@@ -11,6 +11,7 @@ from models.view import View
 from train.callbacks.step import StepCallback
 from train.joint import JointModule
 from train.metrics import MetricsLog
+from train.shards import whole_model
 
 
 class Samples(StepCallback):
@@ -41,11 +42,12 @@ class Samples(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Let each member speak."""
-        if not trainer.is_global_zero:
+        model = whole_model(module.model, wanted=trainer.is_global_zero)
+        if model is None:
             return
         prompt = self.tokenizer.decode(self.prompt_ids, skip_special_tokens=False)
         for name, granularity in self.members.items():
-            view = View(module.model, granularity)
+            view = View(model, granularity)
             tokens = stream(view, self.prompt_ids, max_new_tokens=self.num_tokens)
             text = self.tokenizer.decode([token.id for token in tokens])
             self.lines.write("sample", module.step, {"member": name, "prompt": prompt, "text": text})

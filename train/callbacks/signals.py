@@ -6,6 +6,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from train.callbacks.step import StepCallback
 from train.joint import JointModule
@@ -14,12 +15,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Signals(StepCallback):
-    """Remembers the signal; Lightning stops after the step, and the caller exits with its code."""
+    """Remembers the signal; Lightning stops after the step, and the caller exits with its code.
+
+    A signal to one process stops all of them after the same step.
+    """
 
     def __init__(self) -> None:
         super().__init__(every=1)
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
+        self._group: Any = None
 
     @property
     def exit_code(self) -> int | None:
@@ -32,9 +37,16 @@ class Signals(StepCallback):
         """Take the handlers over; Lightning's own would drop the work since the last state."""
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
+        if trainer.world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Stop at the end of a step, never between its micro-batches."""
+        if self._group is not None:
+            # through the processors: asking an accelerator would make every step wait for it
+            flag = torch.tensor(self.received or 0)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+            self.received = int(flag) or None
         if self.received is not None:
             trainer.should_stop = True
 

@@ -3,18 +3,18 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from models.errors import UsageError
-from train.commands.common import JsonOption, ModelArgument, check_file, check_json
-from train.console import make_console
+from train.commands.common import JsonOption, check_file, check_json, check_plot
+from train.console import make_console, progress_bar
 
 if TYPE_CHECKING:
     from models.bench.matrix import Target
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: ModelArgument,
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="A model folder: a run's model/, or any stock one."),
+    ] = None,
     *,
     draft: Annotated[
         list[str] | None,
         typer.Option(
             metavar="G[@int8|bf16]|auto|none|DIR",
             help="What drafts: a member, the best one here, nothing, or another model folder; repeatable. "
-            "Default: auto.",
+            "Default: auto; layers=0-1 with --random.",
         ),
     ] = None,
     gamma: Annotated[
@@ -53,42 +56,81 @@ def bench(
         typer.Option(metavar="auto|fp32|bf16|int8", help="Of the weights; repeatable. Default: auto."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Times that everything runs; figures are medians.")] = 5,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Also transformers compiled (static cache): takes minutes more and a C++ compiler.",
+        ),
+    ] = False,
+    random: Annotated[
+        str | None,
+        typer.Option(
+            metavar="15M|60M|125M|350M",
+            help="No MODEL but random weights of this size, whose draft is accepted as --alpha says.",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Share of drafted tokens that --random's model keeps. Default: 0.8."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Also draw the speeds: an .svg, .png or .html file."),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Measure plain and speculative decoding, ours and that of transformers, on the same weights."""
     check_json(json)
+    check_plot(plot)
     _check_numbers(num_prompts=num_prompts, max_new_tokens=max_new_tokens, rounds=rounds, gamma=gamma)
-    _check_prompts(prompts, data)
+    _check_source(model, random, alpha, prompts, data)
     from models.bench.report import make_notes, make_rows
     from models.bench.run import run_cells
     from models.decode.sampling import SamplingParams
-    from train.commands.contenders import choose_cells, open_prompts, open_targets
+    from models.processor import peak_memory_bytes
+    from train.commands.contenders import DEFAULT_EXIT, Options, folder_contest, random_contest
 
-    laws = [SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])]
     console = make_console(stderr=True)
     with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="nestling-bench-") as scratch:
+        options = Options(
+            drafts=draft or [DEFAULT_EXIT if random else "auto"],
+            gamma=gamma,
+            num_prompts=num_prompts,
+            max_new_tokens=max_new_tokens,
+            laws=[SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])],
+            dtypes=dtype or ["auto"],
+            compiled=compiled,
+            scratch=Path(scratch),
+        )
         with console.status("preparing"):
-            targets = open_targets(model, dtype or ["auto"], Path(scratch))
-            prompt_ids = open_prompts(targets[0].folder, prompts, data, num_prompts, max_new_tokens)
-            cells, notes = choose_cells(targets, laws, draft or ["auto"], gamma)
-        with _progress_bar(console, len(cells) * (1 + rounds * len(prompt_ids))) as advance:
+            if random:
+                contest = random_contest(random, DEFAULT_ALPHA if alpha is None else alpha, options)
+            else:
+                assert model is not None
+                contest = folder_contest(model, options, prompts=prompts, data=data)
+        cells, prompt_ids = contest.cells, contest.prompt_ids
+        with progress_bar(console, "decoding", len(cells) * (1 + rounds * len(prompt_ids))) as advance:
             runs = run_cells(
                 cells, prompt_ids, max_new_tokens=max_new_tokens, num_rounds=rounds, progress=advance
             )
     rows = make_rows(runs)
-    notes += make_notes(rows, runs, num_prompts=len(prompt_ids))
     settings = {
-        "model": str(model),
-        "prompts": str(prompts or data or "headings"),
+        **contest.about,
         "num_prompts": len(prompt_ids),
         "num_prompt_tokens": sum(map(len, prompt_ids)),
         "max_new_tokens": max_new_tokens,
         "rounds": rounds,
         "busy_rounds": sum(runs.busy),
-        "threads": {target.dtype: target.num_threads for target in targets},
+        "threads": {target.dtype: target.num_threads for target in contest.targets},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "notes": contest.notes + make_notes(rows, runs, num_prompts=len(prompt_ids)),
     }
-    _add_utilisation(rows, targets[0], settings)
-    _finish(make_console(), json, {"results": rows, **settings, "notes": notes})
+    _add_utilisation(rows, contest.targets[0], settings)
+    _finish(make_console(), json, plot, {"results": rows, **settings})
+
+
+DEFAULT_ALPHA = 0.8
 
 
 def _check_numbers(*, num_prompts: int, max_new_tokens: int, rounds: int, gamma: int | None) -> None:
@@ -102,9 +144,21 @@ def _check_numbers(*, num_prompts: int, max_new_tokens: int, rounds: int, gamma:
             raise UsageError(f"{flag} must be at least {least}, got {value}")
 
 
-def _check_prompts(prompts: Path | None, data: str | None) -> None:
-    if prompts and data:
-        raise UsageError(f"--prompts {prompts} and --data {data} exclude each other; give one of them")
+def _check_source(
+    model: Path | None, random: str | None, alpha: float | None, prompts: Path | None, data: str | None
+) -> None:
+    """One model, and one source of prompts that goes with it."""
+    if (model is None) == (random is None):
+        given = f"MODEL {model} and --random {random} exclude each other" if model else "there is no MODEL"
+        raise UsageError(f"{given}; give a model folder, or --random with a size such as 125M")
+    text = {"--prompts": prompts, "--data": data}
+    asked = [f"{flag} {value}" for flag, value in text.items() if value is not None]
+    if random and asked:
+        raise UsageError(f"{asked[0]} has no effect with --random, whose prompts are random tokens; leave it")
+    if alpha is not None and (random is None or not 0 < alpha < 1):
+        raise UsageError(f"--alpha {alpha:g}: give a share between 0 and 1, together with --random")
+    if len(asked) > 1:
+        raise UsageError(f"{asked[0]} and {asked[1]} exclude each other; give one of them")
     if prompts:
         check_file("--prompts", prompts)
 
@@ -122,14 +176,6 @@ def _quiet_transformers() -> Iterator[None]:
         theirs.set_verbosity(before)
 
 
-@contextlib.contextmanager
-def _progress_bar(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("decoding", total=total)
-        yield lambda: bar.advance(task)
-
-
 def _add_utilisation(rows: "Sequence[Row]", target: "Target", settings: Mapping[str, Any]) -> None:
     from models.bench.report import add_utilisation
     from models.machine import machine_card
@@ -145,7 +191,7 @@ def _add_utilisation(rows: "Sequence[Row]", target: "Target", settings: Mapping[
         )
 
 
-def _finish(console: Console, path: Path | None, results: Mapping[str, Any]) -> None:
+def _finish(console: Console, path: Path | None, plot: Path | None, results: Mapping[str, Any]) -> None:
     """A card, a table, notes, and one last line of JSON: the object that --json writes."""
     import json
 
@@ -158,7 +204,7 @@ def _finish(console: Console, path: Path | None, results: Mapping[str, Any]) -> 
     for name, fact in facts(results, card):
         overview.add_row(name, fact)
     header, *rows = describe(results["results"], num_prompts=results["num_prompts"])
-    table = Table(caption=_LEGEND, caption_justify="left")
+    table = Table(caption=_LEGEND, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, column in enumerate(header):
         table.add_column(column, justify="left" if number < 3 else "right", no_wrap=True)
     for texts in rows:
@@ -170,11 +216,17 @@ def _finish(console: Console, path: Path | None, results: Mapping[str, Any]) -> 
     document = {**results, "card": card}
     if path is not None:
         write_json(path, document)
+    if plot is not None:
+        from train.report.speed import speed_chart
+        from train.report.style import save_chart
+
+        save_chart(speed_chart(results["results"], results["model"]), plot)
     print(json.dumps(document, ensure_ascii=False))
 
 
 _LEGEND = (
-    "tokens/s: prefill included, median over rounds and its range; decode only: after the first target pass; "
-    "x plain: against nestling plain\ngamma: drafted tokens a round, or the schedule of transformers; "
-    "tau: tokens per target pass; same ids: prompts whose greedy tokens are those of nestling plain"
+    "tokens/s: prefill included, median over rounds and its range; decode: after the first target pass; "
+    "x plain: against nestling plain\n*: the fastest of its engine and mode; gamma: drafted tokens a round, "
+    "or the schedule of transformers; tau: tokens per target pass\nread: of the memory's bandwidth; "
+    "same: prompts whose greedy tokens are those of nestling plain"
 )

@@ -1,91 +1,209 @@
-"""What `nestling bench` compares: the model in each dtype, prompts, and the cells of its table."""
+"""What `nestling bench` compares: a model in each dtype, or a random one; prompts; the cells of its table."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from models.bench import llama
 from models.bench.matrix import Cell, DraftChoice, Target, make_cells
-from models.bench.prompts import HEADINGS, beginnings, check_room, encode_prompts, read_prompts
-from models.checkpoint import ModelFolder
+from models.bench.prompts import (
+    HEADINGS,
+    PROMPT_TOKENS,
+    beginnings,
+    check_room,
+    encode_prompts,
+    read_prompts,
+)
+from models.bench.shapes import SHAPES, RandomModel, check_exit, check_memory, random_model, random_prompts
+from models.checkpoint import ModelFolder, save_model
+from models.count import count_parameters
+from models.decode.lookup import LookupDraft
 from models.decode.sampling import SamplingParams
-from models.errors import NestlingError
-from models.quantize import INT8
+from models.errors import NestlingError, UsageError
+from models.granularity import Granularity
+from models.machine import machine_card, resolve_dtype
+from models.processor import busy_now, free_memory_bytes
+from models.quantize import INT8, split_precision
 from train.commands.common import open_for_decoding
-from train.commands.drafting import choose_drafting
+from train.commands.drafting import DEFAULT_VERIFIER, choose_drafting
 from train.data.corpus import open_corpus
 
+DEFAULT_EXIT = "layers=0-1"
 
-def open_targets(model: Path, dtypes: Sequence[str], scratch: Path) -> list[Target]:
-    """The model in each dtype, once, with the threads that the machine card advises for it.
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asked for, whatever the model."""
+
+    drafts: Sequence[str]
+    gamma: int | None
+    num_prompts: int
+    max_new_tokens: int
+    laws: Sequence[SamplingParams]
+    dtypes: Sequence[str]
+    compiled: bool
+    scratch: Path
+    """A folder for extractions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """All that is settled before the clock starts."""
+
+    targets: Sequence[Target]
+    prompt_ids: Sequence[Sequence[int]]
+    cells: Sequence[Cell]
+    notes: list[str]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the results that say what was decoded."""
+
+
+def folder_contest(model: Path, options: Options, *, prompts: Path | None, data: str | None) -> Contest:
+    """A model folder in each dtype, over prompts from the file `prompts`, from `data`, or our own.
 
     Raises:
-        UsageError: for a dtype that is none, or if there is no model.
-        NestlingError: if the folder has no tokenizer or cannot be opened.
+        UsageError: for a dtype or draft that is none, if there is no model or no `data`, or if a
+            continuation does not fit into the context.
+        NestlingError: if the folder has no tokenizer or cannot be opened, or a file holds no prompt.
     """
+    targets = _open_targets(model, options)
+    prompt_ids = _open_prompts(targets[0].folder, prompts, data, options)
+    about = {"model": str(model), "prompts": str(prompts or data or "headings"), "random": None}
+    return _contest(targets, prompt_ids, options, about)
+
+
+def random_contest(
+    size: str, alpha: float, options: Options, *, progress: Callable[[], None] | None = None
+) -> Contest:
+    """A random model of a published shape, whose exit drafts with acceptance `alpha`.
+
+    Raises:
+        UsageError: if there is no such shape, the draft is no exit, memory is short, or more than one
+            dtype, temperature or draft was asked for.
+    """
+    config = SHAPES.get(size)
+    if config is None:
+        raise UsageError(f"--random {size} is not a size; choose from {', '.join(SHAPES)}")
+    dtype: str = _only("--dtype", options.dtypes)
+    params: SamplingParams = _only("--temperature", options.laws)
+    exit_ = Granularity.parse(split_precision(_only("--draft", options.drafts))[0], {})
+    check_exit(config, exit_)
+    stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, machine_card(), purpose="decoding")
+    check_memory(size, stored, free_memory_bytes())
+    made = random_model(config, exit_, alpha=alpha, params=params, progress=progress)
+    about = {"model": f"random {size}", "prompts": "random tokens", "random": _describe(size, alpha, made)}
+    path = save_model(options.scratch / f"random-{size}", made.model, family={})
+    measured = made.alpha
+    del made  # opened again as any folder is, in its dtype
+    target = _target(*open_for_decoding(path, dtype), options)
+    prompt_ids = random_prompts(config, num_prompts=options.num_prompts, num_tokens=PROMPT_TOKENS)
+    check_room(prompt_ids, max_new_tokens=options.max_new_tokens, context=config.max_position_embeddings)
+    contest = _contest([target], prompt_ids, options, about)
+    note = (
+        f"the weights are random, of the shape {size}, scaled so that {measured:.3f} of the "
+        "drafted tokens are expected to stay: this is about speed at that size, not about a trained model"
+    )
+    return dataclasses.replace(contest, notes=[note, *contest.notes])
+
+
+def _only(flag: str, values: Sequence[Any]) -> Any:
+    if len(values) != 1:
+        raise UsageError(f"--random takes one {flag}, got {len(values)}; the weights are made for it")
+    return values[0]
+
+
+def _describe(size: str, alpha: float, made: RandomModel) -> dict[str, Any]:
+    parameters = count_parameters(made.model.config)
+    measured = {"alpha": made.alpha, "factor": made.factor}
+    return {"size": size, "parameters": parameters, "alpha_asked": alpha, **measured}
+
+
+def _contest(
+    targets: Sequence[Target],
+    prompt_ids: Sequence[Sequence[int]],
+    options: Options,
+    about: Mapping[str, Any],
+) -> Contest:
+    cells: list[Cell] = []
+    notes: list[str] = []
+    num_positions = max(map(len, prompt_ids)) + options.max_new_tokens
+    for target in targets:
+        torch.set_num_threads(target.num_threads)  # the choice of a draft is timed
+        for params in options.laws:
+            chosen = _drafts(target, params, options, notes)
+            cells += make_cells(
+                target, params, chosen, num_positions=num_positions, compiled=options.compiled
+            )
+            if not target.runs_in_llama:
+                notes.append(llama.MISSING)
+            if target.dtype == INT8:
+                notes.append(
+                    "int8 is a model of its own: transformers, which would run another, is left out; that of "
+                    "llama.cpp is its Q8_0"
+                )
+                continue
+            notes += [
+                f"{choice.name} has unequal layers, which no stock model holds: transformers has no assistant"
+                for choice in chosen
+                if target.assistant(choice) is None and not isinstance(choice.draft, LookupDraft)
+            ]
+    return Contest(
+        targets=targets,
+        prompt_ids=prompt_ids,
+        cells=cells,
+        notes=list(dict.fromkeys(notes)),
+        about=about,
+    )
+
+
+def _open_targets(model: Path, options: Options) -> list[Target]:
+    """The model in each dtype, once, with the threads that `nestling generate` would take for it."""
     targets: dict[str, Target] = {}
-    for asked in dict.fromkeys(dtypes):
+    for asked in dict.fromkeys(options.dtypes):
         folder, name = open_for_decoding(model, asked)
         if folder.tokenizer is None:
             raise NestlingError(f"{model} has no tokenizer.json; put the one it was trained with there")
         if name not in targets:
-            threads = torch.get_num_threads()
-            targets[name] = Target(folder, dtype=name, num_threads=threads, scratch=scratch)
+            targets[name] = _target(folder, name, options)
     return list(targets.values())
 
 
-def open_prompts(
-    folder: ModelFolder, prompts: Path | None, data: str | None, num_prompts: int, max_new_tokens: int
-) -> list[list[int]]:
-    """Token ids of the prompts: of the file `prompts`, of documents of `data`, or of our own headings.
+def _target(folder: ModelFolder, dtype: str, options: Options) -> Target:
+    return Target(
+        folder,
+        dtype=dtype,
+        num_threads=torch.get_num_threads(),
+        # Threads wait for each other where others are busy: nothing can be told then, and all take as many.
+        most_threads=torch.get_num_threads() if busy_now() else machine_card().cores,
+        scratch=options.scratch,
+    )
 
-    Raises:
-        UsageError: if `data` is not there, or a continuation does not fit into the model's context.
-        NestlingError: if a file holds no prompt.
-    """
+
+def _open_prompts(
+    folder: ModelFolder, prompts: Path | None, data: str | None, options: Options
+) -> list[list[int]]:
     assert folder.tokenizer is not None
+    num_prompts = options.num_prompts
     if data:
         ids = beginnings(open_corpus(data, key="--data").documents(), folder.tokenizer, num_prompts)
     else:
         texts = read_prompts(prompts, num_prompts) if prompts else HEADINGS[:num_prompts]
         ids = encode_prompts(texts, folder.tokenizer)
     context = folder.model.config.max_position_embeddings
-    check_room(ids, max_new_tokens=max_new_tokens, context=context)
+    check_room(ids, max_new_tokens=options.max_new_tokens, context=context)
     return ids
 
 
-def choose_cells(
-    targets: Sequence[Target], laws: Sequence[SamplingParams], drafts: Sequence[str], gamma: int | None
-) -> tuple[list[Cell], list[str]]:
-    """All that runs, and notes on what was chosen or left out.
-
-    Raises:
-        UsageError: if a draft is none, or does not fit the model.
-    """
-    cells: list[Cell] = []
-    notes: list[str] = []
-    for target in targets:
-        torch.set_num_threads(target.num_threads)  # the choice of a draft is timed
-        for params in laws:
-            chosen = _drafts(target, params, drafts, gamma, notes)
-            cells += make_cells(target, params, chosen)
-            if target.dtype == INT8:
-                notes.append("int8 is a model of its own: transformers, which would run another, is left out")
-                continue
-            notes += [
-                f"{choice.name} has unequal layers, which no stock model holds: transformers has no assistant"
-                for choice in chosen
-                if target.assistant(choice) is None
-            ]
-    return cells, list(dict.fromkeys(notes))
-
-
-def _drafts(
-    target: Target, params: SamplingParams, asked: Sequence[str], gamma: int | None, notes: list[str]
-) -> list[DraftChoice]:
+def _drafts(target: Target, params: SamplingParams, options: Options, notes: list[str]) -> list[DraftChoice]:
     chosen = []
-    for text in dict.fromkeys(asked):
-        drafting = choose_drafting(target.folder, text, gamma, params)
+    for text in dict.fromkeys(options.drafts):
+        drafting = choose_drafting(
+            target.folder, text, options.gamma, params, dtype=target.dtype, verifier=DEFAULT_VERIFIER
+        )
         if drafting.note:
             about = f"--draft {text} ({target.dtype}, T={params.temperature:g})"
             notes.append(f"{about} is {drafting.name}: {drafting.note}")

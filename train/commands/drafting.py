@@ -1,21 +1,35 @@
-"""What `--draft` means: a member of the family, the best one on this machine, nothing, or another folder.
+"""What `--draft` and `--gamma` mean: who drafts, and who decides how much.
 
-A member or folder may carry its precision, as in `S@int8`: any precision is a legal draft.
+A draft is a member of the family, the best one on this machine, another folder, a copy of earlier text, or
+nothing. A member or folder may carry its precision, as in `S@int8`: any precision is a legal draft.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from models.checkpoint import ModelFolder, load_model
-from models.decode.auto import choose_draft, known_acceptance, measure_costs
+from models.decode.auto import Costs, choose_draft, known_acceptance, measure_costs
+from models.decode.control import PRIOR_ALPHA, Arm, Controller
 from models.decode.draft import Draft, ModelDraft, NestedDraft
+from models.decode.lookup import LookupDraft
+from models.decode.policy import Fixed, Policy
 from models.decode.sampling import SamplingParams
+from models.decode.searched import PLAIN, find_draft
+from models.decode.vocabulary import FewTokens
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
 from models.quantize import pack, packed_bytes, prepare, split_precision
 from models.view import View
 
 DEFAULT_GAMMA = 4
+AUTO, LOOKUP = "auto", "lookup"
+# Of copied tokens, before any was seen: members know theirs, and should be tried first.
+LOOKUP_ALPHA = 0.5
+DEFAULT_VERIFIER = "block"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +43,50 @@ class Drafting:
     """Why, in a few words, if it was chosen for the user; or what it costs besides time."""
     extra_bytes: int = 0
     """Of weights that only the draft has."""
+    precision: str | None = None
+    """That it runs in; None is the target's."""
+    costs: Costs | None = None
+    """Of the target and of this draft, where they were measured for the choice."""
+    verifier: str = DEFAULT_VERIFIER
+    """The one that was asked for, else the one that was found to be fastest with this draft."""
 
 
-def choose_drafting(folder: ModelFolder, text: str, gamma: int | None, params: SamplingParams) -> Drafting:
-    """Resolve `--draft` and `--gamma`.
+def choose_drafting(
+    folder: ModelFolder,
+    text: str,
+    gamma: int | None,
+    params: SamplingParams,
+    *,
+    dtype: str | None = None,
+    verifier: str | None = None,
+) -> Drafting:
+    """Resolve `--draft`, `--gamma` and `--verifier`.
+
+    Args:
+        folder: the model, as it decodes.
+        text: of `--draft`; `auto` takes what `nestling search` found, and measures if it never ran.
+        gamma: drafted tokens a round; None leaves the choice.
+        params: the law.
+        dtype: the model's, by which to look for a search's result; None looks for none.
+        verifier: a name; None leaves the choice.
 
     Raises:
         UsageError: if the text is neither a granularity of the model nor a folder.
         NestlingError: if the other folder cannot be opened.
     """
+    if text == AUTO:
+        found = _searched(folder, gamma, params, dtype, verifier)
+        return found or _automatic(folder, gamma, params, verifier or DEFAULT_VERIFIER)
+    drafting = _asked(folder, text, gamma)
+    return drafting if verifier is None else dataclasses.replace(drafting, verifier=verifier)
+
+
+def _asked(folder: ModelFolder, text: str, gamma: int | None) -> Drafting:
     if text == "none":
         return Drafting(draft=None, name="none", gamma=0)
-    if text == "auto":
-        return _automatic(folder, gamma, params)
     number = DEFAULT_GAMMA if gamma is None else gamma
+    if text == LOOKUP and LOOKUP not in folder.family:
+        return Drafting(draft=LookupDraft(), name=LOOKUP, gamma=number)
     if Path(text).is_dir() and text not in folder.family:
         return _separate(folder, text, None, number)  # a folder's name may hold anything
     name, precision = split_precision(text)
@@ -51,14 +95,23 @@ def choose_drafting(folder: ModelFolder, text: str, gamma: int | None, params: S
     if not Path(name).is_dir():
         raise UsageError(
             f"--draft {text} is neither a member of the family nor a folder; choose from "
-            f"{', '.join(folder.family)}, auto and none, write a granularity out as in ffn=0.25, "
+            f"{', '.join(folder.family)}, auto, lookup and none, write a granularity out as in ffn=0.25, "
             "or give a model folder; each may carry a precision, as in S@int8"
         )
     return _separate(folder, name, precision, number)
 
 
-def nested_drafting(folder: ModelFolder, text: str, gamma: int, note: str = "") -> Drafting:
+def nested_drafting(
+    folder: ModelFolder, text: str, gamma: int, note: str = "", vocabulary: Sequence[int] | None = None
+) -> Drafting:
     """A member of the model as its draft, in the precision that follows its `@`, else the model's own.
+
+    Args:
+        folder: the model.
+        text: the member.
+        gamma: drafted tokens a round.
+        note: why, if it was chosen for the user.
+        vocabulary: the only tokens that it drafts; None for all.
 
     Raises:
         UsageError: if it is none, or cannot run in this precision here.
@@ -70,12 +123,16 @@ def nested_drafting(folder: ModelFolder, text: str, gamma: int, note: str = "") 
     else:
         model = pack(folder.model, precision, granularity)
         extra_bytes = packed_bytes(model)
+    draft = NestedDraft(View(model, granularity), None if vocabulary is None else torch.tensor(vocabulary))
+    if isinstance(draft.scorer, FewTokens):
+        extra_bytes += draft.scorer.num_bytes
     return Drafting(
-        draft=NestedDraft(View(model, granularity)),
+        draft=draft,
         name=text,
         gamma=gamma,
         note=", ".join(filter(None, [note, _weights(extra_bytes)])),
         extra_bytes=extra_bytes,
+        precision=precision,
     )
 
 
@@ -90,6 +147,7 @@ def _separate(folder: ModelFolder, path: str, precision: str | None, gamma: int)
         gamma=gamma,
         note=_weights(extra_bytes),
         extra_bytes=extra_bytes,
+        precision=precision,
     )
 
 
@@ -97,21 +155,74 @@ def _weights(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB of its own" if num_bytes else ""
 
 
-def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams) -> Drafting:
-    acceptance = known_acceptance(folder.members, params)
+def _searched(
+    folder: ModelFolder, gamma: int | None, params: SamplingParams, dtype: str | None, verifier: str | None
+) -> Drafting | None:
+    """What a search found for this model, dtype and machine; None if there was none."""
+    found = None if dtype is None else find_draft(folder.path, dtype, params, verifier)
+    if found is None:
+        return None
+    if found.draft == PLAIN:
+        note = "plain decoding is faster here, as nestling search found"
+        return Drafting(draft=None, name="none", gamma=0, note=note, verifier=found.verifier)
+    speed = (
+        f"{found.predicted:.2f}x predicted" if found.measured is None else f"{found.measured:.2f}x measured"
+    )
+    few = "" if found.vocabulary is None else f", {len(found.vocabulary)} tokens"
+    number = found.gamma if gamma is None else gamma
+    drafting = nested_drafting(
+        folder, found.draft, number, f"{speed} by nestling search{few}", found.vocabulary
+    )
+    return dataclasses.replace(drafting, verifier=verifier or found.verifier)
+
+
+def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams, verifier: str) -> Drafting:
+    acceptance = known_acceptance(folder.members, params, verifier)
     if not acceptance:
-        return Drafting(draft=None, name="none", gamma=0, note="no member of this folder was ever measured")
+        note = "no member of this folder was ever measured"
+        return Drafting(draft=None, name="none", gamma=0, note=note, verifier=verifier)
     family = {member.name: member.granularity for member in folder.members}
     drafts = {name: Granularity.parse(family[name]) for name in acceptance}
-    best = choose_draft(acceptance, measure_costs(folder.model, drafts))
+    costs = measure_costs(folder.model, drafts)
+    best = choose_draft(acceptance, costs)
     if best is None:
-        return Drafting(draft=None, name="none", gamma=0, note="plain decoding is faster here")
+        note = "plain decoding is faster here"
+        return Drafting(draft=None, name="none", gamma=0, note=note, verifier=verifier)
     return Drafting(
         draft=nested_drafting(folder, family[best.name], best.gamma).draft,
         name=best.name,
         gamma=best.gamma if gamma is None else gamma,
         note=f"{best.speedup:.2f}x predicted",
+        costs=costs,
+        verifier=verifier,
     )
+
+
+def make_policy(
+    folder: ModelFolder, drafting: Drafting, params: SamplingParams, *, adapts: bool, copies: bool
+) -> Policy:
+    """Who decides on each round of a request.
+
+    Args:
+        folder: the target's, whose members' acceptance may be known.
+        drafting: what drafts.
+        params: how tokens are chosen.
+        adapts: whether the number of tokens follows what it measures; else it is `drafting.gamma`.
+        copies: whether earlier text is one more draft.
+    """
+    if not adapts:
+        return Fixed(drafting.draft, drafting.gamma, drafting.name, drafting.costs)
+    alpha = known_acceptance(folder.members, params).get(drafting.name, PRIOR_ALPHA)
+    arms = [] if drafting.draft is None else [_arm(drafting.name, drafting.draft, alpha)]
+    if copies:
+        arms.append(_arm(LOOKUP, LookupDraft(), PRIOR_ALPHA))
+    return Controller(arms, drafting.costs)
+
+
+def _arm(name: str, draft: Draft, alpha: float) -> Arm:
+    if isinstance(draft, LookupDraft):  # it costs nothing, and may have nothing to propose
+        return Arm(name=name, draft=draft, alpha=LOOKUP_ALPHA, step=0.0, room=draft.room)
+    return Arm(name=name, draft=draft, alpha=alpha)
 
 
 def _check_same_tokens(target: ModelFolder, draft: ModelFolder) -> None:

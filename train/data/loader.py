@@ -3,10 +3,12 @@
     rows of epoch 0, shuffled │ rows of epoch 1, shuffled │ ...
     ├── step 0 ──┼── step 1 ──┼── step 2 ──┼── step 3 ──┤        num_rows each, across epochs
     ├ m0 ┼ m1 ┼ m2 ┤                                             micro-batches of a step
-    │r0│r1│                                                      ranks share each micro-batch
+    │r0 r1 r0 r1                                                 ranks take its rows in turn
 
 Every row comes once an epoch. The rows of a step do not depend on how many processes share them, and
-the number of labels, the one divisor of the loss, is counted over all of them without talking.
+the number of labels, the one divisor of the loss, is counted over all of them without talking. Ranks take
+rows in turn because members train on neighbouring rows of a step (train/sampler.py): so each rank has
+an equal part of that work.
 """
 
 import functools
@@ -66,10 +68,10 @@ class StepLoader:
 
     def batch(self, step: int, micro: int) -> Batch:
         """This rank's part of a micro-batch: a pure function of its arguments."""
-        rows_here = self.batch_size // self.world_size
-        first_row = micro * self.batch_size + self.rank * rows_here
+        first_row = micro * self.batch_size + self.rank
         ids_of_step = self.row_ids(step)
-        tokens_BT, labels_BT = self.rows.gather(ids_of_step[first_row : first_row + rows_here])
+        ids_here = ids_of_step[first_row : (micro + 1) * self.batch_size : self.world_size]
+        tokens_BT, labels_BT = self.rows.gather(ids_here)
         return Batch(
             tokens_BT=tokens_BT,
             labels_BT=labels_BT,
@@ -77,6 +79,7 @@ class StepLoader:
             first_row=first_row,
             num_rows=self.rows_per_step,
             num_valid=self.rows.count_labels(ids_of_step),
+            stride=self.world_size,
         )
 
     def row_ids(self, step: int) -> NDArray[np.int64]:

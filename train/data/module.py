@@ -104,7 +104,7 @@ class TextData(pl.LightningDataModule):
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return StepLoader(
             rows=self.train_rows,
-            batch_size=self.recipe.trainer.batch_size * world_size,
+            batch_size=self.recipe.trainer.batch_size,
             accumulate=self.recipe.trainer.accumulate_grad_batches,
             seed=self.recipe.seed,
             num_steps=self.recipe.trainer.max_steps,

@@ -16,9 +16,10 @@ from typing import TypeAlias
 
 import altair as alt
 
+from models.files import write_bytes
 from train.report.write import write_text
 
-Chart: TypeAlias = alt.LayerChart | alt.HConcatChart
+Chart: TypeAlias = alt.LayerChart | alt.HConcatChart | alt.VConcatChart
 
 INK = "currentColor"
 COLORS = ("#1f6fc4", "#d55e00", "#0b9c74", "#b0478f", "#8f86f0", "#7f8c00")
@@ -109,6 +110,18 @@ def to_svg(chart: Chart) -> str:
 def save_svg(chart: Chart, path: Path) -> None:
     """Write the chart to an SVG file, whole or not at all."""
     write_text(path, to_svg(chart))
+
+
+def save_chart(chart: Chart, path: Path) -> None:
+    """Write the chart, whole or not at all, as .svg, .png or .html (a page that needs no network)."""
+    if path.suffix == ".svg":
+        save_svg(chart, path)
+    elif path.suffix == ".html":
+        write_text(path, chart.to_html(inline=True, embed_options={"renderer": "svg", "actions": False}))
+    else:
+        image = io.BytesIO()
+        chart.save(image, format="png", scale_factor=2)
+        write_bytes(path, image.getvalue())
 
 
 def digest(chart: Chart) -> str:

@@ -36,27 +36,55 @@ def family_table(members: Sequence[Member]) -> Table:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a way of decoding; speed-up is against plain decoding, else equal in all that is named.
+    """One row a way of decoding; speed-up is against the same engine's fastest plain decoding.
 
     Args:
-        rows: fields `run`, `engine`, `mode`, `draft`, `dtype`, `temperature`, `tokens_per_second`, `tau`
-            and `alpha`, all but one of them optional.
+        rows: fields `run`, `engine`, `mode`, `draft`, `cache`, `schedule`, `gamma`, `dtype`, `temperature`,
+            `tokens_per_second`, `seconds_to_first_token`, `tau`, `alpha` and `mbu`, all but one of them
+            optional.
     """
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "run": ("run", str),
         "engine": ("engine", str),
         "mode": ("mode", str),
         "draft": ("draft", str),
+        "setting": ("setting", str),
         "dtype": ("dtype", str),
         "temperature": ("temperature", str),
         "tokens_per_second": ("tokens/s", fixed(1)),
         "speed_up": ("speed-up", lambda value: f"{value:.2f}×"),
+        "seconds_to_first_token": ("first token", lambda value: f"{1e3 * value:.1f} ms"),
         "tau": ("tau", fixed(2)),
         "alpha": ("alpha", fixed(3)),
+        "mbu": ("bandwidth", lambda value: f"{value:.0%}"),
     }
-    filled = [{**row, "speed_up": _speed_up(row, rows)} for row in rows]
-    labels = [key for key in list(columns)[:5] if any(row.get(key) is not None for row in rows)]
+    filled = [{**row, "setting": setting(row) or None, "speed_up": _speed_up(row, rows)} for row in rows]
+    names = ("run", "engine", "mode", "draft", "setting", "dtype")
+    labels = [key for key in names if any(row.get(key) is not None for row in filled)]
     return _table(filled, columns, num_labels=len(labels))
+
+
+def setting(row: Mapping[str, Any]) -> str:
+    """What tells rows of one engine, mode and draft apart: the cache, or how much is drafted.
+
+    >>> setting({"cache": "static"}), setting({"schedule": "default"}), setting({"gamma": 4})
+    ('static cache', 'default schedule', '4 a round')
+    """
+    if row.get("cache"):
+        return f"{row['cache']} cache"
+    if row.get("gamma"):
+        return f"{row['gamma']} a round"
+    return f"{row['schedule']} schedule" if row.get("schedule") else ""
+
+
+def way(row: Mapping[str, Any]) -> str:
+    """A row of a bench in words.
+
+    >>> way({"engine": "nestling", "mode": "speculative", "draft": "D", "gamma": 4})
+    'nestling speculative by D, 4 a round'
+    """
+    draft = f" by {row['draft']}" if row.get("draft") else ""
+    return ", ".join(filter(None, [f"{row['engine']} {row['mode']}{draft}", setting(row)]))
 
 
 def si(value: float) -> str:
@@ -136,4 +164,4 @@ def _speed_up(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> floa
         if other.get("mode") == "plain" and all(other.get(key) == row.get(key) for key in same)
     ]
     speed = row.get("tokens_per_second")
-    return speed / plain[0] if plain and plain[0] and speed is not None else None
+    return speed / max(plain) if plain and max(plain) and speed is not None else None

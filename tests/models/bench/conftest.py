@@ -7,6 +7,12 @@ import pytest
 from models.bench.engines import Sample
 
 
+@pytest.fixture(autouse=True)
+def no_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same engines whether the extra `llama` is installed or not; a test that needs it undoes this."""
+    monkeypatch.setattr("models.bench.llama.is_installed", lambda: False)
+
+
 @pytest.fixture
 def make_sample() -> Callable[..., Sample]:
     """Four tokens, the first after one second, the others after two more in two passes."""

@@ -21,7 +21,7 @@ def label(
     temperature: float = 0.0,
     **more: Any,
 ) -> Label:
-    return Label(engine=engine, mode=mode, dtype=dtype, temperature=temperature, **more)
+    return Label(engine=engine, mode=mode, dtype=dtype, temperature=temperature, threads=1, **more)
 
 
 def test_figures_are_those_of_the_definitions(make_sample: MakeSample) -> None:
@@ -82,6 +82,32 @@ def test_a_prompt_counts_as_identical_only_if_it_is_in_every_round(make_sample: 
     assert make_notes(rows, runs, num_prompts=3) == []
 
 
+def test_the_best_of_each_engine_and_mode_is_marked_and_compared_with(make_sample: MakeSample) -> None:
+    def seconds(number: float) -> list[list[Sample]]:
+        return [[make_sample(seconds=number)]]
+
+    assisted: dict[str, Any] = {"draft": "S", "schedule": "constant"}
+    runs = Runs(
+        {
+            label(): seconds(4.0),
+            label(mode="speculative", draft="S", gamma=4): seconds(2.0),
+            label(mode="speculative", draft="M", gamma=4): seconds(3.0),
+            label("transformers", cache="dynamic"): seconds(5.0),
+            label("transformers", cache="static"): seconds(6.0),
+            label("transformers", "assisted", **assisted, gamma=2): seconds(4.0),
+            label("transformers", "assisted", **assisted, gamma=8): seconds(3.0),
+            label(temperature=1.0): seconds(9.0),
+        }
+    )
+    rows = make_rows(runs)
+    assert [row["best"] for row in rows] == [True, True, False, True, False, False, True, True]
+    (note,) = make_notes(rows, runs, num_prompts=1)
+    assert note == (
+        "fp32, T=0: nestling speculative by S (4) is 2.00x nestling plain, 2.50x transformers plain dynamic, "
+        "1.50x transformers assisted by S constant (8)"
+    )
+
+
 def test_a_busy_machine_is_noted(make_sample: MakeSample) -> None:
     runs = Runs({label(): [[make_sample()]] * 2}, busy=[False, True])
     (note,) = make_notes(make_rows(runs), runs, num_prompts=1)
@@ -94,7 +120,7 @@ def test_there_is_no_decoding_speed_where_the_first_pass_gave_everything(make_sa
     rows = make_rows(runs)
     nothing = ("decode_tokens_per_second", "decode_tokens_per_second_range", "decode_speedup", "tau")
     assert [rows[1][name] for name in nothing] == [None] * 4
-    assert describe(rows, num_prompts=1)[2][9:] == ("-", "-", "2500.0 ms", "-", "-", "1/1")
+    assert describe(rows, num_prompts=1)[2][9:] == ("-", "-", "2500.0 ms", "-", "-", "-", "1/1")
 
 
 def test_the_table_says_what_drafts_and_by_which_schedule(make_sample: MakeSample) -> None:
@@ -119,16 +145,17 @@ def test_the_table_says_what_drafts_and_by_which_schedule(make_sample: MakeSampl
         ("assisted", "S", "3", "0"),
     ]
     assert texts[0][6:] == (
-        "1.3", "1.3-1.3", "1.00", "1.5", "1.00", "1000.0 ms", "1.50", "0.500", "1/1",
+        "1.3*", "1.3-1.3", "1.00", "1.5", "1.00", "1000.0 ms", "1.50", "0.500", "-", "1/1",
     )  # fmt: skip
 
 
 def test_utilisation_counts_weights_and_cache_once_a_token(
     tiny_config: ElasticConfig, make_sample: MakeSample
 ) -> None:
-    rows = make_rows(Runs({label(): [[make_sample()]], label(mode="speculative"): [[make_sample()]]}))
+    labels = [label(), label(mode="speculative"), label(dtype="int8")]
+    rows = make_rows(Runs({one: [[make_sample()]] for one in labels}))
     add_utilisation(rows, tiny_config, num_positions=10, read_gbps=1.0)
     kv_numbers = 2 * 4 * 2 * 8 * 10  # keys and values, layers, groups, head size, positions
     num_bytes = 4 * (count_parameters(tiny_config) + kv_numbers)
     assert rows[0]["mbu"] == pytest.approx(1.5 * num_bytes / 1e9)
-    assert rows[1]["mbu"] is None
+    assert [row["mbu"] for row in rows[1:]] == [None, None]

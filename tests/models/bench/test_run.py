@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def target(tiny_config: ElasticConfig, tmp_path: Path) -> Target:
     model = ElasticLM(dataclasses.replace(tiny_config, eos_token_id=END_OF_TEXT))
     model.init_weights(torch.Generator().manual_seed(0))
     folder = load_model(save_model(tmp_path / "model", model))
-    return Target(folder, dtype="fp32", num_threads=1, scratch=tmp_path)
+    return Target(folder, dtype="fp32", num_threads=1, most_threads=1, scratch=tmp_path)
 
 
 def nested(target: Target, text: str, gamma: int = 3) -> DraftChoice:
@@ -54,7 +55,7 @@ def test_what_transformers_cannot_run_in_int8_is_left_out_and_its_draft_runs_in_
     choice = DraftChoice(name="S@int8", draft=NestedDraft(view), gamma=2)
     labels = {}
     for dtype in ("fp32", "int8"):
-        target = Target(folder, dtype=dtype, num_threads=1, scratch=tmp_path)
+        target = Target(folder, dtype=dtype, num_threads=1, most_threads=1, scratch=tmp_path)
         labels[dtype] = [cell.label for cell in make_cells(target, GREEDY, [choice])]
     assert {(label.engine, label.draft) for label in labels["int8"]} == {
         ("nestling", None),
@@ -75,10 +76,10 @@ def test_every_engine_writes_the_greedy_ids_of_plain_decoding(target: Target) ->
         ("transformers", "plain", None, "dynamic"),
         ("transformers", "plain", None, "static"),
         ("transformers", "assisted", "L", "default"),
-        ("transformers", "assisted", "L", "constant"),
+        *[("transformers", "assisted", "L", "constant")] * 4,
         ("transformers", "assisted", "folder", "default"),
-        ("transformers", "assisted", "folder", "constant"),
-        ("transformers", "lookup", None, None),
+        *[("transformers", "assisted", "folder", "constant")] * 3,
+        *[("transformers", "lookup", None, None)] * 2,
     ]
     plain = [sample.ids for sample in runs.samples[cells[0].label][0]]
     assert all(END_OF_TEXT in ids[:-1] for ids in plain)
@@ -93,6 +94,7 @@ def test_samples_know_their_passes_and_their_times(target: Target) -> None:
     by_name = {
         (label.engine, label.mode, label.schedule or label.cache): rounds[0]
         for label, rounds in runs.samples.items()
+        if label.gamma in (None, 3)
     }
     for samples in by_name.values():
         assert all(0 < sample.first_seconds <= sample.seconds for sample in samples)
@@ -119,6 +121,37 @@ def test_sampling_is_seeded_and_does_not_touch_the_callers_random_state(target: 
         assert [sample.ids for sample in one] == [sample.ids for sample in other], label
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_cell_is_compiled_once_and_writes_the_same_ids(target: Target) -> None:
+    cells = make_cells(target, GREEDY, [], num_positions=20, compiled=True)
+    cells = [cell for cell in cells if cell.label.mode == "plain"]
+    assert [cell.label.cache for cell in cells] == [None, "dynamic", "static", "compiled"]
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    runs = run_cells(cells, PROMPTS, max_new_tokens=12, num_rounds=1)
+    plain, *others = [[sample.ids for sample in rounds[0]] for rounds in runs.samples.values()]
+    assert others == [plain] * 3
+    # Prompts of other lengths meet the same cache: nothing is compiled while the clock runs.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs the extra `llama`")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_llama_cpp_runs_beside_the_others(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.bench.llama.is_installed", lambda: True)
+    cells = make_cells(target, GREEDY, [nested(target, "L"), separate(target)], num_positions=17)
+    chosen = [cell for cell in cells if cell.label.engine == "llama.cpp" or cell is cells[0]]
+    assert [(cell.label.mode, cell.label.draft, cell.label.gamma) for cell in chosen[1:]] == [
+        ("plain", None, None),
+        *[("assisted", "L", gamma) for gamma in (2, 3, 4, 8)],
+        *[("assisted", "folder", gamma) for gamma in (2, 4, 8)],
+    ]
+    runs = run_cells(chosen, PROMPTS, max_new_tokens=12, num_rounds=1)
+    plain, *others = [[sample.ids for sample in rounds[0]] for rounds in runs.samples.values()]
+    assert others == [plain] * 8
+
+
 def test_unequal_layers_have_no_assistant_and_draft_all_the_same(target: Target) -> None:
     choice = nested(target, "ffn=1:0.5,layers=0:1")
     assert target.assistant(choice) is None
@@ -130,7 +163,7 @@ def test_unequal_layers_have_no_assistant_and_draft_all_the_same(target: Target)
 def test_equal_labels_are_one_cell(target: Target) -> None:
     cells = make_cells(target, GREEDY, [nested(target, "S", 2), nested(target, "S", 4)])
     assisted = [(cell.label.schedule, cell.label.gamma) for cell in cells if cell.label.mode == "assisted"]
-    assert assisted == [("default", None), ("constant", 2), ("constant", 4)]
+    assert assisted == [("default", None), ("constant", 2), ("constant", 4), ("constant", 8)]
 
 
 def test_a_draft_that_does_not_fit_is_refused(target: Target, tiny_config: ElasticConfig) -> None:
@@ -155,9 +188,8 @@ def test_cells_take_turns_and_each_begins_in_turn(make_sample: Callable[..., Sam
     log: list[tuple[str, int]] = []
     cells = [
         Cell(
-            label=Label(engine=name, mode="plain", dtype="fp32", temperature=0.0),
+            label=Label(engine=name, mode="plain", dtype="fp32", temperature=0.0, threads=1),
             engine=Recorder(name, log, make_sample),
-            num_threads=1,
         )
         for name in "abc"
     ]

@@ -70,6 +70,12 @@ def test_greedy_acceptance_is_the_match_and_sampled_acceptance_alpha() -> None:
     assert known_acceptance(members, SamplingParams(temperature=1.0)) == {"S": 0.7}
 
 
+def test_coupled_acceptance_is_what_it_guarantees() -> None:
+    members = [member("S", match=60.0, alpha=0.7)]
+    assert known_acceptance(members, SamplingParams(temperature=1.0), "coupled") == {"S": 0.7 / 1.3}
+    assert known_acceptance(members, SamplingParams(), "coupled") == {"S": 0.6}, "greedy is never coupled"
+
+
 @pytest.mark.parametrize("context", [4, 64, 256])
 def test_a_model_is_timed_whatever_its_context(context: int) -> None:
     config = ElasticConfig(

@@ -51,6 +51,7 @@ def test_the_output_depends_neither_on_the_draft_nor_on_its_length(
 ) -> None:
     drafts = [nested(tiny_model, text) for text in ("layers=0-2", "ffn=0.5,heads=0.5", "full")]
     drafts += [ModelDraft(View(tiny_model, Granularity.parse("ffn=0.5")))]
+    drafts += [NestedDraft(View(tiny_model, Granularity.parse("layers=0-2")), torch.arange(0, 64, 3))]
     drafts += [ModelDraft(make_model(vocab_size=64, dtype=torch.float32, max_position_embeddings=128))]
     options: dict[str, Any] = {"params": LAWS[name], "max_new_tokens": 20}
     for seed in range(2):

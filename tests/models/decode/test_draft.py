@@ -7,6 +7,7 @@ from models.decode.chance import SeededRandom
 from models.decode.choose import Chooser, Proposal, make_chooser
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
+from models.decode.passes import settle
 from models.decode.sampling import SamplingParams, law
 from models.decode.state import State, new_cache, score
 from models.elastic import ElasticLM
@@ -32,9 +33,8 @@ def warm_chooser(seed: int = 0) -> Chooser:
     return make_chooser(WARM, SeededRandom(seed), "token")
 
 
-@torch.inference_mode()
 def propose(draft: Draft, state: State, num_tokens: int = 3, seed: int = 0) -> Proposal:
-    return draft.propose(state, num_tokens, warm_chooser(seed))
+    return settle(draft.propose(state, num_tokens, warm_chooser(seed)))
 
 
 def assert_drawn_from(model: ElasticLM | View, ids: list[int], proposal: Proposal) -> None:

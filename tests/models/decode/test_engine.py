@@ -2,16 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from models.decode import engine, passes
 from models.decode.chance import SeededRandom
 from models.decode.choose import Chooser, Proposal
+from models.decode.control import Arm, Controller
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
+from models.decode.lookup import LookupDraft
+from models.decode.passes import Pass, Steps, run
 from models.decode.reference import full_pass_law, plain_decode, speculative_decode
 from models.decode.sampling import SamplingParams
 from models.decode.state import Model, State, new_cache, score
@@ -148,6 +153,74 @@ def test_with_the_same_seed_the_engine_makes_the_references_tokens(
         assert ours == theirs
 
 
+@pytest.mark.parametrize("verifier", ["block", "coupled"])
+def test_the_text_does_not_depend_on_what_the_controller_measures(
+    verifier: str, tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model.double()
+    params = GREEDY if verifier == "block" else WARM
+    options: dict[str, Any] = {"params": params, "verifier": verifier, "max_new_tokens": 60}
+    plain = ids_of(model, [3, 1, 4], **options)
+    seen: set[tuple[object, object]] = set()
+    for seed in range(4):
+        clock, now = Random(seed), [0.0]
+
+        def tick(clock: Random = clock, now: list[float] = now) -> float:
+            now[0] += clock.expovariate(1.0) ** 3  # a clock that jumps about: any order of arms may come
+            return now[0]
+
+        monkeypatch.setattr(engine, "perf_counter", tick)
+        copies = LookupDraft(shortest=1)
+        arms = [
+            Arm(name="first layers", draft=nested(model, "layers=0-2")),
+            Arm(name="own cache", draft=ModelDraft(View(model, Granularity.parse("ffn=0.5")))),
+            Arm(name="lookup", draft=copies, room=copies.room),
+        ]
+        tokens = stream(model, [3, 1, 4], policy=Controller(arms), **options)
+        assert [token.id for token in tokens] == plain
+        seen |= {(row["draft"], row["gamma"]) for row in tokens.report.choices()}
+    assert {name for name, _ in seen} >= {"none", "first layers", "own cache"}
+    assert len(seen) > 5
+
+
+def test_a_draft_that_is_always_wrong_costs_no_more_than_the_ledger_says(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine on a simulated clock: a target's pass takes 1, and so does a step of the draft."""
+    model = make_model(vocab_size=64, max_position_embeddings=512)
+    now = [0.0]
+
+    @dataclass
+    class Wrong:
+        plain: list[int]
+
+        def check(self, target: Model) -> None:
+            pass
+
+        def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+            yield from ()
+            now[0] += num_tokens
+            following = self.plain[len(state.ids) - 3 :][:num_tokens]
+            return Proposal(state.ids, [(token + 1) % 64 for token in following])
+
+    def timed(some: Sequence[Pass]) -> list[Tensor]:
+        now[0] += 1.0
+        return run(some)
+
+    plain = ids_of(model, [3, 1, 4], max_new_tokens=250)
+    monkeypatch.setattr(passes, "run", timed)
+    monkeypatch.setattr(engine, "perf_counter", lambda: now[0])
+    tokens = stream(
+        model,
+        [3, 1, 4],
+        policy=Controller([Arm(name="wrong", draft=Wrong(plain), alpha=0.9)]),
+        max_new_tokens=250,
+    )
+    assert [token.id for token in tokens] == plain
+    assert tokens.report.accepted == 0 < tokens.report.drafted
+    assert now[0] - 1 == tokens.report.decode_seconds <= 249 / 0.97
+
+
 def test_seeds_repeat_and_differ(tiny_model: ElasticLM) -> None:
     draft = nested(tiny_model, "layers=0-1")
     runs = [
@@ -178,10 +251,10 @@ class Watched:
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         self.rounds += 1
         self.look(state)
-        proposal = self.draft.propose(state, num_tokens, chooser)
+        proposal = yield from self.draft.propose(state, num_tokens, chooser)
         self.after(state)
         return proposal
 

@@ -6,17 +6,27 @@ that this round left. A suite of planted bugs shows that the comparison sees the
 """
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, product
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from models.decode import engine
 from models.decode.accept import VERIFIERS, Verifier
+from models.decode.auto import Costs
+from models.decode.chance import Random
+from models.decode.control import Arm, Controller
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
+from models.decode.lookup import LookupDraft
+from models.decode.policy import PLAIN as PLAINLY
+from models.decode.policy import Plan, Round
 from models.decode.reference import full_pass_law, plain_decode
 from models.decode.sampling import SamplingParams
-from models.decode.state import Model
+from models.decode.state import Model, State
 from models.elastic import ElasticLM
 from models.granularity import Granularity
 from models.measure.few import Few, member
@@ -50,9 +60,23 @@ def own_cache(model: ElasticLM, _: MakeModel) -> Draft:
     return ModelDraft(View(model, Granularity.parse("layers=1")))
 
 
+def lookup(_: ElasticLM, __: MakeModel) -> Draft:
+    return LookupDraft(shortest=1)
+
+
 def packed(text: str, precision: str) -> Callable[[ElasticLM, MakeModel], Draft]:
     granularity = Granularity.parse(text)
     return lambda model, _: NestedDraft(View(pack(model, precision, granularity), granularity))
+
+
+def few_tokens(text: str, precision: str | None = None) -> Callable[[ElasticLM, MakeModel], Draft]:
+    granularity = Granularity.parse(text)
+
+    def make(model: ElasticLM, _: MakeModel) -> Draft:
+        source = model if precision is None else pack(model, precision, granularity)
+        return NestedDraft(View(source, granularity), torch.tensor([2, 0]))
+
+    return make
 
 
 DRAFTS = {
@@ -63,8 +87,12 @@ DRAFTS = {
     "narrow in int8": packed("ffn=0.125,heads=0.5", "int8"),
     "whole target in int8": packed("full", "int8"),
     "last layer in bf16": packed("ffn=0.5,layers=1", "bf16"),
+    "two tokens": few_tokens("ffn=0.5,layers=0"),
+    "two tokens of the target": few_tokens("full"),
+    "two tokens in int8": few_tokens("layers=1", "int8"),
     "own cache": own_cache,
     "hostile": hostile,
+    "lookup": lookup,
 }
 
 
@@ -90,8 +118,18 @@ CASES = [
     *(Case(params, 2, 3, "hostile", verifier) for params in (MIN_P, PENALTY) for verifier in VERIFIERS),
     Case(PENALTY, 2, 3, "first layer", "block"),
     Case(PENALTY, 3, 2, "own cache", "token"),
+    *(Case(params, 2, 3, "lookup", verifier) for params in (MIN_P, PENALTY) for verifier in VERIFIERS),
+    *(Case(PLAIN, 3, 2, "lookup", verifier) for verifier in VERIFIERS),
+    *(Case(params, 2, 4, "lookup", "block") for params in (TOP_K, TOP_K_TOP_P, ALL)),
     *(Case(ALL, 1, 4, draft, "block") for draft in ("narrow", "hostile")),
     *(Case(SamplingParams(repetition_penalty=3.0), 3, 5, draft, "block") for draft in DRAFTS),
+    *(
+        Case(params, 2, 3, "two tokens", verifier)
+        for params in (PLAIN, TOP_K, TOP_P, MIN_P, PENALTY)
+        for verifier in VERIFIERS
+    ),
+    Case(ALL, 1, 4, "two tokens", "block"),
+    Case(TOP_K_TOP_P, 2, 4, "two tokens of the target", "token"),
     pytest.param(Case(PLAIN, 1, 8, "narrow", "block"), marks=pytest.mark.slow),
 ]
 
@@ -130,6 +168,97 @@ def test_plain_decoding_has_the_targets_law(make_model: MakeModel) -> None:
     model = make_model(vocab_size=4)
     ours = engine_law(model, params=PLAIN, max_new_tokens=3)
     assert total_variation(ours, reference_law(model, PLAIN, 3)) < EXACT
+
+
+# ------------------------------------------------------------------ who drafts depends on the text
+
+
+@dataclass
+class Fickle:
+    """Chooses the draft and how much by settled tokens and by what the last round accepted."""
+
+    drafts: Sequence[Draft]
+    accepted: int = 0
+    costs: None = None
+
+    def check(self, target: Model) -> None:
+        for draft in self.drafts:
+            draft.check(target)
+
+    def choose(self, state: State, most: int) -> Plan:
+        number = sum(state.ids) + self.accepted
+        gamma = min(number % 3, most)
+        return Plan(self.drafts[number % len(self.drafts)], gamma) if gamma else PLAINLY
+
+    def observe(self, done: Round) -> None:
+        self.accepted = done.num_accepted
+
+
+ADAPTIVE = [*((PLAIN, 2, verifier) for verifier in VERIFIERS), (PENALTY, 2, "block"), (TOP_K, 3, "token")]
+
+
+@pytest.mark.parametrize(("params", "vocab_size", "verifier"), ADAPTIVE)
+def test_the_law_holds_where_settled_tokens_and_past_rounds_choose_the_draft(
+    params: SamplingParams, vocab_size: int, verifier: str, make_model: MakeModel
+) -> None:
+    model = make_model(vocab_size=vocab_size)
+    plans: set[tuple[int, int]] = set()
+    drafts = [DRAFTS[name](model, make_model) for name in ("first layer", "hostile", "lookup")]
+
+    class Noted(Fickle):
+        def observe(self, done: Round) -> None:
+            plans.add((done.num_drafted, done.num_accepted))
+            super().observe(done)
+
+    ours = exact_law(
+        lambda random: [
+            token.id
+            for token in stream(
+                model,
+                PROMPT,
+                policy=Noted(drafts),
+                random=random,
+                params=params,
+                max_new_tokens=5,
+                verifier=verifier,
+            )
+        ]
+    )
+    assert total_variation(ours, reference_law(model, params, 5)) < EXACT
+    assert {num for num, _ in plans} == {0, 1, 2}
+    assert {(1, 0), (1, 1), (2, 2)} <= plans
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_the_law_holds_under_the_controller(
+    verifier: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(vocab_size=2)
+    gammas: set[tuple[object, object]] = set()
+    costs = Costs({1: 1.0, 2: 1.1, 3: 1.2}, {"S": 0.1})
+
+    def decode(random: Random) -> list[int]:
+        monkeypatch.setattr(engine, "perf_counter", partial(next, count()))  # every round takes as long
+        arms = [
+            Arm(name="S", draft=hostile(model, make_model), alpha=0.6),
+            Arm(name="lookup", draft=(copies := LookupDraft(shortest=1)), step=0.0, room=copies.room),
+        ]
+        tokens = stream(
+            model,
+            PROMPT,
+            policy=Controller(arms, costs, most=2),
+            random=random,
+            params=PLAIN,
+            max_new_tokens=5,
+            verifier=verifier,
+        )
+        ids = [token.id for token in tokens]
+        gammas.update((choice["draft"], choice["gamma"]) for choice in tokens.report.choices())
+        return ids
+
+    assert total_variation(exact_law(decode), reference_law(model, PLAIN, 5)) < EXACT
+    assert {name for name, _ in gammas} >= {"S", "lookup"}
+    assert {gamma for _, gamma in gammas} >= {0, 1, 2}
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)

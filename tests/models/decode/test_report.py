@@ -1,5 +1,6 @@
 """Reported figures are recounted from what came out and from what the verifier saw."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from models.decode import engine
 from models.decode.accept import verify_block, verify_tokens
+from models.decode.auto import Costs
 from models.decode.chance import Random, SeededRandom
 from models.decode.draft import NestedDraft
 from models.decode.engine import Stream, Token, stream
+from models.decode.policy import Round
+from models.decode.report import Report
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.granularity import Granularity
@@ -124,9 +128,12 @@ def test_only_work_is_timed_and_not_who_takes_the_tokens(
     tokens = stream(tiny_model, [1], max_new_tokens=6)
     for _ in tokens:
         next(clock)  # time passes between tokens
-    assert tokens.report.prefill_seconds == 1
-    assert tokens.report.decode_seconds == tokens.report.rounds == 5
-    assert tokens.report.tokens_per_second == 1.0
+    report = tokens.report
+    assert report.prefill_seconds == 1
+    # Two ticks a round: the pass, then what is learned from it.
+    assert report.decode_seconds == 2 * report.rounds == 10
+    assert report.plain_seconds == 1
+    assert report.tokens_per_second == 6 / 11
 
 
 def test_the_report_as_a_dictionary_has_the_ratios_and_the_counts(tiny_model: ElasticLM) -> None:
@@ -134,3 +141,83 @@ def test_the_report_as_a_dictionary_has_the_ratios_and_the_counts(tiny_model: El
     ours = run.report.as_dict()
     assert {"tokens_per_second", "tau", "alpha", "rounds", "accepted_by_position"} <= ours.keys()
     assert ours["tau"] == run.report.tau
+
+
+# ---------------------------------------------------------------- what rounds took
+
+
+def taken(
+    draft: str, num_drafted: int, num_accepted: int, draft_seconds: float, target_seconds: float
+) -> Round:
+    reached = min(num_accepted + 1, num_drafted)
+    overlaps = tuple(float(place < num_accepted) for place in range(reached))
+    return Round(draft, num_drafted, num_accepted, draft_seconds, target_seconds, overlaps)
+
+
+def counted(rounds: Sequence[Round], known_costs: Costs | None = None) -> Report:
+    report = Report(known_costs=known_costs)
+    report.count_token(None)
+    for done in rounds:
+        report.count_round(done)
+        report.decode_seconds += done.draft_seconds + done.target_seconds
+        for place in [*range(done.num_accepted), None]:
+            report.count_token(place)
+    return report
+
+
+ROUNDS = [
+    *[taken("none", 0, 0, 0.0, 1.0)] * 2,
+    *[taken("S", 2, 2, 0.5, 1.2), taken("S", 2, 0, 0.5, 1.2)] * 2,
+    taken("S", 4, 4, 1.0, 1.5),
+    taken("lookup", 4, 1, 0.0, 1.5),
+]
+
+
+def test_c_v_and_speeds_are_those_of_the_rounds() -> None:
+    report = counted(ROUNDS)
+    assert report.plain_seconds == 1.0
+    assert report.c == {"S": 0.25, "lookup": 0.0}
+    assert report.v == {1: 1.0, 3: 1.2, 5: 1.5}
+    assert report.speedup == pytest.approx(17 / (2.0 + 4 * 1.7 + 2.5 + 1.5))
+    s, lookup = 8 / 10, 1 / 2  # accepted of those reached
+    tokens = 2 + 4 * (1 + s + s**2) + sum(s**i for i in range(5)) + sum(lookup**i for i in range(5))
+    assert report.predicted_speedup == pytest.approx(tokens / (2.0 + 4 * 1.7 + 2.5 + 1.5))
+
+
+def test_known_costs_predict_and_stand_in_for_a_plain_step_that_was_not_seen() -> None:
+    known = Costs({1: 10.0, 3: 15.0}, {"S": 4.0})
+    report = counted([taken("S", 2, 2, 1.0, 3.0)] * 3, known)
+    assert report.plain_seconds == pytest.approx(2.0)  # 3.0, at v(3) = 1.5
+    assert report.v == pytest.approx({3: 1.5})
+    assert report.c == pytest.approx({"S": 0.25})  # measured; 0.4 was known
+    assert report.predicted_speedup == pytest.approx(3 / (2 * 0.4 + 1.5))
+    assert report.speedup == pytest.approx(9 * 2.0 / 12.0)
+
+
+def test_without_a_plain_step_or_known_costs_nothing_is_compared() -> None:
+    report = counted([taken("S", 2, 1, 1.0, 3.0)] * 3)
+    assert (report.plain_seconds, report.c, report.v) == (None, None, None)
+    assert (report.speedup, report.predicted_speedup) == (None, None)
+
+
+def test_rounds_are_listed_by_who_drafted_and_how_much() -> None:
+    rows = counted(ROUNDS).choices()
+    assert [(row["draft"], row["gamma"], row["rounds"], row["accepted"]) for row in rows] == [
+        ("S", 2, 4, 4),
+        ("S", 4, 1, 4),
+        ("lookup", 4, 1, 1),
+        ("none", 0, 2, 0),
+    ]
+    assert (rows[0]["draft_seconds"], rows[0]["target_seconds"]) == (0.5, 1.2)
+
+
+def test_the_rounds_of_a_stream_add_up_to_its_counts(tiny_model: ElasticLM) -> None:
+    tokens = stream(
+        tiny_model, [4, 2], draft=NestedDraft(View(tiny_model, Granularity.parse("layers=0-2"))), gamma=3
+    )
+    list(tokens)
+    report, rows = tokens.report, tokens.report.choices()
+    assert sum(row["rounds"] for row in rows) == report.rounds  # type: ignore[misc]
+    assert sum(row["accepted"] for row in rows) == report.accepted  # type: ignore[misc]
+    assert report.kv_bytes == 2 * 4 * 2 * (2 + 126) * 8 * 4  # keys and values, layers, groups, positions
+    assert json.loads(json.dumps(report.as_dict())).keys() >= {"c", "v", "speedup", "kv_bytes", "choices"}

@@ -13,6 +13,7 @@ from models.errors import NestlingError, UsageError
 from models.granularity import FULL, Granularity
 from models.measure.consistency import MEASURES, _measures, evaluate_family, evaluate_shared_alpha
 from models.measure.perplexity import evaluate_loss
+from models.quantize import pack
 from models.view import View
 
 FAMILY = {
@@ -25,6 +26,8 @@ FAMILY = {
 }
 FP32_SUMS = 2e-5
 """Relative: means of fp32 figures, through products over other numbers of rows."""
+SUMS = {None: FP32_SUMS, "fp32": FP32_SUMS, "bf16": 2e-3, "int8": 2e-4}
+"""The same, of a draft in a precision whose rounding hides or magnifies such differences."""
 FP32_MASS = 1e-6
 """fp32 probabilities of 64 tokens add up to 1 within this."""
 
@@ -149,9 +152,14 @@ def test_what_cannot_be_measured_is_refused(tiny_model: ElasticLM) -> None:
         evaluate_family(tiny_model, {"far": Granularity.parse("layers=9")}, [random_batch()])
 
 
-def drafted_alpha(model: ElasticLM, granularity: Granularity, tokens_BT: Tensor, block: int) -> float:
+def views(model: ElasticLM, precision: str | None = None) -> dict[str, View]:
+    source = model if precision is None else pack(model, precision)
+    return {name: View(source, granularity) for name, granularity in FAMILY.items()}
+
+
+def drafted_alpha(model: ElasticLM, view: View, tokens_BT: Tensor, block: int) -> float:
     """Decode it: each round the full model commits the prefix, then the draft scores token by token."""
-    view, alphas = View(model, granularity), []
+    alphas: list[float] = []
     p_BTV = model(tokens_BT).softmax(-1)
     for start in range(0, tokens_BT.shape[1], block):
         cache = KVCache(model.config, batch_size=len(tokens_BT), num_positions=tokens_BT.shape[1])
@@ -166,25 +174,33 @@ def drafted_alpha(model: ElasticLM, granularity: Granularity, tokens_BT: Tensor,
     return math.fsum(alphas) / len(alphas)
 
 
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8"])
 @pytest.mark.parametrize("block", [1, 3])
-def test_shared_alpha_is_what_decoding_from_the_shared_cache_sees(tiny_model: ElasticLM, block: int) -> None:
+def test_shared_alpha_is_what_decoding_from_the_shared_cache_sees(
+    tiny_model: ElasticLM, block: int, precision: str | None
+) -> None:
     tokens_BT, _ = random_batch(2, 11)
     batch = (tokens_BT, torch.zeros_like(tokens_BT))
+    drafts = views(tiny_model, precision)
     with torch.no_grad():
-        theirs = {name: drafted_alpha(tiny_model, one, tokens_BT, block) for name, one in FAMILY.items()}
-    ours = evaluate_shared_alpha(tiny_model, FAMILY, [batch], block=block)
-    assert ours == pytest.approx(theirs, rel=FP32_SUMS)
+        theirs = {name: drafted_alpha(tiny_model, one, tokens_BT, block) for name, one in drafts.items()}
+    ours = evaluate_shared_alpha(tiny_model, drafts, [batch], block=block)
+    tolerance = SUMS[precision]
+    assert ours == pytest.approx(theirs, rel=tolerance)
+    if precision in ("bf16", "int8"):
+        in_place = evaluate_shared_alpha(tiny_model, views(tiny_model), [batch], block=block)
+        assert ours["XL"] < 1 - tolerance < in_place["XL"], "the copy is told from its source"
 
 
 def test_shared_alpha_of_one_endless_block_is_the_members_own(
     tiny_model: ElasticLM, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     own = {member.name: member.alpha for member in evaluate_family(tiny_model, FAMILY, batches)}
-    shared = evaluate_shared_alpha(tiny_model, FAMILY, batches, block=1000)
+    drafts = views(tiny_model)
+    shared = evaluate_shared_alpha(tiny_model, drafts, batches, block=1000)
     assert shared == pytest.approx(own, rel=FP32_SUMS)
-    assert evaluate_shared_alpha(tiny_model, FAMILY, batches, block=1)["S"] != pytest.approx(
-        own["S"], rel=1e-3
-    )
+    alone = evaluate_shared_alpha(tiny_model, drafts, batches, block=1)["S"]
+    assert alone != pytest.approx(own["S"], rel=1e-3)
 
 
 @given(

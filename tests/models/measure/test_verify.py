@@ -10,6 +10,7 @@ import torch
 from models.decode.accept import Verifier
 from models.decode.choose import VERIFIER_NAMES, Chooser, Proposal
 from models.decode.draft import Draft
+from models.decode.passes import Steps
 from models.decode.state import Model, State
 from models.elastic import ElasticLM
 from models.granularity import Granularity
@@ -157,10 +158,10 @@ class Spoils:
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Proposal:
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         keys, _ = state.cache.read(0)
         keys.mul_(self.factor)
-        return self.draft.propose(state, num_tokens, chooser)
+        return (yield from self.draft.propose(state, num_tokens, chooser))
 
 
 def identity(model: ElasticLM, dtype: str, law: str, factor: float) -> Check:

@@ -68,9 +68,46 @@ def test_greedy_ids_do_not_depend_on_the_draft(generate: Any, model: Path, tmp_p
     plain, _, err = generate("--draft", "none", "--max-new-tokens", "30")
     assert "draft none" in err
     assert plain["tau"] == 1.0
-    for draft in ("S", "D", "auto", "full", "ffn=0.5,layers=0:2", stranger):
+    for draft in ("S", "D", "auto", "lookup", "full", "ffn=0.5,layers=0:2", stranger):
         drafted, _, _ = generate("--draft", draft, "--max-new-tokens", "30")
         assert drafted["ids"] == plain["ids"], draft
+        assert drafted["gamma"] == "auto"
+
+
+def test_gamma_follows_the_clock_only_where_the_text_does_not_depend_on_it(generate: Any) -> None:
+    def gamma(*flags: str) -> object:
+        return generate("--max-new-tokens", "8", *flags)[0]["gamma"]
+
+    warm = ("--temperature", "1")
+    assert gamma("--draft", "D") == "auto"
+    assert gamma("--draft", "D", *warm, "--verifier", "coupled") == "auto"
+    assert gamma("--draft", "D", *warm) == 4
+    assert gamma("--draft", "D", *warm, "--gamma", "auto") == "auto"
+    assert gamma("--draft", "auto", *warm) == "auto"
+    assert gamma("--draft", "lookup", "--gamma", "3") == 3
+    assert gamma("--draft", "none", "--gamma", "auto") == 0
+
+
+def test_the_report_tells_what_a_request_cost(generate: Any) -> None:
+    results, _, err = generate("--draft", "S@int8", "--max-new-tokens", "40")
+    assert results["plain_seconds"] > 0
+    assert results["v"]["1"] == 1.0
+    assert results["c"]["S@int8"] > 0
+    assert results["speedup"] > 0
+    assert results["predicted_speedup"] > 0
+    assert results["kv_bytes"] > 0
+    assert results["draft_extra_bytes"] > 0
+    assert (results["dtype"], results["draft_dtype"]) == ("fp32", "int8")
+    assert {row["draft"] for row in results["choices"]} == {"S@int8", "none"}
+    assert "x plain" in err
+    assert "draft S@int8" in err
+
+
+def test_copying_joins_the_best_draft(generate: Any) -> None:
+    _, _, err = generate("--draft", "auto", "--max-new-tokens", "8")
+    assert "or lookup, gamma auto" in err
+    _, _, err = generate("--draft", "auto", "--max-new-tokens", "8", "--gamma", "2")
+    assert "lookup" not in err
 
 
 def test_the_best_draft_is_chosen_only_for_greedy_text(generate: Any) -> None:
@@ -143,7 +180,8 @@ def test_a_folder_without_measurements_decodes_plainly_and_says_why(
         (["--repetition-penalty", "0"], "--repetition-penalty"),
         (["--verifier", "tree"], "--verifier"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
-        (["--draft", "D", "--gamma", "-1"], "--gamma"),
+        (["--draft", "D", "--gamma", "-1"], "--gamma must be 0 or more, or auto, got -1"),
+        (["--draft", "D", "--gamma", "many"], "--gamma 'many' is no number; give 0 or more, or auto"),
         (["--stop", ""], "--stop"),
         (["--dtype", "float8"], "float8"),
         (["--prompt", "word " * 200], "--prompt"),

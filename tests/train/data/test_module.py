@@ -76,14 +76,14 @@ def test_the_tokenizer_never_sees_what_the_hash_held_out(tmp_path: Path) -> None
     assert "zygote" not in "".join(data.tokenizer.get_vocab())
 
 
-def test_the_batch_size_of_a_recipe_is_that_of_one_device(stories_txt: Path) -> None:
+def test_processes_share_the_batch_size_of_a_recipe(stories_txt: Path) -> None:
     data = make_data(stories_txt).prepare()
     data.trainer = SimpleNamespace(global_rank=1, world_size=2)  # type: ignore[assignment]
 
     batch = data.train_dataloader().batch(0, 0)
 
-    assert batch.tokens_BT.shape == (2, 8)
-    assert (batch.first_row, batch.num_rows) == (2, 8)
+    assert batch.tokens_BT.shape == (1, 8)
+    assert (batch.first_row, batch.stride, batch.num_rows) == (1, 2, 4)
 
 
 def test_a_corpus_of_one_document_gives_its_tail_to_validation(

@@ -32,3 +32,29 @@ def test_speed_up_is_against_plain_decoding_of_the_same_engine_and_dtype() -> No
     column = table.header.index("speed-up")
     assert [cells[column] for cells in table.rows] == ["1.00×", "1.50×", NOTHING, "1.00×", "0.80×"]
     assert table.num_labels == table.header.index("dtype") + 1
+
+
+def test_rows_of_one_engine_mode_and_draft_are_told_apart() -> None:
+    common = {"engine": "transformers", "dtype": "bf16", "tokens_per_second": 50.0}
+    rows: list[dict[str, object]] = [
+        {**common, "mode": "plain", "cache": "dynamic", "seconds_to_first_token": 0.0123, "mbu": 0.421},
+        {**common, "mode": "plain", "cache": "static"},
+        {**common, "mode": "assisted", "draft": "D", "schedule": "default"},
+        {**common, "mode": "assisted", "draft": "D", "schedule": "constant", "gamma": 2},
+    ]
+    table = speed_table(rows)
+    assert table.header[:5] == ("engine", "mode", "draft", "setting", "dtype")
+    assert [cells[3] for cells in table.rows] == [
+        "dynamic cache", "static cache", "default schedule", "2 a round",
+    ]  # fmt: skip
+    assert table.header[-2:] == ("first token", "bandwidth")
+    assert table.rows[0][-2:] == ("12.3 ms", "42%")
+
+
+def test_speed_up_is_against_the_fastest_plain_decoding() -> None:
+    rows = [
+        {"engine": "a", "mode": "plain", "cache": cache, "tokens_per_second": speed}
+        for cache, speed in (("dynamic", 40.0), ("static", 50.0))
+    ]
+    table = speed_table(rows)
+    assert [cells[table.header.index("speed-up")] for cells in table.rows] == ["0.80×", "1.00×"]

@@ -1,0 +1,161 @@
+"""Passes of a model that decoding asks for, and who runs them: each alone, or those of a batch together.
+
+A request decodes in steps: a generator that yields every pass it needs, is sent its logits, and yields
+each token that it has decided. Who drives it decides how the passes run:
+
+    alone      at once, one after another
+    together   the passes of many requests through the same model become one, in which their tokens
+               share the reading of the weights and nothing else (`models.cache.Batch`)
+
+So a batch is a way to run requests, not a way to write them: a request in a batch makes the choices
+that it makes alone, whatever its companions, their lengths, their drafts and when they end.
+
+T positions, V vocabulary.
+"""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from models.cache import Batch, KVCache
+from models.decode.state import Model, Scorer, elastic_model
+from models.decode.vocabulary import FewTokens
+from models.elastic import ElasticLM
+from models.granularity import FULL, Granularity
+from models.view import View
+
+Result = TypeVar("Result")
+Event = TypeVar("Event")
+
+
+class Pass(NamedTuple):
+    """A pass over tokens that follow what a cache has committed."""
+
+    model: Scorer
+    ids: list[int]
+    cache: KVCache
+    num_last: int
+    """How many of the last positions are scored."""
+
+
+Steps: TypeAlias = Generator[Pass, Tensor, Result]
+"""Yields passes, is sent their logits [num_last, V], and returns a result."""
+
+Events: TypeAlias = Generator[Pass | Event, Tensor | None, None]
+"""Yields passes and, between them, what it has to tell, to which None is sent."""
+
+
+def alone(events: Events[Event]) -> Iterator[Event]:
+    """Run each pass at once; give what is told."""
+    event = _send(events, None)
+    while event is not None:
+        logits_TV = None
+        if isinstance(event, Pass):
+            logits_TV = run([event])[0]
+        else:
+            yield event
+        event = _send(events, logits_TV)
+
+
+def settle(steps: Steps[Result]) -> Result:
+    """Run steps to their end, each pass at once, and give their result."""
+    with torch.inference_mode():
+        try:
+            one = next(steps)
+            while True:
+                one = steps.send(run([one])[0])
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+class Together(Iterator[tuple[int, Event]]):
+    """Run many requests' passes together; gives (number of the request, what it told).
+
+    Passes through any model but the target's go first, so that the target scores the drafts of all.
+
+    Args:
+        requests: what is run.
+        target: of all of them.
+    """
+
+    def __init__(self, requests: Sequence[Events[Event]], target: Model) -> None:
+        self._requests = list(requests)
+        self._target = _identity(target)
+        self._waiting: dict[int, Pass] = {}
+        self._events = self._run()
+
+    def __next__(self) -> tuple[int, Event]:
+        """What comes next, of whichever request."""
+        return next(self._events)
+
+    def cancel(self, number: int) -> None:
+        """End a request; the others go on."""
+        self._requests[number].close()
+        self._waiting.pop(number, None)
+
+    def _run(self) -> Iterator[tuple[int, Event]]:
+        for number in range(len(self._requests)):
+            yield from self._advance(number, None)
+        while self._waiting:
+            group = _next_group(self._waiting, self._target)
+            logits = run([self._waiting.pop(number) for number in group])
+            for number, logits_TV in zip(group, logits, strict=True):
+                yield from self._advance(number, logits_TV)
+
+    def _advance(self, number: int, logits_TV: Tensor | None) -> Iterator[tuple[int, Event]]:
+        """Let a request go on to its next pass."""
+        event = _send(self._requests[number], logits_TV)
+        while event is not None and not isinstance(event, Pass):
+            yield number, event
+            event = _send(self._requests[number], None)
+        if isinstance(event, Pass):
+            self._waiting[number] = event
+
+
+@torch.inference_mode()
+def run(passes: Sequence[Pass]) -> list[Tensor]:
+    """Logits [num_last, V] of each of some passes through the same model, made in one pass."""
+    first = passes[0]
+    whole = elastic_model(first.model)
+    ids = [token for one in passes for token in one.ids]
+    tokens_BT = torch.tensor([ids], device=whole.model.embed_tokens.weight.device)
+    if len(passes) == 1:
+        logits_BTV: Tensor = first.model(tokens_BT, memory=first.cache, num_last=first.num_last)
+        return [logits_BTV[0]]
+    counts = [len(one.ids) for one in passes]
+    memory = Batch([one.cache for one in passes], counts)
+    parts = whole.states(tokens_BT, _granularity(first.model), memory)[-1][0].split(counts)
+    scored = [part_TD[-one.num_last :] for part_TD, one in zip(parts, passes, strict=True)]
+    head = first.model.head if isinstance(first.model, FewTokens) else whole.head
+    logits_TV = head(torch.cat(scored))
+    return list(logits_TV.split([one.num_last for one in passes]))
+
+
+@torch.inference_mode()
+def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | Event | None:
+    """Go on to the next event; None at the end."""
+    try:
+        return events.send(logits_TV)
+    except StopIteration:
+        return None
+
+
+def _next_group(waiting: Mapping[int, Pass], target: tuple[int, Granularity]) -> list[int]:
+    """Requests that wait for the same model: for a draft while any do, since the others wait for them."""
+    groups: dict[tuple[int, Granularity], list[int]] = {}
+    for number, one in waiting.items():
+        groups.setdefault(_identity(one.model), []).append(number)
+    return max(groups.items(), key=lambda group: (group[0] != target, len(group[1])))[1]
+
+
+def _identity(model: Scorer) -> tuple[int, Granularity]:
+    return id(model if isinstance(model, FewTokens) else elastic_model(model)), _granularity(model)
+
+
+def _granularity(model: Scorer) -> Granularity:
+    if isinstance(model, ElasticLM):
+        return FULL
+    return model.granularity if isinstance(model, View) else model.view.granularity

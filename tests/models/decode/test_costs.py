@@ -1,0 +1,61 @@
+"""Timings of a round's parts, by a clock that counts the work itself."""
+
+import pytest
+import torch
+
+from models.decode.costs import HostCosts, time_drafts, time_hosts, time_target
+from models.decode.sampling import SamplingParams
+from models.elastic import ElasticLM
+from models.granularity import Granularity
+from models.view import View
+
+
+class LayerClock:
+    """Tells how many tokens have passed through layers so far: a machine without noise."""
+
+    def __init__(self, model: ElasticLM) -> None:
+        self.count = 0.0
+        for block in model.model.layers:
+            block.register_forward_hook(self.hook)
+
+    def hook(self, _: object, arguments: tuple[torch.Tensor, ...], __: object) -> None:
+        self.count += arguments[0].shape[1]
+
+    def __call__(self) -> float:
+        return self.count
+
+
+def test_a_pass_on_m_tokens_is_timed_as_far_as_the_context_has_room(tiny_model: ElasticLM) -> None:
+    seconds = time_target(tiny_model, 6, budget=0, clock=LayerClock(tiny_model))
+    assert seconds == {m: 4.0 * m for m in range(1, 7)}
+    assert max(time_target(tiny_model, 1000, budget=0, clock=LayerClock(tiny_model))) == 128
+
+
+def test_a_step_of_a_draft_is_told_in_passes_of_the_target(tiny_model: ElasticLM) -> None:
+    drafts = {text: View(tiny_model, Granularity.parse(text)) for text in ("layers=0", "layers=0-2")}
+    clock = LayerClock(tiny_model)
+    steps = time_drafts(tiny_model, drafts, num_steps=4, budget=0, clock=clock)
+    assert steps == {"layers=0": 0.25, "layers=0-2": 0.75}
+
+
+def test_the_hosts_share_is_timed_for_each_law_and_verifier(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock counts laws that are made: one for each drafted token, gamma + 1 to judge them."""
+    made = 0.0
+    real = torch.softmax
+
+    def counting(x: torch.Tensor, dim: int) -> torch.Tensor:
+        nonlocal made
+        made += x.numel() / 64
+        return real(x, dim)
+
+    monkeypatch.setattr("models.decode.sampling.torch.softmax", counting)
+    kinds = [(SamplingParams(), "block"), (SamplingParams(temperature=1.0), "coupled")]
+    hosts = time_hosts(tiny_model, kinds, budget=0, clock=lambda: made)
+    assert [hosts[kinds[0]](gamma) for gamma in (0, 1, 7)] == [0, 0, 0]
+    assert [hosts[kinds[1]](gamma) for gamma in (0, 1, 7, 20)] == [1, 3, 15, 41]
+
+
+def test_between_what_was_measured_the_host_is_interpolated() -> None:
+    assert HostCosts({0: 1.0, 2: 5.0})(1) == 3.0

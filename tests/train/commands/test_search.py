@@ -1,0 +1,76 @@
+"""`nestling search` from the command line: a table, JSON, and what `--draft auto` makes of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from train import search
+from train.cli import main
+
+Fails = Callable[..., str]
+BRIEF = ("--num-tokens", "200", "--confirm", "1", "--num-prompts", "2", "--rounds", "1", "--dtype", "fp32")
+
+
+def test_it_shows_writes_and_keeps_what_it_found_and_auto_takes_it(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(search, "SECONDS", 0.0)
+    monkeypatch.setattr(search, "LEAST_SPEEDUP", 0.0)  # a draft is found, however slow this machine is today
+    path = tmp_path / "search.json"
+    flags = [
+        "--draft",
+        "--data",
+        str(text),
+        "--granularity",
+        "ffn=1:0.5,layers=0:2",
+        *BRIEF,
+        "--json",
+        str(path),
+    ]
+    assert main(["search", str(model), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "x plain predicted" in shown
+    written = json.loads(path.read_text())
+    assert {"card", "v", "results", "estimates", "choices", "num_tokens", "busy_rounds"} <= written.keys()
+    assert written["results"][0]["draft"] == "none"
+    drafted = written["results"][1]
+    assert drafted["error"] == pytest.approx(drafted["predicted"] / drafted["measured"] - 1)
+    greedy, *sampled = written["choices"]
+    assert greedy["temperature"] == 0
+    assert {one["verifier"] for one in sampled} == {"token", "block", "coupled"}
+    generated = tmp_path / "generate.json"
+    flags = ["--prompt", "def area", "--max-new-tokens", "4", "--dtype", "fp32", "--json", str(generated)]
+    assert main(["generate", str(model), *flags]) == 0
+    auto = json.loads(generated.read_text())
+    assert (auto["draft"], auto["gamma"]) == (greedy["draft"], "auto")  # the controller begins with it
+    assert "measured by nestling search" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--data", "text.txt"], "--draft is missing"),
+        (["--draft", "--data", "nowhere.txt"], "--data nowhere.txt"),
+        (["--draft", "--data", "text.txt", "--num-tokens", "0"], "--num-tokens must be at least 1, got 0"),
+        (["--draft", "--data", "text.txt", "--granularity", "layers=0:9"], "layer 9"),
+        (["--draft", "--data", "text.txt", "--temperature", "-1"], "--temperature must be 0 or more"),
+    ],
+)
+def test_what_cannot_be_searched_is_named(
+    flags: list[str], named: str, model: Path, text: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text.parent)
+    assert named in fails("search", model, *flags, code=2)
+
+
+def test_a_text_shorter_than_a_prompt_is_named(model: Path, tmp_path: Path, fails: Fails) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("a")
+    assert "fewer than" in fails("search", model, "--draft", "--data", short, "--dtype", "fp32", code=1)
