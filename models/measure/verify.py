@@ -40,8 +40,9 @@ DTYPE_SHARE, DTYPE_FLOOR = 4.0, 1e-5
 FALSE_ALARM = 1e-6
 """Of all counts of a command. They share a tenth of it: Pearson's statistic only nears its law, and at 1e-5
 is already exceeded up to 1.8 times as often as it should be, with cells of 8 expected counts."""
-NEAR_TIE = 4.0
-"""Two logits are tied if they differ by so many roundings of the largest one: each is a long sum."""
+NEAR_TIE = 8.0
+"""Two logits are tied if they differ by so many roundings of the largest one: each is a long sum. Seen were
+up to 6.5, in fp32, of weights whose partial sums exceed the logits."""
 
 PLAIN, GREEDY = "T=1", "greedy"
 LAWS: Mapping[str, SamplingParams] = {
