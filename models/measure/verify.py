@@ -25,7 +25,7 @@ from models.decode.accept import Verifier
 from models.decode.chance import SeededRandom, gumbel_noise
 from models.decode.choose import COUPLED
 from models.decode.engine import stream
-from models.decode.sampling import SamplingParams, law
+from models.decode.sampling import SamplingParams, law, penalise
 from models.elastic import ElasticLM
 from models.measure.few import Few, ForModel, MakeDraft, hostile, likeliest_tokens, restrict
 from models.measure.laws import Output, chi_square, total_variation
@@ -40,8 +40,9 @@ DTYPE_SHARE, DTYPE_FLOOR = 4.0, 1e-5
 FALSE_ALARM = 1e-6
 """Of all counts of a command. They share a tenth of it: Pearson's statistic only nears its law, and at 1e-5
 is already exceeded up to 1.8 times as often as it should be, with cells of 8 expected counts."""
-NEAR_TIE = 4.0
-"""Two logits are tied if they differ by so many roundings of the largest one: each is a long sum."""
+NEAR_TIE = 8.0
+"""Two logits are tied if they differ by so many roundings of the largest one: each is a long sum. Seen were
+up to 6.5, in fp32, of weights whose partial sums exceed the logits."""
 
 PLAIN, GREEDY = "T=1", "greedy"
 LAWS: Mapping[str, SamplingParams] = {
@@ -241,7 +242,7 @@ def gap_between(
     device = whole.model.model.embed_tokens.weight.device
     logits_V: Tensor = whole.model(torch.tensor([list(ids)], device=device), num_last=1)[0, -1]
     tie = NEAR_TIE * _rounding(whole.dtype) * float(logits_V.abs().max())
-    keys_V = logits_V.double().cpu()
+    keys_V = penalise(logits_V.double().cpu().unsqueeze(0), params, ids)[0]
     if not params.is_greedy:
         tie /= params.temperature
         keys_V = law(keys_V, params).log() + gumbel_noise(whole.seed, len(ids), len(keys_V))

