@@ -158,8 +158,11 @@ def resolve_dtype(name: str, card: MachineCard, *, purpose: Purpose) -> str:
 
 
 def num_threads(card: MachineCard, dtype: str, *, purpose: Purpose) -> int:
-    """The number of CPU threads that measured best for this work; all cores where nothing could tell."""
-    rates = card.cpu.dtypes[dtype]
+    """The number of CPU threads that measured best for this work; all cores where nothing could tell.
+
+    What is no dtype of weights, as int8, was not measured: it takes fp32's number.
+    """
+    rates = card.cpu.dtypes.get(dtype, card.cpu.dtypes["fp32"])
     best = rates.product_threads if purpose == "training" else rates.decode_threads
     return card.cores if card.busy else best
 

@@ -94,6 +94,7 @@ def test_threads_are_those_that_measured_best_unless_the_machine_was_busy() -> N
     assert num_threads(quiet, "bf16", purpose="training") == 2
     assert num_threads(quiet, "bf16", purpose="decoding") == 1
     assert num_threads(busy, "bf16", purpose="decoding") == busy.cores
+    assert num_threads(quiet, "int8", purpose="decoding") == num_threads(quiet, "fp32", purpose="decoding")
 
 
 @pytest.mark.parametrize("gpu", [None, ZEN_5])
