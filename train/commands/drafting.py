@@ -179,7 +179,10 @@ def _searched(
     drafting = nested_drafting(
         folder, found.draft, number, f"{speed} by nestling search{few}", found.vocabulary
     )
-    return dataclasses.replace(drafting, verifier=verifier or found.verifier)
+    assert isinstance(drafting.draft, NestedDraft)
+    # Timed again, in half a second: what a controller begins with should be of now, not of the search's day.
+    costs = measure_costs(folder.model, {drafting.name: drafting.draft.view.granularity})
+    return dataclasses.replace(drafting, verifier=verifier or found.verifier, costs=costs)
 
 
 def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams, verifier: str) -> Drafting:
