@@ -55,6 +55,7 @@ class FewTokens:
 def most_frequent(counts_V: Tensor, num_tokens: int) -> Tensor:
     """Ids [N] of the most frequent tokens, ascending; of equally frequent ones the lower ids.
 
+    >>> import torch
     >>> most_frequent(torch.tensor([3, 1, 0, 3, 2]), 3).tolist()
     [0, 3, 4]
     """

@@ -204,7 +204,7 @@ def _check_gamma(text: str | None) -> int | None:
 
 def _check_source(prompt: str | None, prompts: Path | None, batch_size: int) -> None:
     if (prompt is None) == (prompts is None):
-        raise UsageError("--prompt TEXT or --prompts FILE: give one of them")
+        raise UsageError("--prompt TEXT or --prompts FILE: give one of them; see nestling generate --help")
     if prompts:
         check_file("--prompts", prompts)
     if batch_size < 1:

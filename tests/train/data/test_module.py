@@ -47,7 +47,7 @@ def test_a_second_run_makes_the_same_from_the_cache(
     monkeypatch.setattr("train.data.module.train_bpe", None)  # any use would fail
     monkeypatch.setattr("train.data.tokens.write_streams", None)
 
-    second = make_data(stories_txt, sequence_length=5).prepare()
+    second = make_data(stories_txt, sequence_length=12).prepare()
 
     assert second.provenance == first.provenance
 
