@@ -38,7 +38,7 @@ from models.probe import DTYPES, Clock, alternate
 from models.processor import busy_now
 from train.data.module import TextData
 from train.dryrun import estimate_run
-from train.fit import make_model, training_precision
+from train.fit import OUR_OWN, make_model, training_precision
 from train.joint import JointModule
 from train.memory import keep_freed_memory
 from train.recipe import Recipe, SamplerConfig
@@ -204,11 +204,7 @@ def _train_ours(
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
         callbacks=[_MarkSteps(marks)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+        **OUR_OWN,
         default_root_dir=scratch,
     )
     trainer.fit(JointModule(model, recipe.granularities, recipe), train_dataloaders=data.train_dataloader())

@@ -42,6 +42,15 @@ RECIPE_FILE = "recipe.yaml"
 FREE_TO_CHANGE = ("trainer", "tracking")
 """Sections of a recipe that a resumed run may change."""
 
+OUR_OWN: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+"""What Lightning's Trainer leaves to us."""
+
 
 def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) -> Path:
     """Train a family, or go on training it.
@@ -197,11 +206,7 @@ def train(
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+        **OUR_OWN,
         default_root_dir=out,
     )
     trainer.fit(module, datamodule=data)

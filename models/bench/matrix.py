@@ -21,7 +21,7 @@ from models.bench import llama
 from models.bench.engines import Engine, OurEngine, Stock, StockEngine
 from models.bench.threads import NUM_TOKENS, fastest_threads
 from models.checkpoint import ModelFolder, load_model
-from models.decode.draft import Draft, ModelDraft, NestedDraft
+from models.decode.draft import Draft, ModelDraft, NestedDraft, renewed
 from models.decode.sampling import SamplingParams
 from models.decode.state import elastic_model
 from models.elastic import ElasticLM
@@ -209,7 +209,7 @@ def _ours(target: Target, params: SamplingParams, drafts: Sequence[DraftChoice])
     yield {**common, "mode": "plain"}, OurEngine(model=target.model, params=params)
     for choice in drafts:
         label = {**common, "mode": "speculative", "draft": choice.name, "gamma": choice.gamma}
-        new_draft = functools.partial(_renew, choice.draft)
+        new_draft = functools.partial(renewed, choice.draft)
         yield label, OurEngine(model=target.model, params=params, new_draft=new_draft, gamma=choice.gamma)
 
 
@@ -269,8 +269,3 @@ def _constant(gamma: int) -> dict[str, Any]:
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
-
-
-def _renew(draft: Draft) -> Draft:
-    """A draft that has seen nothing yet; a nested one has nothing to forget."""
-    return ModelDraft(draft.model) if isinstance(draft, ModelDraft) else draft

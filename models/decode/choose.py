@@ -12,6 +12,7 @@ All three give the same `Verdict`. T positions, V vocabulary; p target, q draft.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -175,7 +176,7 @@ def check_verifier(name: str) -> None:
 
 def _draft_logits(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
     """What the next drafted token is chosen from: it follows the prefix and all drafted ones."""
-    return penalise(logits_V.unsqueeze(0), params, [*proposal.prefix, *proposal.ids])[0]
+    return penalise(logits_V.unsqueeze(0), params, chain(proposal.prefix, proposal.ids))[0]
 
 
 def _draft_law(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:

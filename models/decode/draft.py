@@ -21,11 +21,11 @@ from torch import Tensor
 from models.cache import KVCache
 from models.count import count_parameters
 from models.decode.choose import Chooser, Proposal
+from models.decode.lookup import LookupDraft
 from models.decode.passes import Pass, Steps
-from models.decode.state import Model, Scorer, State, elastic_model, new_cache
+from models.decode.state import Model, Scorer, State, elastic_model, granularity_of, new_cache
 from models.decode.vocabulary import FewTokens
 from models.errors import UsageError
-from models.granularity import FULL, Granularity
 from models.view import View
 
 
@@ -69,7 +69,7 @@ class NestedDraft:
         whole = elastic_model(target)
         ours, theirs = self.view.model.model.embed_tokens.weight, whole.model.embed_tokens.weight
         assert ours is theirs, "a nested draft is a view of its target's weights, or of a packed copy"
-        granularity = target.granularity if isinstance(target, View) else FULL
+        granularity = granularity_of(target)
         if not granularity.resolve(whole.config).contains(self.view.plan):
             raise UsageError(
                 f"--draft {self.view.granularity} is larger than its target {granularity}: "
@@ -122,6 +122,13 @@ class ModelDraft:
         return self._cache
 
 
+def renewed(draft: Draft) -> Draft:
+    """The draft for another request: one that remembers a text must not be shared."""
+    if isinstance(draft, ModelDraft):
+        return ModelDraft(draft.model)
+    return LookupDraft() if isinstance(draft, LookupDraft) else draft
+
+
 def _propose(
     model: Scorer, state: State, cache: KVCache, num_tokens: int, chooser: Chooser
 ) -> Steps[Proposal]:
@@ -147,5 +154,4 @@ def _num_shared(ours: list[int], theirs: list[int]) -> int:
 
 
 def _num_parameters(model: Model) -> int:
-    granularity: Granularity = model.granularity if isinstance(model, View) else FULL
-    return count_parameters(elastic_model(model).config, granularity)
+    return count_parameters(elastic_model(model).config, granularity_of(model))

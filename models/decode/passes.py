@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from models.cache import Batch, KVCache
-from models.decode.state import Model, Scorer, elastic_model
+from models.decode.state import Model, Scorer, elastic_model, granularity_of, score
 from models.decode.vocabulary import FewTokens
-from models.elastic import ElasticLM
-from models.granularity import FULL, Granularity
-from models.view import View
+from models.granularity import Granularity
 
 Result = TypeVar("Result")
 Event = TypeVar("Event")
@@ -119,15 +117,14 @@ class Together(Iterator[tuple[int, Event]]):
 def run(passes: Sequence[Pass]) -> list[Tensor]:
     """Logits [num_last, V] of each of some passes through the same model, made in one pass."""
     first = passes[0]
+    if len(passes) == 1:
+        return [score(first.model, first.ids, first.cache, num_last=first.num_last)]
     whole = elastic_model(first.model)
     ids = [token for one in passes for token in one.ids]
     tokens_BT = torch.tensor([ids], device=whole.model.embed_tokens.weight.device)
-    if len(passes) == 1:
-        logits_BTV: Tensor = first.model(tokens_BT, memory=first.cache, num_last=first.num_last)
-        return [logits_BTV[0]]
     counts = [len(one.ids) for one in passes]
     memory = Batch([one.cache for one in passes], counts)
-    parts = whole.states(tokens_BT, _granularity(first.model), memory)[-1][0].split(counts)
+    parts = whole.states(tokens_BT, granularity_of(first.model), memory)[-1][0].split(counts)
     scored = [part_TD[-one.num_last :] for part_TD, one in zip(parts, passes, strict=True)]
     head = first.model.head if isinstance(first.model, FewTokens) else whole.head
     logits_TV = head(torch.cat(scored))
@@ -152,10 +149,4 @@ def _next_group(waiting: Mapping[int, Pass], target: tuple[int, Granularity]) ->
 
 
 def _identity(model: Scorer) -> tuple[int, Granularity]:
-    return id(model if isinstance(model, FewTokens) else elastic_model(model)), _granularity(model)
-
-
-def _granularity(model: Scorer) -> Granularity:
-    if isinstance(model, ElasticLM):
-        return FULL
-    return model.granularity if isinstance(model, View) else model.view.granularity
+    return id(model if isinstance(model, FewTokens) else elastic_model(model)), granularity_of(model)

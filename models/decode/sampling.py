@@ -10,7 +10,7 @@ T positions, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +100,7 @@ def law(logits_TV: Tensor, params: SamplingParams) -> Tensor:
 
 
 def penalise(
-    logits_TV: Tensor, params: SamplingParams, prefix: Sequence[int], drafted: Sequence[int] = ()
+    logits_TV: Tensor, params: SamplingParams, prefix: Iterable[int], drafted: Sequence[int] = ()
 ) -> Tensor:
     """Logits [T, V] after the repetition penalty; row t follows `prefix` and the first t of `drafted`.
 
@@ -113,7 +113,7 @@ def penalise(
         return logits_TV
     x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
     seen_TV = torch.zeros_like(x_TV, dtype=torch.bool)
-    seen_TV[:, torch.tensor(prefix, dtype=torch.long, device=x_TV.device)] = True
+    seen_TV[:, torch.tensor([*prefix], dtype=torch.long, device=x_TV.device)] = True
     for t, token in enumerate(drafted, start=1):
         seen_TV[t:, token] = True
     penalty = params.repetition_penalty

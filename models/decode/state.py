@@ -9,6 +9,7 @@ from torch import Tensor
 from models.cache import KVCache
 from models.decode.vocabulary import FewTokens
 from models.elastic import ElasticLM
+from models.granularity import FULL, Granularity
 from models.view import View
 
 Model: TypeAlias = ElasticLM | View
@@ -31,6 +32,13 @@ class State:
 def elastic_model(model: Scorer) -> ElasticLM:
     """The model whose weights these are."""
     return model if isinstance(model, ElasticLM) else model.model
+
+
+def granularity_of(model: Scorer) -> Granularity:
+    """How much of these weights runs."""
+    if isinstance(model, ElasticLM):
+        return FULL
+    return model.granularity if isinstance(model, View) else model.view.granularity
 
 
 def new_cache(model: Model, num_positions: int) -> KVCache:

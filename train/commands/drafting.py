@@ -50,12 +50,6 @@ class Drafting:
     verifier: str = DEFAULT_VERIFIER
     """The one that was asked for, else the one that was found to be fastest with this draft."""
 
-    def renewed(self) -> Draft | None:
-        """The draft for another request: one that remembers a text must not be shared."""
-        if isinstance(self.draft, ModelDraft):
-            return ModelDraft(self.draft.model)
-        return LookupDraft() if isinstance(self.draft, LookupDraft) else self.draft
-
 
 def choose_drafting(
     folder: ModelFolder,

@@ -168,10 +168,12 @@ def _continue_many(
     errors: Console,
 ) -> "list[GenerationResult]":
     """Continue each prompt, so many at a time, and show the texts of a batch when it is done."""
+    from models.decode.draft import renewed
     from models.decode.policy import Fixed
     from models.decode.text import generate_batch
 
     assert folder.tokenizer is not None
+    draft = drafting.draft
     results: list[GenerationResult] = []
     console = make_console()
     for first in track(range(0, len(prompts), batch_size), console=errors, disable=not errors.is_terminal):
@@ -180,7 +182,7 @@ def _continue_many(
             folder.model,
             folder.tokenizer,
             batch,
-            new_policy=lambda: Fixed(drafting.renewed(), drafting.gamma, drafting.name),
+            new_policy=lambda: Fixed(draft and renewed(draft), drafting.gamma, drafting.name),
             **options,
         )
         for prompt, result in zip(batch, done, strict=True):
