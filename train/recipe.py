@@ -314,8 +314,10 @@ def _family_problems(recipe: Recipe) -> list[str]:
 def _sampler_problems(recipe: Recipe) -> list[str]:
     sampler, names = recipe.sampler, {*recipe.family, FULL_NAME}
     if recipe.data.sequence_length % sampler.exit_every:
+        length = recipe.data.sequence_length
+        fits = max(every for every in range(1, sampler.exit_every) if length % every == 0)
         shown = f"sampler.exit_every={sampler.exit_every}"
-        return [f"{shown}: it must divide data.sequence_length={recipe.data.sequence_length}"]
+        return [f"{shown}: it must divide data.sequence_length={length}; set it to {fits}"]
     if sampler.probabilities is None:
         return []
     shown = f"sampler.probabilities={show(sampler.probabilities)}"

@@ -331,3 +331,8 @@ def test_the_table_in_a_recipe_is_true(path: Path) -> None:
     ]
     table = [line for line in path.read_text("utf-8").splitlines() if re.match(r"# \| \w+ \| [\w=]", line)]
     assert [line[: len(row)] for line, row in zip(table[1:], rows, strict=True)] == rows
+
+
+def test_exits_learn_at_the_same_positions_of_every_row() -> None:
+    with pytest.raises(UsageError, match=r"exit_every=4: .* data.sequence_length=30; set it to 3"):
+        load_recipe(overrides=["data.sequence_length=30"])
