@@ -90,14 +90,15 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
         config,
         batch_tokens=-(-trainer.batch_size // devices) * recipe.data.sequence_length,
         activation_bytes=2 if dtype == "bf16" else 4,
-        members=_largest_shares(plans, recipe, num_rows),
+        members=_largest_shares(plans, recipe),
         scored_at_once=rows_of_a_piece(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
         shards=devices if trainer.strategy == "fsdp" else 1,
     )
+    busiest = max(plans, key=lambda plan: len(plan.turns))
     traffic = count_step_traffic(
         config,
         shared_out=trainer.strategy == "fsdp",
-        passes=[FULL, *(recipe.granularities[turn.name] for turn in plans[0].turns)],
+        passes=[FULL, *(recipe.granularities[turn.name] for turn in busiest.turns)],
         micro_batches=trainer.accumulate_grad_batches,
     )
     return Estimate(
@@ -136,16 +137,16 @@ def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig, num_rows:
     return full + exits + sum(3 * len(turn.rows) * forward(turn.name) for turn in plan.turns)
 
 
-def _largest_shares(plans: list[StepPlan], recipe: Recipe, num_rows: int) -> list[tuple[Granularity, float]]:
-    """Members that train, each with the most of a step's rows that it trains on."""
-    rows: dict[str, float] = {}
+def _largest_shares(plans: list[StepPlan], recipe: Recipe) -> list[tuple[Granularity, float]]:
+    """Members that train, each with the most of a micro-batch's rows that it may train on."""
+    members, batch_size = recipe.granularities, recipe.trainer.batch_size
+    shares: dict[str, float] = {}
     for plan in plans:
-        for name in plan.exits:
-            rows[name] = num_rows / plan.exit_every
+        shares |= dict.fromkeys(plan.exits, 1 / plan.exit_every)
         for turn in plan.turns:
-            rows[turn.name] = max(rows.get(turn.name, 0), len(turn.rows))
-    members = recipe.granularities
-    return [(members[name], count / num_rows) for name, count in rows.items()]
+            share = min(len(turn.rows), batch_size) / batch_size
+            shares[turn.name] = max(shares.get(turn.name, 0.0), share)
+    return [(members[name], share) for name, share in shares.items()]
 
 
 def num_devices(recipe: Recipe) -> int:

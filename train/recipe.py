@@ -59,14 +59,20 @@ class SamplerConfig(Section):
         "rows: share of a batch's rows that the members which are no layer prefix divide among them",
         within="(0, 1]",
     )
-    exit_every: int = setting(
+    rows_per_turn: int = setting(
         4,
+        "rows: such a member waits for so many rows and trains on them in one step, which is faster than a "
+        "row in each",
+        within="[1, inf)",
+    )
+    exit_every: int = setting(
+        2,
         "rows: a member that is a prefix of the layers at full width (an exit) learns at one of so many "
         "positions; each costs it a vocabulary head",
         within="[1, inf)",
     )
     reweight: float = setting(
-        0.5,
+        0.0,
         "rows: a member on n of N rows or positions counts (N/n)**reweight times: 0 sums tokens, 1 is its "
         "mean, 0.5 lets it add as much gradient noise as the full model does",
         within="[0, 1]",

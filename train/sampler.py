@@ -75,10 +75,10 @@ def plan_step(
     ... )
     >>> texts = {"S": "ffn=0.25", "D": "layers=0-1", "XL": "full"}
     >>> plans = {name: Granularity.parse(text).resolve(shape) for name, text in texts.items()}
-    >>> config = SamplerConfig(kind="rows", share=0.25, shared_cache=0.0, exit_every=4)
+    >>> config = SamplerConfig(kind="rows", share=0.5, reweight=0.5, shared_cache=0.0, exit_every=4)
     >>> plan = plan_step(plans, config, seed=0, step=0, num_rows=8)
     >>> plan.turns
-    (Turn(name='S', rows=range(0, 2), weight=2.0, shift=None),)
+    (Turn(name='S', rows=range(0, 4), weight=1.4142135623730951, shift=None),)
     >>> plan.exits, plan.exit_every, plan.exit_weight
     (('D',), 4, 2.0)
     """
@@ -101,7 +101,8 @@ def plan_step(
     narrow = [name for name in others if name not in exits]
     shares = dict.fromkeys(narrow, everyone)
     if config.kind == "rows":
-        shares = _divide(narrow, config.share * num_rows, num_rows, step)
+        size = min(config.rows_per_turn, num_rows)
+        shares = _divide(narrow, config.share * num_rows, num_rows, size, step)
     turns = tuple(_turn(name, rows, num_rows, config, rng) for name, rows in shares.items())
     every = config.exit_every if config.kind == "rows" else 1
     return StepPlan(
@@ -114,23 +115,23 @@ def plan_step(
     )
 
 
-def _divide(names: list[str], rows_per_step: float, num_rows: int, step: int) -> dict[str, range]:
-    """Hand out rows in turn; with fewer rows than members, they take turns by step.
+def _divide(names: list[str], rows_per_step: float, num_rows: int, size: int, step: int) -> dict[str, range]:
+    """Hand out rows in turn, `size` at once; with fewer turns than members, each has its own steps.
 
-    Fractions of a row add up over the steps, so that less than one a step is none in some.
+    Fractions of a turn add up over the steps, so that less than one a step is none in some.
     """
     if not names:
         return {}
-    handed_out = math.floor(step * rows_per_step)
-    quota = math.floor((step + 1) * rows_per_step) - handed_out
+    handed_out = math.floor(step * rows_per_step / size)
+    quota = math.floor((step + 1) * rows_per_step / size) - handed_out
     start = handed_out % len(names)
     order = names[start:] + names[:start]
-    counts = [quota // len(names) + (place < quota % len(names)) for place in range(len(names))]
+    turns = [quota // len(names) + (place < quota % len(names)) for place in range(len(names))]
     shares, first = {}, 0
-    for name, count in zip(order, counts, strict=True):
+    for name, count in zip(order, turns, strict=True):
         if count:
-            shares[name] = range(first, min(first + count, num_rows))
-            first += count
+            shares[name] = range(first, min(first + count * size, num_rows))
+            first += count * size
     return shares
 
 

@@ -56,7 +56,7 @@ def evaluate_family(
         NestlingError: if no position has a label.
     """
     views = {name: View(model, granularity) for name, granularity in family.items()}
-    means = _means(model, views, batches, progress, shared_block=None)
+    means = compare_views(model, views, batches, progress)
     return [
         Member(
             name=name,
@@ -95,7 +95,7 @@ def evaluate_shared_alpha(
     Raises:
         NestlingError: if no position has a label.
     """
-    means = _means(model, drafts, batches, progress, shared_block=block)
+    means = compare_views(model, drafts, batches, progress, shared_block=block)
     return {name: means[name]["alpha"] for name in drafts}
 
 
@@ -135,15 +135,26 @@ def _is_exit(view: View, model: ElasticLM) -> bool:
 
 
 @torch.no_grad()
-def _means(
+def compare_views(
     model: ElasticLM,
     views: Mapping[str, View],
     batches: Batches,
-    progress: Progress | None,
+    progress: Progress | None = None,
     *,
-    shared_block: int | None,
+    shared_block: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Name -> measure -> mean over valid positions."""
+    """Name -> measure (loss, match, KL, alpha) -> mean over valid positions, match as a fraction.
+
+    Args:
+        model: the target.
+        views: by name, of the target or of any model with its vocabulary.
+        batches: tokens and labels; read once.
+        progress: called after each batch.
+        shared_block: see `draft_states`; needs views of the target or of copies of it.
+
+    Raises:
+        NestlingError: if no position has a label.
+    """
     device = model.lm_head.weight.device
     members = list(views.values())
     sums_MQ = torch.zeros(len(members), len(MEASURES), dtype=torch.float64, device=device)

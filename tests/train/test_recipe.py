@@ -335,4 +335,4 @@ def test_the_table_in_a_recipe_is_true(path: Path) -> None:
 
 def test_exits_learn_at_the_same_positions_of_every_row() -> None:
     with pytest.raises(UsageError, match=r"exit_every=4: .* data.sequence_length=30; set it to 3"):
-        load_recipe(overrides=["data.sequence_length=30"])
+        load_recipe(overrides=["data.sequence_length=30", "sampler.exit_every=4"])

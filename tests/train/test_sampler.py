@@ -26,11 +26,18 @@ def plan(kind: str, step: int = 0, num_rows: int = 16, **settings: object) -> St
     return plan_step(PLANS, config, seed=0, step=step, num_rows=num_rows)
 
 
-@given(step=st.integers(0, 10**6), num_rows=st.integers(1, 64), share=st.floats(0.05, 1.0))
-def test_rows_hands_out_the_share_without_overlap(step: int, num_rows: int, share: float) -> None:
-    made = plan("rows", step, num_rows, share=share)
+@given(
+    step=st.integers(0, 10**6),
+    turns=st.integers(1, 16),
+    size=st.integers(1, 8),
+    share=st.floats(0.05, 1.0),
+)
+def test_rows_hands_out_the_share_without_overlap(step: int, turns: int, size: int, share: float) -> None:
+    num_rows = turns * size
+    made = plan("rows", step, num_rows, share=share, rows_per_turn=size)
     rows = [row for turn in made.turns for row in turn.rows]
-    assert abs(len(rows) - share * num_rows) < 1
+    assert abs(len(rows) - share * num_rows) < size
+    assert {len(turn.rows) % size for turn in made.turns} <= {0}
     assert len(rows) == len(set(rows))
     assert set(rows) <= set(range(num_rows))
     assert made.full
@@ -38,15 +45,27 @@ def test_rows_hands_out_the_share_without_overlap(step: int, num_rows: int, shar
 
 
 def test_less_than_a_row_a_step_is_none_in_some_steps() -> None:
-    counts = [
-        sum(len(turn.rows) for turn in plan("rows", s, num_rows=4, share=0.125).turns) for s in range(8)
-    ]
-    assert counts == [0, 1, 0, 1, 0, 1, 0, 1]
+    plans = [plan("rows", s, num_rows=4, share=0.125, rows_per_turn=1) for s in range(8)]
+    assert [sum(len(turn.rows) for turn in made.turns) for made in plans] == [0, 1] * 4
+
+
+def test_a_member_waits_until_its_rows_have_come_together() -> None:
+    plans = [plan("rows", step, share=1 / 16, rows_per_turn=4) for step in range(24)]
+    turns = [[(turn.name, len(turn.rows)) for turn in made.turns] for made in plans]
+    assert [turn for step in turns for turn in step] == [(name, 4) for name in "SMLSML"]
+    assert [bool(step) for step in turns] == [False, False, False, True] * 6
+
+
+def test_a_turn_is_at_most_a_whole_step() -> None:
+    plans = [plan("rows", step, num_rows=2, share=0.5, rows_per_turn=8) for step in range(6)]
+    assert [[len(turn.rows) for turn in made.turns] for made in plans] == [[], [2]] * 3
 
 
 def test_with_fewer_rows_than_members_each_gets_its_turn() -> None:
     counts = Counter(
-        turn.name for step in range(30) for turn in plan("rows", step, num_rows=4, share=0.25).turns
+        turn.name
+        for step in range(30)
+        for turn in plan("rows", step, num_rows=4, share=0.25, rows_per_turn=1).turns
     )
     assert counts == {"S": 10, "M": 10, "L": 10}
 
@@ -103,7 +122,7 @@ def test_a_plan_is_a_function_of_seed_and_step(kind: str) -> None:
 
 def test_the_shared_cache_gets_its_share_of_turns() -> None:
     """3 members x 1,000 steps; 5 sigma."""
-    plans = [plan("rows", step, share=0.25, shared_cache=0.5) for step in range(1000)]
+    plans = [plan("rows", step, share=0.25, shared_cache=0.5, rows_per_turn=1) for step in range(1000)]
     shared = sum(turn.shift is not None for made in plans for turn in made.turns)
     assert abs(shared - 1500) < 5 * (3000 * 0.25) ** 0.5
     assert all(turn.shift is None for turn in plan("rows", shared_cache=0.0).turns)

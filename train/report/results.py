@@ -71,7 +71,7 @@ def stale_files(root: Path) -> dict[Path, str]:
     if (root / README).is_file():
         text = (root / README).read_text(encoding="utf-8")
         wanted[root / README] = fill_readme(text, {result.name: result for result in results})
-    return {path: text for path, text in wanted.items() if not _is_current(path, text)}
+    return {path: text for path, text in wanted.items() if not is_current(path, text)}
 
 
 def read_result(path: Path) -> Result:
@@ -185,7 +185,7 @@ def _member(path: Path, item: Any) -> Member:
     return Member(**item)
 
 
-def _is_current(path: Path, text: str) -> bool:
+def is_current(path: Path, text: str) -> bool:
     """Whether the file says the same; a picture is known by its data, since fonts differ between machines."""
     if not path.is_file():
         return False
