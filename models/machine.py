@@ -113,7 +113,7 @@ def machine_card(
         measure: what measures; `measure_card` if None.
     """
     machine = this_machine()
-    path = (cache_dir or default_cache_dir()) / f"machine-{machine.key}.json"
+    path = _path(machine, cache_dir)
     cached = None if refresh else _read(path)
     if cached and not (cached.busy and not busy_now()):
         return cached
@@ -124,6 +124,11 @@ def machine_card(
     except OSError as error:  # a cache that cannot be written costs seconds, not the run
         _log.warning("the machine card cannot be kept in %s: %s", path.parent, error)
     return card
+
+
+def known_card(*, cache_dir: Path | None = None) -> MachineCard | None:
+    """This machine's card if it was measured before; nothing is measured now."""
+    return _read(_path(this_machine(), cache_dir))
 
 
 def training_dtype(card: MachineCard) -> str:
@@ -262,6 +267,10 @@ def thread_counts(cores: int) -> list[int]:
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/nestling`, or `~/.cache/nestling`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestling"
+
+
+def _path(machine: Machine, cache_dir: Path | None) -> Path:
+    return (cache_dir or default_cache_dir()) / f"machine-{machine.key}.json"
 
 
 def _typical_pass(rates: DtypeRates) -> float:

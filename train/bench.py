@@ -117,7 +117,7 @@ def bench_training(
         "parameters": sum(p.numel() for p in make_model(recipe, data).parameters()),
         "rounds": rounds,
         "steps": steps,
-        "rows_per_step": recipe.trainer.batch_size * recipe.trainer.accumulate_grad_batches,
+        "rows_per_step": recipe.trainer.rows_per_step,
         "sequence_length": recipe.data.sequence_length,
     }
     return TrainingBench(results=rows, settings=settings, notes=notes)
@@ -220,7 +220,7 @@ def _train_theirs(
             marks.add()
 
     settings, optim = recipe.trainer, recipe.optim
-    num_rows = steps * settings.batch_size * settings.accumulate_grad_batches
+    num_rows = steps * settings.rows_per_step
     tokens_BT, _ = data.train_rows.gather(np.arange(num_rows) % len(data.train_rows))
     arguments = TrainingArguments(
         output_dir=str(scratch),
@@ -302,7 +302,7 @@ def make_row(
         memory: from `measure_memory`.
     """
     settings = contender.recipe.trainer
-    tokens = settings.batch_size * settings.accumulate_grad_batches * contender.recipe.data.sequence_length
+    tokens = settings.rows_per_step * contender.recipe.data.sequence_length
     median = statistics.median(seconds)
     return {
         "engine": contender.engine,

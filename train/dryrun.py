@@ -5,7 +5,6 @@ share of the rate that the machine card measured for a matrix product; memory is
 """
 
 import dataclasses
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,21 +24,20 @@ from models.count import (
 from models.granularity import FULL, Granularity
 from models.machine import (
     MachineCard,
-    default_cache_dir,
+    known_card,
     machine_card,
     measure_card,
     resolve_dtype,
     this_machine,
 )
-from train.recipe import FULL_NAME, Recipe
+from train.flops import count_step_flops, first_plans
+from train.recipe import Recipe
 from train.rows import rows_of_a_piece
-from train.sampler import StepPlan, plan_step
+from train.sampler import StepPlan
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the share of a
 # large product's rate that configs/demo.yaml was seen to reach on one core.
 UTILISATION = {"fp32": 0.6, "bf16": 0.3}
-# A random sampler's plans differ from step to step.
-NUM_PLANS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +78,11 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
 def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Estimate:
     """Tokens, memory and time of a run."""
     devices, trainer = num_devices(recipe), recipe.trainer
-    num_rows = trainer.batch_size * trainer.accumulate_grad_batches
-    tokens_per_step = num_rows * recipe.data.sequence_length
+    tokens_per_step = trainer.rows_per_step * recipe.data.sequence_length
     dtype = resolve_dtype(recipe.dtype, card, purpose="training")
     gflops = card.device.dtypes[dtype].product_gflops
-    plans = _plans(recipe, config, num_rows)
-    flops = statistics.fmean(_plan_flops(plan, recipe, config, num_rows) for plan in plans)
+    plans = first_plans(recipe, config)
+    flops = count_step_flops(recipe, config)
     memory = estimate_training_bytes(
         config,
         batch_tokens=-(-trainer.batch_size // devices) * recipe.data.sequence_length,
@@ -112,29 +109,6 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
         dtype=dtype,
         gflops=gflops,
     )
-
-
-def _plans(recipe: Recipe, config: ElasticConfig, num_rows: int) -> list[StepPlan]:
-    """What the sampler does in the first steps."""
-    members = {name: one.resolve(config) for name, one in recipe.granularities.items()}
-    return [
-        plan_step(members, recipe.sampler, seed=recipe.seed, step=step, num_rows=num_rows)
-        for step in range(NUM_PLANS)
-    ]
-
-
-def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig, num_rows: int) -> int:
-    """Operations of a step: a pass that is trained costs three, one that only teaches a single one."""
-    members, length = recipe.granularities, recipe.data.sequence_length
-
-    def forward(name: str) -> int:
-        return count_flops(config, members[name], num_tokens=length)
-
-    # An exit costs the vocabulary head; the pass under it is the full model's own.
-    head = 2 * config.hidden_size * config.vocab_size * length
-    full = num_rows * forward(FULL_NAME) * (3 if plan.full else 1)
-    exits = 3 * num_rows * head * len(plan.exits) // plan.exit_every
-    return full + exits + sum(3 * len(turn.rows) * forward(turn.name) for turn in plan.turns)
 
 
 def _largest_shares(plans: list[StepPlan], recipe: Recipe) -> list[tuple[Granularity, float]]:
@@ -211,9 +185,7 @@ def estimate_table(estimate: Estimate, recipe: Recipe) -> Table:
 
 def _card() -> MachineCard:
     """The machine's card; one that is not cached yet is measured and not kept."""
-    machine = this_machine()
-    is_cached = (default_cache_dir() / f"machine-{machine.key}.json").is_file()
-    return machine_card() if is_cached else measure_card(machine)
+    return machine_card() if known_card() else measure_card(this_machine())
 
 
 def _yaml(recipe: Recipe) -> str:

@@ -16,19 +16,22 @@ from rich.console import Console
 
 from models.card import make_card
 from models.checkpoint import Member, save_model
+from models.config import ElasticConfig
 from models.elastic import ElasticLM
 from models.errors import NestlingError, UsageError
 from models.files import check_replaceable, make_folder, remove_folder, sweep
-from models.machine import machine_card, training_dtype
+from models.machine import known_card, machine_card, training_dtype
 from models.measure.consistency import evaluate_family
 from train.callbacks.checkpoint import Checkpoint
 from train.callbacks.consistency import Consistency
+from train.callbacks.gradients import Gradients
 from train.callbacks.metrics import Metrics
 from train.callbacks.progress import ProgressBar
 from train.callbacks.samples import Samples
 from train.callbacks.signals import Signals
 from train.callbacks.stability import Stability
 from train.data.module import TextData
+from train.flops import count_step_flops
 from train.joint import JointModule
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
@@ -192,7 +195,7 @@ def train(
     recipe, settings = module.recipe, module.recipe.trainer
     log = MetricsLog(None)
     if fabric.is_global_zero:
-        loggers = make_loggers(recipe.tracking, out)
+        loggers = make_loggers(recipe.tracking, out, module.members)
         log = MetricsLog(out / "metrics.jsonl", loggers, first_step=module.first_step)
     callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
     trainer = pl.Trainer(
@@ -259,6 +262,22 @@ def training_precision(dtype: str) -> str:
     return training_dtype(machine_card()) if dtype == "auto" else dtype
 
 
+def full_speed(recipe: Recipe, config: ElasticConfig) -> float | None:
+    """Tokens per second of one device that does the step's products at the rate that it was measured at.
+
+    None if it was not measured, or while other programs were busy.
+    """
+    card = known_card()
+    if card is None:
+        return None
+    device = card.cpu if recipe.trainer.accelerator == "cpu" else card.device
+    if card.busy and device is card.cpu:
+        return None
+    rate = device.dtypes[training_precision(recipe.dtype)].product_gflops * 1e9
+    tokens = recipe.trainer.rows_per_step * recipe.data.sequence_length
+    return rate * tokens / count_step_flops(recipe, config)
+
+
 def make_callbacks(
     module: JointModule,
     data: TextData,
@@ -269,12 +288,18 @@ def make_callbacks(
 ) -> list[pl.Callback]:
     """Everything optional, in the order that it must run in."""
     settings = module.recipe.trainer
-    metrics = Metrics(log, tokens=state.tokens if state else 0, every=settings.log_every_n_steps)
+    metrics = Metrics(
+        log,
+        tokens=state.tokens if state else 0,
+        every=settings.log_every_n_steps,
+        full_speed=full_speed(module.recipe, module.model.config),
+    )
     batches = data.validation_batches(settings.limit_val_batches)
     every = settings.val_check_interval
     callbacks: list[pl.Callback] = [metrics]
     if batches:
         callbacks.append(Consistency(log, metrics, module.members, batches, every=every))
+        callbacks.append(Gradients(log, metrics, module.members, batches[0], every=every))
         row_T = batches[0][0][0]
         prompt_ids = row_T[: min(24, 3 * len(row_T) // 4)].tolist()  # a short context needs room to answer
         callbacks.append(Samples(log, module.members, prompt_ids, data.tokenizer, every=every))

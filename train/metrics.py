@@ -2,16 +2,17 @@
 
 {"kind": "train", "step": 10, "tokens": 40960, "loss/XL": 3.1, "loss/S": 0.8, "lr": 0.001, ...}
 {"kind": "valid", "step": 50, "tokens": 204800, "valid/XL/loss": 2.9, "valid/S/alpha": 0.71, ...}
+{"kind": "gradient", "step": 50, "tokens": 204800, "gradient/S/norm": 0.9, "gradient/S/cosine": 0.4, ...}
 {"kind": "sample", "step": 50, "member": "S", "prompt": "...", "text": "..."}
 
-A value that is not finite is null.
+A value that is not finite is null. All names: docs/json.md.
 """
 
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from models.files import finite, sync, write_text
 
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 
 Line = dict[str, Any]
 """One object of the file."""
+
+
+@runtime_checkable
+class Tabular(Protocol):
+    """A logger that shows tables of text, as Lightning's of wandb does."""
+
+    def log_table(
+        self, key: str, columns: list[str] | None, data: list[list[Any]] | None, *, step: int | None
+    ) -> None:
+        """Show a table, given by the names of its columns and its rows."""
+        ...
 
 
 class MetricsLog:
@@ -48,6 +60,15 @@ class MetricsLog:
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         if numbers:
             self._mirror(lambda logger: logger.log_metrics(numbers, step=step))
+
+    def mirror_table(self, key: str, step: int, columns: list[str], rows: list[list[Any]]) -> None:
+        """Show a table of what was written in mirrors that can."""
+
+        def tell(logger: "Logger") -> None:
+            if isinstance(logger, Tabular):
+                logger.log_table(key, columns, rows, step=step)
+
+        self._mirror(tell)
 
     def sync(self) -> None:
         """Force the lines to disk."""

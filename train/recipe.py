@@ -190,6 +190,11 @@ class TrainerConfig(Section):
     )
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, over all micro-batches and devices."""
+        return self.batch_size * self.accumulate_grad_batches
+
+    @property
     def max_seconds(self) -> float:
         """`max_time` as a number; infinite without a limit."""
         if self.max_time is None:

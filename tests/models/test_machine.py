@@ -13,6 +13,7 @@ from models.machine import (
     decoding_dtype,
     describe,
     facts,
+    known_card,
     machine_card,
     measure_card,
     num_threads,
@@ -131,6 +132,12 @@ def test_a_card_is_measured_once_and_then_read(tmp_path: Path) -> None:
     assert measure.count == 1
     assert machine_card(True, cache_dir=tmp_path / "new", measure=measure).measured == "measurement 2"
     assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_a_card_is_known_once_it_was_measured_and_never_measured_for_that(tmp_path: Path) -> None:
+    assert known_card(cache_dir=tmp_path) is None
+    first = machine_card(cache_dir=tmp_path, measure=FakeMeasure())
+    assert known_card(cache_dir=tmp_path) == first
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"cpu": 3}', "\xff", None])

@@ -43,7 +43,7 @@ tracking.tensorboard=false dtype=fp32
 """
 REFUSED = 3
 """Exit code of a child that the disk refused."""
-CLOCKS = {"seconds", "tokens_per_second", "data_wait"}
+CLOCKS = {"seconds", "tokens_per_second", "mfu", "data_wait"}
 
 
 def make_recipe(folder: Path, *overrides: str) -> Recipe:

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from models.checkpoint import load_model
+from models.count import count_flops
+from models.decode.auto import best_speedup
 from models.errors import NestlingError, UsageError
 from models.files import read_json
+from models.machine import measure_card, this_machine
 from train.data.module import TextData
 from train.fit import fit
+from train.flops import count_step_flops
 from train.metrics import read_metrics
 from train.objective import Batch, JointLoss, joint_loss
 from train.recipe import Recipe, load_recipe
@@ -86,7 +91,7 @@ def run(recipe: Recipe, out: Path, resume: str = "auto") -> Path:
 
 
 def without_clocks(path: Path) -> list[dict[str, Any]]:
-    clocks = {"seconds", "tokens_per_second", "data_wait"}
+    clocks = {"seconds", "tokens_per_second", "mfu", "data_wait"}
     return [{key: value for key, value in line.items() if key not in clocks} for line in read_metrics(path)]
 
 
@@ -124,6 +129,46 @@ def test_a_run_leaves_its_recipe_metrics_states_and_a_measured_family(finished: 
     assert sorted(path.name for path in (finished / "steps").iterdir()) == ["00000004", "00000008"]
 
 
+def test_the_promised_speed_follows_from_alpha_and_the_members_operations(finished: Path) -> None:
+    folder = load_model(finished / "model")
+    valid = [line for line in read_metrics(finished / "metrics.jsonl") if line["kind"] == "valid"]
+    for name in ("S", "D"):
+        cost = count_flops(folder.model.config, folder.family[name]) / count_flops(folder.model.config)
+        expected = best_speedup(valid[-1][f"valid/{name}/alpha"], cost)
+        assert valid[-1][f"valid/{name}/speedup"] == pytest.approx(expected)
+
+
+def test_comparing_gradients_leaves_the_run_as_it_was(
+    text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.callbacks.gradients.Gradients.on_step", lambda *_: None)
+    run(make_recipe(text), tmp_path / "without")
+    kinds = {line["kind"] for line in read_metrics(tmp_path / "without" / "metrics.jsonl")}
+    assert kinds == {"train", "valid", "sample"}
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (
+            load_file(path / "steps" / "00000008" / file) for path in (finished, tmp_path / "without")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_utilisation_is_a_share_of_the_measured_rate_if_there_is_one(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    card = replace(measure_card(this_machine(), num_matrices=1, budget=0.0), busy=busy)
+    monkeypatch.setattr("train.fit.known_card", lambda: card)
+    recipe = make_recipe(text, "trainer.max_steps=2", "trainer.accumulate_grad_batches=2")
+    model = load_model(run(recipe, tmp_path / "run")).model
+    (line,) = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train")
+    assert ("mfu" in line) is not busy
+    if not busy:
+        tokens = 2 * 4 * 32  # of a step
+        flops = line["tokens_per_second"] / tokens * count_step_flops(recipe, model.config)
+        assert line["mfu"] == pytest.approx(flops / (card.cpu.dtypes["fp32"].product_gflops * 1e9))
+
+
 def test_metrics_tell_of_every_member_and_the_loss_falls(finished: Path) -> None:
     lines = read_metrics(finished / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train"]
@@ -135,6 +180,13 @@ def test_metrics_tell_of_every_member_and_the_loss_falls(finished: Path) -> None
     assert [line["step"] for line in valid] == [4, 8]
     assert valid[-1]["valid/XL/loss"] < valid[0]["valid/XL/loss"]
     assert 0 < valid[-1]["valid/D/alpha"] < 1
+    assert {key for key in valid[-1] if "speedup" in key} == {"valid/S/speedup", "valid/D/speedup"}
+    pulls = [line for line in lines if line["kind"] == "gradient"]
+    assert [(line["step"], line["tokens"]) for line in pulls] == [(4, 512), (8, 1024)]
+    measured = {key: value for key, value in pulls[-1].items() if key.startswith("gradient/")}
+    norms = {f"gradient/{name}/norm" for name in ("S", "D", "XL")}
+    assert set(measured) == {*norms, "gradient/S/cosine", "gradient/D/cosine"}
+    assert all(value > 0 for key, value in measured.items() if key.endswith("norm"))
     assert {line["member"] for line in lines if line["kind"] == "sample"} == {"S", "D", "XL"}
 
 

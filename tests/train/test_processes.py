@@ -135,7 +135,7 @@ def compare(ours: Path, theirs: Path) -> None:
 def curve(line: dict[str, Any]) -> dict[str, float]:
     numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
     # a match is a count of equal argmaxes: it jumps
-    clocks = ("seconds", "tokens_per_second", "data_wait")
+    clocks = ("seconds", "tokens_per_second", "mfu", "data_wait")
     return {key: value for key, value in numbers.items() if key not in clocks and "match" not in key}
 
 

@@ -1,4 +1,10 @@
-"""Measures every member on held-out text while it trains: loss, match, KL and alpha."""
+"""Measures every member on held-out text while it trains: loss, match, KL, alpha, and what alpha promises.
+
+The predicted speed-up is that of the formula in models/decode/auto.py at its best gamma. It assumes that a
+draft step costs the member's share of the operations of a token, that checking a few tokens costs what one
+does, and that the host costs nothing: the same weights promise the same on any machine. What this one
+really does, `nestling search` measures.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +13,9 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from models.checkpoint import Member
-from models.granularity import Granularity
+from models.count import count_flops
+from models.decode.auto import best_speedup
+from models.granularity import FULL, Granularity
 from models.measure.consistency import evaluate_family
 from train.callbacks.metrics import Metrics
 from train.callbacks.step import StepCallback
@@ -51,4 +59,8 @@ class Consistency(StepCallback):
         for member in self.latest:
             for measure in ("loss", "match", "kl", "alpha"):
                 line[f"valid/{member.name}/{measure}"] = getattr(member, measure)
+            granularity = self.members[member.name]
+            if granularity != FULL and member.alpha is not None:
+                cost = count_flops(model.config, granularity) / count_flops(model.config)
+                line[f"valid/{member.name}/speedup"] = best_speedup(member.alpha, cost)
         self.lines.write("valid", module.step, line)

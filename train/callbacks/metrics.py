@@ -16,10 +16,18 @@ class Metrics(pl.Callback):
     """Writes a `train` line every `log_every_n_steps` steps.
 
     The losses are read once per line, so that the steps between run without waiting for the device.
+
+    Args:
+        log: where lines go.
+        tokens: trained on before, when a run is resumed.
+        every: optimizer steps between lines.
+        full_speed: tokens per second of one device that did nothing but the step's products, at the rate
+            that was measured for a large one; None if it was not measured.
     """
 
-    def __init__(self, log: MetricsLog, *, tokens: int, every: int) -> None:
+    def __init__(self, log: MetricsLog, *, tokens: int, every: int, full_speed: float | None = None) -> None:
         self.lines = log
+        self.full_speed = full_speed
         self.tokens = tokens
         self.every = every
         self.latest: dict[str, float] = {}
@@ -60,12 +68,14 @@ class Metrics(pl.Callback):
         elapsed = self._training + self._waiting
         parts = torch.stack(list(pl_module.losses.values()))  # each process has those of its rows
         losses = trainer.strategy.reduce(parts, reduce_op="sum").tolist()  # a sync, once a line
+        speed = self._window_tokens / elapsed
         line = {
             "tokens": self.tokens,
             "seconds": now - self._started,
             "lr": self._lr,
             "gradient_norm": float(pl_module.gradient_norm),
-            "tokens_per_second": self._window_tokens / elapsed,
+            "tokens_per_second": speed,
+            **({"mfu": speed / (self.full_speed * trainer.world_size)} if self.full_speed else {}),
             "data_wait": self._waiting / elapsed,
             **_counts(pl_module.guard),
             **{f"loss/{name}": loss for name, loss in zip(pl_module.losses, losses, strict=True)},

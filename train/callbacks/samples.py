@@ -45,9 +45,12 @@ class Samples(StepCallback):
         model = whole_model(module.model, wanted=trainer.is_global_zero)
         if model is None:
             return
+        texts = {}
         prompt = self.tokenizer.decode(self.prompt_ids, skip_special_tokens=False)
         for name, granularity in self.members.items():
             view = View(model, granularity)
             tokens = stream(view, self.prompt_ids, max_new_tokens=self.num_tokens)
-            text = self.tokenizer.decode([token.id for token in tokens])
-            self.lines.write("sample", module.step, {"member": name, "prompt": prompt, "text": text})
+            texts[name] = self.tokenizer.decode([token.id for token in tokens])
+            self.lines.write("sample", module.step, {"member": name, "prompt": prompt, "text": texts[name]})
+        rows = [[module.step, name, prompt, text] for name, text in texts.items()]
+        self.lines.mirror_table("samples", module.step, ["step", "member", "prompt", "text"], rows)

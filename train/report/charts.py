@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from models.decode.auto import MAX_GAMMA, speedup
+from models.decode.auto import MAX_GAMMA, best_speedup
 from models.family import Member
 from train.report.style import INK, Chart, Key, styled
 
@@ -143,8 +143,7 @@ def _needed_alpha(speed: float, cost: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        best = max(speedup(middle, gamma, cost, 1.0) for gamma in range(1, MAX_GAMMA + 1))
-        low, high = (middle, high) if best < speed else (low, middle)
+        low, high = (middle, high) if best_speedup(middle, cost) < speed else (low, middle)
     return high
 
 

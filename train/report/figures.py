@@ -61,7 +61,7 @@ def family_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
 def loss_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
     """Validation loss and the training objective while the run went on."""
     caption = "Nats per token on held-out text. The first tenth may run off the top."
-    validation = _by_member(runs, key, "loss", "Validation loss", caption, everyone=True)
+    validation = _by_member(runs, key, "valid/{}/loss", "Validation loss", caption, everyone=True)
     trained = [rows for run in runs for rows in _objective(run, full_only=len(runs) > 1)]
     whose = " of the full model" if len(runs) > 1 else ""
     objective = _figure(
@@ -79,9 +79,27 @@ def consistency_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
     """How close each smaller member is to the full model while the run went on."""
     alpha = "The chance that one token drafted by this member is kept. The full model's is 1."
     match = "How often the member's greedy token is the full model's, in percent of positions."
+    speedup = (
+        "Of decoding with this member as the draft, at the best number of tokens a round, if time went by "
+        "operations alone and checking several tokens cost as much as one."
+    )
     return [
-        *_by_member(runs, key, "alpha", "Alpha", alpha),
-        *_by_member(runs, key, "match", "Greedy match", match),
+        *_by_member(runs, key, "valid/{}/alpha", "Alpha", alpha),
+        *_by_member(runs, key, "valid/{}/match", "Greedy match", match),
+        *_by_member(runs, key, "valid/{}/speedup", "Predicted speed-up", speedup),
+    ]
+
+
+def gradient_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
+    """How strongly each member pulls at the weights, and how far it pulls where the full model does."""
+    norm = "Of each member's own loss, a mean over the same few rows of held-out text."
+    cosine = (
+        "Of the angle between the member's gradient and the full model's on the weights that both have: "
+        "above 0 they help each other, below 0 they pull apart."
+    )
+    return [
+        *_by_member(runs, key, "gradient/{}/norm", "Gradient norm by member", norm, everyone=True),
+        *_by_member(runs, key, "gradient/{}/cosine", "Cosine with the full model's gradient", cosine),
     ]
 
 
@@ -90,6 +108,10 @@ def machine_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
     key = key if len(runs) > 1 else Key("run", (runs[0].name,), full=runs[0].name)
     shown = {
         "tokens_per_second": ("Tokens per second", "Training throughput, validation left out."),
+        "mfu": (
+            "Utilisation",
+            "Share of the rate that a large product was measured at here.",
+        ),
         "data_wait": ("Data wait", "The share of the time spent waiting for data; near 0 is good."),
         "gradient_norm": ("Gradient norm", "Before clipping. Spikes that stay are a warning."),
         "lr": ("Learning rate", "As scheduled."),
@@ -108,11 +130,11 @@ def _labelled(rows: Rows, measure: str) -> Rows:
 
 
 def _by_member(
-    runs: Sequence[Run], key: Key, measure: str, title: str, caption: str, *, everyone: bool = False
+    runs: Sequence[Run], key: Key, pattern: str, title: str, caption: str, *, everyone: bool = False
 ) -> list[Figure]:
     """One figure with a line a member, or for several runs a figure a member."""
     series = [
-        _rows(run, run.valid, f"valid/{name}/{measure}", name)
+        _rows(run, [*run.valid, *run.gradients], pattern.format(name), name)
         for run in runs
         for name in run.member_names
         if everyone or name != run.full

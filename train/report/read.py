@@ -5,7 +5,7 @@ step wins; a line torn by a kill is skipped. `model/` and `decode.json` come las
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Run:
 
     name: str
     train: list[Line]
-    """By ascending step; so are the next two."""
+    """By ascending step; so are the next ones."""
     valid: list[Line]
     samples: list[Line]
     members: list[Member]
@@ -33,6 +33,7 @@ class Run:
     """Speeds of plain and speculative decoding, if they were measured."""
     recipe: str
     provenance: dict[str, Any]
+    gradients: list[Line] = field(default_factory=list)
 
     @property
     def full(self) -> str | None:
@@ -108,6 +109,7 @@ def _read_run(path: Path, name: str) -> Run:
         decode=read_json(decode) if decode.is_file() else {},
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         provenance=provenance,
+        gradients=last_by_step(lines, "gradient"),
     )
 
 

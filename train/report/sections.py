@@ -28,6 +28,7 @@ def sections(runs: Sequence[Run]) -> str:
             markup.section(
                 "Closeness to the full model", markup.grid(figures.consistency_figures(runs, key), key)
             ),
+            markup.section("Gradients", markup.grid(figures.gradient_figures(runs, key), key)),
             markup.section("Samples", _each(runs, _samples), lead=SAMPLES),
             markup.section(
                 "Training", markup.grid(figures.machine_figures(runs, key), key if len(runs) > 1 else None)

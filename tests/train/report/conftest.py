@@ -102,12 +102,14 @@ def make_lines(steps: int, shift: float) -> Iterator[dict[str, Any]]:
             "lr": 0.001 * min(1, 20 * done) * (0.55 + 0.45 * math.cos(math.pi * done)),
             "tokens_per_second": 9100 + 300 * math.sin(step),
             "gradient_norm": 0.4 + 3 * math.exp(-9 * done) + 0.05 * math.sin(step * 3.1),
+            "mfu": 0.31 + 0.01 * math.sin(step),
             "data_wait": 0.002,
             **objective,
             "loss/XL": full,
         }
         if step % 50 == 0:
             yield make_valid(step, done, shift)
+            yield make_gradient(step, done)
             for name, text in SAMPLES.items():
                 yield {
                     "kind": "sample",
@@ -125,4 +127,15 @@ def make_valid(step: int, done: float, shift: float) -> dict[str, Any]:
         line[f"valid/{name}/alpha"] = alpha - (1 - alpha) * math.exp(-4 * done)
         line[f"valid/{name}/match"] = 100 * line[f"valid/{name}/alpha"]
         line[f"valid/{name}/kl"] = gap
+        if name != "XL":
+            line[f"valid/{name}/speedup"] = 1 + line[f"valid/{name}/alpha"]
+    return line
+
+
+def make_gradient(step: int, done: float) -> dict[str, Any]:
+    line: dict[str, Any] = {"kind": "gradient", "step": step, "tokens": step * 8192}
+    for name, (_, gap, alpha) in KNOWN.items():
+        line[f"gradient/{name}/norm"] = 0.4 + gap + math.exp(-9 * done)
+        if name != "XL":
+            line[f"gradient/{name}/cosine"] = alpha * math.exp(-done)
     return line

@@ -1,5 +1,6 @@
 """Which charts are shown, and which values reach them."""
 
+import json
 import math
 from collections.abc import Callable
 from itertools import chain
@@ -13,6 +14,7 @@ from train.report.figures import (
     Figure,
     consistency_figures,
     family_figures,
+    gradient_figures,
     loss_figures,
     machine_figures,
     make_key,
@@ -64,6 +66,34 @@ def test_closeness_leaves_the_full_model_out(one: list[Run]) -> None:
         assert {row["member"] for row in rows_of(figure)} == {"S", "M", "L", "draft"}
 
 
+def test_members_pulls_at_the_weights_and_promised_speeds_have_a_figure_each(one: list[Run]) -> None:
+    norm, cosine = gradient_figures(one, make_key(one))
+    assert {row["member"] for row in rows_of(norm)} == {"S", "M", "L", "draft", "XL"}
+    assert {row["member"] for row in rows_of(cosine)} == {"S", "M", "L", "draft"}
+    assert [row["value"] for row in rows_of(cosine) if row["member"] == "S"] == [
+        line["gradient/S/cosine"] for line in one[0].gradients
+    ]
+    speed = consistency_figures(one, make_key(one))[2]
+    assert speed.title == "Predicted speed-up"
+    assert {row["member"] for row in rows_of(speed)} == {"S", "M", "L", "draft"}
+
+
+def test_a_run_from_before_these_were_measured_has_the_other_figures(make_run: MakeRun) -> None:
+    path = make_run()
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    old = [
+        {key: value for key, value in line.items() if key != "mfu" and "speedup" not in key}
+        for line in lines
+        if line["kind"] != "gradient"
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    runs = read_runs([path])
+    key = make_key(runs)
+    assert gradient_figures(runs, key) == []
+    assert titles(consistency_figures(runs, key)) == ["Alpha", "Greedy match"]
+    assert "Utilisation" not in titles(machine_figures(runs, key))
+
+
 def test_what_was_not_measured_has_no_figure() -> None:
     bare = Run(
         name="bare",
@@ -76,9 +106,8 @@ def test_what_was_not_measured_has_no_figure() -> None:
         provenance={},
     )
     key = make_key([bare])
-    assert (
-        family_figures([bare], key) == consistency_figures([bare], key) == machine_figures([bare], key) == []
-    )
+    for drawn in (family_figures, consistency_figures, gradient_figures, machine_figures):
+        assert drawn([bare], key) == []
     assert titles(loss_figures([bare], key)) == ["Training objective"]
 
 

@@ -42,6 +42,7 @@ def test_one_run_shows_family_speed_samples_provenance_and_recipe(make_run: Make
         "Decoding speed",
         "Loss",
         "Closeness to the full model",
+        "Gradients",
         "Samples",
         "Training",
         "Provenance",
@@ -88,7 +89,7 @@ def test_what_comes_from_a_run_cannot_become_markup(make_run: MakeRun, text_of: 
 def test_every_chart_is_json_and_no_address_is_asked_for(make_run: MakeRun, text_of: TextOf) -> None:
     html = text_of(make_run())
     charts = CHART.findall(html)
-    assert len(charts) == html.count('class="chart"') == 10
+    assert len(charts) == html.count('class="chart"') == 14
     for chart in charts:
         assert json.loads(chart)["layer"]
     assert not re.findall(r'(?:src|href)="(?!data:,)', html)
@@ -134,7 +135,7 @@ def open_in_browser(path: Path, profile: Path) -> tuple[str, list[str]]:
 
 @needs_chromium
 @pytest.mark.parametrize(
-    ("names", "num_charts"), [(["a"], 10), pytest.param(["a", "b"], 20, marks=pytest.mark.slow)]
+    ("names", "num_charts"), [(["a"], 14), pytest.param(["a", "b"], 34, marks=pytest.mark.slow)]
 )
 def test_a_browser_draws_every_chart_and_has_nothing_to_say(
     make_run: MakeRun, tmp_path: Path, names: list[str], num_charts: int
