@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Member, ModelFolder, save_model
+from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.family import FAMILY_FILE
 from models.files import check_replaceable, read_json
@@ -63,13 +64,9 @@ def extract(folder: ModelFolder, granularity: Granularity, out: str | Path) -> P
         UsageError: if the granularity does not fit, its layers differ, or `out` cannot be replaced.
         NestlingError: if the disk refuses.
     """
-    plan = granularity.resolve(folder.model.config)
-    if not plan.is_uniform:
-        raise UsageError(_unequal(granularity, plan))
     out = Path(out)
+    member_model = cut(folder, granularity)
     _check_out(folder, out)
-    view = View(folder.model, granularity)
-    member_model = model_from(view.config, view.state_dict())
     known = _measured(folder, granularity)
     member = Member(
         name="full",
@@ -84,9 +81,22 @@ def extract(folder: ModelFolder, granularity: Granularity, out: str | Path) -> P
         tokenizer=folder.tokenizer,
         family={"full": FULL},
         members=[member],
-        provenance=_provenance(folder, granularity, member.parameters),
+        provenance=provenance(folder, granularity, member.parameters),
         like=folder.path,
     )
+
+
+def cut(folder: ModelFolder, granularity: Granularity) -> ElasticLM:
+    """One member as a model of its own, in memory that it owns.
+
+    Raises:
+        UsageError: if the granularity does not fit, or its layers differ.
+    """
+    plan = granularity.resolve(folder.model.config)
+    if not plan.is_uniform:
+        raise UsageError(_unequal(granularity, plan))
+    view = View(folder.model, granularity)
+    return model_from(view.config, view.state_dict())
 
 
 @torch.no_grad()
@@ -132,6 +142,17 @@ def verify_extraction(
     )
 
 
+def provenance(folder: ModelFolder, granularity: Granularity, parameters: int) -> dict[str, Any]:
+    """Where a member comes from: anything that JSON holds."""
+    return {
+        "parent": str(folder.path),
+        "parent_parameters": count_tensors(folder.model),
+        "granularity": str(granularity),
+        "parameters": parameters,
+        "parent_provenance": folder.provenance,
+    }
+
+
 def _continue_greedily(
     logits_of: Callable[[Tensor], Tensor], tokens_BT: Tensor, num_new_tokens: int
 ) -> Tensor:
@@ -155,16 +176,6 @@ def _measured(folder: ModelFolder, granularity: Granularity) -> Member | None:
         if folder.family.get(member.name) == granularity or member.granularity == str(granularity):
             return member
     return None
-
-
-def _provenance(folder: ModelFolder, granularity: Granularity, parameters: int) -> dict[str, Any]:
-    return {
-        "parent": str(folder.path),
-        "parent_parameters": count_tensors(folder.model),
-        "granularity": str(granularity),
-        "parameters": parameters,
-        "parent_provenance": folder.provenance,
-    }
 
 
 def _unequal(granularity: Granularity, plan: Plan) -> str:

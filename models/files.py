@@ -36,18 +36,13 @@ def write_folder(path: str | Path, *, marker: str = "nestling.json") -> Iterator
     final = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     try:
-        make_folder(final.parent)
-        partial.mkdir()
-        yield partial
-        assert (partial / marker).is_file(), f"{partial} lacks {marker}: it could not be replaced later"
-        _sync_tree(partial)
-        _publish(partial, final)
-    except OSError as error:
-        if error.errno not in _DISK_REFUSES:
-            raise
-        raise NestlingError(
-            f"cannot write {path}: {error.strerror}; make room or give permission, or choose another place"
-        ) from error
+        with _naming_refusal(path):
+            make_folder(final.parent)
+            partial.mkdir()
+            yield partial
+            assert (partial / marker).is_file(), f"{partial} lacks {marker}: it could not be replaced later"
+            _sync_tree(partial)
+            _publish(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -84,10 +79,31 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file, whole or not at all; its folder must exist."""
-    path = Path(path)
+    with _beside(Path(path)) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def write_file(path: str | Path) -> Iterator[Path]:
+    """Fill a temporary file that becomes `path` when the block ends, and vanishes if it raises.
+
+    Missing parents are made; a file that stands at `path` is replaced.
+
+    Raises:
+        NestlingError: if the disk refuses: no space, no permission.
+    """
+    final = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
+    with _naming_refusal(path):
+        make_folder(final.parent)
+        with _beside(final) as partial:
+            yield partial
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.write_bytes(content)
+        yield partial
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -171,6 +187,18 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except NestlingError as error:
         raise NestlingError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _naming_refusal(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_REFUSES:
+            raise
+        raise NestlingError(
+            f"cannot write {path}: {error.strerror}; make room or give permission, or choose another place"
+        ) from error
 
 
 _DISK_REFUSES = {

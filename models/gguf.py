@@ -1,13 +1,15 @@
 """A uniform model as a GGUF file, the format of llama.cpp; `gguf` is imported only when one is written.
 
-Names and keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file holds weights and
-shape, and no tokenizer: whoever opens it feeds token ids.
+Names and keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file holds weights and shape,
+and what `metadata` says: with the keys of `models.gguf_tokenizer` anyone can use it, without them whoever
+opens it feeds token ids.
 
 Llama's rotary positions are stored for neighbouring pairs there and for halves here, so that the rows of
 each of its query and key heads are interleaved on the way; Qwen's are halves on both sides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,23 @@ from torch import Tensor
 
 from models.config import ElasticConfig
 from models.elastic import ElasticLM
+from models.errors import NestlingError
 from models.weights import EMBEDDING, HEAD, weights_of
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "Q8_0"}
 """Our names of dtypes -> those of the format; Q8_0 is 8 bits with a scale for every 32 numbers."""
+FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32
+TOKENIZER_MODEL = "tokenizer.ggml.model"
+OURS = "nestling.granularity"
+"""The key of what a file was cut out as."""
 
+_ADDERS = {
+    str: lambda writer, key, value: writer.add_string(key, value),
+    bool: lambda writer, key, value: writer.add_bool(key, value),
+    int: lambda writer, key, value: writer.add_uint32(key, value),
+    list: lambda writer, key, value: writer.add_array(key, value),
+}
 _ENDS = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
 _PARTS = {
     "input_layernorm": "attn_norm",
@@ -37,13 +50,24 @@ _PARTS = {
 }
 
 
-def write_gguf(model: ElasticLM, path: Path, *, dtype: str) -> Path:
+def check_installed() -> None:
+    """Raise NestlingError unless the package that writes the format is there."""
+    if find_spec("gguf") is None:
+        raise NestlingError(
+            "--format gguf needs the package gguf, which is missing; pip install 'nestling[gguf]'"
+        )
+
+
+def write_gguf(
+    model: ElasticLM, path: Path, *, dtype: str, metadata: Mapping[str, Any] | None = None
+) -> Path:
     """Write the full model.
 
     Args:
         model: the model, its weights as they were loaded.
         path: the new file.
         dtype: of the matrices, a key of `DTYPES`; vectors stay in fp32.
+        metadata: further keys of the file: texts, numbers that are not negative, truth values, lists.
 
     Returns:
         `path`.
@@ -53,20 +77,57 @@ def write_gguf(model: ElasticLM, path: Path, *, dtype: str) -> Path:
 
     config = model.config
     assert holds(config, dtype), (config, dtype)
-    kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
     writer = gguf.GGUFWriter(path, _architecture(config))
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write_shape(writer, config)
-    for name, tensor in _tensors(model):
-        array = tensor.float().contiguous().numpy()
-        if tensor.ndim == 1:
-            writer.add_tensor(name, array)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for key, value in (metadata or {TOKENIZER_MODEL: "no_vocab"}).items():
+        _ADDERS[type(value)](writer, key, value)
+    for name, array, kind in _arrays(model, dtype):
+        writer.add_tensor(name, array, raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
     return path
+
+
+def check_gguf(model: ElasticLM, path: Path, *, dtype: str, metadata: Mapping[str, Any]) -> int:
+    """Read a file back and compare every tensor, bit for bit, and every key with what was to be written.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        NestlingError: naming what differs.
+    """
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(path)
+    fields, tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
+    wrong = [key for key, value in metadata.items() if key not in fields or fields[key].contents() != value]
+    num_tensors = 0
+    for name, array, kind in _arrays(model, dtype):
+        num_tensors += 1
+        found = tensors.get(name)
+        if found is None or found.tensor_type != kind or not np.array_equal(found.data, array):
+            wrong.append(name)
+    if wrong or num_tensors != len(tensors):
+        raise NestlingError(f"{path} reads back otherwise ({', '.join(wrong[:3])}); please report this")
+    return num_tensors
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a GGUF file with the key `OURS`."""
+    import gguf
+
+    try:
+        return OURS in gguf.GGUFReader(path).fields
+    except (ValueError, IndexError, OverflowError):  # not the format, or damaged
+        return False
 
 
 def holds(config: ElasticConfig, dtype: str) -> bool:
@@ -82,7 +143,6 @@ def _architecture(config: ElasticConfig) -> str:
 
 
 def _write_shape(writer: Any, config: ElasticConfig) -> None:
-    writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -95,6 +155,16 @@ def _write_shape(writer: Any, config: ElasticConfig) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _arrays(model: ElasticLM, dtype: str) -> Iterator[tuple[str, Any, Any]]:
+    """Name, numbers as they stand in the file, and their type there."""
+    import gguf
+
+    matrix, vector = gguf.GGMLQuantizationType[DTYPES[dtype]], gguf.GGMLQuantizationType.F32
+    for name, tensor in _tensors(model):
+        kind = vector if tensor.ndim == 1 else matrix
+        yield name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), kind
 
 
 def _tensors(model: ElasticLM) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
-"""What llama.cpp reads from our files is the same model; skipped where its Python package is missing."""
+"""A file holds the model that was written, and llama.cpp computes the same; skipped without its packages."""
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from models.bench.llama import LlamaEngine, Llamas, is_installed, open_llama
 from models.config import ElasticConfig
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
-from models.gguf import DTYPES, holds, write_gguf
+from models.errors import NestlingError
+from models.gguf import DTYPES, OURS, TOKENIZER_MODEL, check_gguf, holds, is_ours, write_gguf
+from models.weights import weights_of
 
 pytestmark = [
-    pytest.mark.skipif(not is_installed(), reason="needs the extra `llama`"),
+    pytest.mark.skipif(find_spec("gguf") is None, reason="needs the extra `gguf`"),
     # It forgets itself when the interpreter ends, and its own close() fails then.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+needs_llama = pytest.mark.skipif(not is_installed(), reason="needs the extra `llama`")
 
 # fp32 on both sides, relative to the largest logit: other orders of summing, and other exponentials.
 LOGITS_TOLERANCE = 1e-4
@@ -35,6 +39,7 @@ def make_model(config: ElasticConfig, **changes: Any) -> ElasticLM:
     return model.eval()
 
 
+@needs_llama
 @pytest.mark.parametrize(
     "changes",
     [
@@ -66,6 +71,7 @@ def test_llama_cpp_computes_our_logits(
     assert float((ours_TV - theirs_TV).abs().max() / ours_TV.abs().max()) < LOGITS_TOLERANCE
 
 
+@needs_llama
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_dtype_is_smaller_and_runs(tiny_config: ElasticConfig, tmp_path: Path, dtype: str) -> None:
     path = write_gguf(make_model(tiny_config), tmp_path / "m.gguf", dtype=dtype)
@@ -80,6 +86,51 @@ def test_int8_needs_whole_blocks(tiny_config: ElasticConfig) -> None:
     assert [holds(tiny_config, "int8"), holds(odd, "int8"), holds(odd, "bf16")] == [True, False, True]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_file_reads_back_equal_and_a_flipped_bit_is_named(
+    tiny_config: ElasticConfig, tmp_path: Path, dtype: str
+) -> None:
+    model, metadata = make_model(tiny_config), {TOKENIZER_MODEL: "no_vocab", OURS: "ffn=0.5"}
+    path = write_gguf(model, tmp_path / "m.gguf", dtype=dtype, metadata=metadata)
+    assert check_gguf(model, path, dtype=dtype, metadata=metadata) == len(list(model.parameters()))
+    assert is_ours(path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # in the last tensor
+    path.write_bytes(content)
+    with pytest.raises(NestlingError, match="reads back otherwise"):
+        check_gguf(model, path, dtype=dtype, metadata=metadata)
+    with pytest.raises(NestlingError, match=OURS):
+        check_gguf(model, path, dtype=dtype, metadata={OURS: "ffn=0.25"})
+
+
+def test_the_file_holds_the_weights_with_the_rows_of_query_and_key_heads_by_turns(
+    tiny_config: ElasticConfig, tmp_path: Path
+) -> None:
+    import gguf
+
+    model = make_model(tiny_config)
+    reader = gguf.GGUFReader(write_gguf(model, tmp_path / "m.gguf", dtype="fp32"))
+    theirs = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    ours, head_dim = weights_of(model), tiny_config.head_dim
+    for layer in range(tiny_config.num_hidden_layers):
+        prefix, theirs_of = f"model.layers.{layer}", f"blk.{layer}"
+        assert torch.equal(theirs[f"{theirs_of}.ffn_down.weight"], ours[f"{prefix}.mlp.down_proj.weight"])
+        assert torch.equal(theirs[f"{theirs_of}.attn_v.weight"], ours[f"{prefix}.self_attn.v_proj.weight"])
+        our_HKD = ours[f"{prefix}.self_attn.q_proj.weight"].unflatten(0, (-1, head_dim))
+        their_HKD = theirs[f"{theirs_of}.attn_q.weight"].unflatten(0, (-1, head_dim))
+        assert torch.equal(their_HKD[:, 0::2], our_HKD[:, : head_dim // 2])
+        assert torch.equal(their_HKD[:, 1::2], our_HKD[:, head_dim // 2 :])
+
+
+def test_another_file_is_not_ours(tiny_config: ElasticConfig, tmp_path: Path) -> None:
+    path = write_gguf(make_model(tiny_config), tmp_path / "m.gguf", dtype="fp32")
+    assert not is_ours(path)
+    for content in (b"", b"years of work", path.read_bytes()[:100]):
+        path.write_bytes(content)
+        assert not is_ours(path)
+
+
+@needs_llama
 def test_plain_and_drafted_write_the_same_and_a_prompt_is_read_each_time(
     tiny_config: ElasticConfig, tmp_path: Path
 ) -> None:
@@ -100,6 +151,7 @@ def test_plain_and_drafted_write_the_same_and_a_prompt_is_read_each_time(
     assert samples["itself"].passes == again["itself"].passes == 2
 
 
+@needs_llama
 def test_sampling_is_seeded(tiny_config: ElasticConfig, tmp_path: Path) -> None:
     path = write_gguf(make_model(tiny_config), tmp_path / "m.gguf", dtype="fp32")
     engine = LlamaEngine(llamas=Llamas(path, 40), params=SamplingParams(temperature=1.0))

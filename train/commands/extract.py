@@ -1,13 +1,20 @@
-"""`nestling extract`: cut one member out of a family, as a stock Hugging Face folder, and prove it."""
+"""`nestling extract`: cut one member out of a family, as a stock Hugging Face folder or for llama.cpp."""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from models.errors import UsageError
 from train.commands.common import JsonOption, ModelArgument, check_json, write_results
 from train.console import make_console
+
+if TYPE_CHECKING:
+    from models.checkpoint import ModelFolder
+    from models.granularity import Granularity
+
+FORMATS = ("hf", "gguf")
 
 
 def extract(
@@ -17,17 +24,70 @@ def extract(
         str,
         typer.Option(metavar="G", help="A member's name, or written out: ffn=0.25,heads=0.5,layers=0:3:5."),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The new folder, or for gguf the new file.")],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="hf|gguf",
+            help="A stock Hugging Face folder, or one file for llama.cpp (needs the package gguf).",
+        ),
+    ] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp32|bf16|fp16|int8",
+            help="Of a gguf file's matrices; int8 is its Q8_0. The one on disk if not given.",
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Cut one member out as a stock Hugging Face folder, and prove it equal."""
+    """Cut one member out, as a stock Hugging Face folder or a file for llama.cpp, and prove it equal."""
     check_json(json)
+    _check_format(format_, dtype, out)
     from models.checkpoint import load_model
     from models.granularity import Granularity
-    from train.extraction import extract_and_prove
 
     folder = load_model(model)
     member = Granularity.parse(granularity, folder.family)
+    named = {"granularity": str(member), "out": str(out), "format": format_}
+    if format_ == "gguf":
+        results, dtypes = _write_file(folder, member, out, dtype)
+    else:
+        results, dtypes = _write_folder(folder, member, out)
+    write_results(json, named | results, dtypes=dtypes)
+
+
+def _write_folder(
+    folder: "ModelFolder", member: "Granularity", out: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    from train.extraction import extract_and_prove
+
     parity = extract_and_prove(folder, member, out, make_console())
-    results = {"granularity": str(member), "out": str(out), **dataclasses.asdict(parity)}
-    write_results(json, results, dtypes={"comparison": "fp32"})
+    return dataclasses.asdict(parity), {"comparison": "fp32"}
+
+
+def _write_file(
+    folder: "ModelFolder", member: "Granularity", out: Path, dtype: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    from train.extraction import extract_gguf
+
+    written = extract_gguf(folder, member, out, make_console(), dtype=dtype)
+    return dataclasses.asdict(written), {"weights": written.dtype}
+
+
+def _check_format(format_: str, dtype: str | None, out: Path) -> None:
+    """Say before the weights are read what cannot be."""
+    if format_ not in FORMATS:
+        raise UsageError(f"--format {format_} is none of {', '.join(FORMATS)}; choose one of them")
+    if format_ == "hf":
+        if dtype is not None:
+            raise UsageError(f"--dtype {dtype} is for --format gguf; a folder keeps the dtype on disk")
+        if out.suffix == ".gguf":
+            raise UsageError(f"--out {out} would be a folder; add --format gguf, or choose another name")
+        return
+    from models.gguf import DTYPES, check_installed
+
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is none of {', '.join(DTYPES)}; choose one of them")
+    check_installed()

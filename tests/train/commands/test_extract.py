@@ -1,12 +1,17 @@
 """`nestling extract`: a stock folder, proved equal; what cannot be is named and leaves nothing."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer
 
+from models.bench.llama import is_installed, open_llama
 from models.checkpoint import load_model
 from train.cli import main
 
@@ -58,6 +63,113 @@ def test_a_family_is_never_replaced_by_its_member(model: Path, fails: Fails) -> 
     before = (model / "model.safetensors").read_bytes()
     assert str(model) in fails("extract", model, "--granularity", "S", "--out", model, code=2)
     assert (model / "model.safetensors").read_bytes() == before
+
+
+needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the extra `gguf`")
+
+
+@needs_gguf
+@pytest.mark.parametrize(("dtype", "written"), [(None, "fp32"), ("fp16", "fp16"), ("int8", "int8")])
+def test_a_member_comes_out_as_one_file(
+    dtype: str | None, written: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results = tmp_path / "new" / "S.gguf", tmp_path / "extract.json"
+    arguments = [str(model), "--granularity", "S", "--out", str(out), "--json", str(results)]
+    asked = [] if dtype is None else ["--dtype", dtype]
+    for _ in range(2):  # the second time it replaces its own file
+        assert main(["extract", *arguments, "--format", "gguf", *asked]) == 0
+    assert f"106,944 of 217,536 parameters in {written}, {out.stat().st_size:,} bytes" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    found = json.loads(results.read_text())
+    assert {
+        name: found[name] for name in ("granularity", "format", "dtype", "parameters", "bytes", "pre")
+    } == {
+        "granularity": "ffn=0.25",
+        "format": "gguf",
+        "dtype": written,
+        "parameters": 106_944,
+        "bytes": out.stat().st_size,
+        "pre": "gpt-2",
+    }
+    assert [path.name for path in out.parent.iterdir()] == ["S.gguf"]
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("arguments", "named", "code"),
+    [
+        (["--granularity", "ffn=1:0.5:0.5"], "no stock architecture holds", 2),
+        (["--granularity", "ffn=0.2", "--dtype", "int8"], "--dtype int8", 2),
+        (["--granularity", "S", "--dtype", "q4"], "--dtype q4", 2),
+        (["--granularity", "S", "--format", "onnx"], "--format onnx", 2),
+        (["--granularity", "S", "--format", "hf"], "add --format gguf", 2),
+        (["--granularity", "S", "--format", "hf", "--dtype", "bf16"], "--dtype bf16", 2),
+    ],
+)
+def test_what_a_file_cannot_hold_is_named_and_leaves_nothing(
+    arguments: list[str], named: str, code: int, model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    out = tmp_path / "S.gguf"
+    assert named in fails("extract", model, "--format", "gguf", "--out", out, *arguments, code=code)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_gguf
+def test_a_file_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "thesis.gguf").write_text("years of work")
+    for out, named in ((tmp_path / "thesis.gguf", "not ours"), (tmp_path, "is a folder")):
+        assert named in fails(
+            "extract", model, "--granularity", "S", "--format", "gguf", "--out", out, code=2
+        )
+    assert (tmp_path / "thesis.gguf").read_text() == "years of work"
+
+
+@needs_gguf
+def test_a_model_without_a_tokenizer_or_with_another_kind_is_named(
+    model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "S.gguf"
+    shutil.copytree(model, folder)
+    command = ("extract", folder, "--granularity", "S", "--format", "gguf", "--out", out)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"use_regex": true', '"use_regex": false'))
+    line = fails(*command, code=1)
+    assert str(folder) in line
+    assert "cuts words" in line
+    tokenizer.unlink()
+    assert "tokenizer.json" in fails(*command, code=1)
+    assert not out.exists()
+
+
+def test_a_missing_package_is_named(
+    model: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.gguf.find_spec", lambda _: None)
+    out = tmp_path / "S.gguf"
+    line = fails("extract", model, "--granularity", "S", "--format", "gguf", "--out", out, code=1)
+    assert "pip install 'nestling[gguf]'" in line
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs the extra `llama`")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@torch.no_grad()
+def test_llama_cpp_writes_what_generate_writes(model: Path, tmp_path: Path) -> None:
+    folder, file, results = tmp_path / "S", tmp_path / "S.gguf", tmp_path / "results.json"
+    for out, format_ in ((folder, "hf"), (file, "gguf")):
+        assert (
+            main(["extract", str(model), "--granularity", "S", "--out", str(out), "--format", format_]) == 0
+        )
+    prompt = "def area(x):  # 12\n"
+    arguments = ["--prompt", prompt, "--max-new-tokens", "48", "--dtype", "fp32", "--json", str(results)]
+    assert main(["generate", str(folder), *arguments]) == 0
+    ours = json.loads(results.read_text())["ids"]
+    assert len(ours) == 48
+    llama = open_llama(file, 64, type_k=0, type_v=0)  # fp32 keys and values, as ours
+    prompt_ids = llama.tokenize(prompt.encode(), special=True)
+    assert prompt_ids == Tokenizer.from_file(str(model / "tokenizer.json")).encode(prompt).ids
+    theirs = llama.generate(prompt_ids, temp=0.0, repeat_penalty=1.0)
+    assert list(itertools.islice(theirs, 48)) == ours
 
 
 def damage_nothing(folder: Path) -> None:
