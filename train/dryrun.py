@@ -1,7 +1,8 @@
-"""`nestling train --dry-run`: what a recipe would make and cost, by arithmetic; nothing is made or read.
+"""`nestling train --dry-run`: what a recipe would make and cost, by arithmetic; nothing is made.
 
-Time is 3 forward passes' operations for each trained pass, counted over the sampler's own plans, at a
-share of the rate that the machine card measured for a matrix product; memory is models/count.py's.
+Of a teacher the folder's small files are read. Time is 3 forward passes' operations for each trained pass,
+counted over the sampler's own plans, at a share of the rate that the machine card measured for a matrix
+product; memory is models/count.py's.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from models.count import (
     count_kv_bytes,
     count_parameters,
     count_step_traffic,
+    count_weight_bytes,
     estimate_training_bytes,
 )
 from models.granularity import FULL, Granularity
@@ -34,6 +36,7 @@ from models.machine import (
 from train.recipe import FULL_NAME, Recipe
 from train.rows import rows_of_a_piece
 from train.sampler import StepPlan, plan_step
+from train.teacher import check_teacher
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the share of a
 # large product's rate that configs/demo.yaml was seen to reach on one core.
@@ -59,26 +62,41 @@ class Estimate:
     dtype: str
     gflops: float
     """The measured rate of a matrix product."""
+    teacher_parameters: int = 0
+    teacher_flops: float = 0.0
+    """Of a step's, once the ramp has begun."""
+    teacher_bytes: int = 0
+    """On each device, beside `memory`."""
 
 
 def dry_run(recipe: Recipe, console: Console) -> Estimate:
     """Print the resolved recipe, the family and what the run would take.
 
     Raises:
-        UsageError: if the model's sizes do not fit together.
+        UsageError: if the model's sizes do not fit together, or its teacher not to the recipe.
     """
-    config = recipe.elastic_config()
+    teacher = check_teacher(recipe)
+    config = recipe.elastic_config(teacher.vocab_size if teacher else None)
     with console.status("measuring this machine"):
         card = _card()
-    estimate = estimate_run(recipe, config, card)
+    estimate = estimate_run(recipe, config, card, teacher)
     console.print(_yaml(recipe), markup=False, soft_wrap=True)
     console.print(family_costs(recipe.granularities, config))
-    console.print(estimate_table(estimate, recipe))
+    console.print(estimate_table(estimate, recipe, config.vocab_size))
     return estimate
 
 
-def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Estimate:
-    """Tokens, memory and time of a run."""
+def estimate_run(
+    recipe: Recipe, config: ElasticConfig, card: MachineCard, teacher: ElasticConfig | None = None
+) -> Estimate:
+    """Tokens, memory and time of a run.
+
+    Args:
+        recipe: the run.
+        config: the full model's shape.
+        card: this machine.
+        teacher: the shape of the model that the full one learns from, if any.
+    """
     devices, trainer = num_devices(recipe), recipe.trainer
     num_rows = trainer.batch_size * trainer.accumulate_grad_batches
     tokens_per_step = num_rows * recipe.data.sequence_length
@@ -86,10 +104,14 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
     gflops = card.device.dtypes[dtype].product_gflops
     plans = _plans(recipe, config, num_rows)
     flops = statistics.fmean(_plan_flops(plan, recipe, config, num_rows) for plan in plans)
+    taught = statistics.fmean(plan.full for plan in plans) * num_rows
+    length, number_bytes = recipe.data.sequence_length, 2 if dtype == "bf16" else 4
+    teacher_flops = taught * count_flops(teacher, num_tokens=length) if teacher else 0.0
+    flops += teacher_flops
     memory = estimate_training_bytes(
         config,
         batch_tokens=-(-trainer.batch_size // devices) * recipe.data.sequence_length,
-        activation_bytes=2 if dtype == "bf16" else 4,
+        activation_bytes=number_bytes,
         members=_largest_shares(plans, recipe, num_rows),
         scored_at_once=rows_of_a_piece(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
         shards=devices if trainer.strategy == "fsdp" else 1,
@@ -110,6 +132,9 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
         seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION[dtype] * devices),
         dtype=dtype,
         gflops=gflops,
+        teacher_parameters=count_parameters(teacher) if teacher else 0,
+        teacher_flops=teacher_flops,
+        teacher_bytes=count_weight_bytes(teacher, dtype_bytes=number_bytes) if teacher else 0,
     )
 
 
@@ -178,19 +203,23 @@ def family_costs(members: Mapping[str, Granularity], config: ElasticConfig) -> T
     return table
 
 
-def estimate_table(estimate: Estimate, recipe: Recipe) -> Table:
+def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table:
     """The estimate in words."""
     table = Table(show_header=False, box=None)
     steps = recipe.trainer.max_steps
     memory = estimate.memory
     state = memory.weights + memory.gradients + memory.optimizer
-    tokenizer = recipe.data.tokenizer
+    tokenizer, is_taught = recipe.data.tokenizer, estimate.teacher_parameters > 0
     vocabulary = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"
-    table.add_row("vocabulary", f"{recipe.data.vocab_size:,}{vocabulary}")
+    table.add_row("vocabulary", f"{vocab_size:,}{' (the teacher has it)' if is_taught else vocabulary}")
     table.add_row("tokens per step", f"{estimate.tokens_per_step:,}")
     table.add_row("tokens in total", f"{estimate.tokens:,} in {steps:,} steps")
     flops = _si(estimate.flops_per_step)
     table.add_row("FLOPs per step", f"{flops}, forward and backward, members included")
+    if is_taught:
+        share = estimate.teacher_flops / estimate.flops_per_step
+        text = f"{estimate.teacher_parameters:,} parameters, {share:.0%} of these FLOPs once it teaches"
+        table.add_row("teacher", f"{text}, {_gib(estimate.teacher_bytes)} of weights beside the memory below")
     table.add_row(
         "memory",
         f"about {_gib(memory.total)}: {_gib(state)} weights, gradients and optimizer, "
