@@ -29,7 +29,7 @@ from models.huggingface_config import (
 )
 from models.weights import dtype_name, model_from, read_weights, write_weights
 
-__all__ = ["Member", "ModelFolder", "load_model", "save_model"]
+__all__ = ["Member", "ModelFolder", "load_model", "read_config", "save_model"]
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
@@ -72,13 +72,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
         NestlingError: naming the file that is missing, damaged or of a kind that cannot be held.
     """
     path = Path(path)
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise UsageError(f"{path} {what}; give a model folder, one with config.json and model.safetensors")
-    config_path = path / "config.json"
-    fields = read_json(config_path)
-    with naming(config_path):
-        config = config_from_hugging_face(fields)
+    config = read_config(path)
     tensors = read_weights(path)
     with naming(path):
         model = model_from(config, tensors, dtype=dtype).eval()
@@ -91,6 +85,22 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
         members=members,
         provenance=provenance,
     )
+
+
+def read_config(path: Path) -> ElasticConfig:
+    """The shape of the model in a folder, without its weights.
+
+    Raises:
+        UsageError: if there is no folder at `path`.
+        NestlingError: if its config.json is missing, damaged or of a kind that cannot be held.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise UsageError(f"{path} {what}; give a model folder, one with config.json and model.safetensors")
+    config_path = path / "config.json"
+    fields = read_json(config_path)
+    with naming(config_path):
+        return config_from_hugging_face(fields)
 
 
 def save_model(

@@ -3,6 +3,7 @@
 Names are Hugging Face's. A tied vocabulary head is the embedding matrix and is stored once.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,8 +84,28 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         NestlingError: naming the file that is missing or damaged.
     """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(folder):
+        tensors |= _read(file)
+    return tensors
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 of `model.safetensors`, or of all shards, one after the other.
+
+    Raises:
+        NestlingError: naming the file that is missing.
+    """
+    digest = hashlib.sha256()
+    for file in _files(folder):
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
-        return _read(folder / WEIGHTS)
+        return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         if pickles:
@@ -93,10 +114,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 f"opened; save it again with transformers (save_pretrained writes {WEIGHTS})"
             )
         raise NestlingError(f"{folder} has no {WEIGHTS}; restore it, or write the folder again")
-    tensors: dict[str, Tensor] = {}
-    for shard in _shards(folder / INDEX):
-        tensors |= _read(folder / shard)
-    return tensors
+    return [folder / shard for shard in _shards(folder / INDEX)]
 
 
 def _shards(index: Path) -> list[str]:

@@ -8,7 +8,8 @@ All train on the recipe's own rows, in the same dtype, a few steps each, round a
 that a disturbance hits each alike; a figure is the median over the rounds. What `nestling train` tells the C
 library of freed memory (train/memory.py) holds for all of them. Set-up and the first step of a
 round are not timed. Members learn from the divergence from the first step on, which costs more than the
-cross-entropy before it. Peak memory is that of a fresh process for each.
+cross-entropy before it. A recipe's teacher teaches the full model alone as well; transformers.Trainer trains
+on its tokenizer and on text alone. Peak memory is that of a fresh process for each.
 """
 
 import contextlib
@@ -38,10 +39,11 @@ from models.probe import DTYPES, Clock, alternate
 from models.processor import busy_now
 from train.data.module import TextData
 from train.dryrun import estimate_run
-from train.fit import OUR_OWN, make_model, training_precision
+from train.fit import OUR_OWN, make_config, make_model, training_precision
 from train.joint import JointModule
 from train.memory import keep_freed_memory
 from train.recipe import Recipe, SamplerConfig
+from train.teacher import check_teacher, open_teacher
 
 PRODUCT_SIDE = 2048
 """Of the square product whose rate is the roof: large enough to reach it, small enough for a second."""
@@ -85,6 +87,7 @@ def bench_training(
         console: for the data's progress.
         progress: called after each training.
     """
+    teacher = check_teacher(recipe)
     keep_freed_memory()
     card, dtype = machine_card(), training_precision(recipe.dtype)
     on_gpu = torch.cuda.is_available() and recipe.trainer.accelerator != "cpu"
@@ -103,8 +106,9 @@ def bench_training(
     for contender, taken in zip(contenders, seconds, strict=True):
         memory = measure_memory(contender)
         progress()
-        config = contender.recipe.elastic_config(data.vocab_size)
-        flops = estimate_run(contender.recipe, config, card).flops_per_step
+        config = make_config(contender.recipe, data)
+        taught_by = teacher if contender.engine == "nestling" else None
+        flops = estimate_run(contender.recipe, config, card, taught_by).flops_per_step
         rows.append(make_row(contender, taken, flops, roof, memory))
     compare(rows)
     if clock is time.process_time:
@@ -138,7 +142,9 @@ def choose_contenders(recipe: Recipe, dtype: str) -> tuple[list[Contender], list
     ]
     if find_spec("accelerate") is None:
         return contenders, ["transformers.Trainer was left out: it needs `pip install accelerate`"]
-    return [*contenders, Contender(engine="transformers", mode="full", recipe=full)], []
+    alone = ["transformers.Trainer learns from text alone, without the teacher"]
+    notes = alone if recipe.loss.teacher else []
+    return [*contenders, Contender(engine="transformers", mode="full", recipe=full)], notes
 
 
 def measure_roof(dtype: str, *, on_gpu: bool, clock: Clock) -> float:
@@ -207,7 +213,11 @@ def _train_ours(
         **OUR_OWN,
         default_root_dir=scratch,
     )
-    trainer.fit(JointModule(model, recipe.granularities, recipe), train_dataloaders=data.train_dataloader())
+    teacher = open_teacher(recipe, recipe.dtype)
+    module = JointModule(
+        model, recipe.granularities, recipe, teacher=None if teacher is None else teacher.model
+    )
+    trainer.fit(module, train_dataloaders=data.train_dataloader())
 
 
 def _train_theirs(

@@ -15,6 +15,7 @@ from models.errors import NestlingError
 from train.commands.bench import bench
 from train.commands.bench_train import bench_train
 from train.commands.demo import demo
+from train.commands.distill import distill
 from train.commands.evaluate import evaluate
 from train.commands.extract import extract
 from train.commands.generate import generate
@@ -35,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
+app.command(cls=TrainCommand, context_settings=PASS_ON)(distill)
 for command in (extract, search, generate, evaluate, verify, report, machine):
     app.command()(command)
 app.command(epilog=f"Training is measured by nestling {TRAINING} [--config FILE] [KEY=VALUE ...].")(bench)

@@ -1,7 +1,8 @@
-"""`nestling train --dry-run`: what a recipe would make and cost, by arithmetic; nothing is made or read.
+"""`nestling train --dry-run`: what a recipe would make and cost, by arithmetic; nothing is made.
 
-Time is 3 forward passes' operations for each trained pass, counted over the sampler's own plans, at a
-share of the rate that the machine card measured for a matrix product; memory is models/count.py's.
+Of a teacher the folder's small files are read. Time is 3 forward passes' operations for each trained pass,
+counted over the sampler's own plans, at a share of the rate that the machine card measured for a matrix
+product; memory is models/count.py's.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from models.count import (
     count_kv_bytes,
     count_parameters,
     count_step_traffic,
+    count_weight_bytes,
     estimate_training_bytes,
 )
 from models.granularity import FULL, Granularity
@@ -30,10 +32,11 @@ from models.machine import (
     resolve_dtype,
     this_machine,
 )
-from train.flops import count_step_flops, first_plans
+from train.flops import count_step_flops, count_teacher_flops, first_plans
 from train.recipe import Recipe
 from train.rows import rows_of_a_piece
 from train.sampler import StepPlan
+from train.teacher import check_teacher
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the share of a
 # large product's rate that configs/demo.yaml was seen to reach on one core.
@@ -57,36 +60,52 @@ class Estimate:
     dtype: str
     gflops: float
     """The measured rate of a matrix product."""
+    teacher_parameters: int = 0
+    teacher_flops: float = 0.0
+    """Of a step's, once the ramp has begun."""
+    teacher_bytes: int = 0
+    """On each device, beside `memory`."""
 
 
 def dry_run(recipe: Recipe, console: Console) -> Estimate:
     """Print the resolved recipe, the family and what the run would take.
 
     Raises:
-        UsageError: if the model's sizes do not fit together.
+        UsageError: if the model's sizes do not fit together, or its teacher not to the recipe.
     """
-    config = recipe.elastic_config()
+    teacher = check_teacher(recipe)
+    config = recipe.elastic_config(teacher.vocab_size if teacher else None)
     with console.status("measuring this machine"):
         card = _card()
-    estimate = estimate_run(recipe, config, card)
+    estimate = estimate_run(recipe, config, card, teacher)
     console.print(_yaml(recipe), markup=False, soft_wrap=True)
     console.print(family_costs(recipe.granularities, config))
-    console.print(estimate_table(estimate, recipe))
+    console.print(estimate_table(estimate, recipe, config.vocab_size))
     return estimate
 
 
-def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Estimate:
-    """Tokens, memory and time of a run."""
+def estimate_run(
+    recipe: Recipe, config: ElasticConfig, card: MachineCard, teacher: ElasticConfig | None = None
+) -> Estimate:
+    """Tokens, memory and time of a run.
+
+    Args:
+        recipe: the run.
+        config: the full model's shape.
+        card: this machine.
+        teacher: the shape of the model that the full one learns from, if any.
+    """
     devices, trainer = num_devices(recipe), recipe.trainer
     tokens_per_step = trainer.rows_per_step * recipe.data.sequence_length
     dtype = resolve_dtype(recipe.dtype, card, purpose="training")
     gflops = card.device.dtypes[dtype].product_gflops
     plans = first_plans(recipe, config)
-    flops = count_step_flops(recipe, config)
+    flops = count_step_flops(recipe, config, teacher)
+    number_bytes = 2 if dtype == "bf16" else 4
     memory = estimate_training_bytes(
         config,
         batch_tokens=-(-trainer.batch_size // devices) * recipe.data.sequence_length,
-        activation_bytes=2 if dtype == "bf16" else 4,
+        activation_bytes=number_bytes,
         members=_largest_shares(plans, recipe),
         scored_at_once=rows_of_a_piece(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
         shards=devices if trainer.strategy == "fsdp" else 1,
@@ -108,6 +127,9 @@ def estimate_run(recipe: Recipe, config: ElasticConfig, card: MachineCard) -> Es
         seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION[dtype] * devices),
         dtype=dtype,
         gflops=gflops,
+        teacher_parameters=count_parameters(teacher) if teacher else 0,
+        teacher_flops=count_teacher_flops(recipe, config, teacher),
+        teacher_bytes=count_weight_bytes(teacher, dtype_bytes=number_bytes) if teacher else 0,
     )
 
 
@@ -153,19 +175,23 @@ def family_costs(members: Mapping[str, Granularity], config: ElasticConfig) -> T
     return table
 
 
-def estimate_table(estimate: Estimate, recipe: Recipe) -> Table:
+def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table:
     """The estimate in words."""
     table = Table(show_header=False, box=None)
     steps = recipe.trainer.max_steps
     memory = estimate.memory
     state = memory.weights + memory.gradients + memory.optimizer
-    tokenizer = recipe.data.tokenizer
+    tokenizer, is_taught = recipe.data.tokenizer, estimate.teacher_parameters > 0
     vocabulary = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"
-    table.add_row("vocabulary", f"{recipe.data.vocab_size:,}{vocabulary}")
+    table.add_row("vocabulary", f"{vocab_size:,}{' (the teacher has it)' if is_taught else vocabulary}")
     table.add_row("tokens per step", f"{estimate.tokens_per_step:,}")
     table.add_row("tokens in total", f"{estimate.tokens:,} in {steps:,} steps")
     flops = _si(estimate.flops_per_step)
     table.add_row("FLOPs per step", f"{flops}, forward and backward, members included")
+    if is_taught:
+        share = estimate.teacher_flops / estimate.flops_per_step
+        text = f"{estimate.teacher_parameters:,} parameters, {share:.0%} of these FLOPs once it teaches"
+        table.add_row("teacher", f"{text}, {_gib(estimate.teacher_bytes)} of weights beside the memory below")
     table.add_row(
         "memory",
         f"about {_gib(memory.total)}: {_gib(state)} weights, gradients and optimizer, "

@@ -1,8 +1,9 @@
 """From a recipe to a trained family on disk: data, model, callbacks, then Lightning's `Trainer.fit`.
 
-checkpoints/<run>/  recipe.yaml  metrics.jsonl  steps/<n>/  model/
+checkpoints/<run>/  recipe.yaml  metrics.jsonl  steps/<n>/  model/  and with a teacher teacher.json
 """
 
+import contextlib
 import logging
 import warnings
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from models.checkpoint import Member, save_model
 from models.config import ElasticConfig
 from models.elastic import ElasticLM
 from models.errors import NestlingError, UsageError
-from models.files import check_replaceable, make_folder, remove_folder, sweep
+from models.files import check_replaceable, make_folder, read_json, remove_folder, sweep, write_json
 from models.machine import known_card, machine_card, training_dtype
 from models.measure.consistency import evaluate_family
 from train.callbacks.checkpoint import Checkpoint
@@ -39,9 +40,11 @@ from train.processes import check_agreed, make_fabric, make_strategy, side_by_si
 from train.recipe import Recipe, load_recipe, save_recipe
 from train.shards import whole_model
 from train.state import TrainingState, drop_old_states, load_state, newest_state
+from train.teacher import Teacher, check_teacher, open_teacher
 from train.tracking import make_loggers
 
 RECIPE_FILE = "recipe.yaml"
+TEACHER_FILE = "teacher.json"
 FREE_TO_CHANGE = ("trainer", "tracking")
 """Sections of a recipe that a resumed run may change."""
 
@@ -78,16 +81,20 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
     fabric = make_fabric(recipe.trainer)
     console = console if fabric.is_global_zero else Console(quiet=True)
     with Signals(max_seconds=recipe.trainer.max_seconds) as signals:
-        state = find_state(recipe, out, resume, console) if fabric.is_global_zero else None
+        precision = training_precision(recipe.dtype)
+        with console.status("reading the teacher") if recipe.loss.teacher else contextlib.nullcontext():
+            teacher = open_teacher(recipe, precision)
+        state = find_state(recipe, out, resume, console, teacher) if fabric.is_global_zero else None
         torch.manual_seed(recipe.seed)
         data = TextData(recipe).prepare(console)
         exit_code = None
         with side_by_side(fabric):
-            check_agreed(fabric, "dtype=auto", training_precision(recipe.dtype))
+            check_agreed(fabric, "dtype=auto", precision)
+            check_agreed(fabric, "loss.teacher", str(teacher and teacher.record))
             state = fabric.broadcast(state)
-            module = make_module(recipe, data, state)
+            module = make_module(recipe, data, state, teacher)
             if fabric.is_global_zero:
-                open_run(recipe, out, state, anew=resume == "never")
+                open_run(recipe, out, state, teacher, anew=resume == "never")
             returns: list[int] = []
             while module.first_step < recipe.trainer.max_steps:
                 exit_code = train(module, data, out, state, signals, fabric, console)
@@ -96,11 +103,11 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
                 if fabric.is_global_zero:
                     state = earlier_state(module, data, out / "steps", returns, console)
                 state = fabric.broadcast(state)
-                module = make_module(recipe, data, state)
+                module = make_module(recipe, data, state, teacher)
         if exit_code is not None:
             console.print(f"stopped after step {module.step}; the same command goes on from there")
             raise SystemExit(exit_code)
-        return finish(module, data, out, console)
+        return finish(module, data, out, console, teacher)
 
 
 def _quieten() -> None:
@@ -110,13 +117,16 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> TrainingState | None:
+def find_state(
+    recipe: Recipe, out: Path, resume: str, console: Console, teacher: Teacher | None = None
+) -> TrainingState | None:
     """The state to go on from, if any; touches nothing."""
     check_replaceable(out, marker=RECIPE_FILE)
     if resume == "never":
         return None
     if (out / RECIPE_FILE).is_file():
         _check_same(recipe, load_recipe([out / RECIPE_FILE], []), out)
+        _check_same_teacher(teacher, out)
     if resume != "auto":
         return load_state(Path(resume))
     state, damaged = newest_state(out / "steps")
@@ -129,25 +139,30 @@ def find_state(recipe: Recipe, out: Path, resume: str, console: Console) -> Trai
     return state
 
 
-def open_run(recipe: Recipe, out: Path, state: TrainingState | None, *, anew: bool) -> None:
+def open_run(
+    recipe: Recipe, out: Path, state: TrainingState | None, teacher: Teacher | None, *, anew: bool
+) -> None:
     """Make the run folder, once everything that can be refused was, and clear away what a kill left.
 
     Args:
         recipe: saved in it.
         out: the folder.
         state: what the run goes on from.
+        teacher: recorded in it.
         anew: clear an earlier run.
     """
     if anew:
         for part in (out / "steps", out / "model"):
             remove_folder(part)
-        for file in (RECIPE_FILE, "metrics.jsonl", "wandb_id"):
+        for file in (RECIPE_FILE, TEACHER_FILE, "metrics.jsonl", "wandb_id"):
             (out / file).unlink(missing_ok=True)
     make_folder(out)
     for folder in (out, out / "steps"):
         sweep(folder)
     if state is not None:
         drop_old_states(out / "steps", step=state.step, keep=recipe.trainer.keep_checkpoints)
+    if teacher is not None:  # before the recipe, which makes the folder a run
+        write_json(out / TEACHER_FILE, teacher.record)
     save_recipe(recipe, out / RECIPE_FILE)
 
 
@@ -161,21 +176,44 @@ def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
         )
 
 
+def _check_same_teacher(teacher: Teacher | None, out: Path) -> None:
+    """The recipe already says that it has the same name."""
+    if teacher is not None and read_json(out / TEACHER_FILE).get("sha256") != teacher.sha256:
+        raise UsageError(
+            f"loss.teacher={teacher.path}: has other weights than when the run in --out {out} began; "
+            "restore them, choose another --out, or start anew with --resume never"
+        )
+
+
+def make_config(recipe: Recipe, data: TextData) -> ElasticConfig:
+    """The full model's shape; its vocabulary is the tokenizer's, or as wide as the teacher's."""
+    teacher = check_teacher(recipe)
+    return recipe.elastic_config(teacher.vocab_size if teacher else data.vocab_size, data.eos_token_id)
+
+
 def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
-    """A model with seeded initial weights, whose vocabulary is the tokenizer's."""
-    model = ElasticLM(recipe.elastic_config(data.vocab_size, data.eos_token_id))
+    """A model with seeded initial weights."""
+    model = ElasticLM(make_config(recipe, data))
     model.init_weights(torch.Generator().manual_seed(recipe.seed))
     return model
 
 
-def make_module(recipe: Recipe, data: TextData, state: TrainingState | None) -> JointModule:
+def make_module(
+    recipe: Recipe, data: TextData, state: TrainingState | None, teacher: Teacher | None
+) -> JointModule:
     """A new model or a state's, and the data from that step on."""
     model = make_model(recipe, data)
-    if state is None:
-        return JointModule(model, recipe.granularities, recipe)
-    state.restore_weights(model)
-    data.first_step, data.offset = state.step, state.data_offset
-    return JointModule(model, recipe.granularities, recipe, first_step=state.step, guard=state.guard)
+    if state is not None:
+        state.restore_weights(model)
+        data.first_step, data.offset = state.step, state.data_offset
+    return JointModule(
+        model,
+        recipe.granularities,
+        recipe,
+        first_step=state.step if state else 0,
+        guard=state.guard if state else None,
+        teacher=teacher.model if teacher else None,
+    )
 
 
 def train(
@@ -275,7 +313,7 @@ def full_speed(recipe: Recipe, config: ElasticConfig) -> float | None:
         return None
     rate = device.dtypes[training_precision(recipe.dtype)].product_gflops * 1e9
     tokens = recipe.trainer.rows_per_step * recipe.data.sequence_length
-    return rate * tokens / count_step_flops(recipe, config)
+    return rate * tokens / count_step_flops(recipe, config, check_teacher(recipe))
 
 
 def make_callbacks(
@@ -317,7 +355,7 @@ def make_callbacks(
     return callbacks
 
 
-def finish(module: JointModule, data: TextData, out: Path, console: Console) -> Path:
+def finish(module: JointModule, data: TextData, out: Path, console: Console, teacher: Teacher | None) -> Path:
     """Measure the whole family once more on more text and write the model folder."""
     members: list[Member] = []
     batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
@@ -330,17 +368,18 @@ def finish(module: JointModule, data: TextData, out: Path, console: Console) -> 
         tokenizer=data.tokenizer,
         family=module.members,
         members=members,
-        provenance=make_provenance(module, data),
+        provenance=make_provenance(module, data, teacher),
     )
 
 
-def make_provenance(module: JointModule, data: TextData) -> dict[str, Any]:
-    """Where a model comes from: recipe, data, commit, versions, machine."""
+def make_provenance(module: JointModule, data: TextData, teacher: Teacher | None) -> dict[str, Any]:
+    """Where a model comes from: recipe, data, teacher, commit, versions, machine."""
     return {
         "recipe": asdict(module.recipe),
         "steps": max(module.step, module.first_step),
         "skipped_steps": module.guard.skipped,
         "rollbacks": module.guard.rollbacks,
         "data": data.provenance,
+        "teacher": None if teacher is None else teacher.record,
         "card": make_card(dtypes={"training": training_precision(module.recipe.dtype)}),
     }

@@ -21,9 +21,19 @@ def first_plans(recipe: Recipe, config: ElasticConfig) -> list[StepPlan]:
     ]
 
 
-def count_step_flops(recipe: Recipe, config: ElasticConfig) -> float:
-    """Operations of a step, forward and backward, members included: the mean over the sampler's plans."""
-    return statistics.fmean(_plan_flops(plan, recipe, config) for plan in first_plans(recipe, config))
+def count_step_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticConfig | None = None) -> float:
+    """Operations of a step, forward and backward, members and teacher included: the mean over the plans."""
+    own = statistics.fmean(_plan_flops(plan, recipe, config) for plan in first_plans(recipe, config))
+    return own + count_teacher_flops(recipe, config, teacher)
+
+
+def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticConfig | None) -> float:
+    """Operations of a frozen teacher's forward passes in a step: on all rows where the full model trains."""
+    if teacher is None:
+        return 0.0
+    taught = statistics.fmean(plan.full for plan in first_plans(recipe, config))
+    num_tokens = recipe.data.sequence_length
+    return taught * recipe.trainer.rows_per_step * count_flops(teacher, num_tokens=num_tokens)
 
 
 def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:

@@ -33,6 +33,7 @@ class JointModule(pl.LightningModule):
         recipe: the resolved recipe.
         first_step: optimizer steps already done, when a run is resumed.
         guard: the counters of `train/stability.py`, when a run is resumed.
+        teacher: a frozen model that the full one learns from, if any.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class JointModule(pl.LightningModule):
         *,
         first_step: int = 0,
         guard: Mapping[str, float] | None = None,
+        teacher: ElasticLM | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -51,6 +53,8 @@ class JointModule(pl.LightningModule):
         self.recipe = recipe
         self.first_step = first_step
         self.guard = Guard(recipe.optim.skip_sigma, guard)
+        # In a tuple, and so no submodule: nothing that is optimised, clipped, saved or shared out.
+        self.teachers = () if teacher is None else (teacher,)
         self.losses: dict[str, Tensor] = {}
         self.gradient_norm = torch.zeros(())
         self.batch_ended: float | None = None
@@ -65,13 +69,26 @@ class JointModule(pl.LightningModule):
         if self.device_mesh is not None:
             share_out(self, self.model, self.device_mesh["data_parallel"], step="training_step")
 
+    def on_train_start(self) -> None:
+        """Lightning moves submodules to the device; the teacher is none."""
+        for teacher in self.teachers:
+            teacher.to(self.trainer.strategy.root_device)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum of every member's loss; Lightning averages over micro-batches and processes."""
         recipe = self.recipe
         plan = plan_step(
             self.plans, recipe.sampler, seed=recipe.seed, step=batch.step, num_rows=batch.num_rows
         )
-        loss = joint_loss(self.model, self.members, batch, plan, recipe.loss, block=recipe.sampler.block)
+        loss = joint_loss(
+            self.model,
+            self.members,
+            batch,
+            plan,
+            recipe.loss,
+            block=recipe.sampler.block,
+            teacher=next(iter(self.teachers), None),
+        )
         self._keep(loss.terms, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
         averaged_over = recipe.trainer.accumulate_grad_batches * self.trainer.world_size
         return loss.total * averaged_over

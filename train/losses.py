@@ -1,4 +1,4 @@
-"""What a member is trained on: cross-entropy that ramps to a divergence from the full model.
+"""What a member is trained on: cross-entropy that ramps to a divergence from its teacher, the full model.
 
 One value per token, in fp32 and in nats, without a reduction: the caller sums and divides once by the
 global number of valid tokens, so that the gradient is the same under any accumulation.
@@ -34,16 +34,18 @@ def member_loss(
     config: LossConfig,
     step: int,
 ) -> Tensor:
-    """The loss of a member that is not the full model: cross-entropy that ramps to the divergence.
+    """The loss of a model that has a teacher: cross-entropy that ramps to the divergence.
+
+    A member's teacher is the full model; that of the full model, if it has one, is another model.
 
     `(1 - r) * cross_entropy + r * weight * divergence`, with `r = ramp(step, config)`. Distillation
     from the first step on would drag the weights that the full model shares. A part with no share is
     not computed.
 
     Args:
-        logits_NV: the member's.
+        logits_NV: the learner's.
         labels_N: next tokens; `IGNORE` gives 0, for the divergence too.
-        target_logits_NV: the full model's, detached by the caller.
+        target_logits_NV: the teacher's, detached by the caller.
         config: the recipe's `loss` section.
         step: the absolute optimizer step, from 0.
     """

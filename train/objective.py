@@ -1,12 +1,14 @@
-"""The joint objective: the full model's cross-entropy plus a distillation loss for every member.
+"""The joint objective: the full model's own loss plus a distillation loss for every member.
 
     one full pass ──┬─ last states ──────────────────────────────────────┐
                     ├─ states after k layers, at a share of the positions ┤
                     └─ keys and values ─┐                                 ├─ head ─ losses
-    a share of the rows ─ a pass of each narrow member ─ states ──────────┘
+    a share of the rows ─ a pass of each narrow member ─ states ──────────┤
+    a teacher's pass, if there is one, which is not trained ─ states ─────┘
 
 The vocabulary head runs last, for everyone together and a few positions at a time: a piece's logits of
-the full model, detached, teach the members of that piece, and are let go (train/rows.py).
+the full model, detached, teach the members of that piece, and are let go (train/rows.py). The full model
+learns from the text, and from a separate, frozen teacher's logits of the piece if the run has one.
 
 Sums over tokens, divided once by the number of valid tokens of the whole optimizer step: splitting
 the step into micro-batches changes nothing. A member that trains on a share of the step is weighed by
@@ -26,7 +28,7 @@ from torch import Tensor
 from models.cache import Recording, SharedPrefix, block_starts
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
-from train.losses import cross_entropy, member_loss
+from train.losses import cross_entropy, member_loss, ramp
 from train.recipe import LossConfig
 from train.rows import rows_of_a_piece, sum_by_pieces
 from train.sampler import StepPlan, Turn
@@ -66,6 +68,13 @@ class JointLoss(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class _Lesson(NamedTuple):
+    """A teacher, and its states at all places of the micro-batch."""
+
+    teacher: ElasticLM
+    states_ND: Tensor
+
+
 class _Learner(NamedTuple):
     """The states that a member learns at, the places of the micro-batch where they are, and their weight."""
 
@@ -83,6 +92,7 @@ def joint_loss(
     config: LossConfig,
     *,
     block: int,
+    teacher: ElasticLM | None = None,
 ) -> JointLoss:
     """Loss of one micro-batch.
 
@@ -91,8 +101,9 @@ def joint_loss(
         members: every granularity that the plan names, the full one among them.
         batch: tokens and the step's divisors.
         plan: who trains on which rows and positions.
-        config: the members' loss.
+        config: the members' loss, and with a teacher the full model's.
         block: positions of a block for members that train on the shared cache.
+        teacher: a model with the same vocabulary, from which the full model learns; None: from text alone.
     """
     full = next(name for name, granularity in members.items() if granularity == FULL)
     depths = {name: len(members[name].layers or ()) for name in plan.exits}
@@ -118,10 +129,20 @@ def joint_loss(
         states_BTD = model.states(batch.tokens_BT[rows], members[turn.name], memory)[-1]
         some = places[rows.start * num_positions : rows.stop * num_positions]
         learners.append(_Learner(turn.name, states_BTD.flatten(0, 1), some, turn.weight))
-    return _score(model, learners, batch, config)
+    lesson = None
+    if teacher is not None and plan.full and ramp(batch.step, config) > 0:
+        with torch.no_grad():
+            lesson = _Lesson(teacher, teacher.states(batch.tokens_BT)[-1].flatten(0, 1))
+    return _score(model, learners, batch, config, lesson)
 
 
-def _score(model: ElasticLM, learners: Sequence[_Learner], batch: Batch, config: LossConfig) -> JointLoss:
+def _score(
+    model: ElasticLM,
+    learners: Sequence[_Learner],
+    batch: Batch,
+    config: LossConfig,
+    lesson: _Lesson | None,
+) -> JointLoss:
     """Logits and losses of all learners, piece by piece; the first learner teaches the others."""
     labels_N = batch.labels_BT.flatten()
     size = rows_of_a_piece(model.config.vocab_size, labels_N.device)
@@ -136,11 +157,17 @@ def _score(model: ElasticLM, learners: Sequence[_Learner], batch: Batch, config:
         span, (_, *shares_here) = spans[number], shares[number]
         labels_n = labels_N[span.start : span.stop]
         logits_NV = model.head(last_ND)
-        teacher_NV = logits_NV.detach()
-        sums = [learners[0].weight * cross_entropy(logits_NV, labels_n).sum()]
+        full_NV = logits_NV.detach()
+        if lesson is None:
+            loss_N = cross_entropy(logits_NV, labels_n)
+        else:
+            with torch.no_grad():
+                teacher_NV = lesson.teacher.head(lesson.states_ND[span.start : span.stop])
+            loss_N = member_loss(logits_NV, labels_n, teacher_NV, config, batch.step)
+        sums = [learners[0].weight * loss_N.sum()]
         for learner, places, states_ND in zip(learners[1:], shares_here, members_ND, strict=True):
             here = slice(places.start - span.start, places.stop - span.start, places.step)
-            loss_N = member_loss(model.head(states_ND), labels_n[here], teacher_NV[here], config, batch.step)
+            loss_N = member_loss(model.head(states_ND), labels_n[here], full_NV[here], config, batch.step)
             sums.append(learner.weight * loss_N.sum())
         return torch.stack(sums) / batch.num_valid
 

@@ -91,7 +91,10 @@ class SamplerConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
-    """What a member learns from: cross-entropy that ramps to a divergence from the full model."""
+    """What a member learns from: cross-entropy that ramps to a divergence from the full model.
+
+    With a teacher the full model learns from it in the same way.
+    """
 
     divergence: Literal[
         "cross_entropy",
@@ -113,6 +116,11 @@ class LossConfig(Section):
     eta: float = setting(3.0, "kl_tv: how fast KL gives way to total variation", within="[0, inf)")
     ramp_start: int = setting(200, "step up to which members train on text alone", within="[0, inf)")
     ramp_steps: int = setting(800, "steps from cross-entropy to the divergence", within="[0, inf)")
+    teacher: str | None = setting(
+        None,
+        "a trained model's folder, from which the full model learns as members learn from the full model; "
+        "null: from text alone",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +136,9 @@ class DataConfig(Section):
     valid_fraction: float = setting(0.02, "share of documents split off", within="(0, 1)")
     text_field: str = setting("text", "field of a jsonl or parquet row that holds the text")
     separator: str = setting("<|endoftext|>", "line that ends a document in a .txt file")
-    tokenizer: str = setting("bpe", "bpe (trained on source), a folder, or a Hugging Face name")
+    tokenizer: str = setting(
+        "bpe", "bpe (trained on source, or with loss.teacher the teacher's), a folder, or a Hugging Face name"
+    )
     vocab_size: int = setting(4096, "tokens of a trained tokenizer", within="[2, inf)")
     sequence_length: int = setting(256, "tokens of a row", within="[2, inf)")
     max_documents: int | None = setting(None, "documents to read; null: all", within="[1, inf)")
@@ -250,6 +260,11 @@ class Recipe(Section):
         if not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.trainer.max_time or "00:00:00:00"):
             problems.append(
                 f"trainer.max_time={show(self.trainer.max_time)}: expected DD:HH:MM:SS, such as 00:11:30:00"
+            )
+        if self.loss.teacher is not None and self.loss.divergence == "cross_entropy":
+            problems.append(
+                f"loss.teacher={self.loss.teacher}: has no effect with loss.divergence=cross_entropy; "
+                "choose another divergence"
             )
         if problems:
             raise UsageError("\n".join(problems))

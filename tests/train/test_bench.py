@@ -76,6 +76,13 @@ def test_the_full_model_alone_is_the_recipe_without_its_family() -> None:
     assert len(contenders) + len(notes) == 3
 
 
+def test_a_teacher_teaches_ours_and_a_note_says_that_theirs_learns_from_text() -> None:
+    contenders, notes = choose_contenders(load_recipe(overrides=["loss.teacher=somewhere", *TINY]), "fp32")
+    assert {who.recipe.loss.teacher for who in contenders} == {"somewhere"}
+    assert len(notes) == 1
+    assert ("text alone" in notes[0]) == (len(contenders) == 3)
+
+
 def test_a_row_s_figures_are_medians_and_ratios_of_rounds() -> None:
     recipe = load_recipe(overrides=[*TINY, "trainer.accumulate_grad_batches=2"])
     who = Contender(engine="nestling", mode="full", recipe=recipe)

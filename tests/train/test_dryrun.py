@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from models.count import count_flops
+from models.count import count_flops, count_parameters
 from models.granularity import Granularity
 from models.machine import MachineCard, measure_card, this_machine
 from train.dryrun import UTILISATION, Estimate, estimate_run, num_devices
@@ -56,6 +56,18 @@ def test_a_prefix_of_the_layers_costs_a_head(card: MachineCard) -> None:
 def test_one_member_a_step_costs_its_passes_and_the_teacher(card: MachineCard) -> None:
     always = ["sampler.kind=random", "sampler.probabilities={S: 1, XL: 0}"]
     assert step_flops(card, *always) == forward("full") + 3 * forward("ffn=0.25")
+
+
+def test_a_teacher_costs_a_pass_of_its_own_where_the_full_model_learns(card: MachineCard) -> None:
+    one, always = recipe(), recipe("sampler.kind=random", "sampler.probabilities={S: 1, XL: 0}")
+    config = one.elastic_config()
+    teacher = dataclasses.replace(config, num_hidden_layers=7)
+    alone, taught = estimate_run(one, config, card), estimate_run(one, config, card, teacher)
+    assert taught.teacher_flops == ROWS * count_flops(teacher, num_tokens=LENGTH)
+    assert taught.flops_per_step == alone.flops_per_step + taught.teacher_flops
+    assert taught.seconds > alone.seconds
+    assert taught.teacher_bytes == 4 * taught.teacher_parameters == 4 * count_parameters(teacher)
+    assert estimate_run(always, config, card, teacher).teacher_flops == 0
 
 
 def test_accumulation_takes_time_and_no_memory(card: MachineCard) -> None:

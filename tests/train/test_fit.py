@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import os
@@ -199,11 +200,15 @@ SLOW = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulate", "num_workers"),
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ("kind", "accumulate", "num_workers", "taught"),
+    [
+        *((*case, False) for case in QUICK),
+        ("rows", 1, 0, True),
+        *(pytest.param(*case, False, marks=pytest.mark.slow) for case in SLOW),
+    ],
 )
 def test_a_run_killed_and_resumed_equals_the_run_never_killed(
-    text: Path, tmp_path: Path, kind: str, accumulate: int, num_workers: int
+    text: Path, tmp_path: Path, finished: Path, kind: str, accumulate: int, num_workers: int, taught: bool
 ) -> None:
     """Law 7: weights, optimizer and metrics, bit for bit; killed after step 6, saved last at 4."""
     recipe = make_recipe(
@@ -212,6 +217,7 @@ def test_a_run_killed_and_resumed_equals_the_run_never_killed(
         f"trainer.accumulate_grad_batches={accumulate}",
         f"trainer.batch_size={4 // accumulate}",
         f"data.num_workers={num_workers}",
+        *([f"loss.teacher={finished / 'model'}"] if taught else []),
     )
     run(recipe, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -222,6 +228,44 @@ def test_a_run_killed_and_resumed_equals_the_run_never_killed(
     (tmp_path / "killed" / "metrics.jsonl").write_text("\n".join(seen) + '\n{"kind": "tra')
     run(recipe, tmp_path / "killed")
     assert_equal_at(8, tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_run_with_a_teacher_leaves_it_alone_and_tells_of_it(
+    text: Path, tmp_path: Path, finished: Path
+) -> None:
+    teacher, student = finished / "model", tmp_path / "student"
+    weights = (teacher / "model.safetensors").read_bytes()
+    small = ("model.num_hidden_layers=1", "family={}", f"loss.teacher={teacher}")
+    run(make_recipe(text, *small), student)
+    assert (teacher / "model.safetensors").read_bytes() == weights
+    ours, theirs = load_model(student / "model"), load_model(teacher)
+    told = {"path": str(teacher), "sha256": hashlib.sha256(weights).hexdigest()}
+    assert ours.provenance["teacher"] == read_json(student / "teacher.json") == told
+    assert ours.tokenizer is not None
+    assert theirs.tokenizer is not None
+    assert ours.tokenizer.to_str() == theirs.tokenizer.to_str()
+    assert theirs.provenance["teacher"] is None
+    state = load_file(student / "steps/00000008/model.safetensors")
+    assert state.keys() == dict(ours.model.named_parameters()).keys()
+    run(make_recipe(text, *small[:-1], f"data.tokenizer={teacher}"), tmp_path / "alone")
+    alone = load_file(tmp_path / "alone/steps/00000008/model.safetensors")
+    assert not all(torch.equal(alone[name], state[name]) for name in state)
+
+
+def test_a_run_does_not_go_on_with_another_teacher(text: Path, tmp_path: Path, finished: Path) -> None:
+    teacher, out = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(finished / "model", teacher)
+    recipe = make_recipe(text, f"loss.teacher={teacher}", "trainer.max_steps=4")
+    run(recipe, out)
+    with pytest.raises(UsageError, match=r"another loss section"):
+        run(make_recipe(text, f"loss.teacher={finished / 'model'}"), out)
+    shutil.copy(finished / "steps/00000004/model.safetensors", teacher)
+    metrics = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=rf"loss\.teacher={teacher}: has other weights.*--resume never"):
+        run(recipe, out)
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+    run(recipe, out, resume="never")
+    run(recipe, out)
 
 
 def test_a_finished_run_trains_no_further(text: Path, finished: Path) -> None:

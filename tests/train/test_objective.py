@@ -1,14 +1,17 @@
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.cache import Recording
+from models.config import ElasticConfig
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
 from train import objective
-from train.losses import cross_entropy, member_loss
+from train.losses import DIVERGENCES, cross_entropy, member_loss
 from train.objective import Batch, joint_loss
 from train.recipe import LossConfig, SamplerConfig
 from train.sampler import StepPlan, Turn, plan_step
@@ -65,11 +68,15 @@ def share(batch: Batch, processes: int) -> list[Batch]:
 
 
 def gradients(
-    model: ElasticLM, batches: list[Batch], plan: StepPlan, config: LossConfig = RAMPED
+    model: ElasticLM,
+    batches: list[Batch],
+    plan: StepPlan,
+    config: LossConfig = RAMPED,
+    teacher: ElasticLM | None = None,
 ) -> dict[str, Tensor]:
     model.zero_grad()
     for batch in batches:
-        joint_loss(model, MEMBERS, batch, plan, config, block=3).total.backward()
+        joint_loss(model, MEMBERS, batch, plan, config, block=3, teacher=teacher).total.backward()
     return {
         name: parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
         for name, parameter in model.named_parameters()
@@ -83,10 +90,19 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], tensor, atol=SUM_ORDER * largest * 10, rtol=0)
 
 
+@pytest.fixture
+def teacher(tiny_config: ElasticConfig) -> ElasticLM:
+    """A larger model of the same vocabulary."""
+    model = ElasticLM(dataclasses.replace(tiny_config, hidden_size=48, num_hidden_layers=5))
+    model.init_weights(torch.Generator().manual_seed(1))
+    return model.requires_grad_(False)
+
+
 @pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
 @pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("taught", [False, True])
 def test_micro_batches_of_any_number_give_the_gradient_of_the_whole_step(
-    tiny_model: ElasticLM, kind: Any, parts: int
+    tiny_model: ElasticLM, teacher: ElasticLM, kind: Any, parts: int, taught: bool
 ) -> None:
     """Law 6: one divisor, the valid tokens of the step, though rows hold different numbers of them."""
     plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
@@ -94,8 +110,60 @@ def test_micro_batches_of_any_number_give_the_gradient_of_the_whole_step(
     batch = make_batch()
     for step in range(3):
         plan = plan_step(plans, config, seed=0, step=step, num_rows=8)
-        whole = gradients(tiny_model, [batch], plan)
-        assert_same(gradients(tiny_model, split(batch, parts), plan), whole)
+        by = teacher if taught else None
+        whole = gradients(tiny_model, [batch], plan, teacher=by)
+        assert_same(gradients(tiny_model, split(batch, parts), plan, teacher=by), whole)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("divergence", ["neg_log_alpha", "forward_kl"])
+def test_the_full_model_learns_from_its_teacher_as_if_by_whole_logits(
+    tiny_model: ElasticLM, teacher: ElasticLM, monkeypatch: pytest.MonkeyPatch, step: int, divergence: Any
+) -> None:
+    """Before, amid and after the ramp; the exit still learns from the full model."""
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 7)
+    config = LossConfig(divergence=divergence, temperature=1.5, weight=0.7, ramp_start=0, ramp_steps=2)
+    batch = make_batch()._replace(step=step)
+    plan = StepPlan(full=True, exits=("D",), turns=())
+    ours = gradients(tiny_model, [batch], plan, config, teacher)
+
+    tiny_model.zero_grad()
+    labels_N, share = batch.labels_BT.flatten(), step / 2
+    valid_N = labels_N != -100
+    full_NV = tiny_model(batch.tokens_BT).flatten(0, 1)[valid_N]
+    exit_NV = tiny_model(batch.tokens_BT, MEMBERS["D"]).flatten(0, 1)[valid_N]
+    pairs = ((teacher(batch.tokens_BT).flatten(0, 1)[valid_N], full_NV), (full_NV.detach(), exit_NV))
+    for target_NV, learner_NV in pairs:
+        text = F.cross_entropy(learner_NV, labels_N[valid_N])
+        apart = DIVERGENCES[divergence](target_NV, learner_NV, 1.5).mean()
+        ((1 - share) * text + share * 0.7 * apart).backward()
+    theirs = {name: one.grad for name, one in tiny_model.named_parameters() if one.grad is not None}
+    assert_same(ours, theirs)
+
+
+def test_a_teacher_gets_no_gradient_and_scores_a_piece_at_a_time(
+    tiny_model: ElasticLM, teacher: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 10)
+    teacher.requires_grad_(True)  # even if nobody has frozen it
+    seen: list[int] = []
+    teacher.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[0]))
+    gradients(tiny_model, [make_batch()], StepPlan(full=True, exits=(), turns=()), teacher=teacher)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert (max(seen), sum(seen)) == (10, make_batch().tokens_BT.numel())
+
+
+def test_a_teacher_that_has_nothing_to_say_runs_no_pass(tiny_model: ElasticLM, teacher: ElasticLM) -> None:
+    """Before the ramp, and in a step that does not train the full model."""
+    batch, everyone = make_batch(), StepPlan(full=True, exits=("D",), turns=())
+    alone = StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),))
+    teacher.lm_head.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    later = LossConfig(ramp_start=batch.step)
+    for plan, config in ((everyone, later), (alone, RAMPED)):
+        assert_same(
+            gradients(tiny_model, [batch], plan, config, teacher),
+            gradients(tiny_model, [batch], plan, config),
+        )
 
 
 def test_an_exit_trains_like_a_pass_of_its_own(tiny_model: ElasticLM) -> None:

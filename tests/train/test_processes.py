@@ -184,6 +184,18 @@ def test_two_processes_go_on_from_one_and_one_from_two_as_if_nothing_had_changed
     compare(mixed, alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_each_process_has_the_whole_teacher(text: Path, tmp_path: Path, strategy: str) -> None:
+    fit(make_recipe(text), tmp_path / "teacher", console=Console(quiet=True))
+    recipe = make_recipe(text, "seed=1", f"loss.teacher={tmp_path / 'teacher' / 'model'}")
+    fit(recipe, tmp_path / "alone", console=Console(quiet=True))
+    process = start_two(recipe, tmp_path, strategy, torchrun=False)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    compare(tmp_path / "run", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_steps_that_are_bad_in_one_process_are_skipped_by_all_and_take_all_back(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str

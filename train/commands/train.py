@@ -41,33 +41,57 @@ class TrainCommand(typer.core.TyperCommand):
 
 # Whatever is no flag of ours is a recipe key.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigOption = Annotated[
+    list[Path] | None,
+    typer.Option("--config", metavar="FILE", help="A recipe; later ones override earlier ones."),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The run folder. Default: checkpoints/ and the recipe's name."),
+]
+ResumeOption = Annotated[
+    str, typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on from.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and make nothing.")]
 FLAGS = ("--config", "--out", "--resume", "--dry-run", "--help")
 
 
 def train(
     context: typer.Context,
     *,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A recipe; later ones override earlier ones."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The run folder. Default: checkpoints/ and the recipe's name."),
-    ] = None,
-    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would run, and make nothing.")
-    ] = False,
+    config: ConfigOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = "auto",
+    dry_run: DryRunOption = False,
 ) -> int:
     """Train a family. Recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE."""
-    files = config or []
+    return run_training(context.args, config or [], out, resume=resume, dry_run=dry_run)
+
+
+def run_training(
+    words: Sequence[str], files: Sequence[Path], out: Path | None, *, resume: str, dry_run: bool
+) -> int:
+    """What `train` and `distill` do.
+
+    Args:
+        words: recipe keys.
+        files: recipes.
+        out: the run folder, if it was given.
+        resume: where to go on from.
+        dry_run: show it only.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: naming the flag, key or file that cannot be; nothing was made then.
+    """
     for file in files:
         check_file("--config", file)
-    check_flags(context.args)
+    check_flags(words)
     from train.recipe import load_recipe
 
-    recipe = load_recipe(files, context.args)
+    recipe = load_recipe(files, words)
     check_sources(recipe)
     console = make_console()
     check_resume(resume)

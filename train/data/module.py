@@ -31,7 +31,7 @@ class TextData(pl.LightningDataModule):
     """Text as batches, for training from any step and for validation.
 
     Args:
-        recipe: its `data`, `seed` and the batch sizes of `trainer` are read.
+        recipe: its `data`, `seed`, `loss.teacher` and the batch sizes of `trainer` are read.
         first_step: where a resumed run goes on.
         offset: how many steps ahead of the run its data are; see `StepLoader`.
 
@@ -158,6 +158,8 @@ class TextData(pl.LightningDataModule):
         config, fraction = self.config, self._fraction
         if config.tokenizer != "bpe":
             return load_tokenizer(config.tokenizer)
+        if self.recipe.loss.teacher is not None:
+            return load_tokenizer(self.recipe.loss.teacher, key="loss.teacher")
 
         def build(partial: Path) -> dict[str, Any]:
             documents = take_documents(corpus, config.max_documents)

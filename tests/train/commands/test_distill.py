@@ -1,0 +1,111 @@
+"""`nestling distill`: a student, its use as a draft, and what is refused before anything is made."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from models.checkpoint import load_model
+from train.cli import main
+from train.data.tokenizer import train_bpe
+
+TINY = str(Path(__file__).parents[3] / "configs" / "tiny.yaml")
+Fails = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def student(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "student"
+    words = ["model.num_hidden_layers=1", "family={}", "dtype=fp32", "data.vocab_size=300"]
+    assert main(["distill", str(model), "--config", TINY, "--out", str(out), *words]) == 0
+    return out / "model"
+
+
+def test_a_student_has_the_vocabulary_of_its_teacher(student: Path, model: Path) -> None:
+    ours, theirs = load_model(student), load_model(model)
+    assert list(ours.family) == ["XL"]
+    assert ours.model.config.vocab_size == theirs.model.config.vocab_size == 512
+    assert ours.provenance["recipe"]["loss"]["teacher"] == str(model)
+
+
+def test_a_student_drafts_for_its_teacher(student: Path, model: Path, tmp_path: Path) -> None:
+    def write(*words: str) -> dict[str, object]:
+        to = tmp_path / "out.json"
+        settings = ["--prompt", "def main(", "--max-new-tokens", "24", "--dtype", "fp32", "--json", str(to)]
+        assert main(["generate", str(model), *settings, *words]) == 0
+        return dict(json.loads(to.read_text()))
+
+    plain = write("--draft", "none")
+    drafted = write("--draft", str(student), "--gamma", "2")
+    assert drafted["ids"] == plain["ids"]
+    assert drafted["drafted"]
+
+
+def test_a_dry_run_shows_the_teacher_and_makes_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["distill", str(model), "--config", TINY, "--dry-run", "data.vocab_size=300"]) == 0
+    out = capsys.readouterr().out
+    assert f"teacher: {model}" in out
+    assert "teacher " in out
+    assert "217,536 parameters" in out, "of the teacher"
+    assert "512 (the teacher has it)" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "named"),
+    [
+        (None, ["loss.divergence=cross_entropy"], "has no effect with loss.divergence=cross_entropy"),
+        (None, ["data.sequence_length=128"], "reads at most 64 tokens, fewer than data.sequence_length=128"),
+        ("tokenizer.json", [], "has no tokenizer.json"),
+        ("config.json", [], "is no model folder"),
+        (None, ["data.tokenizer={other}"], "data.tokenizer={other}: its 257 tokens are not the 512 of"),
+    ],
+)
+@pytest.mark.parametrize("flags", [["--dry-run"], ["--out", "run"]], ids=["dry", "wet"])
+def test_a_teacher_that_does_not_fit_is_named_and_leaves_nothing(
+    spoil: str | None,
+    words: list[str],
+    named: str,
+    flags: list[str],
+    model: Path,
+    tmp_path: Path,
+    fails: Fails,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teacher, other, here = tmp_path / "teacher", tmp_path / "other", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    shutil.copytree(model, teacher)
+    if spoil:
+        (teacher / spoil).unlink()
+    if "{other}" in named:
+        other.mkdir()
+        train_bpe(["def area(width, height):"], vocab_size=257).save(other)
+    words = [word.replace("{other}", str(other)) for word in words]
+    line = fails("distill", teacher, "--config", TINY, *flags, *words, code=2)
+    assert named.replace("{other}", str(other)) in line
+    assert f"loss.teacher={teacher}" in line
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("teacher", ["nowhere", "seed=1"])
+def test_a_teacher_that_is_not_there_is_named(teacher: str, fails: Fails) -> None:
+    assert f"TEACHER {teacher} is no folder" in fails("distill", teacher, "--config", TINY, code=2)
+    line = fails("train", "--config", TINY, f"loss.teacher={teacher}", "--dry-run", code=2)
+    assert f"loss.teacher={teacher}: is no model folder" in line
+
+
+def test_the_weights_of_a_teacher_are_read_before_anything_is_made(
+    model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    teacher, out = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(model, teacher)
+    (teacher / "model.safetensors").write_bytes(b"no weights")
+    line = fails("distill", teacher, "--config", TINY, "--out", out, code=1)
+    assert str(teacher / "model.safetensors") in line
+    assert not out.exists()

@@ -1,0 +1,35 @@
+"""`nestling distill`: the training of `nestling train` with a teacher; see train/teacher.py.
+
+A recipe with members gives a family that learned from the teacher; one with `family={}` a single student,
+such as a separate draft for its teacher.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from models.errors import UsageError
+from train.commands.train import ConfigOption, DryRunOption, OutOption, ResumeOption, run_training
+
+
+def distill(
+    context: typer.Context,
+    teacher: Annotated[
+        Path,
+        typer.Argument(metavar="TEACHER", help="A model folder; the new model shares its tokenizer."),
+    ],
+    *,
+    config: ConfigOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = "auto",
+    dry_run: DryRunOption = False,
+) -> int:
+    """Train a family, or one model, that learns from a trained one: train with loss.teacher=TEACHER.
+
+    Recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE.
+    """
+    if not teacher.is_dir():
+        raise UsageError(f"TEACHER {teacher} is no folder; give a model folder first, then recipe keys")
+    words = [*context.args, f"loss.teacher={teacher}"]
+    return run_training(words, config or [], out, resume=resume, dry_run=dry_run)
