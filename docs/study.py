@@ -59,8 +59,9 @@ INTRODUCTION = """\
 Means over the seeds; "against alone" is the mean and the standard error of the paired differences in the full
 model's loss, in percent. Loss in nats per token of held-out text; alpha: expected acceptance of a drafted
 token, by the member's own keys and values or, "in place", by the full model's, as it decodes. `S alone` and
-`D alone` are models of that shape trained on the same tokens by themselves; their alpha is against the full
-model alone.
+`D alone` are models of that shape trained on the same tokens by themselves, the distilled ones with the full
+model alone as a frozen teacher, by the loss that members learn from; their alpha is against the full model
+alone.
 So small a model, so early in its training, shows directions, not the size of an effect in yours."""
 
 
@@ -72,13 +73,13 @@ class Arm:
         name: what differs, as the page says it.
         overrides: of the recipe.
         member: which member's shape this is, if it is a small model of its own.
-        teacher: the arm whose full model teaches it, if any.
+        taught: whether it learns from the full model that was trained alone, as members do from theirs.
     """
 
     name: str
     overrides: tuple[str, ...] = ()
     member: str | None = None
-    teacher: str | None = None
+    taught: bool = False
 
 
 ARMS = (
@@ -86,6 +87,8 @@ ARMS = (
     Arm(ALONE, NO_FAMILY),
     Arm("S alone", (*NO_FAMILY, SMALL["S"]), member="S"),
     Arm("D alone", (*NO_FAMILY, SMALL["D"]), member="D"),
+    Arm("S distilled", (*NO_FAMILY, SMALL["S"]), member="S", taught=True),
+    Arm("D distilled", (*NO_FAMILY, SMALL["D"]), member="D", taught=True),
     Arm("reweight 0.5", ("sampler.reweight=0.5",)),
     Arm("exit_every 1", ("sampler.exit_every=1",)),
     Arm("share 1/4", ("sampler.share=0.25",)),
@@ -99,7 +102,7 @@ ARMS = (
     Arm("exit_every 4", ("sampler.exit_every=4",)),
     Arm("shared_cache 1", ("sampler.shared_cache=1",)),
 )
-FIRST = 12
+FIRST = 14
 """So many arms get all their seeds before the others get their first."""
 
 
@@ -138,48 +141,47 @@ def folder_of(arm: str, corpus: str, seed: int, out: Path) -> Path:
     return out / corpus / str(seed) / arm.replace(" ", "-").replace("/", "_").replace(".", "_")
 
 
-def recipe_of(arm: Arm, corpus: str, seed: int, data: Path) -> Recipe:
+def result_of(folder: Path) -> Path:
+    """The file that tells what a run reached."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def recipe_of(arm: Arm, corpus: str, seed: int, data: Path, out: Path) -> Recipe:
     """The recipe of a run."""
     ending = CORPORA[corpus]
     files = [f"data.source={data}/{corpus}_train.{ending}", f"data.valid={data}/{corpus}_valid.{ending}"]
+    if arm.taught:
+        files.append(f"loss.teacher={folder_of(ALONE, corpus, seed, out) / 'model'}")
     return load_recipe([CONFIG], [*files, f"seed={seed}", *arm.overrides])
 
 
 def train_one(arm: Arm, corpus: str, seed: int, data: Path, out: Path) -> None:
     """Train and measure one run, unless it is done or another process is at it."""
-    folder = folder_of(arm.name, corpus, seed, out)
-    result = folder.with_suffix(".json")
-    teacher = folder_of(arm.teacher or ALONE, corpus, seed, out)
-    if result.exists() or (arm.member and not teacher.with_suffix(".json").exists()):
+    folder, full = (folder_of(name, corpus, seed, out) for name in (arm.name, ALONE))
+    result = result_of(folder)
+    if result.exists() or (arm.member and not result_of(full).exists()):
         return
     with mine(folder) as free:
         if not free or result.exists():
             return
-        recipe = recipe_of(arm, corpus, seed, data)
+        recipe = recipe_of(arm, corpus, seed, data, out)
         print(f"{time.strftime('%H:%M:%S')} {corpus} {seed} {arm.name}", flush=True)
         start = time.process_time()
         fit(recipe, folder, console=Console(quiet=True))
         seconds = time.process_time() - start
         batches = TextData(recipe).prepare().validation_batches(4 * recipe.trainer.limit_val_batches)
-        members = measure(load_model(folder / "model"), batches)
+        made = load_model(folder / "model")
         if arm.member:
-            own = View(load_model(folder / "model").model, FULL)
-            means = compare_views(load_model(teacher / "model").model, {arm.member: own}, batches)
-            members = means
-        card = make_card(dtypes={"training": training_precision(recipe.dtype)})
-        write_json(
-            result,
-            {
-                "arm": arm.name,
-                "corpus": corpus,
-                "seed": seed,
-                "members": members,
-                "cpu_seconds": seconds,
-                "overrides": list(arm.overrides),
-                "tokens": recipe.trainer.max_steps * recipe.trainer.batch_size * recipe.data.sequence_length,
-                "card": card,
-            },
-        )
+            own = {arm.member: View(made.model, FULL)}
+            members = compare_views(load_model(full / "model").model, own, batches)
+        else:
+            members = measure(made, batches)
+        found = {"arm": arm.name, "corpus": corpus, "seed": seed, "members": members, "cpu_seconds": seconds}
+        found |= {
+            "overrides": list(arm.overrides),
+            "tokens": recipe.trainer.max_steps * recipe.trainer.rows_per_step * recipe.data.sequence_length,
+        }
+        write_json(result, found | {"card": make_card(dtypes={"training": training_precision(recipe.dtype)})})
 
 
 def measure(folder: ModelFolder, batches: Any) -> dict[str, dict[str, float]]:
@@ -194,7 +196,7 @@ def measure(folder: ModelFolder, batches: Any) -> dict[str, dict[str, float]]:
 def mine(folder: Path) -> Iterator[bool]:
     """Whether no other process is at this run; held until the block ends, or the process."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -205,7 +207,7 @@ def mine(folder: Path) -> Iterator[bool]:
 
 def collect(out: Path) -> None:
     """Put the results of all runs into one file."""
-    found = [folder_of(arm.name, corpus, seed, out).with_suffix(".json") for arm, corpus, seed in work()]
+    found = [result_of(folder_of(arm.name, corpus, seed, out)) for arm, corpus, seed in work()]
     runs = [read_json(path) for path in found if path.exists()]
     cards = [run.pop("card") for run in runs]
     write_json(RESULTS / "runs.json", {"command": COMMAND, "card": cards[0], "runs": runs})
