@@ -13,6 +13,7 @@ from models.files import (
     read_json,
     remove_folder,
     sweep,
+    write_file,
     write_folder,
     write_json,
 )
@@ -112,6 +113,22 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(NestlingError, match="No space left"):
         write_half(tmp_path / "model", FullDisk)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_appears_complete_or_what_stood_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "model.bin"
+
+    def write(content: bytes, failure: type[OSError] | None = None) -> None:
+        with write_file(path) as partial:
+            partial.write_bytes(content)
+            if failure is not None:
+                raise failure
+
+    write(b"whole")
+    with pytest.raises(NestlingError, match=r"model\.bin.*No space left"):
+        write(b"ha", FullDisk)
+    assert path.read_bytes() == b"whole"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_what_json_lacks_becomes_null(tmp_path: Path) -> None:
