@@ -66,7 +66,7 @@ class SamplerConfig(Section):
         within="[1, inf)",
     )
     exit_every: int = setting(
-        2,
+        4,
         "rows: a member that is a prefix of the layers at full width (an exit) learns at one of so many "
         "positions; each costs it a vocabulary head",
         within="[1, inf)",
