@@ -15,7 +15,6 @@ from train.commands.common import (
     ModelArgument,
     check_file,
     check_json,
-    open_for_decoding,
     write_results,
 )
 from train.commands.evaluate import take_batches
@@ -61,6 +60,7 @@ def search(
     """Measure which draft, precision, vocabulary, length of a round and verifier decode fastest here."""
     check_json(json)
     _check(draft, data, num_tokens=num_tokens, confirm=confirm, num_prompts=num_prompts, rounds=rounds)
+    from models.decode.open import open_for_decoding
     from models.decode.sampling import SamplingParams
     from models.granularity import Granularity
     from train.search.drafts import choices, search_drafts

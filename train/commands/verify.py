@@ -13,7 +13,6 @@ from train.commands.common import (
     JsonOption,
     ModelArgument,
     check_json,
-    open_for_decoding,
     write_results,
 )
 from train.console import make_console, progress_bar
@@ -56,6 +55,7 @@ def verify(
         if value < least:
             raise UsageError(f"{flag} must be at least {least}, got {value}")
     from models.decode.choose import VERIFIER_NAMES, check_verifier
+    from models.decode.open import open_for_decoding
     from models.measure.verify import FALSE_ALARM, plan_checks
 
     verifiers = list(dict.fromkeys(verifier or VERIFIER_NAMES))
