@@ -1,64 +1,26 @@
 """A model over a few of its tokens: small enough to walk through all that it may write.
 
-`restrict` keeps the rows of the embedding and of the head that belong to these tokens; every other weight
-is the model's own. `Passes` makes such walks cheap: the branches of a walk share most of their passes, and
-each is made once. `Few` runs the engine on both.
+`Passes` makes such walks cheap: the branches of a walk share most of their passes, and each is made once.
+`Few` runs the engine on it.
 """
 
-import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from models.cache import KVCache, Memory
-from models.config import ElasticConfig
-from models.decode.chance import Random
-from models.decode.draft import Draft, ModelDraft, NestedDraft
-from models.decode.engine import stream
+from models.decode.chance import Random, SeededRandom
+from models.decode.engine import stream, stream_batch
 from models.decode.reference import full_pass_law, plain_decode
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
+from models.measure.drafts import HOSTILE, Drafts, ForModel, Gamma, Subject
 from models.measure.laws import Law, exact_law
-from models.quantize import pack
 from models.view import View
-from models.weights import EMBEDDING, HEAD, model_from, weights_of
-
-
-def likeliest_tokens(model: ElasticLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[int]:
-    """The tokens [num_tokens] that are likeliest after the prompts, on average; the likeliest first."""
-    device = model.model.embed_tokens.weight.device
-    with torch.inference_mode():
-        ends = [model(torch.tensor([list(ids)], device=device), num_last=1)[0, -1] for ids in prompts]
-        mean_V = torch.stack([logits_V.float().softmax(-1) for logits_V in ends]).mean(0)
-        tokens: list[int] = mean_V.topk(num_tokens).indices.tolist()
-    return tokens
-
-
-def restrict(model: ElasticLM, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> ElasticLM:
-    """A copy whose token i is the model's `token_ids[i]`; its laws are the model's, given these tokens.
-
-    No token ends its texts. A packed model gives a plain one, of the weights that it was packed from.
-
-    Args:
-        model: any elastic model.
-        token_ids: of the model, each once.
-        dtype: of the copy; None keeps the embedding's.
-    """
-    config = dataclasses.replace(
-        model.config, vocab_size=len(token_ids), bos_token_id=None, eos_token_id=None
-    )
-    rows = torch.tensor(list(token_ids), device=model.model.embed_tokens.weight.device)
-    tensors = {
-        name: tensor[rows] if name in {EMBEDDING, HEAD} else tensor
-        for name, tensor in weights_of(model).items()
-    }
-    return model_from(config, tensors, dtype=dtype).eval()
-
 
 _Key: TypeAlias = tuple[int, Granularity, int, int | None, tuple[int, ...]]
 """Which model, which member, at which position, how many of them scored, on which tokens."""
@@ -149,44 +111,6 @@ def _positions(memory: KVCache, num_layers: int, start: int, end: int) -> list[t
     return [(k_BGSK[:, :, start:], v_BGSK[:, :, start:]) for k_BGSK, v_BGSK in stores]
 
 
-# ------------------------------------------------------------------ what drafts
-
-MakeDraft: TypeAlias = Callable[[], Draft]
-"""A new draft for each request: one of its own keeps the last request's text."""
-ForModel: TypeAlias = Callable[[ElasticLM, Callable[[ElasticLM, Granularity], View]], MakeDraft]
-"""(target, how members are seen) -> its draft."""
-
-
-def member(granularity: Granularity, precision: str | None = None) -> ForModel:
-    """A member of the target in place, or packed in a precision."""
-
-    def of(model: ElasticLM, view: Callable[[ElasticLM, Granularity], View]) -> MakeDraft:
-        source = model if precision is None else pack(model, precision, granularity)
-        seen = view(source, granularity)
-        return lambda: NestedDraft(seen)
-
-    return of
-
-
-def hostile(model: ElasticLM, view: Callable[[ElasticLM, Granularity], View]) -> MakeDraft:
-    """A very small model of its own, which knows nothing and is sure of it."""
-    config = ElasticConfig(
-        vocab_size=model.config.vocab_size,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=model.config.max_position_embeddings,
-        initializer_range=0.5,
-    )
-    stranger = ElasticLM(config)
-    stranger.init_weights(torch.Generator().manual_seed(99))
-    weight = model.model.embed_tokens.weight
-    seen = view(stranger.to(device=weight.device, dtype=weight.dtype).eval(), FULL)
-    return lambda: ModelDraft(seen)
-
-
 # ------------------------------------------------------------------ whose law is walked
 
 
@@ -196,28 +120,55 @@ class Few:
     Args:
         target: a restricted model, packed or not.
         drafts: by name.
+        tokens: of the whole model, the first of which are the target's; None means 0, 1, ...
         remember: whether passes are made once each, rather than once in every branch.
     """
 
-    PROMPT = (1, 0)
+    PROMPT = (0, 1, 0)
+    """Its end is known from before if token 1 follows: then there is something to copy."""
+    COMPANIONS: Mapping[Sequence[int], tuple[str | None, int]] = {(1,): (None, 0), (0, 1, 1, 0): (HOSTILE, 3)}
+    """Prompts of other lengths with a draft and gamma, decoded together with the walk's."""
 
-    def __init__(self, target: ElasticLM, drafts: Mapping[str, ForModel], *, remember: bool = True) -> None:
+    def __init__(
+        self,
+        target: ElasticLM,
+        drafts: Mapping[str, ForModel],
+        *,
+        tokens: Sequence[int] | None = None,
+        remember: bool = True,
+    ) -> None:
         self.num_tokens = target.config.vocab_size
         self._passes = Passes()
         view = self._passes.view if remember else View
         self._target = view(target, FULL)
-        self._drafts = {name: of(target, view) for name, of in drafts.items()}
+        kept = range(self.num_tokens) if tokens is None else tokens[: self.num_tokens]
+        self._drafts = Drafts(Subject(target, view, kept), drafts)
 
-    def decode(self, random: Random, *, draft: str | None, length: int, **options: Any) -> list[int]:
+    def decode(
+        self, random: Random, *, draft: str | None, length: int, gamma: Gamma = 0, **options: Any
+    ) -> list[int]:
         """What the engine writes after the prompt with these choices; options are those of `stream`."""
         self._passes.start()
-        made = None if draft is None else self._drafts[draft]()
-        options |= {"draft": made, "max_new_tokens": length, "random": random}
+        options |= {"policy": self._drafts.policy(draft, gamma), "max_new_tokens": length, "random": random}
         return [token.id for token in stream(self._target, self.PROMPT, **options)]
 
-    def law(self, **options: Any) -> Law:
-        """The exact law of `decode`."""
-        return exact_law(partial(self.decode, **options))
+    def decode_beside(
+        self, random: Random, *, draft: str | None, length: int, gamma: Gamma = 0, **options: Any
+    ) -> list[int]:
+        """The same in a batch, beside `COMPANIONS` that make choices of their own; nothing is remembered."""
+        rows = {self.PROMPT: (draft, gamma), **self.COMPANIONS}
+        policies = (self._drafts.policy(*row) for row in rows.values())
+        randoms = [random, *(SeededRandom(0, row) for row in range(1, len(rows)))]
+        options |= {"max_new_tokens": length, "randoms": randoms, "new_policy": policies.__next__}
+        first, *others = stream_batch(self._target, list(rows), **options)
+        written = [token.id for token in first]
+        for other in others:
+            other.close()
+        return written
+
+    def law(self, *, beside: bool = False, **options: Any) -> Law:
+        """The exact law of `decode`, or of `decode_beside`."""
+        return exact_law(partial(self.decode_beside if beside else self.decode, **options))
 
     def reference(self, params: SamplingParams, length: int, eos_token_ids: Collection[int] = ()) -> Law:
         """The target's law by a full pass for every token: no cache, no draft, no engine."""

@@ -7,16 +7,20 @@
     coupled   the whole model: a seed's tokens with a draft and without one
     greedy    the whole model: the same for the likeliest tokens
 
+Drafts take part one by one (members, other models, copied text, a hostile one); by the choice of the
+controller of `--gamma auto`, whose clock is arithmetic here; and in batches, where each text has another.
+
 Walks draw nothing and cannot fail by chance. Counts can: all of them together do so with a probability
 below FALSE_ALARM. Identities allow a first difference between two tokens that are as good as tied: passes
 on one token and on several add in different orders.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import cycle
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,11 +28,25 @@ from torch import Tensor
 from models.decode.accept import Verifier
 from models.decode.chance import SeededRandom, gumbel_noise
 from models.decode.choose import COUPLED
-from models.decode.engine import stream
+from models.decode.engine import stream, stream_batch
+from models.decode.policy import Policy
 from models.decode.sampling import SamplingParams, law, penalise
 from models.elastic import ElasticLM
-from models.measure.few import Few, ForModel, MakeDraft, hostile, likeliest_tokens, restrict
+from models.measure.drafts import (
+    ANY,
+    AUTO,
+    HOSTILE,
+    LOOKUP,
+    Drafts,
+    ForModel,
+    Gamma,
+    Subject,
+    copied,
+    hostile,
+)
+from models.measure.few import Few
 from models.measure.laws import Output, chi_square, total_variation
+from models.measure.restrict import likeliest_tokens, restrict
 from models.probe import DTYPES
 from models.quantize import INT8, pack
 from models.view import View
@@ -61,7 +79,6 @@ NUM_TOKENS = {1: 5, 2: 4, 3: 2}
 COUNTED_GAMMA = 2
 GAMMAS = (1, 2, 4, 7)
 """Of identities, in turn."""
-HOSTILE = "hostile"
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Case:
 
     verifier: str | Verifier
     draft: str | None
-    gamma: int
+    gamma: Gamma
     law: str = PLAIN
 
 
@@ -82,10 +99,14 @@ class Check:
     """`exact`, `dtype`, `counts`, `coupled` or `greedy`."""
     verifier: str
     draft: str
+    """`any`: the controller's choice among all; with commas where the texts of a batch have one each."""
     gamma: str
+    """Likewise; with commas where prompts take turns."""
     law: str
     """How tokens are chosen."""
     dtype: str
+    batch: int
+    """Texts that were decoded together; 1: alone."""
     value: float
     """Total variation; of counts the p-value; of an identity the widest gap of a first difference."""
     bound: float
@@ -97,23 +118,26 @@ class Check:
 # ------------------------------------------------------------------ laws over a few tokens
 
 
-def check_exact(few: Few, case: Case, *, ends: bool = False) -> Check:
-    """The joint law of gamma + 2 tokens: the prefill's, a whole round's, and what its cache leads to.
+def check_exact(few: Few, case: Case, *, ends: bool = False, beside: bool = False) -> Check:
+    """The joint law of a few tokens: the prefill's, a whole round's, and what its cache leads to.
 
     Args:
         few: in float64.
         case: not `coupled`, whose noise cannot be walked through.
         ends: whether the last of the few tokens ends the text, wherever in a block it falls.
+        beside: whether the text is one of a batch.
     """
     eos = {few.num_tokens - 1} if ends else set()
-    options: dict[str, Any] = {"length": case.gamma + 2, "params": LAWS[case.law], "eos_token_ids": eos}
+    length = (COUNTED_GAMMA if case.gamma == AUTO else case.gamma) + 2
+    options: dict[str, Any] = {"length": length, "params": LAWS[case.law], "eos_token_ids": eos}
     theirs = few.reference(**options)
-    ours = few.law(draft=case.draft, gamma=case.gamma, verifier=case.verifier, **options)
+    ours = few.law(draft=case.draft, gamma=case.gamma, verifier=case.verifier, beside=beside, **options)
     distance = total_variation(ours, theirs)
     return _check(
         "exact",
         case,
         dtype=PRECISE,
+        batch=1 + len(few.COMPANIONS) if beside else 1,
         value=distance,
         bound=EXACT,
         passed=distance <= EXACT,
@@ -126,7 +150,7 @@ def check_dtype(few: Few, precise: Few, case: Case, *, dtype: str) -> Check:
 
     The yardstick is how far plain decoding is from that of `precise`, the same model in float64.
     """
-    options: dict[str, Any] = {"length": case.gamma + 2, "params": LAWS[case.law], "eos_token_ids": ()}
+    options: dict[str, Any] = {"length": COUNTED_GAMMA + 2, "params": LAWS[case.law], "eos_token_ids": ()}
     plain = few.law(draft=None, **options)
     of_dtype = total_variation(plain, precise.reference(**options))
     ours = few.law(draft=case.draft, gamma=case.gamma, verifier=case.verifier, **options)
@@ -182,55 +206,114 @@ class Whole:
     seed: int = 0
     _plain: dict[Any, list[int]] = field(default_factory=dict)
 
-    def decode(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> list[int]:
+    def decode(
+        self, prompt: Sequence[int], params: SamplingParams, policy: Policy | None = None
+    ) -> list[int]:
         """The tokens by `coupled`, for which greedy parameters have no use."""
-        options |= {"max_new_tokens": self.length, "eos_token_ids": (), "verifier": COUPLED}
-        tokens = stream(self.model, prompt, params=params, random=SeededRandom(self.seed), **options)
+        tokens = stream(
+            self.model, prompt, policy=policy, random=SeededRandom(self.seed), **self._options(params)
+        )
         return [token.id for token in tokens]
 
+    def decode_together(self, params: SamplingParams, policies: Iterable[Policy]) -> list[list[int]]:
+        """The tokens of every prompt, in one batch with a policy for each."""
+        streams = stream_batch(
+            self.model,
+            self.prompts,
+            new_policy=iter(policies).__next__,
+            randoms=[SeededRandom(self.seed) for _ in self.prompts],
+            **self._options(params),
+        )
+        return [[token.id for token in tokens] for tokens in streams]
+
     def plain(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
-        """The same without a draft."""
+        """The same without a draft, alone."""
         key = (tuple(prompt), params)
         if key not in self._plain:
             self._plain[key] = self.decode(prompt, params)
         return self._plain[key]
 
+    def _options(self, params: SamplingParams) -> "_Options":
+        return {
+            "params": params,
+            "max_new_tokens": self.length,
+            "eos_token_ids": (),
+            "verifier": COUPLED,
+        }
+
+
+class _Options(TypedDict):
+    params: SamplingParams
+    max_new_tokens: int
+    eos_token_ids: Collection[int]
+    verifier: str
+
+
+MakePolicy: TypeAlias = Callable[[Gamma], Policy]
+"""Of a text, by its number of drafted tokens."""
+
 
 def check_identity(
-    whole: Whole, name: str, make_draft: MakeDraft, *, law: str, gammas: Sequence[int] = GAMMAS
+    whole: Whole, name: str, make_policy: MakePolicy, *, law: str, gammas: Sequence[Gamma] = GAMMAS
 ) -> Check:
     """Tokens with a draft and without one: the same, or tied where they first differ.
 
     Args:
         whole: the model and its prompts.
         name: of the draft.
-        make_draft: gives it.
+        make_policy: gives it to a text.
         law: a name in `LAWS`.
         gammas: drafted tokens a round, in turn over the prompts.
     """
+    params, turns = LAWS[law], cycle(gammas)
+    ours = [
+        whole.decode(prompt, params, make_policy(gamma))
+        for prompt, gamma in zip(whole.prompts, turns, strict=False)
+    ]
+    shown = ",".join(map(str, gammas[: len(whole.prompts)]))
+    return _compare(whole, ours, law, draft=name, gamma=shown, batch=1)
+
+
+def check_batch(whole: Whole, policies: Mapping[tuple[str, Gamma], MakePolicy], *, law: str) -> Check:
+    """Tokens of all prompts decoded together, a draft each in turn, and of each alone without one.
+
+    Args:
+        whole: the model and its prompts.
+        policies: by name and gamma.
+        law: a name in `LAWS`.
+    """
+    rows = [row for _, row in zip(whole.prompts, cycle(policies.items()), strict=False)]
+    ours = whole.decode_together(LAWS[law], (make(gamma) for (_, gamma), make in rows))
+    names, gammas = zip(*dict.fromkeys(key for key, _ in rows), strict=True)
+    shown = ",".join(map(str, gammas))
+    return _compare(whole, ours, law, draft=",".join(names), gamma=shown, batch=len(rows))
+
+
+def _compare(whole: Whole, ours: Sequence[list[int]], law: str, **case: Any) -> Check:
+    """Texts of all prompts and plain ones."""
     params = LAWS[law]
     num_same, num_total, gaps = 0, 0, []
-    for index, prompt in enumerate(whole.prompts):
+    for prompt, text in zip(whole.prompts, ours, strict=True):
         plain = whole.plain(prompt, params)
-        ours = whole.decode(prompt, params, draft=make_draft(), gamma=gammas[index % len(gammas)])
-        same = next((t for t, (a, b) in enumerate(zip(ours, plain, strict=True)) if a != b), len(plain))
+        same = next((t for t, (a, b) in enumerate(zip(text, plain, strict=True)) if a != b), len(plain))
         num_same, num_total = num_same + same, num_total + len(plain)
         if same < len(plain):
-            gaps.append(gap_between(whole, [*prompt, *plain[:same]], (ours[same], plain[same]), params))
+            gaps.append(gap_between(whole, [*prompt, *plain[:same]], (text[same], plain[same]), params))
     # The text that is furthest from a tie is shown.
     gap, bound = max(gaps, key=lambda found: found[0] - found[1], default=(0.0, 0.0))
     note = f"{num_same} tokens of {num_total} alike"
     if gaps:
         note += f"; texts that differ: {len(gaps)}"
-    return _check(
-        GREEDY if params.is_greedy else COUPLED,
-        Case("" if params.is_greedy else COUPLED, name, 0, law),
-        gamma=",".join(map(str, gammas[: len(whole.prompts)])),
+    return Check(
+        test=GREEDY if params.is_greedy else COUPLED,
+        verifier="" if params.is_greedy else COUPLED,
+        law=law,
         dtype=whole.dtype,
         value=gap,
         bound=bound,
-        passed=gap <= bound,
         note=note,
+        passed=gap <= bound,
+        **case,
     )
 
 
@@ -254,13 +337,14 @@ def _rounding(dtype: str) -> float:
     return 2.0**-7 if dtype == INT8 else torch.finfo(DTYPES[dtype]).eps
 
 
-def _check(test: str, case: Case, *, gamma: str = "", **outcome: Any) -> Check:
+def _check(test: str, case: Case, *, batch: int = 1, **outcome: Any) -> Check:
     return Check(
         test=test,
         verifier=case.verifier if isinstance(case.verifier, str) else "of the caller",
         draft=case.draft or "none",
-        gamma=gamma or str(case.gamma),
+        gamma=str(case.gamma),
         law=case.law,
+        batch=batch,
         **outcome,
     )
 
@@ -284,20 +368,25 @@ def plan_checks(
     Args:
         model: in the dtype that decodes, packed or not.
         dtype: its name, one of `PRECISIONS`.
-        drafts: by name, at least one; a hostile one comes on top.
+        drafts: by name, at least one; a hostile one and copied text come on top.
         verifiers: names in `VERIFIER_NAMES`. Greedy decoding, which has no use for them, is always tested.
-        prompts: token ids. The few tokens are those likeliest after them; identities continue them.
+        prompts: token ids, at least one. The few tokens are the likeliest after them; identities go on
+            from them.
         num_trials: texts drawn for each test of counts.
         length: tokens of each continuation.
         seed: of what is drawn.
     """
-    first, drafts = next(iter(drafts)), {**drafts, HOSTILE: hostile}
+    first, drafts = next(iter(drafts)), {**drafts, HOSTILE: hostile, LOOKUP: copied}
     vocab_size, walked = model.config.vocab_size, [one for one in verifiers if one != COUPLED]
     tokens = likeliest_tokens(model, prompts, min(vocab_size, max(NUM_TOKENS.values())))
     restricted = {gamma: restrict(model, tokens[:number]) for gamma, number in NUM_TOKENS.items()}
-    precise = {gamma: Few(one.double(), drafts) for gamma, one in restricted.items()}
-    own = Few(pack(restrict(model, tokens[: NUM_TOKENS[COUNTED_GAMMA]]), dtype), drafts)
+    precise = {gamma: Few(one.double(), drafts, tokens=tokens) for gamma, one in restricted.items()}
+    own = Few(pack(restrict(model, tokens[: NUM_TOKENS[COUNTED_GAMMA]]), dtype), drafts, tokens=tokens)
     jobs = [job for verifier in walked for job in _exact(precise, verifier, list(drafts), first)]
+    if walked:
+        alone = {name: drafts[name] for name in (first, HOSTILE)}
+        small = Few(restricted[3].double(), alone, tokens=tokens, remember=False)
+        jobs += [partial(check_exact, small, Case(one, first, 1), beside=True) for one in walked]
     counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, HOSTILE)]
     jobs += [partial(check_dtype, own, precise[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
     if COUPLED in verifiers:
@@ -307,19 +396,33 @@ def plan_checks(
     wholes = {"fp32": pack(restrict(model, range(vocab_size), torch.float32), "fp32"), dtype: model}
     for name, one in wholes.items():
         whole = Whole(model=one, dtype=name, prompts=prompts, length=length, seed=seed)
-        made = {draft: of(one, View) for draft, of in drafts.items()}
+        made = Drafts(Subject(one, View, range(vocab_size)), drafts)
         for law_name in (GREEDY, PLAIN) if COUPLED in verifiers else (GREEDY,):
-            jobs += [partial(check_identity, whole, *draft, law=law_name) for draft in made.items()]
+            jobs += _identities(whole, made, list(drafts), law_name)
     return jobs
+
+
+def _identities(
+    whole: Whole, made: Drafts, drafts: Sequence[str], law_name: str
+) -> list[Callable[[], Check]]:
+    """Every draft, the controller's choice among them, and a batch."""
+    jobs: list[Callable[[], Check]] = [
+        partial(check_identity, whole, draft, partial(made.policy, draft), law=law_name) for draft in drafts
+    ]
+    jobs.append(partial(check_identity, whole, ANY, partial(made.policy, ANY), law=law_name, gammas=[AUTO]))
+    rows: list[tuple[str, Gamma]] = [*zip((drafts[0], HOSTILE, LOOKUP), GAMMAS, strict=False), (ANY, AUTO)]
+    policies = {row: partial(made.policy, row[0]) for row in rows}
+    return [*jobs, partial(check_batch, whole, policies, law=law_name)]
 
 
 def _exact(
     few: Mapping[int, Few], verifier: str, drafts: Iterable[str], first: str
 ) -> list[Callable[[], Check]]:
-    """Every draft for one drafted token, every law for two, the longest block; an end of text."""
+    """Every draft for one token, every law for two, the longest block, a controller, an end of text."""
     jobs: list[Callable[[], Check]] = []
     jobs += [partial(check_exact, few[1], Case(verifier, draft, 1)) for draft in drafts]
     sampled = [name for name, params in LAWS.items() if not params.is_greedy]
     jobs += [partial(check_exact, few[2], Case(verifier, first, 2, name)) for name in sampled]
     jobs += [partial(check_exact, few[3], Case(verifier, draft, 3)) for draft in (first, HOSTILE)]
+    jobs.append(partial(check_exact, few[2], Case(verifier, ANY, AUTO)))
     return [*jobs, partial(check_exact, few[2], Case(verifier, HOSTILE, 2), ends=True)]

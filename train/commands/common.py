@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,6 +37,19 @@ def check_file(flag: str, path: Path) -> None:
         raise UsageError(f"{flag} {path} cannot be read; check its permissions")
 
 
+def check_gamma(text: str | None, *, least: int) -> int | Literal["auto"] | None:
+    """What `--gamma` says; None without one."""
+    if text is None or text == "auto":
+        return None if text is None else "auto"
+    try:
+        number = int(text)
+    except ValueError:
+        raise UsageError(f"--gamma {text!r} is no number; give {least} or more, or auto") from None
+    if number < least:
+        raise UsageError(f"--gamma must be {least} or more, or auto, got {number}")
+    return number
+
+
 def check_json(path: Path | None) -> None:
     """Say before the work, not after it, that the results could not be written."""
     _check_output("--json", path)
@@ -63,54 +76,16 @@ def _check_output(flag: str, path: Path | None) -> None:
         raise UsageError(f"{flag} {path}: the folder {path.parent} cannot be written to; choose another")
 
 
-def open_for_decoding(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
-    """Open a model folder, packed in the dtype (whose name is returned), with the fastest threads."""
-    import dataclasses
-
-    import torch
-
-    from models.decode.auto import best_num_threads
-    from models.machine import machine_card, num_threads
-    from models.quantize import INT8, pack
-
-    folder, name = _open(path, dtype)
-    if name != INT8:  # which is packed already
-        folder = dataclasses.replace(folder, model=pack(folder.model, name))
-    most = num_threads(machine_card(), name, purpose="decoding")
-    torch.set_num_threads(best_num_threads(folder.model, most))
-    return folder, name
-
-
 def open_for_measuring(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
-    """Open a model folder to run whole rows of text through it."""
+    """Open a model folder to run whole rows of text through it; the dtype's name is returned."""
     import torch
 
+    from models.decode.open import open_in_dtype
     from models.machine import machine_card, num_threads
 
-    folder, name = _open(path, dtype)
+    folder, name = open_in_dtype(path, dtype)
     torch.set_num_threads(num_threads(machine_card(), name, purpose="training"))
     return folder, name
-
-
-def _open(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
-    """Open a model folder in a dtype, whose name is returned; `auto` asks the machine card.
-
-    An int8 model runs packed, on the CPU: its rows are scaled one by one, so that it has a law of its own.
-    """
-    import dataclasses
-
-    from models.checkpoint import load_model
-    from models.machine import machine_card, resolve_dtype
-    from models.probe import DTYPES
-    from models.quantize import INT8, pack
-
-    card = machine_card()
-    stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, card, purpose="decoding")
-    folder = load_model(path, dtype=DTYPES[stored])
-    if dtype == INT8:
-        return dataclasses.replace(folder, model=pack(folder.model, INT8)), INT8
-    folder.model.to("cuda" if card.gpu else "cpu")
-    return folder, stored
 
 
 def write_results(path: Path | None, results: Mapping[str, Any], *, dtypes: Mapping[str, str]) -> None:

@@ -21,15 +21,15 @@ from models.bench.prompts import (
 from models.bench.shapes import SHAPES, RandomModel, check_exit, check_memory, random_model, random_prompts
 from models.checkpoint import ModelFolder, save_model
 from models.count import count_parameters
+from models.decode.drafting import DEFAULT_VERIFIER, choose_drafting
 from models.decode.lookup import LookupDraft
+from models.decode.open import open_for_decoding
 from models.decode.sampling import SamplingParams
 from models.errors import NestlingError, UsageError
 from models.granularity import Granularity
 from models.machine import machine_card, resolve_dtype
 from models.processor import busy_now, free_memory_bytes
 from models.quantize import INT8, split_precision
-from train.commands.common import open_for_decoding
-from train.commands.drafting import DEFAULT_VERIFIER, choose_drafting
 from train.data.corpus import open_corpus
 
 DEFAULT_EXIT = "layers=0-1"

@@ -10,24 +10,23 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from models.errors import NestlingError, UsageError
+from models.errors import UsageError
 from train.commands.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
     check_file,
+    check_gamma,
     check_json,
-    open_for_decoding,
     write_results,
 )
 from train.console import make_console
 
 if TYPE_CHECKING:
-    from models.checkpoint import ModelFolder
+    from models.decode.decoder import Decoder
+    from models.decode.drafting import Drafting
     from models.decode.report import Report
-    from models.decode.sampling import SamplingParams
     from models.decode.text import GenerationResult, TextStream
-    from train.commands.drafting import Drafting
 
 
 def generate(
@@ -87,15 +86,11 @@ def generate(
     check_json(json)
     _check_texts(prompt, stop or [])
     _check_source(prompt, prompts, batch_size)
-    number = _check_gamma(gamma)
+    number = check_gamma(gamma, least=0)
     from models.bench.prompts import read_prompts
-    from models.decode.choose import COUPLED, check_verifier
+    from models.decode.decoder import open_decoder
     from models.decode.sampling import SamplingParams
-    from models.decode.text import stream_text
-    from train.commands.drafting import AUTO, choose_drafting, make_policy
 
-    if verifier is not None:
-        check_verifier(verifier)
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -103,23 +98,11 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    folder, dtype = open_for_decoding(model, dtype)
-    if folder.tokenizer is None:
-        raise NestlingError(f"{model} has no tokenizer.json; put the one it was trained with there")
-    repeats = params.is_greedy or verifier == COUPLED  # the text does not depend on who drafts
-    draft = draft or (AUTO if repeats else "none")
-    # In a batch rounds take as long as their companions': a clock tells nothing of a draft.
-    copies = draft == AUTO and number is None and prompts is None
-    adapts = number is None and draft != "none" and (AUTO in (gamma, draft) or repeats) and prompts is None
-    drafting = choose_drafting(folder, draft, number, params, dtype=dtype, verifier=verifier)
-    options: _Options = {
-        "params": params,
-        "max_new_tokens": max_new_tokens,
-        "stop": stop or (),
-        "seed": seed,
-        "verifier": drafting.verifier,
-    }
-    gamma_shown = AUTO if adapts else drafting.gamma
+    decoder = open_decoder(model, draft=draft, gamma=number, params=params, verifier=verifier, dtype=dtype)
+    drafting, dtype = decoder.drafting, decoder.dtype
+    options: _Options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
+    alone = prompt is not None  # a batch neither adapts nor copies
+    gamma_shown = "auto" if decoder.adapts and alone else drafting.gamma
     asked: dict[str, Any] = {
         **dataclasses.asdict(params),
         "verifier": drafting.verifier,
@@ -128,11 +111,10 @@ def generate(
     }
     asked |= {"draft": drafting.name, "gamma": gamma_shown, "draft_dtype": drafting.precision or dtype}
     asked |= {"draft_extra_bytes": drafting.extra_bytes}
-    who = f"{_who(drafting, gamma_shown, copies=copies)} · {dtype}"
+    who = f"{_who(drafting, gamma_shown, copies=decoder.copies and alone)} · {dtype}"
     errors = make_console(stderr=True)
     if prompt is not None:
-        policy = make_policy(folder, drafting, params, adapts=adapts, copies=copies)
-        pieces = stream_text(folder.model, folder.tokenizer, prompt, policy=policy, **options)
+        pieces = decoder.stream(prompt, **options)
         _show(pieces, make_console())
         result = pieces.result()
         errors.print(_summary(result.report, who), style="dim", soft_wrap=True)
@@ -141,7 +123,7 @@ def generate(
         assert prompts is not None
         texts = read_prompts(prompts)
         started = perf_counter()
-        rows = _continue_many(folder, drafting, texts, batch_size, options, errors)
+        rows = _continue_many(decoder, texts, batch_size, options, errors)
         num_tokens = sum(row.report.num_tokens for row in rows)
         rate = num_tokens / (perf_counter() - started)
         count = f"{len(rows)} texts, {num_tokens} tokens · {rate:.1f} tokens/s"
@@ -152,56 +134,24 @@ def generate(
 
 
 class _Options(TypedDict):
-    params: "SamplingParams"
     max_new_tokens: int
     stop: Sequence[str]
     seed: int
-    verifier: str
 
 
 def _continue_many(
-    folder: "ModelFolder",
-    drafting: "Drafting",
-    prompts: Sequence[str],
-    batch_size: int,
-    options: _Options,
-    errors: Console,
+    decoder: "Decoder", prompts: Sequence[str], batch_size: int, options: _Options, errors: Console
 ) -> "list[GenerationResult]":
     """Continue each prompt, so many at a time, and show the texts of a batch when it is done."""
-    from models.decode.draft import renewed
-    from models.decode.policy import Fixed
-    from models.decode.text import generate_batch
-
-    assert folder.tokenizer is not None
-    draft = drafting.draft
     results: list[GenerationResult] = []
     console = make_console()
     for first in track(range(0, len(prompts), batch_size), console=errors, disable=not errors.is_terminal):
         batch = prompts[first : first + batch_size]
-        done = generate_batch(
-            folder.model,
-            folder.tokenizer,
-            batch,
-            new_policy=lambda: Fixed(draft and renewed(draft), drafting.gamma, drafting.name),
-            **options,
-        )
+        done = decoder.generate_batch(batch, **options)
         for prompt, result in zip(batch, done, strict=True):
             console.file.write(f"{prompt}{result.text}\n\n")
         results += done
     return results
-
-
-def _check_gamma(text: str | None) -> int | None:
-    """The number of `--gamma`, None without one."""
-    if text is None or text == "auto":
-        return None
-    try:
-        number = int(text)
-    except ValueError:
-        raise UsageError(f"--gamma {text!r} is no number; give 0 or more, or auto") from None
-    if number < 0:
-        raise UsageError(f"--gamma must be 0 or more, or auto, got {number}")
-    return number
 
 
 def _check_source(prompt: str | None, prompts: Path | None, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""`nestling search`: the draft that decodes fastest on this machine; see train/search.py."""
+"""`nestling search`: the draft that decodes fastest on this machine; see train/search/drafts.py."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,6 @@ from train.commands.common import (
     ModelArgument,
     check_file,
     check_json,
-    open_for_decoding,
     write_results,
 )
 from train.commands.evaluate import take_batches
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
     from models.checkpoint import ModelFolder
     from models.decode.sampling import SamplingParams
     from models.decode.searched import Found
-    from train.search import Confirmed, Estimate, Progress, Result, Text
+    from train.search.confirm import Confirmed
+    from train.search.drafts import Result
+    from train.search.measure import Estimate, Progress, Text
 
 NUM_PROMPT, NUM_NEW = 32, 96
 """Tokens of a row of text: the prompt, and what the target writes."""
@@ -59,9 +60,10 @@ def search(
     """Measure which draft, precision, vocabulary, length of a round and verifier decode fastest here."""
     check_json(json)
     _check(draft, data, num_tokens=num_tokens, confirm=confirm, num_prompts=num_prompts, rounds=rounds)
+    from models.decode.open import open_for_decoding
     from models.decode.sampling import SamplingParams
     from models.granularity import Granularity
-    from train.search import choices, search_drafts
+    from train.search.drafts import choices, search_drafts
 
     laws = [SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0, 1.0])]
     folder, dtype = open_for_decoding(model, dtype)
@@ -124,7 +126,7 @@ def _open_text(
 
     from train.data.tokenizer import load_tokenizer
     from train.data.tokens import load_rows
-    from train.search import continue_text
+    from train.search.measure import continue_text
 
     config = folder.model.config
     num_prompt = min(NUM_PROMPT, config.max_position_embeddings // 4)

@@ -13,14 +13,13 @@ from train.commands.common import (
     JsonOption,
     ModelArgument,
     check_json,
-    open_for_decoding,
     write_results,
 )
 from train.console import make_console, progress_bar
 
 if TYPE_CHECKING:
     from models.checkpoint import ModelFolder
-    from models.measure.few import ForModel
+    from models.measure.drafts import ForModel
     from models.measure.verify import Check
 
 NUM_PROMPTS = 4
@@ -32,8 +31,9 @@ def verify(
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="G[@int8|bf16]",
-            help="A member that drafts; repeatable. Default: the whole family. A hostile draft comes on top.",
+            metavar="G[@int8|bf16]|DIR",
+            help="A member that drafts, or another model folder; repeatable. Default: the whole family. "
+            "A hostile draft, copied text, a controller and batches come on top.",
         ),
     ] = None,
     verifier: Annotated[
@@ -56,6 +56,7 @@ def verify(
         if value < least:
             raise UsageError(f"{flag} must be at least {least}, got {value}")
     from models.decode.choose import VERIFIER_NAMES, check_verifier
+    from models.decode.open import open_for_decoding
     from models.measure.verify import FALSE_ALARM, plan_checks
 
     verifiers = list(dict.fromkeys(verifier or VERIFIER_NAMES))
@@ -105,19 +106,32 @@ def verify(
 
 
 def choose_drafts(folder: "ModelFolder", asked: list[str]) -> "dict[str, ForModel]":
-    """What was asked for, else every member of the family but the full one.
+    """What was asked for, else every member of the family but the full one; copied text comes by itself.
 
     Raises:
-        UsageError: if one is no granularity of the model, or cannot run in its precision here.
+        UsageError: if one is neither a granularity of the model nor a folder, or no draft for it, or cannot
+            run in its precision here.
+        NestlingError: if a folder cannot be opened.
     """
+    from models.decode.draft import ModelDraft
+    from models.decode.drafting import AUTO, is_lookup, open_separate, other_folder
     from models.granularity import Granularity
-    from models.measure.few import member
+    from models.measure.drafts import member, separate
     from models.quantize import split_precision
 
     config = folder.model.config
     smaller = [name for name, one in folder.family.items() if not one.resolve(config).is_full]
-    drafts = {}
-    for text in asked or smaller or ["full"]:
+    drafts: dict[str, ForModel] = {}
+    for text in [text for text in asked if not is_lookup(folder, text)] or smaller or ["full"]:
+        if text in (AUTO, "none") and text not in folder.family:
+            raise UsageError(f"--draft {text} is no draft to test; name a member, a folder or lookup")
+        other = other_folder(folder, text)
+        if other is not None:
+            path, precision = other
+            model = open_separate(folder, path).model
+            ModelDraft(model).check(folder.model)
+            drafts[text] = separate(model, precision)
+            continue
         name, precision = split_precision(text)
         granularity = Granularity.parse(name, folder.family)
         granularity.resolve(config)
@@ -150,7 +164,7 @@ def encode(folder: "ModelFolder", texts: list[str]) -> list[list[int]]:
 
 def _table(checks: "Sequence[Check]", title: str) -> Table:
     table = Table(title=title, title_justify="left", caption=_LEGEND, caption_justify="left")
-    for column in ("test", "verifier", "draft", "gamma", "law", "dtype"):
+    for column in ("test", "verifier", "draft", "gamma", "batch", "law", "dtype"):
         table.add_column(column, no_wrap=True)
     for column in ("value", "bound"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -158,13 +172,22 @@ def _table(checks: "Sequence[Check]", title: str) -> Table:
     table.add_column("what")
     for check in checks:
         bound = f"{'>=' if check.test == 'counts' else '<='} {check.bound:.0e}"
-        words = (check.test, check.verifier, check.draft, check.gamma, check.law, check.dtype)
+        words = (
+            check.test,
+            check.verifier,
+            check.draft,
+            check.gamma,
+            str(check.batch),
+            check.law,
+            check.dtype,
+        )
         table.add_row(*words, f"{check.value:.1e}", bound, "yes" if check.passed else "NO", check.note)
     return table
 
 
 _LEGEND = (
-    "value: total variation to the target's law (exact, dtype), p-value (counts), or the gap between the two "
-    "tokens at a first difference (coupled, greedy)\nexact and dtype walk through every branch and draw "
-    "nothing; true laws fail a test of counts with a probability below 1e-6, all of them together"
+    "any: what a controller chooses among all drafts, by a clock that is arithmetic; batch: texts decoded at "
+    "once\nvalue: total variation to the target's law (exact, dtype), p-value (counts), or the gap between "
+    "the two tokens at a first difference (coupled, greedy)\nexact and dtype walk through every branch and "
+    "draw nothing; true laws fail a test of counts with a probability below 1e-6, all of them together"
 )

@@ -17,6 +17,7 @@ from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
 from models.decode.lookup import LookupDraft
 from models.decode.passes import Pass, Steps, run
+from models.decode.policy import Fixed
 from models.decode.reference import full_pass_law, plain_decode, speculative_decode
 from models.decode.sampling import SamplingParams
 from models.decode.state import Model, State, new_cache, score
@@ -126,7 +127,7 @@ def test_in_half_precision_tokens_first_differ_where_two_are_as_good_as_tied(
     whole = Whole(model=model, dtype="bf16", prompts=prompts(num_prompts, 64), length=num_tokens)
     for text in KINDS:
         draft = nested(model, text)
-        check = check_identity(whole, text, lambda draft=draft: draft, law=law)  # type: ignore[misc]
+        check = check_identity(whole, text, lambda gamma, draft=draft: Fixed(draft, gamma), law=law)  # type: ignore[misc]
         assert check.passed, check
 
 

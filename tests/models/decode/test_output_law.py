@@ -29,7 +29,8 @@ from models.decode.sampling import SamplingParams
 from models.decode.state import Model, State
 from models.elastic import ElasticLM
 from models.granularity import Granularity
-from models.measure.few import Few, member
+from models.measure.drafts import member
+from models.measure.few import Few
 from models.measure.laws import Law, exact_law, total_variation
 from models.quantize import pack
 from models.view import View

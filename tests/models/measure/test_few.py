@@ -9,8 +9,10 @@ import torch
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.granularity import Granularity
-from models.measure.few import Few, ForModel, hostile, likeliest_tokens, member, restrict
+from models.measure.drafts import ForModel, hostile, member
+from models.measure.few import Few
 from models.measure.laws import Law, total_variation
+from models.measure.restrict import likeliest_tokens, restrict
 from models.quantize import pack
 
 WARM = SamplingParams(temperature=1.0)

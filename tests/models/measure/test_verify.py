@@ -2,25 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from models.decode import passes
 from models.decode.accept import Verifier
 from models.decode.choose import VERIFIER_NAMES, Chooser, Proposal
 from models.decode.draft import Draft
 from models.decode.passes import Steps
+from models.decode.policy import Fixed, Policy
 from models.decode.state import Model, State
 from models.elastic import ElasticLM
 from models.granularity import Granularity
 from models.measure import verify
-from models.measure.few import Few, MakeDraft, hostile, member, restrict
+from models.measure.drafts import ANY, AUTO, Drafts, Gamma, MakeDraft, Subject, hostile, member, separate
+from models.measure.few import Few
+from models.measure.restrict import restrict
 from models.measure.verify import (
     COUNTED_GAMMA,
     Case,
     Check,
     Whole,
+    check_batch,
     check_counts,
     check_dtype,
     check_exact,
@@ -37,6 +43,13 @@ FIRST = member(Granularity.parse("layers=0-1"))
 PROMPTS = ([3, 1, 4], [1, 5])
 
 
+def stranger(like: ElasticLM) -> ElasticLM:
+    """Another model of one layer, with the same tokens."""
+    other = ElasticLM(replace(like.config, num_hidden_layers=1))
+    other.init_weights(torch.Generator().manual_seed(5))
+    return other.eval()
+
+
 def few(model: ElasticLM, num_tokens: int, dtype: torch.dtype = torch.float64) -> Few:
     return Few(restrict(model, range(5, 5 + num_tokens), dtype), {"D": FIRST, "hostile": hostile})
 
@@ -44,14 +57,15 @@ def few(model: ElasticLM, num_tokens: int, dtype: torch.dtype = torch.float64) -
 def with_bug(model: ElasticLM, num_tokens: int, bug: Bug) -> tuple[Few, Case]:
     """The same, with a draft or verifier of the bug's."""
 
-    def spoiled(target: ElasticLM, view: Any) -> MakeDraft:
-        make = hostile(target, view)
+    def spoiled(subject: Subject) -> MakeDraft:
+        make = hostile(subject)
         return lambda: bug(make()).get("draft", make())
 
     target = restrict(model, range(5, 5 + num_tokens), torch.float64)
     gamma = 1 if num_tokens > 2 else 2
     subject = Few(target, {"bad": spoiled})
-    return subject, Case(bug(hostile(target, View)()).get("verifier", "token"), "bad", gamma)
+    verifier = bug(hostile(Subject(target, View, ()))()).get("verifier", "token")
+    return subject, Case(verifier, "bad", gamma)
 
 
 def believes(p_TV: Any, q_TV: Any, drafted: Sequence[int], random: Any) -> list[int]:
@@ -75,7 +89,11 @@ def test_a_sound_engine_passes_every_test(
     jobs = plan_checks(
         pack(source, dtype),
         dtype=dtype,
-        drafts={"D": FIRST, "S@int8": member(Granularity.parse("ffn=0.5"), "int8")},
+        drafts={
+            "D": FIRST,
+            "S@int8": member(Granularity.parse("ffn=0.5"), "int8"),
+            "folder": separate(stranger(tiny_model)),
+        },
         verifiers=VERIFIER_NAMES,
         prompts=PROMPTS,
         num_trials=200,
@@ -85,7 +103,14 @@ def test_a_sound_engine_passes_every_test(
     assert [check for check in checks if not check.passed] == []
     assert {check.test for check in checks} == {"exact", "dtype", "counts", "coupled", "greedy"}
     assert {check.dtype for check in checks} == {"fp64", "fp32", dtype}
-    assert {check.draft for check in checks} >= {"D", "S@int8", "hostile"}
+    names = {"D", "S@int8", "folder", "hostile", "lookup", "any"}
+    for test, dtypes in (("exact", ["fp64"]), ("greedy", ["fp32", dtype]), ("coupled", ["fp32", dtype])):
+        found = {(check.draft, check.dtype) for check in checks if check.test == test}
+        assert found >= {(name, each) for name in names for each in dtypes}, test
+    together = {(check.test, check.draft, check.gamma) for check in checks if check.batch > 1}
+    rows = ("D,hostile", "1,2")  # there are two prompts
+    assert together == {("exact", "D", "1"), ("greedy", *rows), ("coupled", *rows)}
+    assert {check.gamma for check in checks if check.draft == "any"} == {"auto"}
     bounds = [check.bound for check in checks if check.test == "counts"]
     assert sum(bounds) == pytest.approx(verify.FALSE_ALARM / 10)
 
@@ -104,7 +129,7 @@ def test_only_the_verifiers_that_were_asked_for_are_tested(tiny_model: ElasticLM
         )
         counted.append(len(jobs))
     token, coupled, both = counted
-    greedy = 2  # drafts
+    greedy = 5  # three drafts, a controller, a batch
     assert both - greedy == 2 * (token - greedy)
     assert coupled == 2 * greedy + 1
 
@@ -125,6 +150,33 @@ def test_the_walk_sees_a_law_that_is_not_the_targets(
     subject, case = with_bug(tiny_model, 3, lambda _: {"verifier": rebuilt_verifier})
     assert check_exact(subject, case).passed
     assert check_exact(subject, case, ends=True).passed
+
+
+def test_a_planted_bug_fails_when_a_controller_chooses(planted_bug: Bug, tiny_model: ElasticLM) -> None:
+    subject, case = with_bug(tiny_model, 2, planted_bug)
+    check = check_exact(subject, replace(case, draft=ANY, gamma=AUTO))
+    assert not check.passed
+    assert check.value > 1e-3
+    assert check_exact(few(tiny_model, 2), Case("token", ANY, AUTO)).passed
+
+
+def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = restrict(tiny_model, [5, 6], torch.float64)
+    subject = Few(target, {"D": FIRST, "hostile": hostile}, remember=False)
+    case = Case("block", "D", 1)
+    sound = check_exact(subject, case, beside=True)
+    assert sound.passed
+    assert sound.batch == 3
+    run = passes.run
+
+    def leaks(group: Sequence[passes.Pass]) -> list[torch.Tensor]:
+        """Every pass of a group sees a little of the last one."""
+        found = run(group)
+        return [logits_TV + 0.1 * found[-1][-1] * (len(group) > 1) for logits_TV in found]
+
+    monkeypatch.setattr(passes, "run", leaks)
+    assert check_exact(subject, case).passed
+    assert not check_exact(subject, case, beside=True).passed
 
 
 def test_a_bug_of_one_dtype_is_seen_beside_its_rounding(tiny_model: ElasticLM) -> None:
@@ -169,8 +221,8 @@ class Spoils:
 
 def identity(model: ElasticLM, dtype: str, law: str, factor: float) -> Check:
     whole = Whole(model=model, dtype=dtype, prompts=PROMPTS, length=24)
-    make = FIRST(model, View)
-    return check_identity(whole, "D", lambda: Spoils(make(), factor), law=law)
+    make = FIRST(Subject(model, View, ()))
+    return check_identity(whole, "D", lambda gamma: Fixed(Spoils(make(), factor), int(gamma)), law=law)
 
 
 @pytest.mark.parametrize("law", ["greedy", "T=1"])
@@ -183,6 +235,23 @@ def test_a_spoiled_cache_is_no_near_tie(law: str, dtype: str, tiny_model: Elasti
     assert spoiled.value > spoiled.bound > 0
     if dtype == "fp32":
         assert (sound.value, sound.note) == (0.0, "48 tokens of 48 alike")
+
+
+@pytest.mark.parametrize("law", ["greedy", "T=1"])
+def test_a_spoiled_cache_is_seen_in_a_batch(law: str, tiny_model: ElasticLM) -> None:
+    whole = Whole(model=tiny_model, dtype="fp32", prompts=PROMPTS, length=24)
+    drafts = Drafts(Subject(tiny_model, View, range(64)), {"D": FIRST})
+
+    def check(factor: float) -> Check:
+        def spoiled(gamma: Gamma) -> Policy:
+            return Fixed(Spoils(FIRST(Subject(tiny_model, View, ()))(), factor), int(gamma))
+
+        return check_batch(whole, {("D", 2): partial(drafts.policy, "D"), ("D", 3): spoiled}, law=law)
+
+    sound, spoiled = check(1.0), check(-1.0)
+    assert (sound.value, sound.note, sound.batch) == (0.0, "48 tokens of 48 alike", 2)
+    assert (sound.draft, sound.gamma) == ("D,D", "2,3")
+    assert not spoiled.passed
 
 
 def test_a_gap_is_what_the_choice_compared(tiny_model: ElasticLM) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train import search
 from train.cli import main
+from train.search import drafts, measure
 
 Fails = Callable[..., str]
 BRIEF = ("--num-tokens", "200", "--confirm", "1", "--num-prompts", "2", "--rounds", "1", "--dtype", "fp32")
@@ -21,8 +21,8 @@ def test_it_shows_writes_and_keeps_what_it_found_and_auto_takes_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(search, "SECONDS", 0.0)
-    monkeypatch.setattr(search, "LEAST_SPEEDUP", 0.0)  # a draft is found, however slow this machine is today
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    monkeypatch.setattr(drafts, "LEAST_SPEEDUP", 0.0)  # a draft is found, however slow this machine is today
     path = tmp_path / "search.json"
     flags = [
         "--draft",

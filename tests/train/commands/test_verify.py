@@ -1,13 +1,16 @@
 """`nestling verify`: a line for each law test, 1 if one fails; mistakes in one line."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from models.checkpoint import save_model
+from models.config import ElasticConfig
 from models.decode.accept import VERIFIERS
 from models.elastic import ElasticLM
 from models.granularity import Granularity
@@ -43,13 +46,45 @@ def test_every_test_is_a_line_and_a_record(folder: Path, capsys: pytest.CaptureF
     results: dict[str, Any] = json.loads((folder.parent / "verify.json").read_text())
     assert results["passed"] is True
     assert f"{len(results['checks'])} of {len(results['checks'])} hold" in shown.out
-    assert {check["draft"] for check in results["checks"]} == {"S", "hostile"}
+    drafts = {check["draft"] for check in results["checks"]}
+    assert drafts == {"S", "hostile", "lookup", "any", "S,hostile,lookup,any"}
     assert {check["verifier"] for check in results["checks"]} == {"block", "coupled", ""}
-    fields = {"test", "verifier", "draft", "gamma", "law", "dtype", "value", "bound", "note", "passed"}
+    fields = {
+        "test",
+        "verifier",
+        "draft",
+        "gamma",
+        "law",
+        "dtype",
+        "batch",
+        "value",
+        "bound",
+        "note",
+        "passed",
+    }
     assert all(check.keys() == fields for check in results["checks"])
     assert results.keys() >= {"model", "false_alarm", "trials", "max_new_tokens", "seed", "card"}
     assert results["card"]["dtypes"] == {"model": "fp32"}
     assert "\x1b" not in shown.out + shown.err
+
+
+def test_another_folder_drafts_unless_its_tokens_are_others(
+    folder: Path, tiny_config: ElasticConfig, fails: Fails
+) -> None:
+    def other(name: str, **fields: int) -> Path:
+        model = ElasticLM(dataclasses.replace(tiny_config, **fields))  # type: ignore[arg-type]
+        model.init_weights(torch.Generator().manual_seed(1))
+        return save_model(folder.parent / name, model)
+
+    small, odd = other("small", num_hidden_layers=1), other("odd", num_hidden_layers=1, vocab_size=32)
+    words = [*flags(folder), "--verifier", "block", "--verifier", "coupled"]
+    assert main([*words, "--draft", f"{small}@int8", "--draft", "lookup"]) == 0
+    checks = json.loads((folder.parent / "verify.json").read_text())["checks"]
+    tests = {check["test"] for check in checks if check["draft"] == f"{small}@int8"}
+    assert tests == {"exact", "dtype", "counts", "greedy", "coupled"}
+    assert "vocabulary of 32 tokens" in fails(*words, "--draft", odd, code=2)
+    large = other("large", num_hidden_layers=9)
+    assert "more than its target's" in fails(*words, "--draft", large, code=2)
 
 
 def test_a_broken_verifier_ends_in_exit_code_1(
@@ -73,7 +108,9 @@ def test_a_broken_verifier_ends_in_exit_code_1(
         (["--verifier", "blocks"], "--verifier 'blocks' is none of token, block, coupled", 2),
         (["--trials", "10"], "--trials must be at least 100, got 10", 2),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0", 2),
-        (["--draft", "Q"], "'Q'", 2),
+        (["--draft", "Q"], "--draft Q is neither a member of the family nor a folder", 2),
+        (["--draft", "auto"], "--draft auto is no draft to test; name a member, a folder or lookup", 2),
+        (["--draft", "nowhere/model"], "--draft nowhere/model is neither", 2),
         (["--draft", "S@int9"], "'int9' is no precision", 2),
         (["--draft", "layers=0:9"], "layer 9", 2),
         (["--prompt", "Once"], "has no tokenizer.json", 1),

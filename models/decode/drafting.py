@@ -85,20 +85,47 @@ def _asked(folder: ModelFolder, text: str, gamma: int | None) -> Drafting:
     if text == "none":
         return Drafting(draft=None, name="none", gamma=0)
     number = DEFAULT_GAMMA if gamma is None else gamma
-    if text == LOOKUP and LOOKUP not in folder.family:
+    if is_lookup(folder, text):
         return Drafting(draft=LookupDraft(), name=LOOKUP, gamma=number)
+    other = other_folder(folder, text)
+    return nested_drafting(folder, text, number) if other is None else _separate(folder, *other, number)
+
+
+def is_lookup(folder: ModelFolder, text: str) -> bool:
+    """Whether `--draft` means copies of earlier text, and no member of that name."""
+    return text == LOOKUP and LOOKUP not in folder.family
+
+
+def other_folder(folder: ModelFolder, text: str) -> tuple[str, str | None] | None:
+    """The folder that `--draft` means and its precision; None if it means a member of this one.
+
+    Raises:
+        UsageError: if it means neither.
+    """
     if Path(text).is_dir() and text not in folder.family:
-        return _separate(folder, text, None, number)  # a folder's name may hold anything
+        return text, None  # a folder's name may hold anything
     name, precision = split_precision(text)
     if name in folder.family or name == "full" or "=" in name:
-        return nested_drafting(folder, text, number)
+        return None
     if not Path(name).is_dir():
         raise UsageError(
             f"--draft {text} is neither a member of the family nor a folder; choose from "
             f"{', '.join(folder.family)}, auto, lookup and none, write a granularity out as in ffn=0.25, "
             "or give a model folder; each may carry a precision, as in S@int8"
         )
-    return _separate(folder, name, precision, number)
+    return name, precision
+
+
+def open_separate(folder: ModelFolder, path: str) -> ModelFolder:
+    """Another folder in the dtype of the target's weights.
+
+    Raises:
+        UsageError: if it means other texts by its tokens.
+        NestlingError: if it cannot be opened.
+    """
+    other = load_model(path, dtype=folder.model.model.embed_tokens.weight.dtype)
+    _check_same_tokens(folder, other)
+    return other
 
 
 def nested_drafting(
@@ -137,8 +164,7 @@ def nested_drafting(
 
 
 def _separate(folder: ModelFolder, path: str, precision: str | None, gamma: int) -> Drafting:
-    other = load_model(path, dtype=folder.model.model.embed_tokens.weight.dtype)
-    _check_same_tokens(folder, other)
+    other = open_separate(folder, path)
     model = other.model if precision is None else pack(other.model, precision, FULL)
     extra_bytes = sum(weight.nbytes for weight in other.model.parameters()) + packed_bytes(model)
     return Drafting(
@@ -216,13 +242,14 @@ def make_policy(
     if not adapts:
         return Fixed(drafting.draft, drafting.gamma, drafting.name, drafting.costs)
     alpha = known_acceptance(folder.members, params).get(drafting.name, PRIOR_ALPHA)
-    arms = [] if drafting.draft is None else [_arm(drafting.name, drafting.draft, alpha)]
+    arms = [] if drafting.draft is None else [make_arm(drafting.name, drafting.draft, alpha)]
     if copies:
-        arms.append(_arm(LOOKUP, LookupDraft(), PRIOR_ALPHA))
+        arms.append(make_arm(LOOKUP, LookupDraft()))
     return Controller(arms, drafting.costs)
 
 
-def _arm(name: str, draft: Draft, alpha: float) -> Arm:
+def make_arm(name: str, draft: Draft, alpha: float = PRIOR_ALPHA) -> Arm:
+    """What a controller may pick; `alpha` is a member's acceptance, as far as it is known."""
     if isinstance(draft, LookupDraft):  # it costs nothing, and may have nothing to propose
         return Arm(name=name, draft=draft, alpha=LOOKUP_ALPHA, step=0.0, room=draft.room)
     return Arm(name=name, draft=draft, alpha=alpha)

@@ -6,7 +6,7 @@ from models.config import ElasticConfig
 from models.count import count_flops
 from models.granularity import FULL, Granularity
 from models.quantize import split_precision
-from train.candidates import Candidate, list_candidates
+from train.search.candidates import Candidate, list_candidates
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 7, 24])

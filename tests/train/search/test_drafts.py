@@ -8,9 +8,11 @@ import torch
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.granularity import Granularity
-from train import search
-from train.candidates import Candidate
-from train.search import Confirmed, Estimate, Result, Text, choices, continue_text, search_drafts
+from train.search import drafts, measure
+from train.search.candidates import Candidate
+from train.search.confirm import Confirmed
+from train.search.drafts import Result, choices, search_drafts
+from train.search.measure import Estimate, Text, continue_text
 
 GREEDY, WARM = SamplingParams(), SamplingParams(temperature=1.0)
 COUNTS_V = torch.arange(64)
@@ -19,8 +21,8 @@ COUNTS_V = torch.arange(64)
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time for timings, and no packed copies, which the clock would not see."""
-    monkeypatch.setattr(search, "SECONDS", 0.0)
-    monkeypatch.setattr(search, "PRECISIONS", ())
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    monkeypatch.setattr(drafts, "PRECISIONS", ())
 
 
 class LayerClock:
@@ -123,10 +125,12 @@ def test_the_best_drafts_are_tried_in_other_precisions_and_with_fewer_tokens(
         half = 0.5 if "@int8" in name else 1.0
         return len(layers) / 4 * half * (0.5 if "32 tokens" in name else 1.0)
 
-    monkeypatch.setattr(search, "PRECISIONS", ("fp32", "int8"))
-    monkeypatch.setattr(search, "time_drafts", lambda _, drafts, **__: {name: cost(name) for name in drafts})
+    monkeypatch.setattr(drafts, "PRECISIONS", ("fp32", "int8"))
     monkeypatch.setattr(
-        search, "list_candidates", lambda *_: [Granularity.parse(text) for text in ("layers=0", "layers=0-1")]
+        measure, "time_drafts", lambda _, scorers, **__: {name: cost(name) for name in scorers}
+    )
+    monkeypatch.setattr(
+        drafts, "list_candidates", lambda *_: [Granularity.parse(text) for text in ("layers=0", "layers=0-1")]
     )
     found = search_drafts(
         model, text_for(model, GREEDY), num_prompts=1, num_rounds=1, clock=LayerClock(model)
@@ -187,4 +191,4 @@ def test_vocabularies_are_shares_and_what_covers_a_text() -> None:
     counts_V = torch.zeros(4096)
     counts_V[:100] = 1000
     counts_V[100:1000] = 5
-    assert search._vocabularies(counts_V) == [128, 832, 1024, 2048]
+    assert drafts._vocabularies(counts_V) == [128, 832, 1024, 2048]

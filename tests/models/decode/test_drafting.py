@@ -7,13 +7,13 @@ import torch
 
 from models.checkpoint import ModelFolder, load_model, save_model
 from models.decode.draft import ModelDraft, NestedDraft
+from models.decode.drafting import choose_drafting
 from models.decode.engine import stream
+from models.decode.open import open_for_decoding
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.quantize import packed_bytes
-from train.commands.common import open_for_decoding
-from train.commands.drafting import choose_drafting
 
 GREEDY = SamplingParams()
 PROMPT = [1, 2, 3, 4]

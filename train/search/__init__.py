@@ -1,0 +1,1 @@
+"""The draft that decodes fastest on this machine."""

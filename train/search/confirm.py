@@ -1,0 +1,102 @@
+"""What real decoding makes of an estimate: the few best drafts of a search and plain, in turn, on prompts."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from models.bench.engines import Engine, OurEngine
+from models.bench.matrix import Cell, Label
+from models.bench.report import make_rows
+from models.bench.run import Runs, run_cells
+from models.decode.draft import NestedDraft
+from models.decode.sampling import SamplingParams
+from models.decode.vocabulary import most_frequent
+from train.search.measure import Estimate, Measurements, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmed:
+    """An estimate, or plain decoding, and what real decoding made of it."""
+
+    estimate: Estimate | None
+    params: SamplingParams
+    speedup: float
+    """Over plain decoding, after the first token."""
+    tau: float
+    alpha: float | None
+    tokens_per_second: float
+    """After the first token."""
+
+
+def confirm(
+    measured: Measurements,
+    best: Mapping[SamplingParams, Sequence[Estimate]],
+    num_prompts: int,
+    num_rounds: int,
+    dtype: str,
+    progress: Progress,
+) -> tuple[list[Confirmed], Runs]:
+    """Decode plainly and with the best drafts, in turn, each law on the same prompts."""
+    contenders = {
+        _label(params, estimate, dtype): (params, estimate)
+        for params, estimates in best.items()
+        for estimate in (None, *estimates)
+    }
+    cells = [
+        Cell(label=label, engine=_engine(measured, *contender)) for label, contender in contenders.items()
+    ]
+    rows_RT = next(iter(measured.text.rows.values()))[:num_prompts]
+    prompts = rows_RT[:, : measured.text.num_prompt].tolist()
+    total, done = len(cells) * (1 + num_rounds * len(prompts)), itertools.count(1)
+    runs = run_cells(
+        cells,
+        prompts,
+        max_new_tokens=measured.text.num_new,
+        num_rounds=num_rounds,
+        progress=lambda: progress("decoding", next(done), total),
+    )
+    confirmed = [
+        Confirmed(
+            estimate=estimate,
+            params=params,
+            speedup=row["decode_speedup"],
+            tau=row["tau"],
+            alpha=row["alpha"],
+            tokens_per_second=row["decode_tokens_per_second"],
+        )
+        for (params, estimate), row in zip(contenders.values(), make_rows(runs), strict=True)
+    ]
+    return confirmed, runs
+
+
+def _label(params: SamplingParams, estimate: Estimate | None, dtype: str) -> Label:
+    common: dict[str, Any] = {
+        "engine": "nestling",
+        "dtype": dtype,
+        "temperature": params.temperature,
+        "threads": torch.get_num_threads(),
+    }
+    if estimate is None:
+        return Label(**common, mode="plain")
+    name = f"{estimate.candidate} by {estimate.verifier}"
+    return Label(**common, mode="speculative", draft=name, gamma=estimate.gamma)
+
+
+def _engine(measured: Measurements, params: SamplingParams, estimate: Estimate | None) -> Engine:
+    """Decodes as an estimate says, or plainly."""
+    if estimate is None:
+        return OurEngine(model=measured.target, params=params)
+    candidate = estimate.candidate
+    view = measured.views[candidate.granularity, candidate.precision]
+    few = candidate.num_tokens
+    draft = NestedDraft(view, None if few is None else most_frequent(measured.text.counts_V, few))
+    return OurEngine(
+        model=measured.target,
+        params=params,
+        new_draft=lambda: draft,  # it has nothing to forget
+        gamma=estimate.gamma,
+        verifier=estimate.verifier,
+    )
