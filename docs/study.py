@@ -25,7 +25,7 @@ from rich.console import Console
 
 from models.card import make_card
 from models.checkpoint import ModelFolder, load_model
-from models.files import read_json, write_json, write_text
+from models.files import make_folder, read_json, write_json, write_text
 from models.granularity import FULL
 from models.measure.consistency import compare_views
 from models.view import View
@@ -210,6 +210,7 @@ def collect(out: Path) -> None:
     found = [result_of(folder_of(arm.name, corpus, seed, out)) for arm, corpus, seed in work()]
     runs = [read_json(path) for path in found if path.exists()]
     cards = [run.pop("card") for run in runs]
+    make_folder(RESULTS)
     write_json(RESULTS / "runs.json", {"command": COMMAND, "card": cards[0], "runs": runs})
 
 
