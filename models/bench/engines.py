@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from models.decode.chance import SeededRandom
-from models.decode.draft import Draft
 from models.decode.engine import stream
+from models.decode.policy import Fixed, Policy
 from models.decode.sampling import SamplingParams
 from models.decode.state import Model
 
@@ -52,20 +52,18 @@ class OurEngine:
 
     model: Model
     params: SamplingParams
-    new_draft: Callable[[], Draft] | None = None
-    """Called for each prompt: a draft with a cache of its own must not know the prompt from before."""
-    gamma: int = 0
+    new_policy: Callable[[], Policy] = lambda: Fixed(None, 0)
+    """Called for each prompt, which no draft may know from before."""
     verifier: str = "block"
 
     def decode(self, prompt_ids: Sequence[int], *, max_new_tokens: int, seed: int) -> Sample:
         """See `Engine`."""
-        draft = self.new_draft() if self.new_draft else None
+        policy = self.new_policy()
         start = perf_counter()
         tokens = stream(
             self.model,
             prompt_ids,
-            draft=draft,
-            gamma=self.gamma,
+            policy=policy,
             params=self.params,
             max_new_tokens=max_new_tokens,
             eos_token_ids=(),

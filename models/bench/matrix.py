@@ -11,10 +11,10 @@ one of these in one dtype at one temperature. Another engine is one more generat
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from models import gguf
 from models.bench import llama
@@ -22,6 +22,7 @@ from models.bench.engines import Engine, OurEngine, Stock, StockEngine
 from models.bench.threads import NUM_TOKENS, fastest_threads
 from models.checkpoint import ModelFolder, load_model
 from models.decode.draft import Draft, ModelDraft, NestedDraft, renewed
+from models.decode.policy import Fixed, Policy
 from models.decode.sampling import SamplingParams
 from models.decode.state import elastic_model
 from models.elastic import ElasticLM
@@ -50,8 +51,9 @@ class Label:
     temperature: float
     threads: int
     draft: str | None = None
-    gamma: int | None = None
-    """Drafted tokens a round; None where nothing drafts or a schedule decides."""
+    gamma: int | Literal["auto"] | None = None
+    """Drafted tokens a round; `auto`: ours, by what is measured; None where nothing drafts or their
+    schedule decides."""
     schedule: str | None = None
     """constant, or default: of transformers, which stops drafting where the draft is not confident."""
     cache: str | None = None
@@ -73,6 +75,9 @@ class DraftChoice:
     name: str
     draft: Draft
     gamma: int
+    """Drafted tokens a round; of theirs alone where there is a controller."""
+    new_controller: Callable[[], Policy] | None = None
+    """For each prompt, in place of as many tokens every time."""
 
 
 class Target:
@@ -208,9 +213,14 @@ def _ours(target: Target, params: SamplingParams, drafts: Sequence[DraftChoice])
     common = {"engine": "nestling", "threads": target.num_threads}
     yield {**common, "mode": "plain"}, OurEngine(model=target.model, params=params)
     for choice in drafts:
-        label = {**common, "mode": "speculative", "draft": choice.name, "gamma": choice.gamma}
-        new_draft = functools.partial(renewed, choice.draft)
-        yield label, OurEngine(model=target.model, params=params, new_draft=new_draft, gamma=choice.gamma)
+        gamma = choice.gamma if choice.new_controller is None else "auto"
+        label = {**common, "mode": "speculative", "draft": choice.name, "gamma": gamma}
+        new_policy = choice.new_controller or functools.partial(_fixed, choice)
+        yield label, OurEngine(model=target.model, params=params, new_policy=new_policy)
+
+
+def _fixed(choice: DraftChoice) -> Policy:
+    return Fixed(renewed(choice.draft), choice.gamma)
 
 
 def _theirs(

@@ -151,6 +151,19 @@ def test_auto_says_what_it_chose(folder: Path, bench: Bench) -> None:
     assert not [row for row in rows_of(document) if row[2]]
 
 
+def test_a_controller_decides_for_ours_and_numbers_for_theirs(folder: Path, bench: Bench) -> None:
+    code, out, err = bench(folder, "--draft", "L", "--draft", "auto", "--gamma", "auto", *BRIEF)
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["results"]
+    ours = [row for row in rows if (row["engine"], row["mode"]) == ("nestling", "speculative")]
+    # No member that was measured pays, but copies may: they are what auto comes to.
+    assert [(row["draft"], row["gamma"]) for row in ours] == [("L", "auto"), ("lookup", "auto")]
+    assert {row["num_identical"] for row in ours} == {2}
+    theirs = [row["gamma"] for row in rows if row["mode"] == "assisted"]
+    assert theirs == [None, 2, 4, 8]
+    assert "auto" in out.partition("gamma: drafted tokens a round")[0]
+
+
 def test_unequal_layers_draft_here_and_are_noted_as_no_assistant(folder: Path, bench: Bench) -> None:
     code, out, err = bench(folder, "--draft", "ffn=1:0.5,layers=0:1", *BRIEF)
     assert code == 0, err
@@ -233,7 +246,8 @@ def test_a_wrong_source_or_plot_is_refused_before_any_work(
         (["--rounds", "0"], 2, "--rounds must be at least 1, got 0"),
         (["--num-prompts", "0"], 2, "--num-prompts must be at least 1, got 0"),
         (["--max-new-tokens", "1"], 2, "--max-new-tokens must be at least 2, got 1"),
-        (["--gamma", "0"], 2, "--gamma must be at least 1, got 0"),
+        (["--gamma", "0"], 2, "--gamma must be 1 or more, or auto, got 0"),
+        (["--gamma", "some"], 2, "--gamma 'some' is no number; give 1 or more, or auto"),
         (["--temperature", "-1"], 2, "--temperature must be 0 or more, got -1.0"),
         (["--dtype", "fp8"], 2, "dtype=fp8 is not known"),
         (

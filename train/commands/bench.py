@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.errors import UsageError
-from train.commands.common import JsonOption, check_file, check_json, check_plot
+from train.commands.common import JsonOption, check_file, check_gamma, check_json, check_plot
 from train.console import make_console, progress_bar
 
 if TYPE_CHECKING:
@@ -36,7 +36,12 @@ def bench(
         ),
     ] = None,
     gamma: Annotated[
-        int | None, typer.Option(help="Drafted tokens a round. Default: auto's choice, or 4.")
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Drafted tokens a round; auto: ours follow what they measure, as in generate. "
+            "Default: the number that --draft auto finds best, or 4.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -83,7 +88,8 @@ def bench(
     """Measure plain and speculative decoding, ours and that of transformers, on the same weights."""
     check_json(json)
     check_plot(plot)
-    _check_numbers(num_prompts=num_prompts, max_new_tokens=max_new_tokens, rounds=rounds, gamma=gamma)
+    _check_numbers(num_prompts=num_prompts, max_new_tokens=max_new_tokens, rounds=rounds)
+    number = check_gamma(gamma, least=1)
     _check_source(model, random, alpha, prompts, data)
     from models.bench.report import make_notes, make_rows
     from models.bench.run import run_cells
@@ -95,7 +101,7 @@ def bench(
     with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="nestling-bench-") as scratch:
         options = Options(
             drafts=draft or [DEFAULT_EXIT if random else "auto"],
-            gamma=gamma,
+            gamma=number,
             num_prompts=num_prompts,
             max_new_tokens=max_new_tokens,
             laws=[SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])],
@@ -133,14 +139,13 @@ def bench(
 DEFAULT_ALPHA = 0.8
 
 
-def _check_numbers(*, num_prompts: int, max_new_tokens: int, rounds: int, gamma: int | None) -> None:
+def _check_numbers(*, num_prompts: int, max_new_tokens: int, rounds: int) -> None:
     for flag, value, least in (
         ("--num-prompts", num_prompts, 1),
         ("--max-new-tokens", max_new_tokens, 2),  # decoding alone begins with the second
         ("--rounds", rounds, 1),
-        ("--gamma", gamma, 1),
     ):
-        if value is not None and value < least:
+        if value < least:
             raise UsageError(f"{flag} must be at least {least}, got {value}")
 
 
@@ -227,6 +232,6 @@ def _finish(console: Console, path: Path | None, plot: Path | None, results: Map
 _LEGEND = (
     "tokens/s: prefill included, median over rounds and its range; decode: after the first target pass; "
     "x plain: against nestling plain\n*: the fastest of its engine and mode; gamma: drafted tokens a round, "
-    "or the schedule of transformers; tau: tokens per target pass\nread: of the memory's bandwidth; "
+    "auto or the schedule of transformers; tau: tokens per target pass\nread: of the memory's bandwidth; "
     "same: prompts whose greedy tokens are those of nestling plain"
 )

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,9 +22,19 @@ from models.bench.prompts import (
 from models.bench.shapes import SHAPES, RandomModel, check_exit, check_memory, random_model, random_prompts
 from models.checkpoint import ModelFolder, save_model
 from models.count import count_parameters
-from models.decode.drafting import DEFAULT_VERIFIER, choose_drafting
+from models.decode.draft import renewed
+from models.decode.drafting import (
+    AUTO,
+    DEFAULT_GAMMA,
+    DEFAULT_VERIFIER,
+    LOOKUP,
+    Drafting,
+    choose_drafting,
+    make_policy,
+)
 from models.decode.lookup import LookupDraft
 from models.decode.open import open_for_decoding
+from models.decode.policy import Policy
 from models.decode.sampling import SamplingParams
 from models.errors import NestlingError, UsageError
 from models.granularity import Granularity
@@ -40,7 +51,7 @@ class Options:
     """What the user asked for, whatever the model."""
 
     drafts: Sequence[str]
-    gamma: int | None
+    gamma: int | Literal["auto"] | None
     num_prompts: int
     max_new_tokens: int
     laws: Sequence[SamplingParams]
@@ -200,13 +211,37 @@ def _open_prompts(
 
 def _drafts(target: Target, params: SamplingParams, options: Options, notes: list[str]) -> list[DraftChoice]:
     chosen = []
+    adapts = options.gamma == AUTO
+    number = options.gamma if isinstance(options.gamma, int) else None
     for text in dict.fromkeys(options.drafts):
         drafting = choose_drafting(
-            target.folder, text, options.gamma, params, dtype=target.dtype, verifier=DEFAULT_VERIFIER
+            target.folder, text, number, params, dtype=target.dtype, verifier=DEFAULT_VERIFIER
         )
+        copies = adapts and text == AUTO  # as in `nestling generate`
         if drafting.note:
             about = f"--draft {text} ({target.dtype}, T={params.temperature:g})"
-            notes.append(f"{about} is {drafting.name}: {drafting.note}")
+            notes.append(f"{about} is {drafting.name}{' or lookup' * copies}: {drafting.note}")
+        new_controller = partial(_controller, target, drafting, params, copies=copies) if adapts else None
         if drafting.draft is not None:
-            chosen.append(DraftChoice(name=drafting.name, draft=drafting.draft, gamma=drafting.gamma))
+            chosen.append(
+                DraftChoice(
+                    name=drafting.name,
+                    draft=drafting.draft,
+                    gamma=drafting.gamma,
+                    new_controller=new_controller,
+                )
+            )
+        elif copies:
+            chosen.append(
+                DraftChoice(
+                    name=LOOKUP, draft=LookupDraft(), gamma=DEFAULT_GAMMA, new_controller=new_controller
+                )
+            )
     return chosen
+
+
+def _controller(target: Target, drafting: Drafting, params: SamplingParams, *, copies: bool) -> Policy:
+    """Of one prompt, which no draft may know from before."""
+    renew = None if drafting.draft is None else renewed(drafting.draft)
+    drafting = dataclasses.replace(drafting, draft=renew)
+    return make_policy(target.folder, drafting, params, adapts=True, copies=copies)

@@ -69,9 +69,13 @@ def setting(row: Mapping[str, Any]) -> str:
 
     >>> setting({"cache": "static"}), setting({"schedule": "default"}), setting({"gamma": 4})
     ('static cache', 'default schedule', '4 a round')
+    >>> setting({"gamma": "auto"})
+    'gamma auto'
     """
     if row.get("cache"):
         return f"{row['cache']} cache"
+    if row.get("gamma") == "auto":
+        return "gamma auto"
     if row.get("gamma"):
         return f"{row['gamma']} a round"
     return f"{row['schedule']} schedule" if row.get("schedule") else ""

@@ -12,6 +12,7 @@ from models.bench.matrix import Cell, Label
 from models.bench.report import make_rows
 from models.bench.run import Runs, run_cells
 from models.decode.draft import NestedDraft
+from models.decode.policy import Fixed
 from models.decode.sampling import SamplingParams
 from models.decode.vocabulary import most_frequent
 from train.search.measure import Estimate, Measurements, Progress
@@ -96,7 +97,6 @@ def _engine(measured: Measurements, params: SamplingParams, estimate: Estimate |
     return OurEngine(
         model=measured.target,
         params=params,
-        new_draft=lambda: draft,  # it has nothing to forget
-        gamma=estimate.gamma,
+        new_policy=lambda: Fixed(draft, estimate.gamma),  # the draft has nothing to forget
         verifier=estimate.verifier,
     )

@@ -13,6 +13,8 @@ from models.bench.matrix import Cell, DraftChoice, Label, Target, make_cells
 from models.bench.run import run_cells
 from models.checkpoint import load_model, save_model
 from models.config import ElasticConfig
+from models.decode.auto import Costs
+from models.decode.control import Arm, Controller
 from models.decode.draft import ModelDraft, NestedDraft
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
@@ -62,6 +64,24 @@ def test_what_transformers_cannot_run_in_int8_is_left_out_and_its_draft_runs_in_
         ("nestling", "S@int8"),
     }
     assert {label.draft for label in labels["fp32"] if label.mode == "assisted"} == {"S"}
+
+
+def test_a_controller_is_made_anew_for_each_prompt(target: Target) -> None:
+    made: list[Controller] = []
+
+    def controller() -> Controller:
+        arm = Arm(name="L", draft=nested(target, "L").draft, step=0.01)
+        made.append(Controller([arm], Costs(dict.fromkeys(range(1, 10), 1.0), {})))
+        return made[-1]
+
+    choice = dataclasses.replace(nested(target, "L"), new_controller=controller)
+    cells = [cell for cell in make_cells(target, GREEDY, [choice]) if cell.label.engine == "nestling"]
+    runs = run_cells(cells, PROMPTS, max_new_tokens=12, num_rounds=1)
+    assert [label.gamma for label in runs.samples] == [None, "auto"]
+    assert len(made) == 3  # one to warm up
+    plain, ours = ([sample.ids for sample in rounds[0]] for rounds in runs.samples.values())
+    assert ours == plain
+    assert all(one.spent > 1 for one in made), "each was told of its own rounds"
 
 
 def test_every_engine_writes_the_greedy_ids_of_plain_decoding(target: Target) -> None:
