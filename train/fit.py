@@ -161,9 +161,9 @@ def open_run(
         sweep(folder)
     if state is not None:
         drop_old_states(out / "steps", step=state.step, keep=recipe.trainer.keep_checkpoints)
-    if teacher is not None:  # before the recipe, which makes the folder a run
+    save_recipe(recipe, out / RECIPE_FILE)  # first: it makes the folder one that may be gone on with
+    if teacher is not None:
         write_json(out / TEACHER_FILE, teacher.record)
-    save_recipe(recipe, out / RECIPE_FILE)
 
 
 def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
@@ -177,12 +177,14 @@ def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
 
 
 def _check_same_teacher(teacher: Teacher | None, out: Path) -> None:
-    """The recipe already says that it has the same name."""
-    if teacher is not None and read_json(out / TEACHER_FILE).get("sha256") != teacher.sha256:
-        raise UsageError(
-            f"loss.teacher={teacher.path}: has other weights than when the run in --out {out} began; "
-            "restore them, choose another --out, or start anew with --resume never"
-        )
+    """Its name is in the recipe; a run without a record was killed before it trained."""
+    record = out / TEACHER_FILE
+    if teacher is None or not record.is_file() or read_json(record).get("sha256") == teacher.sha256:
+        return
+    raise UsageError(
+        f"loss.teacher={teacher.path}: has other weights than when the run in --out {out} began; "
+        "restore them, choose another --out, or start anew with --resume never"
+    )
 
 
 def make_config(recipe: Recipe, data: TextData) -> ElasticConfig:

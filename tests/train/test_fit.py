@@ -268,6 +268,23 @@ def test_a_run_does_not_go_on_with_another_teacher(text: Path, tmp_path: Path, f
     run(recipe, out)
 
 
+@pytest.mark.parametrize("place", ["train.fit.save_recipe", "train.fit.write_json"])
+def test_a_run_killed_before_its_teacher_is_recorded_can_be_started_again(
+    text: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    recipe = make_recipe(text, f"loss.teacher={finished / 'model'}", "trainer.max_steps=1")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, die)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "teacher.json").is_file()
+
+
 def test_a_finished_run_trains_no_further(text: Path, finished: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     run(make_recipe(text), finished)
