@@ -147,9 +147,13 @@ def test_a_teacher_gets_no_gradient_and_scores_a_piece_at_a_time(
     monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 10)
     teacher.requires_grad_(True)  # even if nobody has frozen it
     seen: list[int] = []
+    kept: list[bool] = []
     teacher.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[0]))
+    for part in (*teacher.model.layers, teacher.lm_head):
+        part.register_forward_hook(lambda *call: kept.append(call[2].requires_grad))
     gradients(tiny_model, [make_batch()], StepPlan(full=True, exits=(), turns=()), teacher=teacher)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(kept), "nothing is kept for a backward pass"
     assert (max(seen), sum(seen)) == (10, make_batch().tokens_BT.numel())
 
 
