@@ -12,6 +12,7 @@ over processes changes nothing. An exit is a member that is a prefix of the laye
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -102,7 +103,8 @@ def plan_step(
     shares = dict.fromkeys(narrow, everyone)
     if config.kind == "rows":
         size = min(config.rows_per_turn, num_rows)
-        shares = _divide(narrow, config.share * num_rows, num_rows, size, step)
+        takers = _whose_turn(narrow, config.share * num_rows / size, seed, step)
+        shares = _divide(takers, size, num_rows)
     turns = tuple(_turn(name, rows, num_rows, config, rng) for name, rows in shares.items())
     every = config.exit_every if config.kind == "rows" else 1
     return StepPlan(
@@ -115,23 +117,26 @@ def plan_step(
     )
 
 
-def _divide(names: list[str], rows_per_step: float, num_rows: int, size: int, step: int) -> dict[str, range]:
-    """Hand out rows in turn, `size` at once; with fewer turns than members, each has its own steps.
+def _whose_turn(names: list[str], turns_per_step: float, seed: int, step: int) -> list[str]:
+    """The members whose turn comes in a step, one name for each turn; with less than one a step, often none.
 
-    Fractions of a turn add up over the steps, so that less than one a step is none in some.
+    Of as many turns as there are members each has one, in an order that is drawn anew every time: in a
+    fixed one, every n-th step, which the log tells of, might show the same member for ever.
     """
-    if not names:
-        return {}
-    handed_out = math.floor(step * rows_per_step / size)
-    quota = math.floor((step + 1) * rows_per_step / size) - handed_out
-    start = handed_out % len(names)
-    order = names[start:] + names[:start]
-    turns = [quota // len(names) + (place < quota % len(names)) for place in range(len(names))]
+    first, last = (math.floor(count * turns_per_step) for count in (step, step + 1))
+    found = []
+    for number in range(first, last if names else first):
+        cycle, place = divmod(number, len(names))
+        found.append(random.Random(f"turns {seed} {cycle}").sample(names, len(names))[place])
+    return found
+
+
+def _divide(takers: list[str], size: int, num_rows: int) -> dict[str, range]:
+    """Hand out the step's rows, `size` a turn and those of a member side by side."""
     shares, first = {}, 0
-    for name, count in zip(order, turns, strict=True):
-        if count:
-            shares[name] = range(first, min(first + count * size, num_rows))
-            first += count * size
+    for name, count in Counter(takers).items():
+        shares[name] = range(first, min(first + count * size, num_rows))
+        first += count * size
     return shares
 
 

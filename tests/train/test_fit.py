@@ -73,6 +73,7 @@ def make_recipe(text: Path, *overrides: str) -> Recipe:
         "optim.lr": 0.01,
         "optim.warmup_steps": 2,
         "sampler.share": 0.25,
+        "sampler.rows_per_turn": 1,
         "trainer.max_steps": 8,
         "trainer.batch_size": 4,
         "trainer.val_check_interval": 4,

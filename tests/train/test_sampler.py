@@ -52,8 +52,16 @@ def test_less_than_a_row_a_step_is_none_in_some_steps() -> None:
 def test_a_member_waits_until_its_rows_have_come_together() -> None:
     plans = [plan("rows", step, share=1 / 16, rows_per_turn=4) for step in range(24)]
     turns = [[(turn.name, len(turn.rows)) for turn in made.turns] for made in plans]
-    assert [turn for step in turns for turn in step] == [(name, 4) for name in "SMLSML"]
+    names, counts = zip(*(turn for step in turns for turn in step), strict=True)
+    assert set(counts) == {4}
+    assert [sorted(names[:3]), sorted(names[3:])] == [["L", "M", "S"]] * 2
     assert [bool(step) for step in turns] == [False, False, False, True] * 6
+
+
+def test_no_stride_of_steps_sees_the_same_member_for_ever() -> None:
+    for stride in (4, 8, 12, 20):
+        plans = [plan("rows", step, share=1 / 16, rows_per_turn=4) for step in range(3, 60 * stride, stride)]
+        assert {turn.name for made in plans for turn in made.turns} == {"S", "M", "L"}, stride
 
 
 def test_a_turn_is_at_most_a_whole_step() -> None:
