@@ -235,7 +235,7 @@ def train(
     recipe, settings = module.recipe, module.recipe.trainer
     log = MetricsLog(None)
     if fabric.is_global_zero:
-        loggers = make_loggers(recipe.tracking, out, module.members)
+        loggers = make_loggers(recipe.tracking, out, module.members, asdict(recipe))
         log = MetricsLog(out / "metrics.jsonl", loggers, first_step=module.first_step)
     callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
     trainer = pl.Trainer(

@@ -25,13 +25,19 @@ BEST = {
 """What wandb's summary keeps of a member's metrics; of all others it keeps the last value."""
 
 
-def make_loggers(config: TrackingConfig, run: Path, members: Iterable[str] = ()) -> list[Logger]:
+def make_loggers(
+    config: TrackingConfig,
+    run: Path,
+    members: Iterable[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> list[Logger]:
     """The loggers that a recipe names. wandb works offline without a key and keeps its run id.
 
     Args:
         config: the recipe's `tracking` section.
         run: the run folder.
         members: names of the family, which has panels in the dashboard.
+        settings: the whole recipe, by which the dashboard can group and filter runs.
 
     Raises:
         UsageError: if a logger's package is not installed or Lightning knows none of that name.
@@ -42,7 +48,7 @@ def make_loggers(config: TrackingConfig, run: Path, members: Iterable[str] = ())
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     if mode != "disabled":
         try:
-            loggers.append(_wandb(config, run, members, offline=mode == "offline"))
+            loggers.append(_wandb(config, run, members, settings, offline=mode == "offline"))
         except Exception as error:  # noqa: BLE001 - the mirror may fail in any way, the run goes on
             warnings.warn(f"wandb failed and is dropped: {error}", stacklevel=2)
     if config.tensorboard and importlib.util.find_spec("tensorboard"):
@@ -86,7 +92,14 @@ def panel(key: str) -> str:
     return "/".join([rest[0], "_".join([kind, *rest[1:]])]) if rest else kind
 
 
-def _wandb(config: TrackingConfig, run: Path, members: Iterable[str], *, offline: bool) -> Logger:
+def _wandb(
+    config: TrackingConfig,
+    run: Path,
+    members: Iterable[str],
+    settings: Mapping[str, Any] | None,
+    *,
+    offline: bool,
+) -> Logger:
     import wandb
 
     identity = run / "wandb_id"
@@ -97,6 +110,7 @@ def _wandb(config: TrackingConfig, run: Path, members: Iterable[str], *, offline
         name=config.name or run.name,
         id=identity.read_text(encoding="utf-8"),
         dir=run,
+        config=dict(settings or {}),
         mode="offline" if offline else "online",
         resume=None if offline else "allow",
         reinit="finish_previous",  # this run's own part before a return to an earlier state

@@ -87,7 +87,8 @@ from train.metrics import MetricsLog
 from train.recipe import TrackingConfig
 from train.tracking import make_loggers
 folder = Path({str(tmp_path)!r})
-loggers = make_loggers(TrackingConfig(wandb="offline", tensorboard=False), folder, ["S"])
+settings = {{"sampler": {{"share": 0.5}}}}
+loggers = make_loggers(TrackingConfig(wandb="offline", tensorboard=False), folder, ["S"], settings)
 log = MetricsLog(folder / "metrics.jsonl", loggers)
 for step, loss in enumerate([3.0, 1.0, 2.0]):
     log.write("valid", step, {{"tokens": 64 * step, "valid/S/loss": loss, "valid/S/alpha": loss / 4}})
@@ -95,6 +96,7 @@ log.mirror_table("samples", 2, ["step", "member", "prompt", "text"], [[2, "S", "
 log.close()
 summary = loggers[0].experiment.summary
 kept = {{key: summary[key] for key in ("S/valid_loss", "S/valid_alpha", "tokens")}}
+kept["config"] = dict(loggers[0].experiment.config)
 (folder / "summary.json").write_text(json.dumps(kept, default=dict))
 """
     quiet = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
@@ -113,6 +115,7 @@ kept = {{key: summary[key] for key in ("S/valid_loss", "S/valid_alpha", "tokens"
     assert summary["S/valid_loss"] == {"min": 1.0}
     assert summary["S/valid_alpha"] == {"max": 0.75}
     assert summary["tokens"] == 128
+    assert summary["config"] == {"sampler": {"share": 0.5}}
 
 
 def test_wandb_that_cannot_start_is_dropped_with_a_warning(
