@@ -424,5 +424,5 @@ def _exact(
     sampled = [name for name, params in LAWS.items() if not params.is_greedy]
     jobs += [partial(check_exact, few[2], Case(verifier, first, 2, name)) for name in sampled]
     jobs += [partial(check_exact, few[3], Case(verifier, draft, 3)) for draft in (first, HOSTILE)]
-    jobs.append(partial(check_exact, few[2], Case(verifier, ANY, AUTO)))
+    jobs.append(partial(check_exact, few[3], Case(verifier, ANY, AUTO)))
     return [*jobs, partial(check_exact, few[2], Case(verifier, HOSTILE, 2), ends=True)]
