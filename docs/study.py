@@ -25,14 +25,14 @@ from rich.console import Console
 
 from models.card import make_card
 from models.checkpoint import ModelFolder, load_model
-from models.files import make_folder, read_json, write_json, write_text
+from models.files import make_folder, read_json, write_json
 from models.granularity import FULL
-from models.measure.consistency import compare_views
+from models.measure.consistency import compare_views, evaluate_shared_alpha
 from models.view import View
 from train.data.module import TextData
 from train.fit import fit, training_precision
 from train.recipe import FULL_NAME, Recipe, load_recipe
-from train.report.results import is_current, markdown
+from train.report.results import bring_up_to_date, markdown, not_current
 from train.report.style import INK, Chart, styled, to_svg
 from train.report.tables import NOTHING, Table, flatten
 
@@ -118,13 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for arm, corpus, seed in work():
             train_one(arm, corpus, seed, options.data, options.out)
         collect(options.out)
-    wanted = files(read_json(RESULTS / "runs.json"))
-    stale = [path for path, text in wanted.items() if not is_current(path, text)]
-    for path in stale:
-        print(f"{path} is out of date" if options.check else path)
-        if not options.check:
-            write_text(path, wanted[path])
-    return int(options.check and bool(stale))
+    stale = not_current(files(read_json(RESULTS / "runs.json")))
+    return bring_up_to_date(stale, check=options.check, command="python docs/study.py")
 
 
 def work() -> Iterator[tuple[Arm, str, int]]:
@@ -188,8 +183,8 @@ def measure(folder: ModelFolder, batches: Any) -> dict[str, dict[str, float]]:
     """Every member's loss, match, KL and alpha, and its alpha as a draft that reads the target's cache."""
     views = {name: View(folder.model, granularity) for name, granularity in folder.family.items()}
     means = compare_views(folder.model, views, batches)
-    shared = compare_views(folder.model, views, batches, shared_block=4)
-    return {name: {**means[name], "alpha_shared": shared[name]["alpha"]} for name in views}
+    shared = evaluate_shared_alpha(folder.model, views, batches)
+    return {name: {**means[name], "alpha_shared": shared[name]} for name in views}
 
 
 @contextmanager

@@ -53,11 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NestlingError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    return bring_up_to_date(stale, check=options.check, command="python -m train.report.results")
+
+
+def bring_up_to_date(stale: Mapping[Path, str], *, check: bool, command: str) -> int:
+    """Write the files that are out of date, or with `check` only name them and what would; the exit code."""
     for path, text in stale.items():
-        if not options.check:
+        if not check:
             write_text(path, text)
-        print(f"{path} is out of date; run python -m train.report.results" if options.check else path)
-    return 1 if stale and options.check else 0
+        print(f"{path} is out of date; run {command}" if check else path)
+    return 1 if stale and check else 0
 
 
 def stale_files(root: Path) -> dict[Path, str]:
@@ -71,7 +76,7 @@ def stale_files(root: Path) -> dict[Path, str]:
     if (root / README).is_file():
         text = (root / README).read_text(encoding="utf-8")
         wanted[root / README] = fill_readme(text, {result.name: result for result in results})
-    return {path: text for path, text in wanted.items() if not is_current(path, text)}
+    return not_current(wanted)
 
 
 def read_result(path: Path) -> Result:
@@ -185,7 +190,12 @@ def _member(path: Path, item: Any) -> Member:
     return Member(**item)
 
 
-def is_current(path: Path, text: str) -> bool:
+def not_current(wanted: Mapping[Path, str]) -> dict[Path, str]:
+    """The files that do not say what they should."""
+    return {path: text for path, text in wanted.items() if not _is_current(path, text)}
+
+
+def _is_current(path: Path, text: str) -> bool:
     """Whether the file says the same; a picture is known by its data, since fonts differ between machines."""
     if not path.is_file():
         return False
