@@ -14,6 +14,7 @@ its own for the few positions that it drafted itself:
 B batch, G key/value groups, T new positions, S positions read, K head dim.
 """
 
+import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -84,6 +85,8 @@ class KVCache:
             )
             for _ in range(config.num_hidden_layers)
         ]
+        self.addresses = tuple(map(_addresses, zip(*self._stores, strict=True)))
+        self.dtype, self.batch_size = dtype, batch_size
         self.num_positions = num_positions
         self.heads_per_group = config.heads_per_group
         self.length = 0
@@ -128,9 +131,8 @@ class KVCache:
     def view(self) -> "KVCache":
         """The same store with a length of its own, which starts at this one's."""
         view = object.__new__(KVCache)
-        view._stores, view.num_positions = self._stores, self.num_positions
-        view.heads_per_group = self.heads_per_group
-        view.length, view._mask = self.length, None
+        view.__dict__.update(self.__dict__)
+        view._mask = None
         return view
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -142,6 +144,10 @@ class KVCache:
     def num_bytes(self) -> int:
         """Bytes of the buffers."""
         return sum(store.nbytes for pair in self._stores for store in pair)
+
+
+def _addresses(stores: tuple[Tensor, ...]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(stores))(*(store.data_ptr() for store in stores))
 
 
 class Batch:

@@ -128,6 +128,11 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/nestling`, or `~/.cache/nestling`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestling"
+
+
 def sweep(folder: Path) -> None:
     """Clear away what killed writers left in a folder that nobody else writes to now."""
     for path in filter(_is_left_over, list(folder.glob(".*"))):

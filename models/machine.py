@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +24,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from models.compiled.build import library
 from models.errors import NestlingError, UsageError
-from models.files import read_json, write_json
+from models.files import default_cache_dir, read_json, write_json
 from models.probe import DTYPES, Clock, DeviceRates, DtypeRates, measure_device
 from models.processor import Load, busy_now, memory_bytes, processor_name, usable_cores
 
@@ -36,7 +36,7 @@ Purpose: TypeAlias = Literal["training", "decoding"]
 TRAINING_MARGIN = 1.5
 DECODING_MARGIN = 1.1
 # Counted up when a card's content changes, so that older cards are measured again.
-FORMAT = 2
+FORMAT = 3
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Machine:
     cores: int
     """Cores that this process may use."""
     torch_version: str
+    compiled: bool
+    """Whether decoding runs on the compiled step: other kernels, other costs."""
     gpu: str | None
 
     @property
@@ -182,6 +184,7 @@ def facts(card: MachineCard) -> list[tuple[str, str]]:
         ("memory read", f"{card.device.read_gbps:.1f} GB/s"),
         ("trains in", training_dtype(card)),
         ("decodes in", decoding_dtype(card)),
+        ("decodes by", "the compiled step" if library() is not None else "torch's kernels"),
         ("measured", f"{card.measured}; a typical run took {card.device.noise:.0%} longer than the shortest"),
     ]
     if card.busy:
@@ -212,7 +215,14 @@ def this_machine() -> Machine:
     cpu, features = processor_name()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cores, version = usable_cores(), str(torch.__version__)
-    return Machine(cpu=cpu, features=features, cores=cores, torch_version=version, gpu=gpu)
+    return Machine(
+        cpu=cpu,
+        features=features,
+        cores=cores,
+        torch_version=version,
+        compiled=library() is not None,
+        gpu=gpu,
+    )
 
 
 def measure_card(machine: Machine, *, num_matrices: int = 24, budget: float = 1.0) -> MachineCard:
@@ -262,11 +272,6 @@ def thread_counts(cores: int) -> list[int]:
     [1, 2, 4, 6]
     """
     return sorted({2**power for power in range(cores.bit_length())} | {cores})
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/nestling`, or `~/.cache/nestling`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestling"
 
 
 def _path(machine: Machine, cache_dir: Path | None) -> Path:

@@ -15,6 +15,7 @@ from typing import Generic, TypeAlias, TypeVar
 import torch
 import torch.nn.functional as F
 
+from models.compiled.product import compiled_kernel, compiles
 from models.kernels import linear_kernel
 
 Cell = TypeVar("Cell", bound=Hashable)
@@ -27,8 +28,8 @@ PASS_TOKENS = (1, 2, 4, 8, 16)
 DECODE_TOKENS = (1, 4)
 # More threads must pay: fewer leave cores to others and wait less for each other.
 THREADS_MARGIN = 1.05
-# A dtype whose product is slower than this share of fp32's has no kernels of its own here; timing
-# its passes could take seconds and would tell nothing.
+# A dtype whose product is slower than this share of fp32's has no kernels of torch's here; without one of
+# ours timing its passes could take seconds and would tell nothing.
 HOPELESS_SHARE = 0.25
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 
@@ -156,7 +157,11 @@ class _Bench:
         products = {dtype: work for dtype, (_, work) in self.products.items()}
         seconds = alternate(products, budget=0, clock=clock).shortest
         rates = {dtype: side**3 / seconds[dtype] for dtype, (side, _) in self.products.items()}
-        self.useful = [dtype for dtype in DTYPES if rates[dtype] >= HOPELESS_SHARE * rates["fp32"]]
+        self.useful = [
+            dtype
+            for dtype in DTYPES
+            if rates[dtype] >= HOPELESS_SHARE * rates["fp32"] or compiles(DTYPES[dtype], device)
+        ]
         # One matrix, repeated: random numbers for all of them would take longer than the timing.
         matrix_OI = torch.randn(3072, 768, device=device)
         self.weights = {
@@ -164,7 +169,7 @@ class _Bench:
             for dtype in self.useful
         }
         self.kernels = {
-            dtype: [linear_kernel(weight_OI) for weight_OI in weights_LOI]
+            dtype: [compiled_kernel(weight_OI) or linear_kernel(weight_OI) for weight_OI in weights_LOI]
             for dtype, weights_LOI in self.weights.items()
         }
         self.bytes_read = self.weights["fp32"].nbytes

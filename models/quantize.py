@@ -4,9 +4,10 @@
     int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token
 
 The copy is an `ElasticLM` that shares the source's embedding, so that any granularity runs in it and a
-draft made of it still reads and writes the target's key/value store, in the store's dtype. Prefixes are
-packed when they are first used, each once; a layer's queries, keys and values become one product. A target
-and a draft that is a prefix of its layers use the same copies. The products are models/kernels.py.
+draft made of it still reads and writes the target's key/value store, in the store's dtype. Weights are
+packed when they are first used, each once. A target and a draft that is a prefix of its layers use the same
+copies. Decoding runs a whole pass as one call where it can (models/native.py); elsewhere the products are
+models/kernels.py, and a layer's queries, keys and values become one.
 """
 
 import copy
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.cache import KVCache, Memory
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
 from models.kernels import Finish, Kernel, int8_kernel, linear_kernel
 from models.layers import NestedMap, RMSNorm
+from models.native import Tokens, native_step
 from models.probe import DTYPES
 
 INT8 = "int8"
@@ -45,7 +48,71 @@ def split_precision(text: str) -> tuple[str, str | None]:
     return name, precision
 
 
-def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> ElasticLM:
+class PackedLM(ElasticLM):
+    """A model that decodes from packed copies of another's weights, which it keeps by name.
+
+    Args:
+        source: the model, packed or not.
+        precision: one of `PRECISIONS`.
+
+    Raises:
+        UsageError: if this device or processor has no kernels for it.
+    """
+
+    def __init__(self, source: ElasticLM, precision: str) -> None:
+        nn.Module.__init__(self)  # the parts are the source's
+        weight = source.model.embed_tokens.weight
+        if precision == INT8:
+            _check_int8(weight.device)
+        dtype = DTYPES.get(precision)
+        self.config = source.config
+        self.native = native_step(source, dtype or torch.int8)
+        shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+        # The modules are copied, the tensors are the source's.
+        for name, part in copy.deepcopy(dict(source.named_children()), shared).items():
+            self.add_module(name, part)
+        self.train(source.training)
+        if self.native is None or dtype != weight.dtype or isinstance(source, PackedLM):
+            self._pack(precision, dtype or torch.float32)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        granularity: Granularity = FULL,
+        memory: Memory | None = None,
+        *,
+        num_last: int | None = None,
+    ) -> Tensor:
+        """See `ElasticLM.forward`; a pass of decoding is one call where it can be."""
+        logits_BTV = self.native_pass(tokens_BT, granularity, memory, num_last)
+        if logits_BTV is not None:
+            return logits_BTV
+        return super().forward(tokens_BT, granularity, memory, num_last=num_last)
+
+    def native_pass(
+        self,
+        tokens_BT: Tensor,
+        granularity: Granularity,
+        memory: Memory | None,
+        num_last: int | None,
+        head: nn.Linear | None = None,
+    ) -> Tensor | None:
+        """The same as one call, with a head of fewer tokens perhaps; None if this pass cannot be one."""
+        if self.native is None or not isinstance(memory, KVCache) or len(tokens_BT) > 1:
+            return None
+        ids = tokens_BT[0].tolist()
+        return self.native([Tokens(ids, memory, num_last or len(ids))], granularity, head)[None]
+
+    def _pack(self, precision: str, dtype: torch.dtype) -> None:
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PackedLinear(child, precision))
+                elif isinstance(child, RMSNorm):
+                    setattr(module, name, PackedNorm(child, dtype))
+
+
+def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> PackedLM:
     """A copy of the model that runs in another precision, with the weights of one member packed.
 
     It shares the source's embedding and keeps its weights by name, so it can be saved and cut like the
@@ -59,24 +126,13 @@ def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> E
     Raises:
         UsageError: if this device or processor has no kernels for it, or the member does not fit.
     """
-    weight = model.model.embed_tokens.weight
-    if precision == INT8:
-        _check_int8(weight.device)
-    dtype = DTYPES.get(precision, torch.float32)
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    packed = copy.deepcopy(model, shared)  # the modules are copied, the tensors are the source's
-    for module in list(packed.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child, precision))
-            elif isinstance(child, RMSNorm):
-                setattr(module, name, PackedNorm(child, dtype))
+    packed = PackedLM(model, precision)
     prepare(packed, granularity)
     return packed
 
 
 def prepare(model: ElasticLM, granularity: Granularity) -> int:
-    """Pack a member's weights now rather than when it first runs, if the model is packed at all.
+    """Pack a member's weights now rather than when it first decodes, if the model is packed at all.
 
     Returns:
         The bytes that it took beyond what was packed before.
@@ -85,15 +141,20 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
         UsageError: if the member does not fit the model.
     """
     before = packed_bytes(model)
-    device = model.model.embed_tokens.weight.device
-    with torch.inference_mode():
-        model(torch.zeros(1, 1, dtype=torch.long, device=device), granularity)
+    if isinstance(model, PackedLM) and model.native is not None:
+        model.native.prepare(granularity)
+    else:
+        device = model.model.embed_tokens.weight.device
+        with torch.inference_mode():
+            model(torch.zeros(1, 1, dtype=torch.long, device=device), granularity)
     return packed_bytes(model) - before
 
 
 def packed_bytes(model: ElasticLM) -> int:
     """Bytes of the packed weights so far, which come on top of the source's."""
-    return sum(module.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    native = model.native if isinstance(model, PackedLM) else None
+    packed = sum(module.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    return packed + (0 if native is None else native.num_bytes)
 
 
 class PackedLinear(nn.Linear):

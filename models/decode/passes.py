@@ -19,10 +19,11 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from models.cache import Batch, KVCache
-from models.decode.state import Model, Scorer, elastic_model, granularity_of, score
+from models.cache import KVCache
+from models.decode.state import Model, Scorer, elastic_model, granularity_of, score, score_together
 from models.decode.vocabulary import FewTokens
 from models.granularity import Granularity
+from models.native import Tokens
 
 Result = TypeVar("Result")
 Event = TypeVar("Event")
@@ -119,16 +120,8 @@ def run(passes: Sequence[Pass]) -> list[Tensor]:
     first = passes[0]
     if len(passes) == 1:
         return [score(first.model, first.ids, first.cache, num_last=first.num_last)]
-    whole = elastic_model(first.model)
-    ids = [token for one in passes for token in one.ids]
-    tokens_BT = torch.tensor([ids], device=whole.model.embed_tokens.weight.device)
-    counts = [len(one.ids) for one in passes]
-    memory = Batch([one.cache for one in passes], counts)
-    parts = whole.states(tokens_BT, granularity_of(first.model), memory)[-1][0].split(counts)
-    scored = [part_TD[-one.num_last :] for part_TD, one in zip(parts, passes, strict=True)]
-    head = first.model.head if isinstance(first.model, FewTokens) else whole.head
-    logits_TV = head(torch.cat(scored))
-    return list(logits_TV.split([one.num_last for one in passes]))
+    requests = [Tokens(one.ids, one.cache, one.num_last) for one in passes]
+    return list(score_together(first.model, requests).split([one.num_last for one in passes]))
 
 
 @torch.inference_mode()

@@ -18,8 +18,8 @@ from typing import Any
 from models.decode.choose import COUPLED
 from models.decode.sampling import SamplingParams
 from models.errors import NestlingError
-from models.files import read_json, write_json
-from models.machine import default_cache_dir, this_machine
+from models.files import default_cache_dir, read_json, write_json
+from models.machine import this_machine
 
 FORMAT = 1
 PLAIN = "none"

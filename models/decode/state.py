@@ -1,15 +1,18 @@
 """What decoding has settled so far: the tokens, and the keys and values of all but the last."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from models.cache import KVCache
+from models.cache import Batch, KVCache
 from models.decode.vocabulary import FewTokens
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
+from models.native import Tokens
+from models.quantize import PackedLM
 from models.view import View
 
 Model: TypeAlias = ElasticLM | View
@@ -54,3 +57,18 @@ def score(model: Scorer, ids: list[int], cache: KVCache, *, num_last: int) -> Te
     tokens_BT = torch.tensor([ids], device=device)
     logits_BTV: Tensor = model(tokens_BT, memory=cache, num_last=num_last)
     return logits_BTV[0]
+
+
+def score_together(model: Scorer, requests: Sequence[Tokens]) -> Tensor:
+    """The same for several requests, whose tokens share one pass; the rows of the first come first."""
+    whole, granularity = elastic_model(model), granularity_of(model)
+    few = model if isinstance(model, FewTokens) else None
+    if isinstance(whole, PackedLM) and whole.native is not None:
+        logits_TN = whole.native(requests, granularity, None if few is None else few.few)
+        return logits_TN if few is None else few.among_all(logits_TN)
+    ids, counts = [token for one in requests for token in one.ids], [len(one.ids) for one in requests]
+    tokens_BT = torch.tensor([ids], device=whole.model.embed_tokens.weight.device)
+    memory = Batch([one.cache for one in requests], counts)
+    parts = whole.states(tokens_BT, granularity, memory)[-1][0].split(counts)
+    scored_TD = torch.cat([part_TD[-one.num_last :] for part_TD, one in zip(parts, requests, strict=True)])
+    return whole.head(scored_TD) if few is None else few.head(scored_TD)

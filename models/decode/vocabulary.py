@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.cache import Memory
 from models.errors import UsageError
-from models.quantize import PackedLinear
+from models.quantize import PackedLinear, PackedLM
 from models.view import View
 
 
@@ -34,20 +34,29 @@ class FewTokens:
         few = nn.Linear(head.in_features, len(ids_N), bias=False, device="meta")
         few.weight = nn.Parameter(head.weight.detach()[self.ids_N], requires_grad=False)
         self.num_bytes = few.weight.nbytes
-        self._few = few
+        self.few = few
         if isinstance(head, PackedLinear):
-            self._few = PackedLinear(few, head.precision)
+            self.few = PackedLinear(few, head.precision)
 
     def __call__(
         self, tokens_BT: Tensor, memory: Memory | None = None, *, num_last: int | None = None
     ) -> Tensor:
         """Logits [B, T, V]; see `ElasticLM.forward`."""
-        x_BTD = self.model.states(tokens_BT, self.view.granularity, memory)[-1]
+        whole, granularity = self.model, self.view.granularity
+        if isinstance(whole, PackedLM):
+            few_BTN = whole.native_pass(tokens_BT, granularity, memory, num_last, self.few)
+            if few_BTN is not None:
+                return self.among_all(few_BTN)
+        x_BTD = whole.states(tokens_BT, granularity, memory)[-1]
         return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:])
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """Logits [..., V] of residual streams [..., D]."""
-        few_BTN: Tensor = self._few(self.model.model.norm(x_BTD))
+        few_BTN: Tensor = self.few(self.model.model.norm(x_BTD))
+        return self.among_all(few_BTN)
+
+    def among_all(self, few_BTN: Tensor) -> Tensor:
+        """Logits [..., V] of the tokens that are scored [..., N], and of all others."""
         logits_BTV = few_BTN.new_full((*few_BTN.shape[:-1], self.model.config.vocab_size), float("-inf"))
         return logits_BTV.index_copy_(-1, self.ids_N, few_BTN)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.machine import default_cache_dir
+from models.files import default_cache_dir
 from train.data.cache import build_once, content_key
 from train.data.corpus import Corpus, open_corpus, take_documents
 from train.data.documents import is_validation, sample_documents

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from random import Random
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.compiled.build import library
 from models.decode import engine, passes
 from models.decode.chance import SeededRandom
 from models.decode.choose import Chooser, Proposal
 from models.decode.control import Arm, Controller
 from models.decode.draft import Draft, ModelDraft, NestedDraft
-from models.decode.engine import stream
+from models.decode.engine import stream, stream_batch
 from models.decode.lookup import LookupDraft
 from models.decode.passes import Pass, Steps, run
 from models.decode.policy import Fixed
@@ -129,6 +131,39 @@ def test_in_half_precision_tokens_first_differ_where_two_are_as_good_as_tied(
         draft = nested(model, text)
         check = check_identity(whole, text, lambda gamma, draft=draft: Fixed(draft, gamma), law=law)  # type: ignore[misc]
         assert check.passed, check
+
+
+@pytest.mark.parametrize(("num_prompts", "num_tokens"), SHORT_AND_LONG)
+@pytest.mark.parametrize("verifier", ["greedy", "coupled"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_compiled_targets_tokens_are_plain_decodings_with_any_draft_and_company(
+    precision: str, verifier: str, num_prompts: int, num_tokens: int, make_model: MakeModel
+) -> None:
+    if library() is None:
+        pytest.skip("needs a C compiler")
+    fields: dict[str, Any] = {"dtype": torch.float32, "vocab_size": 64, "hidden_size": 16}
+    source = make_model(seed=1, max_position_embeddings=1024, **fields)
+    target = pack(source.bfloat16() if precision == "bf16" else source, precision)
+    options: dict[str, Any] = {"max_new_tokens": num_tokens}
+    if verifier == "coupled":
+        options |= {"params": WARM, "verifier": "coupled"}
+    asked = prompts(num_prompts, 64)
+    plain = [
+        ids_of(target, prompt, random=SeededRandom(0, row), **options) for row, prompt in enumerate(asked)
+    ]
+    accepted, drafted = 0, 0
+    for gamma, text in enumerate((*KINDS, "full"), start=1):
+        for draft_precision in PRECISIONS:
+            if draft_precision == "fp16":
+                continue
+            granularity = Granularity.parse(text)
+            draft = NestedDraft(View(pack(source, draft_precision, granularity), granularity))
+            policies = cycle([Fixed(draft, gamma), Fixed(None, 0), Fixed(draft, 7)])
+            streams = stream_batch(target, asked, new_policy=policies.__next__, **options)
+            assert [[token.id for token in one] for one in streams] == plain, (text, draft_precision)
+            accepted += sum(one.report.accepted for one in streams)
+            drafted += sum(one.report.drafted for one in streams)
+    assert 0 < accepted < drafted
 
 
 @pytest.mark.parametrize("gamma", [0, 1, 2, 5, 9])

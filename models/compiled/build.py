@@ -1,0 +1,85 @@
+"""The compiled step, built once for this processor by the user's own C compiler, and kept.
+
+It takes three seconds, once, and needs a C compiler with OpenMP (gcc or clang; `CC` names another). Without
+one, decoding runs on torch's kernels. `NESTLING_NATIVE=0` asks for that.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from models.errors import NestlingError
+from models.files import default_cache_dir, write_file
+from models.processor import processor_name
+
+SOURCE = Path(__file__).with_name("step.c")
+# Sums keep their order and small numbers their value: nothing here may be called fast-math.
+FLAGS = (
+    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-strict-aliasing"),
+)
+BUILD_SECONDS = 120
+SWITCH = "NESTLING_NATIVE"
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled step; None where it is switched off or cannot be built, which is logged."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        return load(build())
+    except NestlingError as error:
+        _log.warning("decoding runs on torch's kernels: %s", error)
+        return None
+
+
+def build(*, cache_dir: Path | None = None) -> Path:
+    """The library for this processor, compiled if there is none yet.
+
+    Args:
+        cache_dir: where it is kept; `default_cache_dir()` if None.
+
+    Raises:
+        NestlingError: without a compiler that can, or a place to keep what it makes.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if shutil.which(compiler[0]) is None:
+        raise NestlingError(f"there is no C compiler {compiler[0]!r}; install gcc or name another by CC")
+    parts = (SOURCE.read_text(), *compiler, *FLAGS, *map(str, processor_name()))
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    path = (cache_dir or default_cache_dir()) / f"step-{key}.so"
+    if path.exists():
+        return path
+    try:
+        with write_file(path) as partial:
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(partial), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["it says nothing"]
+        raise NestlingError(f"{shlex.join(compiler)} cannot compile {SOURCE}: {lines[0]}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NestlingError(f"{path}: {error}") from None
+    return path
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Open a library that `build` gave.
+
+    Raises:
+        NestlingError: if the system cannot load it.
+    """
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.nestling_step.restype = ctypes.c_int
+    except (OSError, AttributeError) as error:
+        raise NestlingError(f"{path} cannot be loaded ({error}); remove it") from None
+    return loaded

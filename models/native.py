@@ -1,0 +1,240 @@
+"""A pass of an elastic model over a few tokens, as one call of models/compiled/step.c.
+
+A pass on one token reads every weight once. Run operation by operation it spends more time between the
+products than the products take in a small model, and half of it in one of 350M parameters. Here a pass is
+one call: threads go through the layers together, nothing is allocated between products, and a member of the
+family is a shorter list of layers, heads and neurons over the same packed weights.
+
+A token's result is the same bits in any pass: alone or with others, drafted, verified or prefilled. So
+greedy decoding gives the same tokens with any draft in bf16 too, as does coupled sampling.
+
+T tokens that are scored, V vocabulary, N tokens of a head that knows only some, D model.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.cache import KVCache
+from models.compiled.build import library
+from models.compiled.panels import TYPES, Map, Panels, make_panels
+from models.elastic import Block, ElasticLM
+from models.granularity import Granularity, LayerPlan
+from models.layers import RMSNorm
+
+_Floats = ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Map) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _Floats) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
+        *((name, ctypes.c_int32) for name in ("index", "groups", "ffn")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("weights", "cache", "embedding")),
+        *((name, ctypes.c_int32) for name in ("hidden", "head_dim", "heads_per_group", "query_width", "ffn")),
+        *((name, ctypes.c_int32) for name in ("num_layers", "num_outputs")),
+        ("epsilon", ctypes.c_float),
+        ("embeddings", ctypes.c_void_p),
+        *((name, _Floats) for name in ("cosines", "sines", "norm")),
+        ("head", Map),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Request(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.POINTER(ctypes.c_void_p)),
+        ("values", ctypes.POINTER(ctypes.c_void_p)),
+        ("positions", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("length", "count", "scored")),
+    ]
+
+
+class Tokens(NamedTuple):
+    """New tokens of a request, behind what its cache has committed."""
+
+    ids: Sequence[int]
+    cache: KVCache
+    num_last: int
+    """How many of the last are scored."""
+
+
+class NativeStep:
+    """Runs members of one model, in one dtype of weights; `native_step` tells where there is one."""
+
+    def __init__(self, model: ElasticLM, dtype: torch.dtype, compiled: ctypes.CDLL) -> None:
+        self._model, self._dtype, self._run = model, dtype, compiled.nestling_step
+        self._panels: dict[tuple[int, str], Panels] = {}
+        self._heads: dict[nn.Linear, Panels] = {}
+        self._norms: dict[RMSNorm, Tensor] = {}
+        self._members: dict[tuple[Granularity, nn.Linear, torch.dtype], _Member] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed weights so far."""
+        return sum(panels.num_bytes for panels in (*self._panels.values(), *self._heads.values()))
+
+    def prepare(self, granularity: Granularity) -> None:
+        """Pack a member's weights now rather than when it first runs.
+
+        Raises:
+            UsageError: if the member does not fit the model.
+        """
+        self._member(granularity, self._model.lm_head, self._model.model.embed_tokens.weight.dtype)
+
+    def __call__(
+        self, requests: Sequence[Tokens], granularity: Granularity, head: nn.Linear | None = None
+    ) -> Tensor:
+        """Write the keys and values of all tokens, and give logits [all T, V or N] in fp32.
+
+        Args:
+            requests: each with a cache of its own, of one row.
+            granularity: the member.
+            head: of the vocabulary, over D; None is the model's.
+
+        Raises:
+            UsageError: if the member does not fit the model.
+        """
+        head = head or self._model.lm_head
+        member = self._member(granularity, head, requests[0].cache.dtype)
+        given = (_Request * len(requests))()
+        for one, (ids, cache, num_last) in zip(given, requests, strict=True):
+            assert cache.length + len(ids) <= cache.num_positions, (cache.length, len(ids))
+            one.keys, one.values = cache.addresses
+            one.positions, one.length = cache.num_positions, cache.length
+            one.count, one.scored = len(ids), num_last
+        tokens = [token for one in requests for token in one.ids]
+        logits_TV = torch.empty(sum(one.num_last for one in requests), head.out_features)
+        failed = self._run(
+            ctypes.byref(member.model),
+            given,
+            len(requests),
+            (ctypes.c_int64 * len(tokens))(*tokens),
+            torch.get_num_threads(),
+            ctypes.c_void_p(logits_TV.data_ptr()),
+        )
+        if failed:
+            raise MemoryError("a decoding step found no memory")
+        return logits_TV
+
+    def _member(self, granularity: Granularity, head: nn.Linear, cache: torch.dtype) -> "_Member":
+        key = granularity, head, cache
+        member = self._members.get(key)
+        if member is None:
+            member = self._members[key] = self._make(granularity, head, cache)
+        return member
+
+    def _make(self, granularity: Granularity, head: nn.Linear, cache: torch.dtype) -> "_Member":
+        source, config = self._model, self._model.config
+        plans = granularity.resolve(config).layers
+        kept: list[object] = []
+        layers = (_Layer * len(plans))(*(self._layer(plan, kept) for plan in plans))
+        embedding = source.model.embed_tokens.weight
+        angles = [table_TK.float().contiguous() for table_TK in (source.rotary.cos_TK, source.rotary.sin_TK)]
+        if head not in self._heads:
+            self._heads[head] = make_panels(head.weight, dtype=self._dtype)
+        model = _Model(
+            weights=TYPES[self._dtype],
+            cache=TYPES[cache],
+            embedding=TYPES[embedding.dtype],
+            hidden=config.hidden_size,
+            head_dim=config.head_dim,
+            heads_per_group=config.heads_per_group,
+            query_width=config.num_attention_heads * config.head_dim,
+            ffn=config.intermediate_size,
+            num_layers=len(plans),
+            num_outputs=head.out_features,
+            epsilon=config.rms_norm_eps,
+            embeddings=embedding.data_ptr(),
+            cosines=angles[0].data_ptr(),
+            sines=angles[1].data_ptr(),
+            norm=self._norm(source.model.norm),
+            head=_map(self._heads[head], kept),
+            layers=layers,
+        )
+        return _Member(model, [*kept, *angles, layers])
+
+    def _layer(self, plan: LayerPlan, kept: list[object]) -> _Layer:
+        config = self._model.config
+        block = cast(Block, self._model.model.layers[plan.index])
+        attention, mlp = block.self_attn, block.mlp
+        keys = plan.groups * config.head_dim
+        queries, hidden = keys * config.heads_per_group, config.hidden_size
+        extents = {
+            "query": (attention.q_proj, queries, hidden),
+            "key": (attention.k_proj, keys, hidden),
+            "value": (attention.v_proj, keys, hidden),
+            "output": (attention.o_proj, hidden, queries),
+            "gate": (mlp.gate_proj, plan.ffn, hidden),
+            "up": (mlp.up_proj, plan.ffn, hidden),
+            "down": (mlp.down_proj, hidden, plan.ffn),
+        }
+        maps = {
+            name: self._pack(plan.index, name, cast(nn.Linear, linear), rows, columns)
+            for name, (linear, rows, columns) in extents.items()
+        }
+        return _Layer(
+            **{name: _map(panels, kept) for name, panels in maps.items()},
+            attention_norm=self._norm(block.input_layernorm),
+            ffn_norm=self._norm(block.post_attention_layernorm),
+            query_norm=self._norm(attention.q_norm),
+            key_norm=self._norm(attention.k_norm),
+            index=plan.index,
+            groups=plan.groups,
+            ffn=plan.ffn,
+        )
+
+    def _pack(self, layer: int, name: str, linear: nn.Linear, rows: int, columns: int) -> Panels:
+        """Panels of at least this prefix; what is packed already serves smaller ones."""
+        packed = self._panels.get((layer, name))
+        if packed is None or packed.rows < rows or packed.columns < columns:
+            if packed is not None:
+                rows, columns = max(rows, packed.rows), max(columns, packed.columns)
+                self._members.clear()  # they read the old panels
+            bias_O: Tensor | None = linear.bias  # torch's stubs say that it is always there
+            packed = self._panels[layer, name] = make_panels(
+                linear.weight[:rows, :columns],
+                None if bias_O is None else bias_O[:rows],
+                dtype=self._dtype,
+                head_dim=self._model.config.head_dim if name in {"query", "key", "value"} else 0,
+            )
+        return packed
+
+    def _norm(self, norm: RMSNorm | None) -> int | None:
+        if norm is None:
+            return None
+        if norm not in self._norms:
+            self._norms[norm] = norm.weight.detach().float().contiguous()
+        return self._norms[norm].data_ptr()
+
+
+class _Member(NamedTuple):
+    model: _Model
+    kept: list[object]
+    """What the addresses in `model` point into."""
+
+
+def native_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep | None:
+    """A step for the model in a dtype of weights, int8 among them; None where there is none.
+
+    Only torch's kernels run on a GPU, in fp16 and fp64, and where nothing could be compiled.
+    """
+    weight, config = model.model.embed_tokens.weight, model.config
+    fits = dtype in TYPES and weight.dtype in (torch.float32, torch.bfloat16) and config.hidden_size % 2 == 0
+    if not fits or weight.device.type != "cpu":
+        return None
+    compiled = library()
+    return None if compiled is None else NativeStep(model, dtype, compiled)
+
+
+def _map(panels: Panels, kept: list[object]) -> Map:
+    kept.append(panels)
+    return panels.as_map()
