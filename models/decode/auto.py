@@ -133,7 +133,7 @@ def measure_costs(model: ElasticLM, drafts: Mapping[str, Granularity]) -> Costs:
     tokens = range(1, cache.num_positions - cache.length + 1)
     cells = {("target", str(m)): _pass(model, cache, m) for m in tokens}
     cells |= {("draft", name): _pass(View(model, g), cache, 1) for name, g in drafts.items()}
-    seconds = alternate(cells, budget=TIMING_BUDGET).shortest
+    seconds = alternate(cells, budget=TIMING_BUDGET, settled=True).shortest
     return Costs(
         {m: seconds["target", str(m)] for m in tokens},
         {name: seconds["draft", name] for name in drafts},

@@ -87,9 +87,10 @@ def law(logits_TV: Tensor, params: SamplingParams) -> Tensor:
     x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
     if params.is_greedy:
         return torch.zeros_like(x_TV).scatter_(-1, x_TV.argmax(-1, keepdim=True), 1.0)
-    # The maximum goes first: a tiny temperature must not turn finite logits into infinities.
-    x_TV = x_TV - x_TV.amax(-1, keepdim=True)
-    probs_TV = torch.softmax(x_TV / params.temperature, dim=-1)
+    if params.temperature != 1.0:
+        # The maximum goes first: a tiny temperature must not turn finite logits into infinities.
+        x_TV = (x_TV - x_TV.amax(-1, keepdim=True)) / params.temperature
+    probs_TV = torch.softmax(x_TV, dim=-1)
     if 0 < params.top_k < probs_TV.shape[-1]:
         probs_TV = _top_k(probs_TV, params.top_k)
     if params.top_p < 1.0:
