@@ -19,6 +19,7 @@ from models.files import default_cache_dir, write_file
 from models.processor import processor_name
 
 SOURCE = Path(__file__).with_name("step.c")
+HEADER = Path(__file__).with_name("product.h")
 # Sums keep their order and small numbers their value: nothing here may be called fast-math.
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -54,7 +55,7 @@ def build(*, cache_dir: Path | None = None) -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if shutil.which(compiler[0]) is None:
         raise NestlingError(f"there is no C compiler {compiler[0]!r}; install gcc or name another by CC")
-    parts = (SOURCE.read_text(), *compiler, *FLAGS, *map(str, processor_name()))
+    parts = (HEADER.read_text(), SOURCE.read_text(), *compiler, *FLAGS, *map(str, processor_name()))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     path = (cache_dir or default_cache_dir()) / f"step-{key}.so"
     if path.exists():

@@ -6,39 +6,15 @@
 
        embedding -> [ x + attention(norm(x));  x + mlp(norm(x)) ] per layer -> norm -> head
 
-   A token's result is the same bits in any pass: every sum runs in one order, which no other token, thread
-   or request changes, and a product is fused with its sum only where it says so. Threads share each product's outputs, wait for each other, and go on to the next.
+   A token's result is the same bits in any pass: no other token, thread or request changes the order of its
+   sums. Threads share each product's outputs, wait for each other, and go on to the next. */
 
-   A weight [outputs, inputs] lies in panels of 32 outputs; a panel is two vectors for each input (fp32), pair
-   (bf16) or four of them (8 bits), an entry, so that vectors of weights times one number are what every row of the pass
-   needs next, and memory is read from one end to the other. The inputs of a product lie the other way round,
-   [entries][rows]. */
-
-#include <math.h>
 #include <omp.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
-enum { LANES = 16, HALVES = 2, PANEL = HALVES * LANES, FP32 = 0, BF16 = 1, INT8 = 2 };
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float lanes __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef int32_t whole __attribute__((vector_size(4 * LANES)));
-typedef float loose_lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+#include "product.h"
 
 /* ---------------------------------------------------------------- what models/native.py passes */
-
-typedef struct {
-    const void *panels;
-    const float *bias, *scales; /* of each output; or NULL */
-    int64_t entries;            /* of each panel; a member may use fewer */
-} Map;
 
 typedef struct {
     Map query, key, value, output, gate, up, down;
@@ -47,7 +23,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int32_t weights, cache, embedding; /* FP32 or BF16; weights also INT8 */
+    int32_t weights, cache, embedding;                           /* FP32 or BF16; weights also INT8 */
     int32_t hidden, head_dim, heads_per_group, query_width, ffn; /* of the full model */
     int32_t num_layers, num_outputs;
     float epsilon;
@@ -79,18 +55,18 @@ typedef struct {
     const Row *rows;
     int num_rows, num_scored;
     float *x, *queries, *logits; /* [rows][hidden], [rows][query_width], [all scored][num_outputs] */
-    void *mixed, *hidden;        /* inputs of `output` and `down`, or with INT8 rows of fp32 that become one */
+    void *mixed, *hidden; /* inputs of `output` and `down`, or with INT8 rows of fp32 that become one */
 } Pass;
 
 typedef struct {
-    int number, count;     /* of this thread, and of all */
-    void *input;           /* of a product that follows a norm, or of any with INT8 */
-    int8_t *codes;         /* one row of such an input in 8 bits */
-    float *line;           /* one row of such an input, or of queries and keys */
-    float *y, *z;          /* results of one or two products: [rows][a panel, or those of a head] */
-    void *asked;           /* QUERIES queries, as a product reads them */
-    words *panel;          /* of keys */
-    float *scores;         /* of such queries, each with num_scores positions */
+    int number, count; /* of this thread, and of all */
+    void *input;       /* of a product that follows a norm, or of any with INT8 */
+    int8_t *codes;     /* one row of such an input in 8 bits */
+    float *line;       /* one row of such an input, or of queries and keys */
+    float *y, *z;      /* results of one or two products: [rows][a panel, or those of a head] */
+    void *asked;       /* QUERIES queries, as a product reads them */
+    words *panel;      /* of keys */
+    float *scores;     /* of such queries, each with num_scores positions */
     size_t num_scores;
 } Thread;
 
@@ -101,225 +77,6 @@ typedef struct {
 INLINE Range share(const Thread *thread, int count) {
     return (Range){(int)((int64_t)count * thread->number / thread->count),
                    (int)((int64_t)count * (thread->number + 1) / thread->count)};
-}
-
-INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-/* ---------------------------------------------------------------- numbers */
-
-INLINE uint32_t bits(float value) {
-    uint32_t result;
-    memcpy(&result, &value, 4);
-    return result;
-}
-
-INLINE float number(uint32_t value) {
-    float result;
-    memcpy(&result, &value, 4);
-    return result;
-}
-
-INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even */
-    return (uint16_t)((bits(value) + 0x7fff + ((bits(value) >> 16) & 1)) >> 16);
-}
-
-INLINE float from_bf16(uint16_t value) { return number((uint32_t)value << 16); }
-
-/* a * b + c, rounded once. */
-INLINE lanes fused(lanes a, lanes b, lanes c) {
-#ifdef __AVX512F__
-    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
-    lanes result;
-    for (int i = 0; i < LANES; i++) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return result;
-#endif
-}
-
-INLINE lanes spread(float value) { return value - (lanes){0}; }
-
-INLINE lanes load(const float *from) { return *(const loose_lanes *)from; }
-
-INLINE float total(lanes sums) {
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
-    return sums[0];
-}
-
-/* e^x to two units in the last place, from the usual series after taking out a power of two. */
-INLINE float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    float power_of_two = x * 1.44269504f + shift;
-    uint32_t power = (bits(power_of_two) + 127) << 23;
-    power_of_two -= shift;
-    float r = x - power_of_two * 0.693359375f + power_of_two * 2.12194440e-4f;
-    float series = 1.9875691500e-4f;
-    series = series * r + 1.3981999507e-3f;
-    series = series * r + 8.3334519073e-3f;
-    series = series * r + 4.1665795894e-2f;
-    series = series * r + 1.6666665459e-1f;
-    series = series * r + 5.0000001201e-1f;
-    return (series * r * r + r + 1.0f) * number(power);
-}
-
-/* ---------------------------------------------------------------- products */
-
-/* bf16 inputs: a pair is one word where the processor takes them so, else two fp32 numbers. */
-#ifdef __AVX512BF16__
-enum { PAIRS_ARE_WORDS = 1 };
-INLINE lanes add_pair(lanes sum, words pair, const void *x, size_t i) {
-    __m512i both = _mm512_set1_epi32(((const int32_t *)x)[i]);
-    return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)both);
-}
-#else
-enum { PAIRS_ARE_WORDS = 0 };
-INLINE lanes add_pair(lanes sum, words pair, const void *x, size_t i) {
-    const float *both = (const float *)x + 2 * i;
-    sum = fused((lanes)(pair << 16), spread(both[0]), sum);
-    return fused((lanes)(pair & 0xffff0000u), spread(both[1]), sum);
-}
-#endif
-
-/* Sums of four products each: of unsigned bytes, which weights are here, and signed ones. */
-INLINE words add_four(words sums, words four, const void *x, size_t i) {
-#ifdef __AVX512VNNI__
-    __m512i all = _mm512_set1_epi32(((const int32_t *)x)[i]);
-    return (words)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)four, all);
-#else
-    const int8_t *codes = (const int8_t *)x + 4 * i;
-    for (int k = 0; k < 4; k++) sums += (four >> (8 * k) & 255u) * (uint32_t)codes[k];
-    return sums;
-#endif
-}
-
-INLINE int depth(int type, int inputs) {
-    return type == INT8 ? ceil_div(inputs, 4) : type == BF16 ? ceil_div(inputs, 2) : inputs;
-}
-
-INLINE size_t input_size(int type) { /* bytes of one of `depth` entries for one row */
-    return type == BF16 && !PAIRS_ARE_WORDS ? 8 : 4;
-}
-
-/* Before the entries of INT8 lie each row's scale (fp32) and the sum of its codes (int32). */
-INLINE size_t header_size(int type, int num_rows) { return type == INT8 ? 8 * (size_t)num_rows : 0; }
-
-/* The whole of a row in 8 bits: its largest value becomes 127. */
-INLINE void place_codes(const float *values, int count, void *input, int num_rows, int row, int8_t *codes) {
-    float most = 0;
-#pragma omp simd reduction(max : most)
-    for (int i = 0; i < count; i++) most = fabsf(values[i]) > most ? fabsf(values[i]) : most;
-    float inverse = most > 0 ? 127.0f / most : 0;
-    int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < count; i++) {
-        int32_t code = (int32_t)rintf(values[i] * inverse);
-        codes[i] = (int8_t)code;
-        sum += code;
-    }
-    int n = depth(INT8, count);
-    for (int i = count; i < 4 * n; i++) codes[i] = 0;
-    ((float *)input)[row] = most / 127.0f;
-    ((int32_t *)input)[num_rows + row] = sum;
-    char *to = (char *)input + header_size(INT8, num_rows) + 4 * (size_t)row;
-    for (int i = 0; i < n; i++) memcpy(to + 4 * (size_t)i * num_rows, codes + 4 * i, 4);
-}
-
-/* Put values [count] of a row where a product of `num_rows` rows reads its inputs from `first` on; both even. */
-INLINE void place(int type, const float *values, int first, int count, void *input, int num_rows, int row) {
-    size_t at = (size_t)depth(type, first) * num_rows + row;
-    if (type == FP32) {
-        float *x = (float *)input + at;
-        for (int i = 0; i < count; i++) x[(size_t)i * num_rows] = values[i];
-    } else if (PAIRS_ARE_WORDS) {
-        uint32_t *x = (uint32_t *)input + at;
-        for (int i = 0; i < count / 2; i++)
-            x[(size_t)i * num_rows] = to_bf16(values[2 * i]) | (uint32_t)to_bf16(values[2 * i + 1]) << 16;
-    } else {
-        float *x = (float *)input + 2 * at;
-        for (int i = 0; i < count / 2; i++)
-            memcpy(x + 2 * (size_t)i * num_rows, values + 2 * i, 8);
-    }
-}
-
-/* The same for the whole of a row in any type. */
-INLINE void place_row(int type, const float *values, int count, void *input, int num_rows, int row,
-                      int8_t *codes) {
-    if (type == INT8)
-        place_codes(values, count, input, num_rows, row, codes);
-    else
-        place(type, values, 0, count, input, num_rows, row);
-}
-
-/* As many sums as the registers hold: BLOCK rows of a panel. */
-#ifdef __AVX512F__
-enum { BLOCK = 12 };
-#else
-enum { BLOCK = 3 };
-#endif
-/* Weights are asked for so many entries before they are needed: a cache's own guess stops at each page. */
-enum { AHEAD = 64 };
-
-/* y [rows][PANEL], its rows `stride` apart. `scales` of the outputs and the rows' `header` are INT8's. */
-INLINE void block(int type, int rows, const words *weights, const float *scales, size_t n, const char *header,
-                  const void *input, size_t num_rows, float *y, size_t stride) {
-    lanes sums[BLOCK][HALVES];
-    for (int r = 0; r < rows; r++)
-        for (int h = 0; h < HALVES; h++) sums[r][h] = (lanes){0};
-    for (size_t i = 0; i < n; i++) {
-        for (int h = 0; h < HALVES; h++) __builtin_prefetch(weights + (i + AHEAD) * HALVES + h);
-        for (int h = 0; h < HALVES; h++)
-            for (int r = 0; r < rows; r++) {
-                words w = weights[i * HALVES + h];
-                if (type == INT8)
-                    sums[r][h] = (lanes)add_four((words)sums[r][h], w, input, i * num_rows + r);
-                else if (type == BF16)
-                    sums[r][h] = add_pair(sums[r][h], w, input, i * num_rows + r);
-                else
-                    sums[r][h] = fused((lanes)w, spread(((const float *)input)[i * num_rows + r]), sums[r][h]);
-            }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int h = 0; h < HALVES; h++) {
-            if (type == INT8) { /* weights are 128 more than they mean */
-                int32_t more = 128 * ((const int32_t *)header)[num_rows + r];
-                lanes scale = load(scales + h * LANES) * ((const float *)header)[r];
-                sums[r][h] = __builtin_convertvector((whole)((words)sums[r][h] - (uint32_t)more), lanes) * scale;
-            }
-            *(loose_lanes *)(y + r * stride + h * LANES) = sums[r][h];
-        }
-}
-
-#define ROWS(count) \
-    case count: block(type, count, weights, scales, n, header, x, num_rows, out, stride); break;
-
-INLINE void product_of(int type, const words *weights, const float *scales, size_t n, const char *input,
-                       int num_rows, float *y, size_t stride) {
-    int lots = ceil_div(num_rows, BLOCK);
-    for (int lot = 0; lot < lots; lot++) {
-        int row = num_rows * lot / lots;
-        const char *header = input + 4 * row, *x = input + header_size(type, num_rows) + row * input_size(type);
-        float *out = y + row * stride;
-        switch (num_rows * (lot + 1) / lots - row) {
-            ROWS(1) ROWS(2) ROWS(3)
-#ifdef __AVX512F__
-            ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
-#endif
-        }
-    }
-}
-
-/* y [num_rows][PANEL] of a panel of a map, of whose entries the first n are used. */
-static __attribute__((noinline)) void product(int type, Map map, int panel, int n, const void *input,
-                                              int num_rows, float *y, size_t stride) {
-    const words *weights = (const words *)map.panels + (size_t)panel * map.entries * HALVES;
-    if (type == INT8)
-        product_of(INT8, weights, map.scales + panel * PANEL, n, input, num_rows, y, stride);
-    else if (type == BF16)
-        product_of(BF16, weights, NULL, n, input, num_rows, y, stride);
-    else
-        product_of(FP32, weights, NULL, n, input, num_rows, y, stride);
 }
 
 /* ---------------------------------------------------------------- parts of a layer */
@@ -341,7 +98,8 @@ static void norm_rows(const Pass *pass, const Thread *thread, const float *weigh
     const Model *model = pass->model;
     for (int r = 0; r < pass->num_rows; r++) {
         normalise(pass->x + (size_t)r * model->hidden, weight, model->hidden, model->epsilon, thread->line);
-        place_row(model->weights, thread->line, model->hidden, thread->input, pass->num_rows, r, thread->codes);
+        place_row(model->weights, thread->line, model->hidden, thread->input, pass->num_rows, r,
+                  thread->codes);
     }
 }
 
@@ -387,7 +145,8 @@ static void keep(const Model *model, const float *x, void *store, size_t at) {
 /* Queries to pass->queries, keys and values to the caches, a head at a time. */
 static void project(const Pass *pass, const Thread *thread, const Layer *layer) {
     const Model *model = pass->model;
-    int size = model->head_dim, panels = ceil_div(size, PANEL), heads = layer->groups * model->heads_per_group;
+    int size = model->head_dim, panels = ceil_div(size, PANEL),
+        heads = layer->groups * model->heads_per_group;
     int n = depth(model->weights, model->hidden), m = pass->num_rows, stride = panels * PANEL;
     Range mine = share(thread, heads + 2 * layer->groups);
     for (int unit = mine.first; unit < mine.last; unit++) {
@@ -396,7 +155,8 @@ static void project(const Pass *pass, const Thread *thread, const Layer *layer) 
         Map map = is_query ? layer->query : is_key ? layer->key : layer->value;
         const float *norm = is_query ? layer->query_norm : is_key ? layer->key_norm : NULL;
         for (int p = 0; p < panels; p++)
-            product(model->weights, map, head * panels + p, n, thread->input, m, thread->y + p * PANEL, stride);
+            product(model->weights, map, head * panels + p, n, thread->input, m, thread->y + p * PANEL,
+                    stride);
         for (int r = 0; r < m; r++) {
             const Row *row = pass->rows + r;
             float *y = thread->y + (size_t)r * stride;
@@ -518,8 +278,10 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
             sums[q] = exponentials(thread->scores + q * stride, seen, count, scale);
         }
         const void *values = request->values[layer->index];
-#define QUERIES_OF(number) \
-    case number: mix_all(type, number, thread->scores, stride, values, at, count, size, mixed); break;
+#define QUERIES_OF(number)                                                                                   \
+    case number:                                                                                             \
+        mix_all(type, number, thread->scores, stride, values, at, count, size, mixed);                       \
+        break;
         switch (queries) {
             QUERIES_OF(1) QUERIES_OF(2) QUERIES_OF(3) QUERIES_OF(4) QUERIES_OF(5) QUERIES_OF(6)
         }
@@ -536,7 +298,8 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
 static void attend(const Pass *pass, const Thread *thread, const Layer *layer) {
     const Model *model = pass->model;
     for (int first = 0, end; first < pass->num_rows; first = end) {
-        for (end = first + 1; end < pass->num_rows && pass->rows[end].request == pass->rows[first].request;) end++;
+        for (end = first + 1; end < pass->num_rows && pass->rows[end].request == pass->rows[first].request;)
+            end++;
         /* Every thread takes as many queries, some groups' and a part of another's. */
         int queries = (end - first) * model->heads_per_group;
         Range mine = share(thread, layer->groups * queries);
@@ -570,7 +333,8 @@ static void add(const Pass *pass, const Thread *thread, Map map, int inputs, con
     }
 }
 
-/* pass->hidden = silu(gate(input)) * up(input); neurons up to the end of the last panel that are none are 0. */
+/* pass->hidden = silu(gate(input)) * up(input); neurons up to the end of the last panel that are none are 0.
+ */
 static void activate(const Pass *pass, const Thread *thread, const Layer *layer) {
     const Model *model = pass->model;
     int type = model->weights, m = pass->num_rows, stride = PANEL, n = depth(type, model->hidden);
@@ -596,7 +360,8 @@ static void score(const Pass *pass, const Thread *thread) {
     const Row *scored[MAX_ROWS];
     for (int r = 0, count = 0; r < pass->num_rows; r++) {
         if (pass->rows[r].output < 0) continue;
-        normalise(pass->x + (size_t)r * model->hidden, model->norm, model->hidden, model->epsilon, thread->line);
+        normalise(pass->x + (size_t)r * model->hidden, model->norm, model->hidden, model->epsilon,
+                  thread->line);
         place_row(type, thread->line, model->hidden, thread->input, m, count, thread->codes);
         scored[count++] = pass->rows + r;
     }
@@ -643,18 +408,12 @@ static void run(const Pass *pass, const Thread *thread) {
 
 /* ---------------------------------------------------------------- the door */
 
-INLINE size_t padded(size_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
-
 typedef struct {
-    size_t rows, x, queries, mixed, hidden, shared;               /* of all, in units of 4 bytes */
-    size_t input, codes, line, y, asked, panel, scores, each;     /* of a thread */
+    size_t rows, x, queries, mixed, hidden, shared;           /* of all, in units of 4 bytes */
+    size_t input, codes, line, y, asked, panel, scores, each; /* of a thread */
 } Sizes;
 
 INLINE size_t most(size_t a, size_t b) { return a > b ? a : b; }
-
-INLINE size_t input_of(int type, int rows, int inputs) {
-    return padded((header_size(type, rows) + rows * input_size(type) * depth(type, inputs)) / 4);
-}
 
 static Sizes sizes_of(const Model *model, int rows, int positions) {
     int type = model->weights, ffn = ceil_div(model->ffn, PANEL) * PANEL;
@@ -676,7 +435,8 @@ static Sizes sizes_of(const Model *model, int rows, int positions) {
         .scores = QUERIES * padded((size_t)positions),
     };
     sizes.shared = sizes.rows + sizes.x + sizes.queries + sizes.mixed + sizes.hidden;
-    sizes.each = sizes.input + sizes.codes + sizes.line + 2 * sizes.y + sizes.asked + sizes.panel + sizes.scores;
+    sizes.each =
+        sizes.input + sizes.codes + sizes.line + 2 * sizes.y + sizes.asked + sizes.panel + sizes.scores;
     return sizes;
 }
 
@@ -699,7 +459,8 @@ static Thread thread_of(float *memory, const Sizes *sizes) {
 int nestling_product(int type, const Map *map, int outputs, int inputs, const float *x, int num_rows,
                      int num_threads, float *y) {
     int panels = ceil_div(outputs, PANEL), n = depth(type, inputs);
-    size_t input = input_of(type, num_rows, inputs), codes = padded((size_t)n), own = (size_t)num_rows * PANEL;
+    size_t input = input_of(type, num_rows, inputs), codes = padded((size_t)n),
+           own = (size_t)num_rows * PANEL;
     float *memory = aligned_alloc(64, 4 * (input + codes + own * (size_t)num_threads));
     if (memory == NULL) return 1;
     for (int r = 0; r < num_rows; r++)
@@ -736,7 +497,12 @@ int nestling_step(const Model *model, const Request *requests, int num_requests,
     if (memory == NULL) return 1;
     Row *rows = (Row *)memory;
     float *x = memory + sizes.rows, *queries = x + sizes.x, *mixed = queries + sizes.queries;
-    Pass pass = {.model = model, .rows = rows, .x = x, .queries = queries, .logits = logits, .mixed = mixed,
+    Pass pass = {.model = model,
+                 .rows = rows,
+                 .x = x,
+                 .queries = queries,
+                 .logits = logits,
+                 .mixed = mixed,
                  .hidden = mixed + sizes.mixed};
     int request = 0, token = 0; /* the next one to run: of which request, and which of its tokens */
     for (int done = 0; done < total; done += pass.num_rows) {
@@ -744,8 +510,8 @@ int nestling_step(const Model *model, const Request *requests, int num_requests,
         while (pass.num_rows < MAX_ROWS && request < num_requests) {
             const Request *of = requests + request;
             int is_scored = token >= of->count - of->scored;
-            rows[pass.num_rows] = (Row){of, tokens[done + pass.num_rows], of->length + token,
-                                        is_scored ? outputs++ : -1};
+            rows[pass.num_rows] =
+                (Row){of, tokens[done + pass.num_rows], of->length + token, is_scored ? outputs++ : -1};
             pass.num_scored += is_scored;
             pass.num_rows++;
             if (++token == of->count) request++, token = 0;
