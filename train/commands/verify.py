@@ -19,8 +19,8 @@ from train.console import make_console, progress_bar
 
 if TYPE_CHECKING:
     from models.checkpoint import ModelFolder
+    from models.measure.checks import Check
     from models.measure.drafts import ForModel
-    from models.measure.verify import Check
 
 NUM_PROMPTS = 4
 

@@ -26,7 +26,7 @@ from models.decode.state import Model, State, new_cache, score
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import Granularity
-from models.measure.verify import Whole, check_identity, gap_between
+from models.measure.identity import Whole, check_identity, gap_between
 from models.quantize import PRECISIONS, pack
 from models.view import View
 

@@ -18,22 +18,12 @@ from models.decode.state import Model, State
 from models.elastic import ElasticLM
 from models.granularity import Granularity
 from models.measure import verify
+from models.measure.checks import COUNTED_GAMMA, LAWS, Case, Check, check_counts, check_dtype, check_exact
 from models.measure.drafts import ANY, AUTO, Drafts, Gamma, MakeDraft, Subject, hostile, member, separate
 from models.measure.few import Few
+from models.measure.identity import Whole, check_batch, check_identity, gap_between
 from models.measure.restrict import restrict
-from models.measure.verify import (
-    COUNTED_GAMMA,
-    Case,
-    Check,
-    Whole,
-    check_batch,
-    check_counts,
-    check_dtype,
-    check_exact,
-    check_identity,
-    gap_between,
-    plan_checks,
-)
+from models.measure.verify import plan_checks
 from models.quantize import pack
 from models.view import View
 
@@ -84,7 +74,7 @@ def test_a_sound_engine_passes_every_test(
     dtype: str, tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "NUM_TOKENS", {1: 3, 2: 2, 3: 2})
-    monkeypatch.setattr(verify, "LAWS", {name: verify.LAWS[name] for name in ("T=1", "all", "greedy")})
+    monkeypatch.setattr(verify, "LAWS", {name: LAWS[name] for name in ("T=1", "all", "greedy")})
     source = tiny_model.bfloat16() if dtype == "bf16" else tiny_model
     jobs = plan_checks(
         pack(source, dtype),
@@ -195,7 +185,7 @@ def test_counts_that_their_law_does_not_give_fail(tiny_model: ElasticLM) -> None
 
     assert not check_counts(subject, Case(believes, "hostile", COUNTED_GAMMA), **counts).passed
     law = subject.law
-    subject.law = lambda **options: law(**{**options, "params": verify.LAWS["T=0.7"]})  # type: ignore[method-assign]
+    subject.law = lambda **options: law(**{**options, "params": LAWS["T=0.7"]})  # type: ignore[method-assign]
     assert not check_counts(subject, case, **counts).passed
     assert not check_counts(subject, Case("coupled", None, 0), **counts).passed
 
@@ -258,15 +248,15 @@ def test_a_gap_is_what_the_choice_compared(tiny_model: ElasticLM) -> None:
     whole = Whole(model=tiny_model, dtype="fp32", prompts=PROMPTS, length=1)
     logits_V = tiny_model(torch.tensor([PROMPTS[0]]))[0, -1].detach()
     best, second = logits_V.topk(2).indices.tolist()
-    gap, tie = gap_between(whole, PROMPTS[0], (second, best), verify.LAWS["greedy"])
+    gap, tie = gap_between(whole, PROMPTS[0], (second, best), LAWS["greedy"])
     assert gap == pytest.approx(float(logits_V[best] - logits_V[second]))
     assert 0 < tie < 1e-4
-    (chosen,) = whole.plain(PROMPTS[0], verify.LAWS["T=1"])
+    (chosen,) = whole.plain(PROMPTS[0], LAWS["T=1"])
     gaps = [
-        gap_between(whole, PROMPTS[0], (token, chosen), verify.LAWS["T=1"])[0]
+        gap_between(whole, PROMPTS[0], (token, chosen), LAWS["T=1"])[0]
         for token in range(tiny_model.config.vocab_size)
     ]
     assert gaps.count(0.0) == 1
     assert gaps[chosen] == 0.0
     other = replace(whole, seed=1)
-    assert gap_between(other, PROMPTS[0], (best, second), verify.LAWS["T=1"])[0] != gap
+    assert gap_between(other, PROMPTS[0], (best, second), LAWS["T=1"])[0] != gap

@@ -15,6 +15,7 @@ from models.decode.accept import VERIFIERS
 from models.elastic import ElasticLM
 from models.granularity import Granularity
 from models.measure import verify
+from models.measure.checks import LAWS
 from train.cli import main
 
 Fails = Callable[..., str]
@@ -31,7 +32,7 @@ def folder(tmp_path: Path, tiny_model: ElasticLM) -> Path:
 @pytest.fixture(autouse=True)
 def short_walks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "NUM_TOKENS", {1: 2, 2: 2, 3: 2})
-    monkeypatch.setattr(verify, "LAWS", {name: verify.LAWS[name] for name in ("T=1", "all", "greedy")})
+    monkeypatch.setattr(verify, "LAWS", {name: LAWS[name] for name in ("T=1", "all", "greedy")})
 
 
 def flags(folder: Path) -> list[str]:
