@@ -25,8 +25,9 @@ from models.machine import machine_card, num_threads
 from models.view import View
 from train.console import family_table
 from train.extraction import extract_and_prove
-from train.fit import RECIPE_FILE, fit
+from train.fit import fit
 from train.recipe import Recipe, load_recipe
+from train.run_folder import RECIPE_FILE
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 MEMBER = "S"

@@ -269,7 +269,7 @@ def test_a_run_does_not_go_on_with_another_teacher(text: Path, tmp_path: Path, f
     run(recipe, out)
 
 
-@pytest.mark.parametrize("place", ["train.fit.save_recipe", "train.fit.write_json"])
+@pytest.mark.parametrize("place", ["train.run_folder.save_recipe", "train.run_folder.write_json"])
 def test_a_run_killed_before_its_teacher_is_recorded_can_be_started_again(
     text: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
