@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import Attention
-from models.cache import Memory
+from models.cache import KVCache, Memory
 from models.config import ElasticConfig
 from models.granularity import FULL, Granularity, LayerPlan, Plan
 from models.layers import MLP, RMSNorm, Rotary
@@ -98,6 +98,15 @@ class ElasticLM(nn.Module):
         """
         x_BTD = self.states(tokens_BT, granularity, memory)[-1]
         return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:])
+
+    def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
+        """Logits [num_last, V] of the last of some tokens that follow what a cache of one row has committed.
+
+        This is a pass of decoding; see `forward`.
+        """
+        tokens_BT = torch.tensor([ids], device=self.model.embed_tokens.weight.device)
+        logits_BTV: Tensor = self(tokens_BT, granularity, cache, num_last=num_last)
+        return logits_BTV[0]
 
     def states(
         self,

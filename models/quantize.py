@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.cache import KVCache, Memory
+from models.cache import KVCache
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
@@ -75,33 +75,11 @@ class PackedLM(ElasticLM):
         if self.native is None or dtype != weight.dtype or isinstance(source, PackedLM):
             self._pack(precision, dtype or torch.float32)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        granularity: Granularity = FULL,
-        memory: Memory | None = None,
-        *,
-        num_last: int | None = None,
-    ) -> Tensor:
-        """See `ElasticLM.forward`; a pass of decoding is one call where it can be."""
-        logits_BTV = self.native_pass(tokens_BT, granularity, memory, num_last)
-        if logits_BTV is not None:
-            return logits_BTV
-        return super().forward(tokens_BT, granularity, memory, num_last=num_last)
-
-    def native_pass(
-        self,
-        tokens_BT: Tensor,
-        granularity: Granularity,
-        memory: Memory | None,
-        num_last: int | None,
-        head: nn.Linear | None = None,
-    ) -> Tensor | None:
-        """The same as one call, with a head of fewer tokens perhaps; None if this pass cannot be one."""
-        if self.native is None or not isinstance(memory, KVCache) or len(tokens_BT) > 1:
-            return None
-        ids = tokens_BT[0].tolist()
-        return self.native([Tokens(ids, memory, num_last or len(ids))], granularity, head)[None]
+    def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
+        """See `ElasticLM.score`; one call where it can be."""
+        if self.native is None:
+            return super().score(ids, granularity, cache, num_last=num_last)
+        return self.native([Tokens(ids, cache, num_last)], granularity)
 
     def _pack(self, precision: str, dtype: torch.dtype) -> None:
         for module in list(self.modules()):

@@ -1,10 +1,11 @@
 """A granularity seen in place: calls like a model, owns no memory."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from models.cache import Memory
+from models.cache import KVCache, Memory
 from models.config import ElasticConfig
 from models.elastic import ElasticLM
 from models.errors import UsageError
@@ -33,6 +34,10 @@ class View:
         """Logits [B, T, V]; see `ElasticLM.forward`."""
         logits_BTV: Tensor = self.model(tokens_BT, self.granularity, memory, num_last=num_last)
         return logits_BTV
+
+    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
+        """Logits [num_last, V]; see `ElasticLM.score`."""
+        return self.model.score(ids, self.granularity, cache, num_last=num_last)
 
     @property
     def config(self) -> ElasticConfig:

@@ -53,10 +53,9 @@ def new_cache(model: Model, num_positions: int) -> KVCache:
 
 def score(model: Scorer, ids: list[int], cache: KVCache, *, num_last: int) -> Tensor:
     """Logits [T, V] of the last positions of `ids`, which follow what the cache has committed."""
-    device = elastic_model(model).model.embed_tokens.weight.device
-    tokens_BT = torch.tensor([ids], device=device)
-    logits_BTV: Tensor = model(tokens_BT, memory=cache, num_last=num_last)
-    return logits_BTV[0]
+    if isinstance(model, ElasticLM):
+        return model.score(ids, FULL, cache, num_last=num_last)
+    return model.score(ids, cache, num_last=num_last)
 
 
 def score_together(model: Scorer, requests: Sequence[Tokens]) -> Tensor:

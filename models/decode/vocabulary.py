@@ -7,16 +7,20 @@ a quarter of the vocabulary makes up nearly all of a text. Whether that pays is 
 B batch, T positions, D model, N tokens that are scored, V vocabulary.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
-from models.cache import Memory
+from models.cache import KVCache
 from models.errors import UsageError
+from models.native import Tokens
 from models.quantize import PackedLinear, PackedLM
 from models.view import View
 
 
 class FewTokens:
-    """Calls like the view that it is made of; logits of all other tokens are -inf.
+    """Scores like the view that it is made of; logits of all other tokens are -inf.
 
     Args:
         view: the member.
@@ -38,17 +42,13 @@ class FewTokens:
         if isinstance(head, PackedLinear):
             self.few = PackedLinear(few, head.precision)
 
-    def __call__(
-        self, tokens_BT: Tensor, memory: Memory | None = None, *, num_last: int | None = None
-    ) -> Tensor:
-        """Logits [B, T, V]; see `ElasticLM.forward`."""
+    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
+        """Logits [num_last, V]; see `ElasticLM.score`."""
         whole, granularity = self.model, self.view.granularity
-        if isinstance(whole, PackedLM):
-            few_BTN = whole.native_pass(tokens_BT, granularity, memory, num_last, self.few)
-            if few_BTN is not None:
-                return self.among_all(few_BTN)
-        x_BTD = whole.states(tokens_BT, granularity, memory)[-1]
-        return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:])
+        if isinstance(whole, PackedLM) and whole.native is not None:
+            return self.among_all(whole.native([Tokens(ids, cache, num_last)], granularity, self.few))
+        tokens_BT = torch.tensor([ids], device=self.ids_N.device)
+        return self.head(whole.states(tokens_BT, granularity, cache)[-1][0, -num_last:])
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """Logits [..., V] of residual streams [..., D]."""

@@ -28,7 +28,7 @@ _Key: TypeAlias = tuple[int, Granularity, int, int | None, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class _Pass:
-    logits_BTV: Tensor
+    logits_TV: Tensor
     start: int
     end: int
     written: list[tuple[Tensor, Tensor]]
@@ -57,30 +57,31 @@ class Passes:
         """A member whose passes are remembered; the model must stay alive as long as this."""
         return _RememberedView(model, granularity, self)
 
-    def run(self, view: View, tokens_BT: Tensor, memory: Memory | None, num_last: int | None) -> Tensor:
-        """Logits [B, T, V] of a pass, made or found; see `View.__call__`."""
-        assert memory is None or isinstance(memory, KVCache), memory
-        start = 0 if memory is None else memory.length
-        tokens = tuple(tokens_BT.flatten().tolist())
-        key = (id(view.model), view.granularity, start, num_last, tokens)
-        if memory is None:
-            if key not in self._alone:
-                self._alone[key] = View.__call__(view, tokens_BT, num_last=num_last)
-            return self._alone[key]
-        num_layers, one = view.model.config.num_hidden_layers, self._following.get(key)
+    def alone(self, view: View, tokens_BT: Tensor, num_last: int | None) -> Tensor:
+        """Logits [B, T, V] of a pass that reads nothing else, made or found."""
+        key = (id(view.model), view.granularity, 0, num_last, tuple(tokens_BT.flatten().tolist()))
+        if key not in self._alone:
+            self._alone[key] = View.__call__(view, tokens_BT, num_last=num_last)
+        return self._alone[key]
+
+    def score(self, view: View, ids: Sequence[int], cache: KVCache, num_last: int) -> Tensor:
+        """Logits [num_last, V] of a pass of decoding, made or found; see `View.score`."""
+        start, num_layers = cache.length, view.model.config.num_hidden_layers
+        key = (id(view.model), view.granularity, start, num_last, tuple(ids))
+        one = self._following.get(key)
         if one is None:
             self._write_what_was_found()
-            logits_BTV = View.__call__(view, tokens_BT, memory, num_last=num_last)
-            end = start + tokens_BT.shape[1]
+            logits_TV = View.score(view, ids, cache, num_last=num_last)
+            end = start + len(ids)
             written = [
                 (k_BGTK.clone(), v_BGTK.clone())
-                for k_BGTK, v_BGTK in _positions(memory, num_layers, start, end)
+                for k_BGTK, v_BGTK in _positions(cache, num_layers, start, end)
             ]
-            one = self._following[key] = _Pass(logits_BTV, start, end, written)
+            one = self._following[key] = _Pass(logits_TV, start, end, written)
         else:
-            self._found.append((memory, num_layers, one))
+            self._found.append((cache, num_layers, one))
         self._following = one.following
-        return one.logits_BTV
+        return one.logits_TV
 
     def _write_what_was_found(self) -> None:
         for memory, num_layers, one in self._found:
@@ -99,7 +100,11 @@ class _RememberedView(View):
     def __call__(
         self, tokens_BT: Tensor, memory: Memory | None = None, *, num_last: int | None = None
     ) -> Tensor:
-        return self._passes.run(self, tokens_BT, memory, num_last)
+        assert memory is None, memory
+        return self._passes.alone(self, tokens_BT, num_last)
+
+    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
+        return self._passes.score(self, ids, cache, num_last)
 
 
 def _positions(memory: KVCache, num_layers: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:

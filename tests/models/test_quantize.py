@@ -92,9 +92,9 @@ def test_a_packed_member_reads_and_writes_a_store_of_the_targets_dtype(
     cache = KVCache(target.config, num_positions=16, dtype=dtype)
     target(TOKENS[:1, :8], memory=cache)
     cache.commit(8)
-    theirs = View(target, Granularity.parse("S"))(TOKENS[:1, 8:9], cache.view())
+    theirs = View(target, Granularity.parse("S")).score([8], cache.view(), num_last=1)
     member = View(pack(target, precision), Granularity.parse("S"))
-    ours = member(TOKENS[:1, 8:9], cache.view())
+    ours = member.score([8], cache.view(), num_last=1)
     assert distance(ours.double(), theirs.double()) < RTOL[precision]
     assert ours.dtype in {dtype, torch.promote_types(dtype, torch.float32)}
 

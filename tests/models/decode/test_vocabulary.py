@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.cache import KVCache
+from models.decode.state import new_cache
 from models.decode.vocabulary import FewTokens
 from models.elastic import ElasticLM
 from models.errors import UsageError
@@ -21,22 +21,22 @@ def test_logits_are_the_members_own_for_these_tokens_and_minus_infinity_elsewher
     precision: str | None, tiny_model: ElasticLM
 ) -> None:
     view = View(tiny_model if precision is None else pack(tiny_model, precision), EXIT)
-    few, tokens_BT = FewTokens(view, torch.tensor([5, 0, 63, 7])), torch.tensor([[3, 1, 4, 1, 5]])
-    ours_BTV, theirs_BTV = few(tokens_BT), view(tokens_BT)
+    few, ids = FewTokens(view, torch.tensor([5, 0, 63, 7])), [3, 1, 4, 1, 5]
+    ours_TV, theirs_TV = (one.score(ids, new_cache(view, 5), num_last=5) for one in (few, view))
     is_scored_V = torch.isin(torch.arange(64), few.ids_N)
     torch.testing.assert_close(
-        ours_BTV[..., is_scored_V], theirs_BTV[..., is_scored_V], rtol=0, atol=FP32_SUMS, check_dtype=False
+        ours_TV[:, is_scored_V], theirs_TV[:, is_scored_V], rtol=0, atol=FP32_SUMS, check_dtype=False
     )
-    assert (ours_BTV[..., ~is_scored_V] == float("-inf")).all()
-    torch.testing.assert_close(few(tokens_BT, num_last=2), ours_BTV[:, -2:])
+    assert (ours_TV[:, ~is_scored_V] == float("-inf")).all()
+    torch.testing.assert_close(few.score(ids, new_cache(view, 5), num_last=2), ours_TV[-2:])
 
 
 @torch.inference_mode()
 def test_keys_and_values_are_written_as_the_member_writes_them(tiny_model: ElasticLM) -> None:
-    view, tokens_BT = View(tiny_model, EXIT), torch.tensor([[3, 1, 4]])
-    ours, theirs = (KVCache(tiny_model.config, num_positions=3) for _ in range(2))
-    FewTokens(view, torch.tensor([1]))(tokens_BT, ours)
-    view(tokens_BT, theirs)
+    view, ids = View(tiny_model, EXIT), [3, 1, 4]
+    ours, theirs = new_cache(view, 3), new_cache(view, 3)
+    FewTokens(view, torch.tensor([1])).score(ids, ours, num_last=1)
+    view.score(ids, theirs, num_last=1)
     for cache in (ours, theirs):
         cache.commit(3)
     for layer in range(2):
