@@ -102,16 +102,21 @@ class NativeStep:
 
         Raises:
             UsageError: if the member does not fit the model.
+            IndexError: for what is no token id.
         """
-        head = head or self._model.lm_head
+        head, config = head or self._model.lm_head, self._model.config
         member = self._member(granularity, head, requests[0].cache.dtype)
         given = (_Request * len(requests))()
         for one, (ids, cache, num_last) in zip(given, requests, strict=True):
-            assert cache.length + len(ids) <= cache.num_positions, (cache.length, len(ids))
+            end = cache.length + len(ids)
+            assert end <= min(cache.num_positions, config.max_position_embeddings), end
+            assert cache.batch_size == 1, cache.batch_size
             one.keys, one.values = cache.addresses
             one.positions, one.length = cache.num_positions, cache.length
             one.count, one.scored = len(ids), num_last
         tokens = [token for one in requests for token in one.ids]
+        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+            raise IndexError(f"token ids must be from 0 to {config.vocab_size - 1}, got {tokens}")
         logits_TV = torch.empty(sum(one.num_last for one in requests), head.out_features)
         failed = self._run(
             ctypes.byref(member.model),
@@ -137,7 +142,7 @@ class NativeStep:
         plans = granularity.resolve(config).layers
         kept: list[object] = []
         layers = (_Layer * len(plans))(*(self._layer(plan, kept) for plan in plans))
-        embedding = source.model.embed_tokens.weight
+        embedding = source.model.embed_tokens.weight.detach()  # its storage, whatever becomes of the model
         angles = [table_TK.float().contiguous() for table_TK in (source.rotary.cos_TK, source.rotary.sin_TK)]
         if head not in self._heads:
             self._heads[head] = make_panels(head.weight, dtype=self._dtype)
@@ -160,7 +165,7 @@ class NativeStep:
             head=_map(self._heads[head], kept),
             layers=layers,
         )
-        return _Member(model, [*kept, *angles, layers])
+        return _Member(model, [*kept, embedding, *angles, layers])
 
     def _layer(self, plan: LayerPlan, kept: list[object]) -> _Layer:
         config = self._model.config

@@ -163,3 +163,21 @@ def test_what_it_cannot_run_is_left_to_torch(
     dtype: torch.dtype, fields: dict[str, int], tiny_config: ElasticConfig
 ) -> None:
     assert native_step(make_model(tiny_config, dtype, **fields), dtype) is None
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("token", [-1, 64])
+def test_what_is_no_token_is_refused(token: int, tiny_config: ElasticConfig) -> None:
+    model = make_model(tiny_config)
+    with pytest.raises(IndexError, match=f"from 0 to 63, got .*{token}"):
+        make_step(model, torch.float32)([Tokens([1, token], new_cache(model), 1)], FULL)
+
+
+@torch.inference_mode()
+def test_it_computes_with_the_weights_that_it_was_made_of(tiny_config: ElasticConfig) -> None:
+    model = make_model(tiny_config)
+    step = make_step(model, torch.float32)
+    before_TV = step([Tokens(IDS, new_cache(model), 3)], FULL)
+    model.to(torch.bfloat16)  # new storage for every weight
+    cache = KVCache(model.config, num_positions=64)
+    assert step([Tokens(IDS, cache, 3)], FULL).equal(before_TV)
