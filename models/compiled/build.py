@@ -37,8 +37,13 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
     try:
-        return load(build())
-    except NestlingError as error:
+        path = build()
+        try:
+            return load(path)
+        except NestlingError:  # damaged: it is made again, once
+            path.unlink(missing_ok=True)
+            return load(build())
+    except (NestlingError, OSError) as error:
         _log.warning("decoding runs on torch's kernels: %s", error)
         return None
 

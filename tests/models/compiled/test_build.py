@@ -53,3 +53,13 @@ def test_it_can_be_switched_off_and_a_refusal_is_logged(
     monkeypatch.setenv("NESTLING_NATIVE", "0")
     assert library.__wrapped__() is None
     assert not caplog.text
+
+
+def test_a_damaged_one_is_made_again(
+    compiled: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(building, "default_cache_dir", lambda: tmp_path)
+    build().write_bytes(b"nothing")
+    with caplog.at_level(logging.WARNING):
+        assert library.__wrapped__() is not None
+    assert not caplog.text
