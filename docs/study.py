@@ -206,7 +206,8 @@ def collect(out: Path) -> None:
     runs = [read_json(path) for path in found if path.exists()]
     cards = [run.pop("card") for run in runs]
     make_folder(RESULTS)
-    write_json(RESULTS / "runs.json", {"command": COMMAND, "card": cards[0], "runs": runs})
+    card = cards[0] | {"command": COMMAND}  # whose folders are nobody else's
+    write_json(RESULTS / "runs.json", {"command": COMMAND, "card": card, "runs": runs})
 
 
 def files(study: Mapping[str, Any]) -> dict[Path, str]:
