@@ -40,8 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Each test starts from the same global random state, whatever ran before it."""
+    """Each test starts from the same global random state and one thread, whatever ran before it."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
