@@ -43,6 +43,7 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_layers", "num_outputs")),
         ("epsilon", ctypes.c_float),
         ("embeddings", ctypes.c_void_p),
+        ("outputs", ctypes.c_void_p),
         *((name, _Floats) for name in ("cosines", "sines", "norm")),
         ("head", Map),
         ("layers", ctypes.POINTER(_Layer)),
@@ -54,7 +55,7 @@ class _Request(ctypes.Structure):
         ("keys", ctypes.POINTER(ctypes.c_void_p)),
         ("values", ctypes.POINTER(ctypes.c_void_p)),
         ("positions", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("length", "count", "scored")),
+        *((name, ctypes.c_int32) for name in ("length", "count", "scored", "next")),
     ]
 
 
@@ -64,7 +65,18 @@ class Tokens(NamedTuple):
     ids: Sequence[int]
     cache: KVCache
     num_last: int
-    """How many of the last are scored."""
+    """How many of the last are scored, 1 or more."""
+    num_next: int = 0
+    """How many more are read and scored, each the likeliest after the one before."""
+
+
+class Head(NamedTuple):
+    """What gives logits."""
+
+    map: nn.Linear
+    """From D to V, or N."""
+    ids_N: Tensor | None = None
+    """Which tokens those are; None means all."""
 
 
 class NativeStep:
@@ -88,36 +100,39 @@ class NativeStep:
         Raises:
             UsageError: if the member does not fit the model.
         """
-        self._member(granularity, self._model.lm_head, self._model.model.embed_tokens.weight.dtype)
+        self._member(granularity, Head(self._model.lm_head), self._model.model.embed_tokens.weight.dtype)
 
     def __call__(
-        self, requests: Sequence[Tokens], granularity: Granularity, head: nn.Linear | None = None
+        self, requests: Sequence[Tokens], granularity: Granularity, head: Head | None = None
     ) -> Tensor:
         """Write the keys and values of all tokens, and give logits [all T, V or N] in fp32.
+
+        T of a request are its `num_last` and `num_next`.
 
         Args:
             requests: each with a cache of its own, of one row.
             granularity: the member.
-            head: of the vocabulary, over D; None is the model's.
+            head: None is the model's.
 
         Raises:
             UsageError: if the member does not fit the model.
             IndexError: for what is no token id.
         """
-        head, config = head or self._model.lm_head, self._model.config
+        head, config = head or Head(self._model.lm_head), self._model.config
         member = self._member(granularity, head, requests[0].cache.dtype)
         given = (_Request * len(requests))()
-        for one, (ids, cache, num_last) in zip(given, requests, strict=True):
-            end = cache.length + len(ids)
+        for one, (ids, cache, num_last, num_next) in zip(given, requests, strict=True):
+            end = cache.length + len(ids) + num_next
             assert end <= min(cache.num_positions, config.max_position_embeddings), end
             assert cache.batch_size == 1, cache.batch_size
             one.keys, one.values = cache.addresses
             one.positions, one.length = cache.num_positions, cache.length
-            one.count, one.scored = len(ids), num_last
+            one.count, one.scored, one.next = len(ids), num_last, num_next
         tokens = [token for one in requests for token in one.ids]
         if min(tokens) < 0 or max(tokens) >= config.vocab_size:
             raise IndexError(f"token ids must be from 0 to {config.vocab_size - 1}, got {tokens}")
-        logits_TV = torch.empty(sum(one.num_last for one in requests), head.out_features)
+        num_scored = sum(one.num_last + one.num_next for one in requests)
+        logits_TV = torch.empty(num_scored, head.map.out_features)
         failed = self._run(
             ctypes.byref(member.model),
             given,
@@ -130,22 +145,23 @@ class NativeStep:
             raise MemoryError("a decoding step found no memory")
         return logits_TV
 
-    def _member(self, granularity: Granularity, head: nn.Linear, cache: torch.dtype) -> "_Member":
-        key = granularity, head, cache
+    def _member(self, granularity: Granularity, head: Head, cache: torch.dtype) -> "_Member":
+        key = granularity, head.map, cache
         member = self._members.get(key)
         if member is None:
             member = self._members[key] = self._make(granularity, head, cache)
         return member
 
-    def _make(self, granularity: Granularity, head: nn.Linear, cache: torch.dtype) -> "_Member":
+    def _make(self, granularity: Granularity, head: Head, cache: torch.dtype) -> "_Member":
         source, config = self._model, self._model.config
         plans = granularity.resolve(config).layers
         kept: list[object] = []
         layers = (_Layer * len(plans))(*(self._layer(plan, kept) for plan in plans))
         embedding = source.model.embed_tokens.weight.detach()  # its storage, whatever becomes of the model
         angles = [table_TK.float().contiguous() for table_TK in (source.rotary.cos_TK, source.rotary.sin_TK)]
-        if head not in self._heads:
-            self._heads[head] = make_panels(head.weight, dtype=self._dtype)
+        if head.map not in self._heads:
+            self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
+        outputs = None if head.ids_N is None else head.ids_N.to(torch.int64, copy=True).contiguous()
         model = _Model(
             weights=TYPES[self._dtype],
             cache=TYPES[cache],
@@ -156,16 +172,17 @@ class NativeStep:
             query_width=config.num_attention_heads * config.head_dim,
             ffn=config.intermediate_size,
             num_layers=len(plans),
-            num_outputs=head.out_features,
+            num_outputs=head.map.out_features,
             epsilon=config.rms_norm_eps,
             embeddings=embedding.data_ptr(),
+            outputs=None if outputs is None else outputs.data_ptr(),
             cosines=angles[0].data_ptr(),
             sines=angles[1].data_ptr(),
             norm=self._norm(source.model.norm),
-            head=_map(self._heads[head], kept),
+            head=_map(self._heads[head.map], kept),
             layers=layers,
         )
-        return _Member(model, [*kept, embedding, *angles, layers])
+        return _Member(model, [*kept, embedding, outputs, *angles, layers])
 
     def _layer(self, plan: LayerPlan, kept: list[object]) -> _Layer:
         config = self._model.config

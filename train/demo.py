@@ -115,8 +115,8 @@ def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
 def _choose(folder: ModelFolder) -> Choice:
     """The member that drafts best here, even if plain decoding should be as fast."""
     acceptance = known_acceptance(folder.members, GREEDY)
-    drafts = {name: folder.family[name] for name in acceptance}
-    choice = choose_draft(acceptance, measure_costs(folder.model, drafts), least=0.0)
+    drafts = {name: View(folder.model, folder.family[name]) for name in acceptance}
+    choice = choose_draft(acceptance, measure_costs(folder.model, drafts, GREEDY), least=0.0)
     assert choice is not None, "a trained family has measured members"
     return choice
 

@@ -28,6 +28,7 @@ typedef struct {
     int32_t num_layers, num_outputs;
     float epsilon;
     const void *embeddings;
+    const int64_t *outputs;              /* ids of the tokens that the head scores, or NULL: all */
     const float *cosines, *sines, *norm; /* sines with the sign of the rotation */
     Map head;
     const Layer *layers;
@@ -37,6 +38,7 @@ typedef struct {
     void *const *keys, *const *values; /* of each layer: [groups][positions][head_dim] */
     int64_t positions;
     int32_t length, count, scored; /* committed positions, new tokens, the last so many of which are scored */
+    int32_t next;                  /* how many more are read, each the likeliest after the one before */
 } Request;
 
 /* ---------------------------------------------------------------- one pass */
@@ -481,12 +483,12 @@ int nestling_product(int type, const Map *map, int outputs, int inputs, const fl
     return 0;
 }
 
-/* Write keys and values of all tokens behind the committed ones, and logits [all scored][num_outputs].
+/* Passes over some tokens of each request; `first` are the rows of logits where each one's begin.
 
-   tokens: of all requests, one after another. Returns 0, or 1 if there is no memory. */
-int nestling_step(const Model *model, const Request *requests, int num_requests, const int64_t *tokens,
-                  int num_threads, float *logits) {
-    int total = 0, positions = 0, outputs = 0;
+   Returns 0, or 1 if there is no memory. */
+static int read(const Model *model, const Request *requests, int num_requests, const int64_t *tokens,
+                const int32_t *first, int num_threads, float *logits) {
+    int total = 0, positions = 0;
     for (int i = 0; i < num_requests; i++) {
         int end = requests[i].length + requests[i].count;
         total += requests[i].count;
@@ -509,10 +511,10 @@ int nestling_step(const Model *model, const Request *requests, int num_requests,
         pass.num_rows = pass.num_scored = 0;
         while (pass.num_rows < MAX_ROWS && request < num_requests) {
             const Request *of = requests + request;
-            int is_scored = token >= of->count - of->scored;
-            rows[pass.num_rows] =
-                (Row){of, tokens[done + pass.num_rows], of->length + token, is_scored ? outputs++ : -1};
-            pass.num_scored += is_scored;
+            int scored = token - (of->count - of->scored);
+            rows[pass.num_rows] = (Row){of, tokens[done + pass.num_rows], of->length + token,
+                                        scored < 0 ? -1 : first[request] + scored};
+            pass.num_scored += scored >= 0;
             pass.num_rows++;
             if (++token == of->count) request++, token = 0;
         }
@@ -525,4 +527,53 @@ int nestling_step(const Model *model, const Request *requests, int num_requests,
     }
     free(memory);
     return 0;
+}
+
+/* The first of the largest. */
+static int likeliest(const float *logits, int count) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < count; i++) most = logits[i] > most ? logits[i] : most;
+    for (int i = 0; i < count; i++)
+        if (logits[i] == most) return i;
+    return 0; /* no number is among them */
+}
+
+/* Write keys and values of all tokens behind the committed ones, and logits [scored + next][num_outputs] of
+   each request.
+
+   tokens: of all requests, one after another. Returns 0, or 1 if there is no memory. */
+int nestling_step(const Model *model, const Request *requests, int num_requests, const int64_t *tokens,
+                  int num_threads, float *logits) {
+    size_t each = sizeof(Request) + sizeof(int64_t) + 2 * sizeof(int32_t);
+    Request *asked = malloc(each * (size_t)num_requests);
+    if (asked == NULL) return 1;
+    int64_t *chosen = (int64_t *)(asked + num_requests);
+    int32_t *first = (int32_t *)(chosen + num_requests), *last = first + num_requests;
+    int longest = 0;
+    for (int i = 0, outputs = 0; i < num_requests; i++) {
+        first[i] = outputs, outputs += requests[i].scored + requests[i].next;
+        longest = requests[i].next > longest ? requests[i].next : longest;
+    }
+    int failed = read(model, requests, num_requests, tokens, first, num_threads, logits);
+    for (int step = 0; step < longest && !failed; step++) {
+        int going = 0;
+        for (int i = 0; i < num_requests; i++) {
+            const Request *of = requests + i;
+            if (step >= of->next) continue;
+            int row = first[i] + of->scored + step;
+            int token = likeliest(logits + (size_t)(row - 1) * model->num_outputs, model->num_outputs);
+            chosen[going] = model->outputs ? model->outputs[token] : token;
+            last[going] = row;
+            asked[going++] = (Request){.keys = of->keys,
+                                       .values = of->values,
+                                       .positions = of->positions,
+                                       .length = of->length + of->count + step,
+                                       .count = 1,
+                                       .scored = 1};
+        }
+        failed = read(model, asked, going, chosen, last, num_threads, logits);
+    }
+    free(asked);
+    return failed;
 }

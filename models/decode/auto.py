@@ -14,23 +14,22 @@ for this machine comes first: models/decode/searched.py.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
-from models.cache import KVCache
-from models.decode.choose import COUPLED
+from models.decode.chance import SeededRandom
+from models.decode.choose import COUPLED, make_chooser
+from models.decode.costs import filled_cache, one_pass, time_drafts, time_target
 from models.decode.sampling import SamplingParams
-from models.decode.state import Model, new_cache, score
+from models.decode.state import Scorer
 from models.elastic import ElasticLM
 from models.family import Member
-from models.granularity import Granularity
 from models.machine import thread_counts
 from models.probe import Work, alternate
-from models.view import View
 
 MAX_GAMMA = 8
-# Committed positions while timing: short, as at the start of a text.
-NUM_POSITIONS = 64
+DRAFT_STEPS = 4
 TIMING_BUDGET = 0.4
 # The formula leaves the host's own work out: a smaller gain than this is likely none.
 LEAST_SPEEDUP = 1.02
@@ -127,17 +126,14 @@ def known_acceptance(
     return known
 
 
-def measure_costs(model: ElasticLM, drafts: Mapping[str, Granularity]) -> Costs:
-    """Time target passes and draft steps in turn, in about a second."""
-    cache = _filled_cache(model)
-    tokens = range(1, cache.num_positions - cache.length + 1)
-    cells = {("target", str(m)): _pass(model, cache, m) for m in tokens}
-    cells |= {("draft", name): _pass(View(model, g), cache, 1) for name, g in drafts.items()}
-    seconds = alternate(cells, budget=TIMING_BUDGET, settled=True).shortest
-    return Costs(
-        {m: seconds["target", str(m)] for m in tokens},
-        {name: seconds["draft", name] for name in drafts},
+def measure_costs(model: ElasticLM, drafts: Mapping[str, Scorer], params: SamplingParams) -> Costs:
+    """Time target passes, and rounds of each draft under a law, in about a second."""
+    target = time_target(model, MAX_GAMMA + 1, budget=TIMING_BUDGET, clock=perf_counter)
+    goes_on = make_chooser(params, SeededRandom(0), "token").drafts_likeliest
+    steps = time_drafts(
+        model, drafts, num_steps=DRAFT_STEPS, goes_on=goes_on, budget=TIMING_BUDGET, clock=perf_counter
     )
+    return Costs(target, {name: step * target[1] for name, step in steps.items()})
 
 
 def best_num_threads(model: ElasticLM, most: int) -> int:
@@ -148,32 +144,13 @@ def best_num_threads(model: ElasticLM, most: int) -> int:
     """
     if most == 1:
         return 1
-    cache = _filled_cache(model)
-    tokens = {1, min(4, cache.num_positions - cache.length)}
-    passes = [_pass(model, cache, m) for m in tokens]
+    cache = filled_cache(model, MAX_GAMMA + 1)
+    passes = [one_pass(model, cache, m) for m in {1, min(4, cache.num_positions - cache.length)}]
     before = torch.get_num_threads()
     cells = {num: _threaded(num, passes) for num in thread_counts(most)}
     seconds = alternate(cells, budget=TIMING_BUDGET / 2).shortest
     torch.set_num_threads(before)
     return min(num for num in seconds if seconds[num] <= THREADS_MARGIN * min(seconds.values()))
-
-
-def _filled_cache(model: ElasticLM) -> KVCache:
-    """A cache as in the middle of a text, with room for a round."""
-    context = model.config.max_position_embeddings
-    num_tokens = min(MAX_GAMMA + 1, context)
-    cache = new_cache(model, min(NUM_POSITIONS + num_tokens, context))
-    cache.commit(cache.num_positions - num_tokens)
-    return cache
-
-
-def _pass(model: Model, cache: KVCache, num_tokens: int) -> Work:
-    @torch.inference_mode()
-    def work() -> None:
-        logits_TV = score(model, [0] * num_tokens, cache, num_last=num_tokens)
-        logits_TV.argmax(-1).tolist()  # decoding waits for the tokens as well
-
-    return work
 
 
 def _threaded(num_threads: int, passes: list[Work]) -> Work:

@@ -13,7 +13,7 @@ All three give the same `Verdict`. T positions, V vocabulary; p target, q draft.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class Verdict:
 class Chooser(Protocol):
     """Chooses the draft's tokens and judges them."""
 
+    @property
+    def drafts_likeliest(self) -> bool:
+        """Whether each drafted token is the likeliest by the draft's own logits, as they are."""
+        ...
+
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """Choose the next drafted token, append it to the proposal and return it."""
         ...
@@ -69,6 +74,11 @@ class Greedy:
     """The likeliest token, the lowest id among equals."""
 
     params: SamplingParams
+
+    @property
+    def drafts_likeliest(self) -> bool:
+        """See `Chooser`."""
+        return self.params.repetition_penalty == 1.0
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""
@@ -92,6 +102,7 @@ class Sampled:
     params: SamplingParams
     random: Random
     verifier: Verifier
+    drafts_likeliest: ClassVar[bool] = False
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""
@@ -121,6 +132,7 @@ class Coupled:
 
     params: SamplingParams
     random: Random
+    drafts_likeliest: ClassVar[bool] = False
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""

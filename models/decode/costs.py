@@ -59,29 +59,46 @@ class HostCosts:
 
 def time_target(target: ElasticLM, most_tokens: int, *, budget: float, clock: Clock) -> dict[int, float]:
     """Seconds of a pass on 1, 2, ... tokens, as far as the context has room."""
-    cache = _filled_cache(target, most_tokens)
+    cache = filled_cache(target, most_tokens)
     tokens = range(1, cache.num_positions - cache.length + 1)
-    cells = {m: _pass(target, cache, m) for m in tokens} | {1: _plain(target, cache)}
+    cells = {m: one_pass(target, cache, m) for m in tokens} | {1: _plain(target, cache)}
     seconds = alternate(cells, budget=budget, clock=clock, settled=True).median
     return seconds | {1: seconds[1] / PLAIN_PASSES}
 
 
 def time_drafts(
-    target: ElasticLM, drafts: Mapping[str, Scorer], *, num_steps: int, budget: float, clock: Clock
+    target: ElasticLM,
+    drafts: Mapping[str, Scorer],
+    *,
+    num_steps: int,
+    goes_on: bool,
+    budget: float,
+    clock: Clock,
 ) -> dict[str, float]:
     """The cost of a step of each draft, in target passes on one token timed beside them.
 
     Timed is a whole round, and the target's pass is taken off: as in decoding, a draft's first step finds
     the target's weights, and not its own, in the processor's caches.
+
+    Args:
+        target: what judges.
+        drafts: by name.
+        num_steps: of a round.
+        goes_on: whether they are one pass that goes on by itself, as greedy drafts are.
+        budget: seconds.
+        clock: tells seconds.
     """
-    cache = _filled_cache(target, num_steps + 1)
+    cache = filled_cache(target, num_steps + 1)
     num_steps = min(num_steps, cache.num_positions - cache.length - 1)
-    verdict = _pass(target, cache, num_steps + 1)
+    verdict = one_pass(target, cache, num_steps + 1)
     cells: dict[tuple[str, str], Work] = {
         ("", "plain"): _plain(target, cache),
         ("", "verdict"): verdict,
     }
-    cells |= {(name, "round"): _round(draft, cache, num_steps, verdict) for name, draft in drafts.items()}
+    at_once = num_steps if goes_on else 1
+    cells |= {
+        (name, "round"): _round(draft, cache, num_steps, at_once, verdict) for name, draft in drafts.items()
+    }
     seconds = alternate(cells, budget=budget, clock=clock, settled=True).median
     one, last = seconds["", "plain"] / PLAIN_PASSES, seconds["", "verdict"]
     return {name: max(0.0, seconds[name, "round"] - last) / num_steps / one for name in drafts}
@@ -106,7 +123,7 @@ def time_hosts(
     return {kind: HostCosts({gamma: seconds[kind, gamma] for gamma in HOST_GAMMAS}) for kind in kinds}
 
 
-def _filled_cache(target: ElasticLM, num_tokens: int) -> KVCache:
+def filled_cache(target: ElasticLM, num_tokens: int) -> KVCache:
     """A cache as in the middle of a text, with room for so many tokens or as many as the context has."""
     context = target.config.max_position_embeddings
     num_tokens = min(num_tokens, context)
@@ -115,7 +132,9 @@ def _filled_cache(target: ElasticLM, num_tokens: int) -> KVCache:
     return cache
 
 
-def _pass(model: Scorer, cache: KVCache, num_tokens: int) -> Work:
+def one_pass(model: Scorer, cache: KVCache, num_tokens: int) -> Work:
+    """A pass on so many tokens, until its logits are there."""
+
     @torch.inference_mode()
     def work() -> None:
         logits_TV = score(model, [0] * num_tokens, cache, num_last=num_tokens)
@@ -125,7 +144,7 @@ def _pass(model: Scorer, cache: KVCache, num_tokens: int) -> Work:
 
 
 def _plain(model: Scorer, cache: KVCache) -> Work:
-    one = _pass(model, cache, 1)
+    one = one_pass(model, cache, 1)
 
     def work() -> None:
         for _ in range(PLAIN_PASSES):
@@ -134,13 +153,13 @@ def _plain(model: Scorer, cache: KVCache) -> Work:
     return work
 
 
-def _round(model: Scorer, cache: KVCache, num_steps: int, verdict: Work) -> Work:
+def _round(model: Scorer, cache: KVCache, num_steps: int, at_once: int, verdict: Work) -> Work:
     @torch.inference_mode()
     def work() -> None:
         tail = cache.view()
-        for _ in range(num_steps):
-            score(model, [0], tail, num_last=1)[-1, 0].item()
-            tail.commit(1)
+        for _ in range(0, num_steps, at_once):
+            score(model, [0], tail, num_last=1, num_next=at_once - 1)[-1, 0].item()
+            tail.commit(at_once)
         verdict()
 
     return work
@@ -157,8 +176,11 @@ def _choices(
     def work() -> None:
         chooser = make_chooser(params, SeededRandom(new_seed()), verifier)
         proposal = Proposal(prefix)
-        for t in range(gamma):
-            chooser.draft(logits_TV[t], proposal)
+        if chooser.drafts_likeliest and gamma:
+            proposal.ids += logits_TV[:gamma].argmax(-1).tolist()
+        else:
+            for t in range(gamma):
+                chooser.draft(logits_TV[t], proposal)
         chooser.verify(logits_TV, proposal)
 
     return work

@@ -134,6 +134,11 @@ def _propose(
 ) -> Steps[Proposal]:
     """Draft token by token, after the settled tokens that the cache lacks (at least the pending one)."""
     proposal, ids = Proposal(state.ids), state.ids[cache.length :]
+    if chooser.drafts_likeliest:  # then one pass may go on by itself
+        logits_TV = yield Pass(model, ids, cache, num_last=1, num_next=num_tokens - 1)
+        cache.commit(len(ids) + num_tokens - 1)
+        proposal.ids += logits_TV.argmax(-1).tolist()
+        return proposal
     for _ in range(num_tokens):
         logits_TV = yield Pass(model, ids, cache, num_last=1)
         cache.commit(len(ids))

@@ -201,7 +201,7 @@ def _searched(
     )
     assert isinstance(drafting.draft, NestedDraft)
     # Timed again, in half a second: what a controller begins with should be of now, not of the search's day.
-    costs = measure_costs(folder.model, {drafting.name: drafting.draft.view.granularity})
+    costs = measure_costs(folder.model, {drafting.name: drafting.draft.scorer}, params)
     return dataclasses.replace(drafting, verifier=verifier or found.verifier, costs=costs)
 
 
@@ -211,8 +211,8 @@ def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams, v
         note = "no member of this folder was ever measured"
         return Drafting(draft=None, name="none", gamma=0, note=note, verifier=verifier)
     family = {member.name: member.granularity for member in folder.members}
-    drafts = {name: Granularity.parse(family[name]) for name in acceptance}
-    costs = measure_costs(folder.model, drafts)
+    drafts = {name: View(folder.model, Granularity.parse(family[name])) for name in acceptance}
+    costs = measure_costs(folder.model, drafts, params)
     best = choose_draft(acceptance, costs)
     if best is None:
         note = "plain decoding is faster here"

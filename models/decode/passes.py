@@ -37,10 +37,12 @@ class Pass(NamedTuple):
     cache: KVCache
     num_last: int
     """How many of the last positions are scored."""
+    num_next: int = 0
+    """How many more tokens are read, each the likeliest after the one before."""
 
 
 Steps: TypeAlias = Generator[Pass, Tensor, Result]
-"""Yields passes, is sent their logits [num_last, V], and returns a result."""
+"""Yields passes, is sent their logits [num_last + num_next, V], and returns a result."""
 
 Events: TypeAlias = Generator[Pass | Event, Tensor | None, None]
 """Yields passes and, between them, what it has to tell, to which None is sent."""
@@ -116,12 +118,14 @@ class Together(Iterator[tuple[int, Event]]):
 
 @torch.inference_mode()
 def run(passes: Sequence[Pass]) -> list[Tensor]:
-    """Logits [num_last, V] of each of some passes through the same model, made in one pass."""
+    """Logits [num_last + num_next, V] of each of some passes through the same model, made in one pass."""
     first = passes[0]
+    requests = [Tokens(*one[1:]) for one in passes]
     if len(passes) == 1:
-        return [score(first.model, first.ids, first.cache, num_last=first.num_last)]
-    requests = [Tokens(one.ids, one.cache, one.num_last) for one in passes]
-    return list(score_together(first.model, requests).split([one.num_last for one in passes]))
+        ids, cache, num_last, num_next = requests[0]
+        return [score(first.model, ids, cache, num_last=num_last, num_next=num_next)]
+    logits_TV = score_together(first.model, requests)
+    return list(logits_TV.split([one.num_last + one.num_next for one in requests]))
 
 
 @torch.inference_mode()

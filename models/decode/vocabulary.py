@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from models.cache import KVCache
+from models.elastic import go_on
 from models.errors import UsageError
-from models.native import Tokens
+from models.native import Head, Tokens
 from models.quantize import PackedLinear, PackedLM
 from models.view import View
 
@@ -42,13 +43,23 @@ class FewTokens:
         if isinstance(head, PackedLinear):
             self.few = PackedLinear(few, head.precision)
 
-    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
-        """Logits [num_last, V]; see `ElasticLM.score`."""
+    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int, num_next: int = 0) -> Tensor:
+        """Logits [num_last + num_next, V]; see `ElasticLM.score`."""
         whole, granularity = self.model, self.view.granularity
         if isinstance(whole, PackedLM) and whole.native is not None:
-            return self.among_all(whole.native([Tokens(ids, cache, num_last)], granularity, self.few))
-        tokens_BT = torch.tensor([ids], device=self.ids_N.device)
-        return self.head(whole.states(tokens_BT, granularity, cache)[-1][0, -num_last:])
+            requests = [Tokens(ids, cache, num_last, num_next)]
+            return self.among_all(whole.native(requests, granularity, self.native_head))
+
+        def one_pass(ids: Sequence[int], cache: KVCache, num_last: int) -> Tensor:
+            tokens_BT = torch.tensor([ids], device=self.ids_N.device)
+            return self.head(whole.states(tokens_BT, granularity, cache)[-1][0, -num_last:])
+
+        return go_on(one_pass, ids, cache, num_last, num_next)
+
+    @property
+    def native_head(self) -> Head:
+        """What a compiled pass reads."""
+        return Head(self.few, self.ids_N)
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """Logits [..., V] of residual streams [..., D]."""

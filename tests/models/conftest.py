@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -82,6 +82,7 @@ class DrawsByOtherRules:
 class ReportsFalsely:
     asked: Sampled
     drawn: SamplingParams
+    drafts_likeliest: ClassVar[bool] = False
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         proposal.laws.append(law(logits_V, self.asked.params))

@@ -13,7 +13,7 @@ from models.compiled.build import library
 from models.config import ElasticConfig
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
-from models.native import NativeStep, Tokens, native_step
+from models.native import Head, NativeStep, Tokens, native_step
 
 IDS = [(7 * position + 3) % 64 for position in range(60)]
 MEMBERS = ("full", "ffn=0.25", "ffn=0.3,heads=0.5,layers=0:3", "layers=0-1", "ffn=0.1:0.5:0.9:1.0")
@@ -143,7 +143,7 @@ def test_a_head_of_few_tokens_gives_those_tokens_logits(tiny_config: ElasticConf
     few = nn.Linear(32, 3, bias=False)
     few.weight = nn.Parameter(model.lm_head.weight.detach()[ids])
     whole_TV = step([Tokens(IDS, new_cache(model), 4)], FULL)
-    few_TN = step([Tokens(IDS, new_cache(model), 4)], FULL, few)
+    few_TN = step([Tokens(IDS, new_cache(model), 4)], FULL, Head(few))
     assert few_TN.equal(whole_TV[:, ids])
 
 
@@ -181,3 +181,29 @@ def test_it_computes_with_the_weights_that_it_was_made_of(tiny_config: ElasticCo
     model.to(torch.bfloat16)  # new storage for every weight
     cache = KVCache(model.config, num_positions=64)
     assert step([Tokens(IDS, cache, 3)], FULL).equal(before_TV)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", RTOL)
+def test_a_call_that_goes_on_reads_what_is_likeliest(dtype: torch.dtype, tiny_config: ElasticConfig) -> None:
+    model = make_model(tiny_config, torch.float32 if dtype == torch.int8 else dtype)
+    step, few = make_step(model, dtype), torch.tensor([40, 3, 9])
+    map_ = nn.Linear(32, 3, bias=False)
+    map_.weight = nn.Parameter(model.lm_head.weight.detach()[few])
+    for head, ids in ((Head(model.lm_head), torch.arange(64)), (Head(map_, few), few)):
+        asked = [(IDS[:9], 2, 5), (IDS[:1], 1, 0), (IDS[:20], 1, 3)]
+        at_once, in_turn = [[new_cache(model) for _ in asked] for _ in range(2)]
+        requests = [Tokens(one[0], cache, *one[1:]) for one, cache in zip(asked, at_once, strict=True)]
+        logits = step(requests, FULL, head).split([num_last + num_next for _, num_last, num_next in asked])
+        for (tokens, num_last, num_next), cache, logits_TV in zip(asked, in_turn, logits, strict=True):
+            expected_TV = step([Tokens(tokens, cache, num_last)], FULL, head)
+            cache.commit(len(tokens))
+            for _ in range(num_next):
+                token = int(ids[expected_TV[-1].argmax()])
+                more_TV = step([Tokens([token], cache, 1)], FULL, head)
+                expected_TV = torch.cat([expected_TV, more_TV])
+                cache.commit(1)
+            assert logits_TV.equal(expected_TV)
+        for (tokens, _, num_next), ours, theirs in zip(asked, at_once, in_turn, strict=True):
+            ours.commit(len(tokens) + num_next)
+            assert kept(ours, 4).equal(kept(theirs, 4))

@@ -120,7 +120,7 @@ def _try_all(measured: Measurements, candidates: Sequence[Candidate], progress: 
     """Time all and measure, from the cheapest on, those that could still be among the best."""
     progress("timing drafts", 0, 1)
     measured.time(candidates)
-    for number, candidate in enumerate(sorted(candidates, key=measured.steps.__getitem__)):
+    for number, candidate in enumerate(sorted(candidates, key=measured.step)):
         progress("trying drafts", number, len(candidates))
         if _may_lead(measured, candidate):
             measured.measure(candidate, FIRST_TOKENS)
@@ -158,7 +158,7 @@ def _try_cheaper(
     measured.time(list(dict.fromkeys([*usable.values(), *usable])))
     for number, (variant, original) in enumerate(usable.items()):
         progress(what, number, len(usable))
-        is_cheaper = measured.steps[variant] < CHEAPER * measured.steps[original]
+        is_cheaper = measured.step(variant) < CHEAPER * measured.step(original)
         if is_cheaper and _may_lead(measured, variant, like=original):
             measured.measure(variant)
 
@@ -189,11 +189,11 @@ def _bound(
 
 def _may_lead(measured: Measurements, candidate: Candidate, like: Candidate | None = None) -> bool:
     """Whether it could be among the best drafts of some law."""
-    estimates, step = measured.estimates(), measured.steps[candidate]
+    estimates = measured.estimates()
     for params in measured.text.rows:
         leaders = best_of(estimates, params, NUM_FINALISTS)
         least = leaders[-1].speedup if len(leaders) == NUM_FINALISTS else LEAST_SPEEDUP
-        if _bound(measured, step, params, like) > least:
+        if _bound(measured, measured.steps[candidate, params.is_greedy], params, like) > least:
             return True
     return False
 

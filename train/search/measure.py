@@ -10,6 +10,7 @@ with the host's share in them.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import TypeAlias
 
 from torch import Tensor
@@ -111,8 +112,8 @@ class Measurements:
         ]
         self.packed: dict[str, ElasticLM] = {}
         self.views: dict[tuple[Granularity, str | None], View] = {}
-        self.steps: dict[Candidate, float] = {}
-        """Of each draft, in target passes on one token."""
+        self.steps: dict[tuple[Candidate, bool], float] = {}
+        """Of each draft, greedy or not, in target passes on one token."""
         self.kept: dict[tuple[Candidate, SamplingParams], _Kept] = {}
 
     def scorer(self, candidate: Candidate) -> View | FewTokens:
@@ -137,8 +138,20 @@ class Measurements:
     def time(self, candidates: Sequence[Candidate]) -> None:
         """Time a step of each, side by side."""
         scorers = {str(one): self.scorer(one) for one in candidates}
-        steps = time_drafts(self.target, scorers, num_steps=DRAFT_STEPS, budget=SECONDS, clock=self.clock)
-        self.steps |= {one: steps[str(one)] for one in candidates}
+        for is_greedy in {params.is_greedy for params in self.text.rows}:
+            steps = time_drafts(
+                self.target,
+                scorers,
+                num_steps=DRAFT_STEPS,
+                goes_on=is_greedy,
+                budget=SECONDS,
+                clock=self.clock,
+            )
+            self.steps |= {(one, is_greedy): steps[str(one)] for one in candidates}
+
+    def step(self, candidate: Candidate) -> float:
+        """What candidates are compared by: a step's cost, the mean over the laws."""
+        return mean(self.steps[candidate, params.is_greedy] for params in self.text.rows)
 
     def measure(self, candidate: Candidate, num_tokens: int | None = None) -> None:
         """Measure acceptance under each law, on so many tokens or on all."""
@@ -165,7 +178,8 @@ class Measurements:
 
     def _estimates(self, candidate: Candidate, params: SamplingParams, verifier: str) -> list[Estimate]:
         kept = self.kept[candidate, params]
-        costs = {gamma: self.costs(self.steps[candidate], gamma, params, verifier) for gamma in self.gammas}
+        step = self.steps[candidate, params.is_greedy]
+        costs = {gamma: self.costs(step, gamma, params, verifier) for gamma in self.gammas}
         return [
             Estimate(
                 candidate=candidate,

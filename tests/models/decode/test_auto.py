@@ -19,6 +19,7 @@ from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.family import Member
 from models.granularity import Granularity
+from models.view import View
 
 NUM_ROUNDS = 20_000
 
@@ -89,7 +90,7 @@ def test_a_model_is_timed_whatever_its_context(context: int) -> None:
     )
     model = ElasticLM(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    costs = measure_costs(model, {"S": Granularity(ffn=(0.5,))})
+    costs = measure_costs(model, {"S": View(model, Granularity(ffn=(0.5,)))}, SamplingParams())
     assert list(costs.target) == list(range(1, min(MAX_GAMMA + 1, context) + 1))
     assert all(seconds > 0 for seconds in [*costs.target.values(), *costs.drafts.values()])
 

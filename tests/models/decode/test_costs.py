@@ -31,10 +31,11 @@ def test_a_pass_on_m_tokens_is_timed_as_far_as_the_context_has_room(tiny_model: 
     assert max(time_target(tiny_model, 1000, budget=0, clock=LayerClock(tiny_model))) == 128
 
 
-def test_a_step_of_a_draft_is_told_in_passes_of_the_target(tiny_model: ElasticLM) -> None:
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_step_of_a_draft_is_told_in_passes_of_the_target(goes_on: bool, tiny_model: ElasticLM) -> None:
     drafts = {text: View(tiny_model, Granularity.parse(text)) for text in ("layers=0", "layers=0-2")}
     clock = LayerClock(tiny_model)
-    steps = time_drafts(tiny_model, drafts, num_steps=4, budget=0, clock=clock)
+    steps = time_drafts(tiny_model, drafts, num_steps=4, goes_on=goes_on, budget=0, clock=clock)
     assert steps == {"layers=0": 0.25, "layers=0-2": 0.75}
 
 

@@ -7,9 +7,10 @@ from models.decode.chance import SeededRandom
 from models.decode.choose import Chooser, Proposal, make_chooser
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
-from models.decode.passes import settle
-from models.decode.sampling import SamplingParams, law
+from models.decode.passes import Pass, run, settle
+from models.decode.sampling import SamplingParams, law, penalise
 from models.decode.state import State, new_cache, score
+from models.decode.vocabulary import FewTokens
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import Granularity
@@ -123,3 +124,45 @@ def test_a_draft_of_another_vocabulary_is_refused(model: ElasticLM, make_model: 
     other = ModelDraft(make_model(vocab_size=63))
     with pytest.raises(UsageError, match="vocabulary of 63 tokens and its target one of 64"):
         stream(model, [1], draft=other)
+
+
+@pytest.mark.parametrize("vocabulary", [None, [3, 9, 40, 41, 63]])
+@pytest.mark.parametrize("precision", [None, "fp32"])
+@torch.inference_mode()
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_greedy_draft_proposes_its_likeliest_tokens(
+    vocabulary: list[int] | None, precision: str | None, penalty: float, tiny_model: ElasticLM
+) -> None:
+    model = tiny_model if precision is None else pack(tiny_model, precision)
+    params = SamplingParams(repetition_penalty=penalty)
+    allowed = range(64) if vocabulary is None else vocabulary
+    view, ids = View(model, Granularity.parse("layers=0-1")), [1, 2, 3, 4]
+    few = None if vocabulary is None else torch.tensor(vocabulary)
+    together = [settled(model, ids[:length]) for length in (2, 4)]
+    chooser = make_chooser(params, SeededRandom(0), "token")
+    for state in together:
+        alone = settle(NestedDraft(view, few).propose(state, 5, chooser)).ids
+        text = list(state.ids)
+        for _ in range(5):
+            logits_V = penalise(view(torch.tensor([text]))[0, -1:], params, text)[0]
+            text.append(max(allowed, key=lambda token: float(logits_V[token])))
+        assert alone == text[-5:]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("vocabulary", [None, [3, 9, 40, 41, 63]])
+@pytest.mark.parametrize("precision", [None, "fp32"])
+def test_greedy_drafts_of_a_batch_are_those_of_its_rows(
+    vocabulary: list[int] | None, precision: str | None, tiny_model: ElasticLM
+) -> None:
+    model = tiny_model if precision is None else pack(tiny_model, precision)
+    view = View(model, Granularity.parse("layers=0-1"))
+    scorer = view if vocabulary is None else FewTokens(view, torch.tensor(vocabulary))
+    states = [settled(model, list(range(1, length))) for length in (5, 3, 9)]
+    passes = [
+        Pass(scorer, state.ids[-1:], state.cache, 1, num_next)
+        for state, num_next in zip(states, (2, 0, 4), strict=True)
+    ]
+    for one, logits_TV in zip(passes, run(passes), strict=True):
+        assert len(logits_TV) == 1 + one.num_next
+        torch.testing.assert_close(run([one])[0], logits_TV, rtol=0, atol=1e-5)
