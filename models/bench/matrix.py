@@ -11,7 +11,7 @@ one of these in one dtype at one temperature. Another engine is one more generat
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,6 +33,7 @@ from models.quantize import INT8
 from models.view import View
 from models.weights import model_from
 
+ENGINES = ("nestling", "transformers", "llama.cpp")
 CONSTANT_SCHEDULES = (2, 4, 8)
 """Tokens a round that their assistant drafts, besides as many as ours."""
 LOOKUP_TOKENS = (4, 10)
@@ -180,6 +181,7 @@ def make_cells(
     *,
     num_positions: int | None = None,
     compiled: bool = False,
+    engines: Collection[str] = ENGINES,
 ) -> list[Cell]:
     """The cells of one dtype and one temperature; ours plain is the first.
 
@@ -189,6 +191,7 @@ def make_cells(
         drafts: what drafts.
         num_positions: of the longest prompt with its continuation: a static cache that is made once.
         compiled: whether theirs are compiled as well, where the library does not do it by itself.
+        engines: which of `ENGINES` run beside ours.
 
     Raises:
         UsageError: if a draft does not fit the target.
@@ -196,14 +199,15 @@ def make_cells(
     for choice in drafts:
         choice.draft.check(target.model)
     labelled = [*_ours(target, params, drafts)]
-    if target.dtype != INT8:  # theirs would be another model: the weights before they were quantized
+    # In int8 theirs would be another model: the weights before they were quantized.
+    if "transformers" in engines and target.dtype != INT8:
         labelled += _theirs(target, params, drafts, num_positions, compiled)
-    if target.runs_in_llama:
+    if "llama.cpp" in engines and target.runs_in_llama:
         positions = num_positions or target.model.config.max_position_embeddings
         labelled += _llamas(target, params, drafts, positions)
     common: dict[str, Any] = {"dtype": target.dtype, "temperature": params.temperature}
-    engines = {Label(**common, **label): engine for label, engine in labelled}  # each once
-    return [Cell(label=label, engine=engine) for label, engine in engines.items()]
+    cells = {Label(**common, **label): engine for label, engine in labelled}  # each once
+    return [Cell(label=label, engine=engine) for label, engine in cells.items()]
 
 
 _Labelled = Iterator[tuple[dict[str, Any], Engine]]

@@ -20,7 +20,7 @@ import torch
 
 from models.decode.chance import SeededRandom
 from models.decode.choose import COUPLED, make_chooser
-from models.decode.costs import filled_cache, one_pass, time_drafts, time_target
+from models.decode.costs import filled_cache, one_pass, time_drafts, time_hosts, time_target
 from models.decode.sampling import SamplingParams
 from models.decode.state import Scorer
 from models.elastic import ElasticLM
@@ -126,14 +126,22 @@ def known_acceptance(
     return known
 
 
-def measure_costs(model: ElasticLM, drafts: Mapping[str, Scorer], params: SamplingParams) -> Costs:
-    """Time target passes, and rounds of each draft under a law, in about a second."""
+def measure_costs(
+    model: ElasticLM, drafts: Mapping[str, Scorer], params: SamplingParams, verifier: str = "block"
+) -> Costs:
+    """Time target passes and rounds of each draft, with what choosing tokens takes, in about a second."""
     target = time_target(model, MAX_GAMMA + 1, budget=TIMING_BUDGET, clock=perf_counter)
+    kind = params, verifier
+    host = time_hosts(model, [kind], budget=TIMING_BUDGET / 2, clock=perf_counter)[kind]
     goes_on = make_chooser(params, SeededRandom(0), "token").drafts_likeliest
     steps = time_drafts(
         model, drafts, num_steps=DRAFT_STEPS, goes_on=goes_on, budget=TIMING_BUDGET, clock=perf_counter
     )
-    return Costs(target, {name: step * target[1] for name, step in steps.items()})
+    choice = (host(DRAFT_STEPS) - host(0)) / DRAFT_STEPS
+    return Costs(
+        {m: seconds + host(0) for m, seconds in target.items()},
+        {name: step * target[1] + choice for name, step in steps.items()},
+    )
 
 
 def best_num_threads(model: ElasticLM, most: int) -> int:

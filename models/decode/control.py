@@ -17,11 +17,15 @@ ledgers in that unit keep it honest:
                first rounds may be dearer than was guessed, which is why they are short.
     explored   What looks at other choices than the best lost against it: at most LOOKS of the time.
 
+Where plain decoding is the best for long, looks that find nothing become rarer and rarer, and the rounds
+between them are settled without a thought, unless there is something to copy.
+
 Only time hangs on all this: see `models/decode/policy.py` for why the output law cannot.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -36,6 +40,9 @@ PURSE = 3.5
 LOOKS = 0.02
 # Positions that are reached more rarely are not worth the time to think of them.
 LEAST_REACH = 0.02
+# While plain decoding is the best choice and looks find nothing, they become ever rarer, at last after so
+# many rounds: a look drives the target's weights out of the caches, for which plain rounds after it pay.
+LONGEST_PAUSE = 64
 # Without a measurement: high enough that every position is tried before it is given up.
 PRIOR_ALPHA = 0.8
 
@@ -72,8 +79,11 @@ class Controller:
         self._clocks = Clocks({arm.name: arm.step for arm in arms}, costs, most)
         self._rates = {arm.name: Rates(arm.alpha, most) for arm in arms}
         self._last_try = dict.fromkeys([NO_DRAFT, _LONGER, *self._rates], 0)
-        self._num_rounds = 0
+        self._num_rounds = self._last_look = 0
         self._looking_from: float | None = None  # the best choice's speed, in a round that tries another
+        self._pause = 1  # rounds between looks, while plain decoding is the best
+        self._rest = 0  # plain rounds that are settled: to think costs a twentieth of a small model's pass
+        self._rests = False
 
     def check(self, target: Model) -> None:
         """See `Policy`."""
@@ -84,8 +94,11 @@ class Controller:
         """See `Policy`."""
         self._num_rounds += 1
         self._looking_from = None
-        if not self._clocks.ready or most < 1:
+        copies = (arm.room(state) for arm in self._arms if arm.room is not None)
+        self._rests = self._rest > 0 and not any(copies)
+        if self._rests or not self._clocks.ready or most < 1:
             return PLAIN
+        self._rest = 0
         ladders = [ladder for arm in self._arms if (ladder := self._ladder(arm, state, most))]
         tops = [_PLAIN, *(max(ladder, key=_speed) for ladder in ladders)]
         best = max(tops, key=_speed)
@@ -98,10 +111,16 @@ class Controller:
 
     def observe(self, done: Round) -> None:
         """See `Policy`."""
+        if self._rests:  # what follows, for a plain round whose time is not needed
+            self._rest -= 1
+            self.spent += 1.0
+            self.purse = min(PURSE, self.purse + SHARE)
+            return
         self._clocks.observe(done)
         self._last_try[done.draft] = self._num_rounds
         if done.num_drafted:
             self._rates[done.draft].observe(done.num_drafted, done.num_accepted)
+            self._pause = 1 if done.num_accepted else min(2 * self._pause, LONGEST_PAUSE)
         cost, num_tokens = self._clocks.cost(done.draft, done.num_drafted), done.num_accepted + 1
         self.spent += cost
         self.purse = min(PURSE, self.purse + SHARE * cost + num_tokens - cost)
@@ -133,8 +152,17 @@ class Controller:
             return best
         name, option = min(looks, key=lambda look: self._last_try[look[0]])
         loss = option.cost - option.tokens / best.speed
-        if self.explored + loss > LOOKS * self.spent or option.cost - 1.0 > self.purse:
+        # What was not looked at in a pause is not made up for: one look is saved for, not a row of them.
+        self.explored = max(self.explored, LOOKS * self.spent - max(loss, 1.0))
+        early = (self.explored + loss) / LOOKS - self.spent
+        dear = option.cost - 1.0 - self.purse
+        if best is _PLAIN:
+            early = max(early, self._last_look + self._pause - self._num_rounds)
+        if early > 0 or dear > 0:
+            if best is _PLAIN:
+                self._rest = min(LONGEST_PAUSE, ceil(max(early, dear / SHARE)))
             return best
+        self._last_look = self._num_rounds
         self._looking_from, self._last_try[name] = best.speed, self._num_rounds
         return option
 

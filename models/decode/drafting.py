@@ -201,8 +201,9 @@ def _searched(
     )
     assert isinstance(drafting.draft, NestedDraft)
     # Timed again, in half a second: what a controller begins with should be of now, not of the search's day.
-    costs = measure_costs(folder.model, {drafting.name: drafting.draft.scorer}, params)
-    return dataclasses.replace(drafting, verifier=verifier or found.verifier, costs=costs)
+    verifier = verifier or found.verifier
+    costs = measure_costs(folder.model, {drafting.name: drafting.draft.scorer}, params, verifier)
+    return dataclasses.replace(drafting, verifier=verifier, costs=costs)
 
 
 def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams, verifier: str) -> Drafting:
@@ -212,7 +213,7 @@ def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams, v
         return Drafting(draft=None, name="none", gamma=0, note=note, verifier=verifier)
     family = {member.name: member.granularity for member in folder.members}
     drafts = {name: View(folder.model, Granularity.parse(family[name])) for name in acceptance}
-    costs = measure_costs(folder.model, drafts, params)
+    costs = measure_costs(folder.model, drafts, params, verifier)
     best = choose_draft(acceptance, costs)
     if best is None:
         note = "plain decoding is faster here"

@@ -140,6 +140,24 @@ def test_every_dtype_and_temperature_has_its_own_rows(folder: Path, bench: Bench
     assert {row["num_identical"] for row in rows if row["temperature"]} == {None}
 
 
+@pytest.mark.parametrize(
+    ("asked", "modes"),
+    [
+        (["nestling"], {("nestling", "plain"), ("nestling", "speculative")}),
+        (["llama.cpp"], {("nestling", "plain"), ("nestling", "speculative")}),  # not installed here
+    ],
+)
+def test_only_the_engines_that_were_asked_for_run_beside_ours(
+    asked: list[str], modes: set[tuple[str, str]], folder: Path, bench: Bench
+) -> None:
+    flags = [flag for name in asked for flag in ("--engine", name)]
+    code, out, err = bench(str(folder), *BRIEF, "--draft", "S", *flags)
+    assert code == 0, err
+    document = json.loads(out.splitlines()[-1])
+    assert {(row["engine"], row["mode"]) for row in document["results"]} == modes
+    assert any("llama.cpp is left out" in note for note in document["notes"]) == ("llama.cpp" in asked)
+
+
 def test_auto_says_what_it_chose(folder: Path, bench: Bench) -> None:
     code, out, err = bench(folder, *BRIEF)
     assert code == 0, err
@@ -250,6 +268,11 @@ def test_a_wrong_source_or_plot_is_refused_before_any_work(
         (["--gamma", "some"], 2, "--gamma 'some' is no number; give 1 or more, or auto"),
         (["--temperature", "-1"], 2, "--temperature must be 0 or more, got -1.0"),
         (["--dtype", "fp8"], 2, "dtype=fp8 is not known"),
+        (
+            ["--engine", "vllm"],
+            2,
+            "--engine vllm is none; choose from nestling, transformers, llama.cpp",
+        ),
         (
             ["--draft", "huge", "--max-new-tokens", "9"],
             2,

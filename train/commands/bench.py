@@ -61,6 +61,13 @@ def bench(
         typer.Option(metavar="auto|fp32|bf16|int8", help="Of the weights; repeatable. Default: auto."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Times that everything runs; figures are medians.")] = 5,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="nestling|transformers|llama.cpp",
+            help="What runs beside ours; repeatable. nestling: ours alone. Default: all.",
+        ),
+    ] = None,
     compiled: Annotated[
         bool,
         typer.Option(
@@ -107,6 +114,7 @@ def bench(
             laws=[SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])],
             dtypes=dtype or ["auto"],
             compiled=compiled,
+            engines=_engines(engine),
             scratch=Path(scratch),
         )
         with console.status("preparing"):
@@ -137,6 +145,15 @@ def bench(
 
 
 DEFAULT_ALPHA = 0.8
+
+
+def _engines(asked: list[str] | None) -> Sequence[str]:
+    from models.bench.matrix import ENGINES
+
+    for name in asked or ():
+        if name not in ENGINES:
+            raise UsageError(f"--engine {name} is none; choose from {', '.join(ENGINES)}")
+    return asked or ENGINES
 
 
 def _check_numbers(*, num_prompts: int, max_new_tokens: int, rounds: int) -> None:

@@ -1,7 +1,7 @@
 """What `nestling bench` compares: a model in each dtype, or a random one; prompts; the cells of its table."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,8 @@ class Options:
     laws: Sequence[SamplingParams]
     dtypes: Sequence[str]
     compiled: bool
+    engines: Collection[str]
+    """Beside ours."""
     scratch: Path
     """A folder for extractions."""
 
@@ -147,10 +149,17 @@ def _contest(
         for params in options.laws:
             chosen = _drafts(target, params, options, notes)
             cells += make_cells(
-                target, params, chosen, num_positions=num_positions, compiled=options.compiled
+                target,
+                params,
+                chosen,
+                num_positions=num_positions,
+                compiled=options.compiled,
+                engines=options.engines,
             )
-            if not target.runs_in_llama:
+            if "llama.cpp" in options.engines and not target.runs_in_llama:
                 notes.append(llama.MISSING)
+            if "transformers" not in options.engines:
+                continue
             if target.dtype == INT8:
                 notes.append(
                     "int8 is a model of its own: transformers, which would run another, is left out; that of "

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 
@@ -234,3 +234,37 @@ def test_without_a_draft_it_decodes_plainly() -> None:
     for _ in range(5):
         assert controller.choose(NOWHERE, MAX_GAMMA) == PLAIN
         controller.observe(Round(NO_DRAFT, 0, 0, 0.0, SECONDS))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_looks_that_find_nothing_become_rare(known: bool) -> None:
+    world = World({"S": 0.2, "D": 0.1}, lambda _: 0.0)
+    controller = world.controller(known=known)
+    world.play(controller, 600)
+    world.rounds.clear()
+    world.play(controller, 640)
+    assert 5 <= world.rounds.total() - world.rounds[NO_DRAFT, 0] <= 11
+
+
+def test_while_plain_decoding_is_best_it_hardly_thinks() -> None:
+    """But a copy that becomes possible is thought of at once, and time and looks are accounted as ever."""
+    thoughts, room = 0, 0
+
+    class Counting(Controller):
+        def _ladder(self, *arguments: Any) -> list[Any]:
+            nonlocal thoughts
+            thoughts += 1
+            return super()._ladder(*arguments)
+
+    copying = Arm(name="copy", draft=NOBODY, alpha=0.95, step=0.0, room=lambda _: room)
+    world = World({"S": 0.2, "copy": 0.0}, lambda at: float(at.draft == "copy"))
+    controller = Counting([Arm(name="S", draft=NOBODY), copying], world.known())
+    world.play(controller, 600)
+    thoughts, spent = 0, controller.spent
+    world.play(controller, 400)
+    assert thoughts < 2 * 40
+    assert controller.spent - spent == pytest.approx(400, rel=0.02)
+    room = 4
+    for _ in range(4):
+        world.round(controller)
+    assert world.rounds["copy", 4] >= 2, "another may be a look"
