@@ -1,13 +1,21 @@
 """What a search found is found again, for the very model, dtype and kind of law that it is about."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from models.checkpoint import save_model
+from models.checkpoint import load_model, save_model
+from models.decode.auto import Costs
+from models.decode.draft import NestedDraft
+from models.decode.drafting import choose_drafting
 from models.decode.sampling import SamplingParams
 from models.decode.searched import Found, find_draft, searched_path, write_searched
+from models.decode.state import Scorer
+from models.decode.vocabulary import FewTokens
 from models.elastic import ElasticLM
+from models.quantize import PackedLM
 
 GREEDY, WARM = SamplingParams(), SamplingParams(temperature=1.0)
 
@@ -78,3 +86,25 @@ def test_a_damaged_file_is_told_and_counts_as_none(
     keep(folder, found(0.0)).write_text(text)
     assert find_draft(folder, "fp32", GREEDY) is None
     assert "run nestling search again" in caplog.text
+
+
+def test_what_is_timed_before_decoding_is_the_draft_that_was_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its precision, with its part of the vocabulary, under the law that was asked for."""
+    timed: list[Any] = []
+
+    def measure(_: ElasticLM, drafts: Mapping[str, Scorer], *law: Any) -> Costs:
+        timed.extend([*drafts.values(), law])
+        return Costs({1: 1.0}, dict.fromkeys(drafts, 0.1))
+
+    monkeypatch.setattr("models.decode.drafting.measure_costs", measure)
+    keep(folder, found(1.0, "token", "layers=0@int8"))
+    opened = load_model(folder)
+    drafting = choose_drafting(opened, "auto", None, WARM, dtype="fp32")
+    scorer, law = timed
+    assert isinstance(scorer, FewTokens)
+    assert isinstance(drafting.draft, NestedDraft)
+    assert scorer is drafting.draft.scorer
+    assert isinstance(scorer.model, PackedLM)
+    assert law == (WARM, "token")
