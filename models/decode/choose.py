@@ -180,6 +180,15 @@ def make_chooser(params: SamplingParams, random: Random, verifier: str | Verifie
     return Sampled(params, random, VERIFIERS[verifier] if isinstance(verifier, str) else verifier)
 
 
+def draft_all(chooser: Chooser, logits_TV: Tensor, proposal: Proposal) -> list[int]:
+    """Choose a drafted token at each of some positions that were scored already; returns them."""
+    if chooser.drafts_likeliest:
+        likeliest: list[int] = logits_TV.argmax(-1).tolist()  # a sync
+        proposal.ids += likeliest
+        return likeliest
+    return [chooser.draft(logits_V, proposal) for logits_V in logits_TV]
+
+
 def check_verifier(name: str) -> None:
     """Raise UsageError unless there is a verifier of this name."""
     if name not in VERIFIER_NAMES:

@@ -111,21 +111,23 @@ class Controller:
 
     def observe(self, done: Round) -> None:
         """See `Policy`."""
-        if self._rests:  # what follows, for a plain round whose time is not needed
-            self._rest -= 1
-            self.spent += 1.0
-            self.purse = min(PURSE, self.purse + SHARE)
-            return
-        self._clocks.observe(done)
-        self._last_try[done.draft] = self._num_rounds
-        if done.num_drafted:
-            self._rates[done.draft].observe(done.num_drafted, done.num_accepted)
-            self._pause = 1 if done.num_accepted else min(2 * self._pause, LONGEST_PAUSE)
+        if self._rests:
+            self._rest -= 1  # a plain round, whose time is not needed
+        else:
+            self._learn(done)
         cost, num_tokens = self._clocks.cost(done.draft, done.num_drafted), done.num_accepted + 1
         self.spent += cost
         self.purse = min(PURSE, self.purse + SHARE * cost + num_tokens - cost)
         if self._looking_from is not None:
             self.explored += max(0.0, cost - num_tokens / self._looking_from)
+
+    def _learn(self, done: Round) -> None:
+        """What it cost and what was kept."""
+        self._clocks.observe(done)
+        self._last_try[done.draft] = self._num_rounds
+        if done.num_drafted:
+            self._rates[done.draft].observe(done.num_drafted, done.num_accepted)
+            self._pause = 1 if done.num_accepted else min(2 * self._pause, LONGEST_PAUSE)
 
     def _ladder(self, arm: Arm, state: State, most: int) -> "list[_Option]":
         """What this arm offers after this state, by number of tokens from one on."""

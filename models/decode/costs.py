@@ -24,7 +24,7 @@ import torch
 
 from models.cache import KVCache
 from models.decode.chance import SeededRandom
-from models.decode.choose import Proposal, make_chooser
+from models.decode.choose import Proposal, draft_all, make_chooser
 from models.decode.sampling import SamplingParams
 from models.decode.state import Scorer, new_cache, score
 from models.elastic import ElasticLM
@@ -176,11 +176,7 @@ def _choices(
     def work() -> None:
         chooser = make_chooser(params, SeededRandom(new_seed()), verifier)
         proposal = Proposal(prefix)
-        if chooser.drafts_likeliest and gamma:
-            proposal.ids += logits_TV[:gamma].argmax(-1).tolist()
-        else:
-            for t in range(gamma):
-                chooser.draft(logits_TV[t], proposal)
+        draft_all(chooser, logits_TV[:gamma], proposal)
         chooser.verify(logits_TV, proposal)
 
     return work

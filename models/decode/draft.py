@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.cache import KVCache
 from models.count import count_parameters
-from models.decode.choose import Chooser, Proposal
+from models.decode.choose import Chooser, Proposal, draft_all
 from models.decode.lookup import LookupDraft
 from models.decode.passes import Pass, Steps
 from models.decode.state import Model, Scorer, State, elastic_model, granularity_of, new_cache
@@ -134,15 +134,11 @@ def _propose(
 ) -> Steps[Proposal]:
     """Draft token by token, after the settled tokens that the cache lacks (at least the pending one)."""
     proposal, ids = Proposal(state.ids), state.ids[cache.length :]
-    if chooser.drafts_likeliest:  # then one pass may go on by itself
-        logits_TV = yield Pass(model, ids, cache, num_last=1, num_next=num_tokens - 1)
-        cache.commit(len(ids) + num_tokens - 1)
-        proposal.ids += logits_TV.argmax(-1).tolist()
-        return proposal
-    for _ in range(num_tokens):
-        logits_TV = yield Pass(model, ids, cache, num_last=1)
-        cache.commit(len(ids))
-        ids = [chooser.draft(logits_TV[-1], proposal)]
+    num_next = num_tokens - 1 if chooser.drafts_likeliest else 0  # then one pass goes on by itself
+    while len(proposal.ids) < num_tokens:
+        logits_TV = yield Pass(model, ids, cache, num_last=1, num_next=num_next)
+        cache.commit(len(ids) + num_next)
+        ids = draft_all(chooser, logits_TV, proposal)
     return proposal
 
 

@@ -119,12 +119,11 @@ class Together(Iterator[tuple[int, Event]]):
 @torch.inference_mode()
 def run(passes: Sequence[Pass]) -> list[Tensor]:
     """Logits [num_last + num_next, V] of each of some passes through the same model, made in one pass."""
-    first = passes[0]
-    requests = [Tokens(*one[1:]) for one in passes]
+    model, ids, cache, num_last, num_next = passes[0]
     if len(passes) == 1:
-        ids, cache, num_last, num_next = requests[0]
-        return [score(first.model, ids, cache, num_last=num_last, num_next=num_next)]
-    logits_TV = score_together(first.model, requests)
+        return [score(model, ids, cache, num_last=num_last, num_next=num_next)]
+    requests = [Tokens(*one[1:]) for one in passes]
+    logits_TV = score_together(model, requests)
     return list(logits_TV.split([one.num_last + one.num_next for one in requests]))
 
 
