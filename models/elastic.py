@@ -9,7 +9,7 @@ so extraction is slicing. Source: MatFormer, https://arxiv.org/abs/2310.07707.
 B batch, T positions, D model, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -77,6 +77,11 @@ class ElasticLM(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if writes else std, generator=generator)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a pass can choose tokens and go on by itself: where it is compiled."""
+        return False
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -99,16 +104,8 @@ class ElasticLM(nn.Module):
         x_BTD = self.states(tokens_BT, granularity, memory)[-1]
         return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:])
 
-    def score(
-        self,
-        ids: Sequence[int],
-        granularity: Granularity,
-        cache: KVCache,
-        *,
-        num_last: int,
-        num_next: int = 0,
-    ) -> Tensor:
-        """Logits [num_last + num_next, V] of tokens that follow what a cache of one row has committed.
+    def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
+        """Logits [num_last, V] of tokens that follow what a cache of one row has committed.
 
         This is a pass of decoding; see `forward`.
 
@@ -117,15 +114,10 @@ class ElasticLM(nn.Module):
             granularity: the member.
             cache: its tail is written, its length stays.
             num_last: how many of the last tokens are scored, 1 or more.
-            num_next: how many more are read and scored, each the likeliest after the one before.
         """
-
-        def one_pass(ids: Sequence[int], cache: KVCache, num_last: int) -> Tensor:
-            tokens_BT = torch.tensor([ids], device=self.model.embed_tokens.weight.device)
-            logits_BTV: Tensor = self(tokens_BT, granularity, cache, num_last=num_last)
-            return logits_BTV[0]
-
-        return go_on(one_pass, ids, cache, num_last, num_next)
+        tokens_BT = torch.tensor([ids], device=self.model.embed_tokens.weight.device)
+        logits_BTV: Tensor = self(tokens_BT, granularity, cache, num_last=num_last)
+        return logits_BTV[0]
 
     def states(
         self,
@@ -157,19 +149,3 @@ class ElasticLM(nn.Module):
     def head(self, x_BTD: Tensor) -> Tensor:
         """Logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head."""
         return cast(Tensor, self.lm_head(self.model.norm(x_BTD)))
-
-
-def go_on(
-    one_pass: Callable[[Sequence[int], KVCache, int], Tensor],
-    ids: Sequence[int],
-    cache: KVCache,
-    num_last: int,
-    num_next: int,
-) -> Tensor:
-    """What `ElasticLM.score` gives, by passes one after another: each gives the next one's token."""
-    parts, tail = [one_pass(ids, cache, num_last)], cache.view()
-    for _ in range(num_next):
-        tail.commit(len(ids))
-        ids = [int(parts[-1][-1].argmax())]  # a sync: the next pass needs it
-        parts.append(one_pass(ids, tail, 1))
-    return torch.cat(parts) if num_next else parts[0]

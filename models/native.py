@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.cache import KVCache
 from models.compiled.build import library
+from models.compiled.draws import Draws, Law
 from models.compiled.panels import TYPES, Map, Panels, make_panels
 from models.elastic import Block, ElasticLM
 from models.granularity import Granularity, LayerPlan
@@ -55,7 +56,9 @@ class _Request(ctypes.Structure):
         ("keys", ctypes.POINTER(ctypes.c_void_p)),
         ("values", ctypes.POINTER(ctypes.c_void_p)),
         ("positions", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("length", "count", "scored", "next")),
+        *((name, ctypes.c_int32) for name in ("length", "count", "scored", "num_draws")),
+        ("law", Law),
+        ("chosen", ctypes.POINTER(ctypes.c_int64)),
     ]
 
 
@@ -66,8 +69,18 @@ class Tokens(NamedTuple):
     cache: KVCache
     num_last: int
     """How many of the last are scored, 1 or more."""
-    num_next: int = 0
-    """How many more are read and scored, each the likeliest after the one before."""
+    draws: Draws | None = None
+    """More tokens that are chosen and, but for the last, read and scored."""
+
+    @property
+    def are_laws(self) -> bool:
+        """Whether the rows of drawn tokens are laws, not logits."""
+        return self.draws is not None and self.draws.temperature > 0
+
+    @property
+    def num_rows(self) -> int:
+        """Of logits, or laws."""
+        return self.num_last + (0 if self.draws is None else self.draws.num_read)
 
 
 class Head(NamedTuple):
@@ -107,7 +120,7 @@ class NativeStep:
     ) -> Tensor:
         """Write the keys and values of all tokens, and give logits [all T, V or N] in fp32.
 
-        T of a request are its `num_last` and `num_next`.
+        T of a request are its `num_rows`. Where a token is drawn, or runs a race, its row is a law.
 
         Args:
             requests: each with a cache of its own, of one row.
@@ -121,18 +134,21 @@ class NativeStep:
         head, config = head or Head(self._model.lm_head), self._model.config
         member = self._member(granularity, head, requests[0].cache.dtype)
         given = (_Request * len(requests))()
-        for one, (ids, cache, num_last, num_next) in zip(given, requests, strict=True):
-            end = cache.length + len(ids) + num_next
+        for one, request in zip(given, requests, strict=True):
+            ids, cache, num_last, draws = request
+            end = cache.length + len(ids) + request.num_rows - num_last
             assert end <= min(cache.num_positions, config.max_position_embeddings), end
             assert cache.batch_size == 1, cache.batch_size
             one.keys, one.values = cache.addresses
             one.positions, one.length = cache.num_positions, cache.length
-            one.count, one.scored, one.next = len(ids), num_last, num_next
+            one.count, one.scored = len(ids), num_last
+            if draws is not None:
+                one.num_draws, one.law = draws.count, draws.as_law()
+                one.chosen = (ctypes.c_int64 * draws.count)()
         tokens = [token for one in requests for token in one.ids]
         if min(tokens) < 0 or max(tokens) >= config.vocab_size:
             raise IndexError(f"token ids must be from 0 to {config.vocab_size - 1}, got {tokens}")
-        num_scored = sum(one.num_last + one.num_next for one in requests)
-        logits_TV = torch.empty(num_scored, head.map.out_features)
+        logits_TV = torch.empty(sum(one.num_rows for one in requests), head.map.out_features)
         failed = self._run(
             ctypes.byref(member.model),
             given,
@@ -143,6 +159,9 @@ class NativeStep:
         )
         if failed:
             raise MemoryError("a decoding step found no memory")
+        for one, request in zip(given, requests, strict=True):
+            if request.draws is not None:
+                request.draws.ids[:] = one.chosen[: request.draws.count]
         return logits_TV
 
     def _member(self, granularity: Granularity, head: Head, cache: torch.dtype) -> "_Member":

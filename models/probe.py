@@ -118,7 +118,7 @@ def alternate(
     *,
     budget: float,
     clock: Clock = time.perf_counter,
-    settled: bool = False,
+    before: Mapping[Cell, Work] | None = None,
 ) -> Timings[Cell]:
     """Warm every cell up, then run all of them in turn until `budget` seconds have passed.
 
@@ -128,10 +128,13 @@ def alternate(
         cells: what is timed.
         budget: in seconds.
         clock: what tells the time, in seconds.
-        settled: run each once more before every timed run, so that it finds the caches as it leaves them;
-            else as its neighbour does.
+        before: what runs before a cell, each time, and is not timed; the cell itself, so that it finds
+            the caches as it leaves them.
     """
-    for work in cells.values():
+    before = before or {}
+    for cell, work in cells.items():
+        if cell in before:
+            before[cell]()
         work()
     runs: dict[Cell, list[float]] = {cell: [] for cell in cells}
     begin = clock()
@@ -139,8 +142,8 @@ def alternate(
         if num_rounds >= MIN_ROUNDS and clock() - begin > budget:
             break
         for cell, work in cells.items():
-            if settled:
-                work()
+            if cell in before:
+                before[cell]()
             start = clock()
             work()
             runs[cell].append(clock() - start)

@@ -75,19 +75,16 @@ class PackedLM(ElasticLM):
         if self.native is None or dtype != weight.dtype or isinstance(source, PackedLM):
             self._pack(precision, dtype or torch.float32)
 
-    def score(
-        self,
-        ids: Sequence[int],
-        granularity: Granularity,
-        cache: KVCache,
-        *,
-        num_last: int,
-        num_next: int = 0,
-    ) -> Tensor:
+    @property
+    def chooses(self) -> bool:
+        """See `ElasticLM.chooses`."""
+        return self.native is not None
+
+    def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
         """See `ElasticLM.score`; one call where it can be."""
         if self.native is None:
-            return super().score(ids, granularity, cache, num_last=num_last, num_next=num_next)
-        return self.native([Tokens(ids, cache, num_last, num_next)], granularity)
+            return super().score(ids, granularity, cache, num_last=num_last)
+        return self.native([Tokens(ids, cache, num_last)], granularity)
 
     def _pack(self, precision: str, dtype: torch.dtype) -> None:
         for module in list(self.modules()):

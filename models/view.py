@@ -35,9 +35,14 @@ class View:
         logits_BTV: Tensor = self.model(tokens_BT, self.granularity, memory, num_last=num_last)
         return logits_BTV
 
-    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int, num_next: int = 0) -> Tensor:
-        """Logits [num_last + num_next, V]; see `ElasticLM.score`."""
-        return self.model.score(ids, self.granularity, cache, num_last=num_last, num_next=num_next)
+    @property
+    def chooses(self) -> bool:
+        """See `ElasticLM.chooses`."""
+        return self.model.chooses
+
+    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
+        """Logits [num_last, V]; see `ElasticLM.score`."""
+        return self.model.score(ids, self.granularity, cache, num_last=num_last)
 
     @property
     def config(self) -> ElasticConfig:

@@ -19,7 +19,7 @@ from models.files import default_cache_dir, write_file
 from models.processor import processor_name
 
 SOURCE = Path(__file__).with_name("step.c")
-HEADER = Path(__file__).with_name("product.h")
+HEADERS = tuple(SOURCE.with_name(name) for name in ("product.h", "choose.h"))
 # Sums keep their order and small numbers their value: nothing here may be called fast-math.
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -60,7 +60,12 @@ def build(*, cache_dir: Path | None = None) -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if shutil.which(compiler[0]) is None:
         raise NestlingError(f"there is no C compiler {compiler[0]!r}; install gcc or name another by CC")
-    parts = (HEADER.read_text(), SOURCE.read_text(), *compiler, *FLAGS, *map(str, processor_name()))
+    parts = (
+        *(path.read_text() for path in (*HEADERS, SOURCE)),
+        *compiler,
+        *FLAGS,
+        *map(str, processor_name()),
+    )
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     path = (cache_dir or default_cache_dir()) / f"step-{key}.so"
     if path.exists():

@@ -8,6 +8,8 @@
    A row's result is the same bits among any others: its sums run over the inputs in their order, and a
    product is fused with its sum where it says so and nowhere else. */
 
+#pragma once
+
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -197,15 +199,16 @@ enum { AHEAD = 64 };
 INLINE void block(int type, int rows, const words *weights, const float *scales, size_t n, const char *header,
                   const void *input, size_t num_rows, float *y, size_t stride) {
     lanes sums[BLOCK][HALVES];
+    words counts[BLOCK][HALVES]; /* INT8's sums: in a type of their own, else they are moved at every step */
     for (int r = 0; r < rows; r++)
-        for (int h = 0; h < HALVES; h++) sums[r][h] = (lanes){0};
+        for (int h = 0; h < HALVES; h++) sums[r][h] = (lanes){0}, counts[r][h] = (words){0};
     for (size_t i = 0; i < n; i++) {
         for (int h = 0; h < HALVES; h++) __builtin_prefetch(weights + (i + AHEAD) * HALVES + h);
         for (int h = 0; h < HALVES; h++)
             for (int r = 0; r < rows; r++) {
                 words w = weights[i * HALVES + h];
                 if (type == INT8)
-                    sums[r][h] = (lanes)add_four((words)sums[r][h], w, input, i * num_rows + r);
+                    counts[r][h] = add_four(counts[r][h], w, input, i * num_rows + r);
                 else if (type == BF16)
                     sums[r][h] = add_pair(sums[r][h], w, input, i * num_rows + r);
                 else
@@ -218,8 +221,7 @@ INLINE void block(int type, int rows, const words *weights, const float *scales,
             if (type == INT8) { /* weights are 128 more than they mean */
                 int32_t more = 128 * ((const int32_t *)header)[num_rows + r];
                 lanes scale = load(scales + h * LANES) * ((const float *)header)[r];
-                sums[r][h] =
-                    __builtin_convertvector((whole)((words)sums[r][h] - (uint32_t)more), lanes) * scale;
+                sums[r][h] = __builtin_convertvector((whole)(counts[r][h] - (uint32_t)more), lanes) * scale;
             }
             *(loose_lanes *)(y + r * stride + h * LANES) = sums[r][h];
         }

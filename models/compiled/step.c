@@ -12,6 +12,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "choose.h"
 #include "product.h"
 
 /* ---------------------------------------------------------------- what models/native.py passes */
@@ -38,7 +39,9 @@ typedef struct {
     void *const *keys, *const *values; /* of each layer: [groups][positions][head_dim] */
     int64_t positions;
     int32_t length, count, scored; /* committed positions, new tokens, the last so many of which are scored */
-    int32_t next;                  /* how many more are read, each the likeliest after the one before */
+    int32_t num_draws;             /* tokens to choose, each of which but the last is read, too */
+    Law law;                       /* that they are chosen by */
+    int64_t *chosen;               /* and are put here */
 } Request;
 
 /* ---------------------------------------------------------------- one pass */
@@ -529,50 +532,44 @@ static int read(const Model *model, const Request *requests, int num_requests, c
     return 0;
 }
 
-/* The first of the largest. */
-static int likeliest(const float *logits, int count) {
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (int i = 0; i < count; i++) most = logits[i] > most ? logits[i] : most;
-    for (int i = 0; i < count; i++)
-        if (logits[i] == most) return i;
-    return 0; /* no number is among them */
-}
-
-/* Write keys and values of all tokens behind the committed ones, and logits [scored + next][num_outputs] of
-   each request.
+/* Write keys and values of all tokens behind the committed ones, and rows [num_outputs] of each request: the
+   logits of those scored and of all drawn tokens but the last, or their laws where these are not the
+   likeliest.
 
    tokens: of all requests, one after another. Returns 0, or 1 if there is no memory. */
 int nestling_step(const Model *model, const Request *requests, int num_requests, const int64_t *tokens,
-                  int num_threads, float *logits) {
+                  int num_threads, float *rows) {
     size_t each = sizeof(Request) + sizeof(int64_t) + 2 * sizeof(int32_t);
     Request *asked = malloc(each * (size_t)num_requests);
     if (asked == NULL) return 1;
-    int64_t *chosen = (int64_t *)(asked + num_requests);
-    int32_t *first = (int32_t *)(chosen + num_requests), *last = first + num_requests;
+    int64_t *drawn = (int64_t *)(asked + num_requests);
+    int32_t *first = (int32_t *)(drawn + num_requests), *last = first + num_requests;
     int longest = 0;
     for (int i = 0, outputs = 0; i < num_requests; i++) {
-        first[i] = outputs, outputs += requests[i].scored + requests[i].next;
-        longest = requests[i].next > longest ? requests[i].next : longest;
+        const Request *of = requests + i;
+        first[i] = outputs, outputs += of->scored + (of->num_draws ? of->num_draws - 1 : 0);
+        longest = of->num_draws > longest ? of->num_draws : longest;
     }
-    int failed = read(model, requests, num_requests, tokens, first, num_threads, logits);
-    for (int step = 0; step < longest && !failed; step++) {
+    int failed = read(model, requests, num_requests, tokens, first, num_threads, rows);
+    for (int draw = 0; draw < longest && !failed; draw++) {
         int going = 0;
         for (int i = 0; i < num_requests; i++) {
             const Request *of = requests + i;
-            if (step >= of->next) continue;
-            int row = first[i] + of->scored + step;
-            int token = likeliest(logits + (size_t)(row - 1) * model->num_outputs, model->num_outputs);
-            chosen[going] = model->outputs ? model->outputs[token] : token;
-            last[going] = row;
+            if (draw >= of->num_draws) continue;
+            int row = first[i] + of->scored - 1 + draw;
+            float *law = rows + (size_t)row * model->num_outputs;
+            of->chosen[draw] = choose(&of->law, law, model->num_outputs, model->outputs, draw);
+            if (draw + 1 == of->num_draws) continue;
+            drawn[going] = of->chosen[draw];
+            last[going] = row + 1;
             asked[going++] = (Request){.keys = of->keys,
                                        .values = of->values,
                                        .positions = of->positions,
-                                       .length = of->length + of->count + step,
+                                       .length = of->length + of->count + draw,
                                        .count = 1,
                                        .scored = 1};
         }
-        failed = read(model, asked, going, chosen, last, num_threads, logits);
+        if (going) failed = read(model, asked, going, drawn, last, num_threads, rows);
     }
     free(asked);
     return failed;

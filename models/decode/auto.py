@@ -18,11 +18,11 @@ from time import perf_counter
 
 import torch
 
-from models.decode.chance import SeededRandom
-from models.decode.choose import COUPLED, make_chooser
-from models.decode.costs import filled_cache, one_pass, time_drafts, time_hosts, time_target
+from models.decode.choose import COUPLED
+from models.decode.costs import Costs
 from models.decode.sampling import SamplingParams
 from models.decode.state import Scorer
+from models.decode.timing import filled_cache, one_pass, time_drafts, time_hosts, time_target
 from models.elastic import ElasticLM
 from models.family import Member
 from models.machine import thread_counts
@@ -35,14 +35,6 @@ TIMING_BUDGET = 0.4
 LEAST_SPEEDUP = 1.02
 # More threads must pay: fewer leave cores to others and wait less for each other.
 THREADS_MARGIN = 1.05
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Measured seconds: a target pass on m tokens for m = 1, 2, ..., and a step of each draft."""
-
-    target: Mapping[int, float]
-    drafts: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -132,15 +124,11 @@ def measure_costs(
     """Time target passes and rounds of each draft, with what choosing tokens takes, in about a second."""
     target = time_target(model, MAX_GAMMA + 1, budget=TIMING_BUDGET, clock=perf_counter)
     kind = params, verifier
-    host = time_hosts(model, [kind], budget=TIMING_BUDGET / 2, clock=perf_counter)[kind]
-    goes_on = make_chooser(params, SeededRandom(0), "token").drafts_likeliest
-    steps = time_drafts(
-        model, drafts, num_steps=DRAFT_STEPS, goes_on=goes_on, budget=TIMING_BUDGET, clock=perf_counter
-    )
-    choice = (host(DRAFT_STEPS) - host(0)) / DRAFT_STEPS
+    host = time_hosts(model, [kind], budget=TIMING_BUDGET, clock=perf_counter)[kind]
+    steps = time_drafts(model, drafts, *kind, budget=TIMING_BUDGET, clock=perf_counter)
     return Costs(
-        {m: seconds + host(0) for m, seconds in target.items()},
-        {name: step * target[1] + choice for name, step in steps.items()},
+        {m: seconds + host(m - 1) for m, seconds in target.items()},
+        {name: step(DRAFT_STEPS) * target[1] for name, step in steps.items()},
     )
 
 

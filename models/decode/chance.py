@@ -1,11 +1,11 @@
-"""Every random choice of decoding, behind four verbs.
+"""Every random choice of decoding, behind five verbs.
 
 The draft's tokens, the acceptance and the target's tokens (residual and bonus) come from three
 separate streams: a draft that takes more or fewer numbers must not move the numbers that acceptance
 sees. `models/measure/laws.py` puts an object here that tries every choice in turn, which gives the
 engine's exact output law without sampling.
 
-The fourth verb is for `coupled` decoding: noise that belongs to a position of the text and not to
+The last verb is for `coupled` decoding: noise that belongs to a position of the text and not to
 who asks for it, so that draft and target choose by the same numbers.
 """
 
@@ -24,6 +24,13 @@ class Random(Protocol):
 
     def draft(self, probs_V: Tensor) -> int:
         """A token from the draft's law."""
+        ...
+
+    def uniforms(self, count: int) -> list[float] | None:
+        """The numbers in [0, 1) that would draw so many tokens from the draft's laws, one after another.
+
+        They are taken: tokens come from them or from `draft`. None if this chooses otherwise.
+        """
         ...
 
     def accept(self, probability: float) -> bool:
@@ -58,6 +65,10 @@ class SeededRandom:
     def draft(self, probs_V: Tensor) -> int:
         """See `Random`."""
         return _invert(probs_V, self._draft.random())
+
+    def uniforms(self, count: int) -> list[float]:
+        """See `Random`."""
+        return [self._draft.random() for _ in range(count)]
 
     def accept(self, probability: float) -> bool:
         """See `Random`."""

@@ -13,11 +13,12 @@ All three give the same `Verdict`. T positions, V vocabulary; p target, q draft.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from models.compiled.draws import Draws
 from models.decode.accept import VERIFIERS, Verifier, match
 from models.decode.chance import Random
 from models.decode.sampling import SamplingParams, law, penalise
@@ -29,7 +30,7 @@ VERIFIER_NAMES = (*VERIFIERS, COUPLED)
 
 @dataclass
 class Proposal:
-    """Drafted tokens and the laws [V] that they were drawn from.
+    """Drafted tokens and the laws [T, V] that they were drawn from, those of some tokens at a time.
 
     None are kept when greedy, nor where the tokens are no draws at all but certain, as copied ones are:
     verification then takes a point mass for the law of each.
@@ -39,6 +40,12 @@ class Proposal:
     """The settled tokens that these follow, from the first of the prompt."""
     ids: list[int] = field(default_factory=list)
     laws: list[Tensor] = field(default_factory=list)
+
+    def add(self, draws: Draws, rows_TV: Tensor) -> None:
+        """Take over what a pass has drawn; the likeliest tokens come without laws."""
+        self.ids += draws.ids
+        if draws.temperature:
+            self.laws.append(rows_TV)
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,8 @@ class Verdict:
 class Chooser(Protocol):
     """Chooses the draft's tokens and judges them."""
 
-    @property
-    def drafts_likeliest(self) -> bool:
-        """Whether each drafted token is the likeliest by the draft's own logits, as they are."""
+    def draws(self, proposal: Proposal, count: int, vocab_size: int) -> Draws | None:
+        """What lets a pass choose the next drafted tokens itself; None where that is for `draft` to do."""
         ...
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
@@ -75,10 +81,9 @@ class Greedy:
 
     params: SamplingParams
 
-    @property
-    def drafts_likeliest(self) -> bool:
+    def draws(self, proposal: Proposal, count: int, vocab_size: int) -> Draws | None:
         """See `Chooser`."""
-        return self.params.repetition_penalty == 1.0
+        return None if self.params.depends_on_text else Draws(count=count)
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""
@@ -102,12 +107,18 @@ class Sampled:
     params: SamplingParams
     random: Random
     verifier: Verifier
-    drafts_likeliest: ClassVar[bool] = False
+
+    def draws(self, proposal: Proposal, count: int, vocab_size: int) -> Draws | None:
+        """See `Chooser`; not for random choices that are made otherwise than by a number each."""
+        if self.params.depends_on_text:
+            return None
+        uniforms = self.random.uniforms(count)
+        return None if uniforms is None else _draws(count, self.params, uniforms=uniforms)
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""
         q_V = _draft_law(logits_V, proposal, self.params)
-        proposal.laws.append(q_V)
+        proposal.laws.append(q_V.unsqueeze(0))
         proposal.ids.append(self.random.draft(q_V))
         return proposal.ids[-1]
 
@@ -132,13 +143,20 @@ class Coupled:
 
     params: SamplingParams
     random: Random
-    drafts_likeliest: ClassVar[bool] = False
+
+    def draws(self, proposal: Proposal, count: int, vocab_size: int) -> Draws | None:
+        """See `Chooser`."""
+        if self.params.depends_on_text:
+            return None
+        # The largest of log q + noise is that of q * e^noise.
+        noise_CV = self._noise(len(proposal.prefix) + len(proposal.ids), count, vocab_size)
+        return _draws(count, self.params, races_CV=noise_CV.exp())
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""
         q_V = _draft_law(logits_V, proposal, self.params)
         position = len(proposal.prefix) + len(proposal.ids)
-        proposal.laws.append(q_V)
+        proposal.laws.append(q_V.unsqueeze(0))
         proposal.ids += self._choose(q_V.unsqueeze(0), position)
         return proposal.ids[-1]
 
@@ -152,12 +170,13 @@ class Coupled:
 
     def _choose(self, probs_TV: Tensor, position: int) -> list[int]:
         """The tokens at this position and the next ones."""
-        num_positions, num_tokens = probs_TV.shape
-        noise_TV = torch.stack([self.random.noise(position + t, num_tokens) for t in range(num_positions)])
         # float64: in float32 close values would tie, and the lower id would win too often.
-        keys_TV = probs_TV.double().log() + noise_TV.to(probs_TV.device)
+        keys_TV = probs_TV.double().log() + self._noise(position, *probs_TV.shape).to(probs_TV.device)
         tokens: list[int] = keys_TV.argmax(-1).tolist()  # a sync: the host needs the tokens
         return tokens
+
+    def _noise(self, position: int, num_positions: int, num_tokens: int) -> Tensor:
+        return torch.stack([self.random.noise(position + t, num_tokens) for t in range(num_positions)])
 
 
 def make_chooser(params: SamplingParams, random: Random, verifier: str | Verifier) -> Chooser:
@@ -180,19 +199,15 @@ def make_chooser(params: SamplingParams, random: Random, verifier: str | Verifie
     return Sampled(params, random, VERIFIERS[verifier] if isinstance(verifier, str) else verifier)
 
 
-def draft_all(chooser: Chooser, logits_TV: Tensor, proposal: Proposal) -> list[int]:
-    """Choose a drafted token at each of some positions that were scored already; returns them."""
-    if chooser.drafts_likeliest:
-        likeliest: list[int] = logits_TV.argmax(-1).tolist()  # a sync
-        proposal.ids += likeliest
-        return likeliest
-    return [chooser.draft(logits_V, proposal) for logits_V in logits_TV]
-
-
 def check_verifier(name: str) -> None:
     """Raise UsageError unless there is a verifier of this name."""
     if name not in VERIFIER_NAMES:
         raise UsageError(f"--verifier {name!r} is none of {', '.join(VERIFIER_NAMES)}")
+
+
+def _draws(count: int, params: SamplingParams, **how: Any) -> Draws:
+    cuts = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    return Draws(count=count, **cuts, **how)
 
 
 def _draft_logits(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
@@ -211,7 +226,7 @@ def _target_laws(logits_TV: Tensor, proposal: Proposal, params: SamplingParams) 
 def _stacked_laws(p_TV: Tensor, proposal: Proposal) -> Tensor:
     """The laws [T, V] of the drafted tokens, T of them; point masses where the tokens were certain."""
     if proposal.laws:
-        return torch.stack(proposal.laws)
+        return torch.cat(proposal.laws)
     tokens_T1 = torch.tensor(proposal.ids, device=p_TV.device).unsqueeze(-1)
     return torch.zeros_like(p_TV[:-1]).scatter_(-1, tokens_T1, 1.0)
 

@@ -29,7 +29,8 @@ from math import ceil
 from operator import attrgetter
 from typing import NamedTuple
 
-from models.decode.auto import MAX_GAMMA, Costs
+from models.decode.auto import MAX_GAMMA
+from models.decode.costs import Costs
 from models.decode.draft import Draft
 from models.decode.estimates import Clocks, Rates
 from models.decode.policy import NO_DRAFT, PLAIN, Plan, Round

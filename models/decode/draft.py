@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.cache import KVCache
 from models.count import count_parameters
-from models.decode.choose import Chooser, Proposal, draft_all
+from models.decode.choose import Chooser, Proposal
 from models.decode.lookup import LookupDraft
 from models.decode.passes import Pass, Steps
 from models.decode.state import Model, Scorer, State, elastic_model, granularity_of, new_cache
@@ -78,7 +78,7 @@ class NestedDraft:
 
     def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         """See `Draft`."""
-        return (yield from _propose(self.scorer, state, state.cache.view(), num_tokens, chooser))
+        return (yield from propose(self.scorer, state, state.cache.view(), num_tokens, chooser))
 
 
 class ModelDraft:
@@ -109,7 +109,7 @@ class ModelDraft:
         num_tokens = min(num_tokens, self._max_positions - len(state.ids) + 1)
         if num_tokens < 1:
             return Proposal(state.ids)
-        proposal = yield from _propose(self.model, state, self._rewound(state), num_tokens, chooser)
+        proposal = yield from propose(self.model, state, self._rewound(state), num_tokens, chooser)
         self._cached_ids = [*state.ids, *proposal.ids[:-1]]
         return proposal
 
@@ -129,16 +129,23 @@ def renewed(draft: Draft) -> Draft:
     return LookupDraft() if isinstance(draft, LookupDraft) else draft
 
 
-def _propose(
+def propose(
     model: Scorer, state: State, cache: KVCache, num_tokens: int, chooser: Chooser
 ) -> Steps[Proposal]:
     """Draft token by token, after the settled tokens that the cache lacks (at least the pending one)."""
     proposal, ids = Proposal(state.ids), state.ids[cache.length :]
-    num_next = num_tokens - 1 if chooser.drafts_likeliest else 0  # then one pass goes on by itself
+    draws = None
+    if model.chooses:
+        draws = chooser.draws(proposal, num_tokens, elastic_model(model).config.vocab_size)
+    if draws is not None:
+        rows_TV = yield Pass(model, ids, cache, num_last=1, draws=draws)
+        cache.commit(len(ids) + draws.num_read)
+        proposal.add(draws, rows_TV)
+        return proposal
     while len(proposal.ids) < num_tokens:
-        logits_TV = yield Pass(model, ids, cache, num_last=1, num_next=num_next)
-        cache.commit(len(ids) + num_next)
-        ids = draft_all(chooser, logits_TV, proposal)
+        logits_TV = yield Pass(model, ids, cache, num_last=1)
+        cache.commit(len(ids))
+        ids = [chooser.draft(logits_TV[0], proposal)]
     return proposal
 
 

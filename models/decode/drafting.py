@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from models.checkpoint import ModelFolder, load_model
-from models.decode.auto import Costs, choose_draft, known_acceptance, measure_costs
+from models.decode.auto import choose_draft, known_acceptance, measure_costs
 from models.decode.control import PRIOR_ALPHA, Arm, Controller
+from models.decode.costs import Costs
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.lookup import LookupDraft
 from models.decode.policy import Fixed, Policy

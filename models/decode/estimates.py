@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Mapping
 from statistics import median_low
 
-from models.decode.auto import Costs
+from models.decode.costs import Costs
 from models.decode.policy import Round
 
 # What was seen 20 tokens ago weighs a third of what is seen now.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.cache import KVCache
+from models.compiled.draws import Draws
 from models.decode.state import Model, Scorer, elastic_model, granularity_of, score, score_together
 from models.decode.vocabulary import FewTokens
 from models.granularity import Granularity
@@ -37,12 +38,12 @@ class Pass(NamedTuple):
     cache: KVCache
     num_last: int
     """How many of the last positions are scored."""
-    num_next: int = 0
-    """How many more tokens are read, each the likeliest after the one before."""
+    draws: Draws | None = None
+    """More tokens that the pass chooses and, but for the last, reads; only of a model that `chooses`."""
 
 
 Steps: TypeAlias = Generator[Pass, Tensor, Result]
-"""Yields passes, is sent their logits [num_last + num_next, V], and returns a result."""
+"""Yields passes, is sent their rows (see `run`), and returns a result."""
 
 Events: TypeAlias = Generator[Pass | Event, Tensor | None, None]
 """Yields passes and, between them, what it has to tell, to which None is sent."""
@@ -118,13 +119,16 @@ class Together(Iterator[tuple[int, Event]]):
 
 @torch.inference_mode()
 def run(passes: Sequence[Pass]) -> list[Tensor]:
-    """Logits [num_last + num_next, V] of each of some passes through the same model, made in one pass."""
-    model, ids, cache, num_last, num_next = passes[0]
-    if len(passes) == 1:
-        return [score(model, ids, cache, num_last=num_last, num_next=num_next)]
+    """Logits [T, V] of each of some passes through the same model, made in one pass.
+
+    T are the last positions, `num_last` of them, and the drawn tokens but for the last. What a token was
+    drawn from is a law.
+    """
+    model, ids, cache, num_last, draws = passes[0]
+    if len(passes) == 1 and draws is None:
+        return [score(model, ids, cache, num_last=num_last)]
     requests = [Tokens(*one[1:]) for one in passes]
-    logits_TV = score_together(model, requests)
-    return list(logits_TV.split([one.num_last + one.num_next for one in requests]))
+    return list(score_together(model, requests).split([one.num_rows for one in requests]))
 
 
 @torch.inference_mode()

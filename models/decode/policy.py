@@ -8,7 +8,7 @@ round settles and what follows has the target's law.
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from models.decode.auto import Costs
+from models.decode.costs import Costs
 from models.decode.draft import Draft
 from models.decode.state import Model, State
 from models.errors import UsageError

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from statistics import median
 
-from models.decode.auto import Costs
+from models.decode.costs import Costs
 from models.decode.policy import Round
 
 _Kind = tuple[str, int]

@@ -63,6 +63,11 @@ class SamplingParams:
             raise UsageError("; ".join(problems))
 
     @property
+    def depends_on_text(self) -> bool:
+        """Whether a law depends on more of the text than the logits do."""
+        return self.repetition_penalty != 1.0
+
+    @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken, so that nothing is random."""
         return self.temperature == 0.0
@@ -110,7 +115,7 @@ def penalise(
     tensor([[ 4., -2.,  3.],
             [ 2., -2.,  3.]])
     """
-    if params.repetition_penalty == 1.0:
+    if not params.depends_on_text:
         return logits_TV
     x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
     seen_TV = torch.zeros_like(x_TV, dtype=torch.bool)

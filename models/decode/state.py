@@ -51,22 +51,23 @@ def new_cache(model: Model, num_positions: int) -> KVCache:
     return KVCache(whole.config, num_positions=num_positions, dtype=weight.dtype, device=weight.device)
 
 
-def score(model: Scorer, ids: Sequence[int], cache: KVCache, *, num_last: int, num_next: int = 0) -> Tensor:
+def score(model: Scorer, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
     """Logits [T, V] of tokens that follow what the cache has committed; see `ElasticLM.score`."""
     if isinstance(model, ElasticLM):
-        return model.score(ids, FULL, cache, num_last=num_last, num_next=num_next)
-    return model.score(ids, cache, num_last=num_last, num_next=num_next)
+        return model.score(ids, FULL, cache, num_last=num_last)
+    return model.score(ids, cache, num_last=num_last)
 
 
 def score_together(model: Scorer, requests: Sequence[Tokens]) -> Tensor:
-    """The same for several requests, whose tokens share one pass; the rows of the first come first."""
+    """The same for several requests, whose tokens share one pass; the rows of the first come first.
+
+    Tokens may be drawn where the model `chooses`.
+    """
     whole, granularity = elastic_model(model), granularity_of(model)
     few = model if isinstance(model, FewTokens) else None
     if isinstance(whole, PackedLM) and whole.native is not None:
-        logits_TN = whole.native(requests, granularity, None if few is None else few.native_head)
-        return logits_TN if few is None else few.among_all(logits_TN)
-    if any(one.num_next for one in requests):
-        return _step_by_step(model, requests)
+        rows_TN = whole.native(requests, granularity, None if few is None else few.native_head)
+        return rows_TN if few is None else few.among_all(rows_TN, laws=_are_laws(requests))
     ids, counts = [token for one in requests for token in one.ids], [len(one.ids) for one in requests]
     tokens_BT = torch.tensor([ids], device=whole.model.embed_tokens.weight.device)
     memory = Batch([one.cache for one in requests], counts)
@@ -75,21 +76,8 @@ def score_together(model: Scorer, requests: Sequence[Tokens]) -> Tensor:
     return whole.head(scored_TD) if few is None else few.head(scored_TD)
 
 
-def _step_by_step(model: Scorer, requests: Sequence[Tokens]) -> Tensor:
-    """The same where a pass cannot choose the next one's tokens by itself."""
-    counts = [one.num_last for one in requests]
-    first = score_together(model, [one._replace(num_next=0) for one in requests]).split(counts)
-    going = [(one, part_TV[-1]) for one, part_TV in zip(requests, first, strict=True) if one.num_next]
-    rest = [_after(one, int(last_V.argmax())) for one, last_V in going]
-    more = iter(score_together(model, rest).split([1 + one.num_next for one in rest]))
-    parts = [
-        torch.cat([part_TV, next(more)]) if one.num_next else part_TV
-        for one, part_TV in zip(requests, first, strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _after(one: Tokens, token: int) -> Tokens:
-    tail = one.cache.view()
-    tail.commit(len(one.ids))
-    return Tokens([token], tail, 1, one.num_next - 1)
+def _are_laws(requests: Sequence[Tokens]) -> bool:
+    """Whether all rows are: drafts of a batch are alike in that."""
+    found = {one.are_laws and one.num_last == 1 for one in requests}
+    assert len(found) == 1, requests
+    return found.pop()

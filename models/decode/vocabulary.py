@@ -7,13 +7,13 @@ a quarter of the vocabulary makes up nearly all of a text. Whether that pays is 
 B batch, T positions, D model, N tokens that are scored, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.cache import KVCache
-from models.elastic import go_on
 from models.errors import UsageError
 from models.native import Head, Tokens
 from models.quantize import PackedLinear, PackedLM
@@ -43,18 +43,19 @@ class FewTokens:
         if isinstance(head, PackedLinear):
             self.few = PackedLinear(few, head.precision)
 
-    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int, num_next: int = 0) -> Tensor:
-        """Logits [num_last + num_next, V]; see `ElasticLM.score`."""
+    @property
+    def chooses(self) -> bool:
+        """See `ElasticLM.chooses`."""
+        return self.view.chooses
+
+    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
+        """Logits [num_last, V]; see `ElasticLM.score`."""
         whole, granularity = self.model, self.view.granularity
         if isinstance(whole, PackedLM) and whole.native is not None:
-            requests = [Tokens(ids, cache, num_last, num_next)]
+            requests = [Tokens(ids, cache, num_last)]
             return self.among_all(whole.native(requests, granularity, self.native_head))
-
-        def one_pass(ids: Sequence[int], cache: KVCache, num_last: int) -> Tensor:
-            tokens_BT = torch.tensor([ids], device=self.ids_N.device)
-            return self.head(whole.states(tokens_BT, granularity, cache)[-1][0, -num_last:])
-
-        return go_on(one_pass, ids, cache, num_last, num_next)
+        tokens_BT = torch.tensor([ids], device=self.ids_N.device)
+        return self.head(whole.states(tokens_BT, granularity, cache)[-1][0, -num_last:])
 
     @property
     def native_head(self) -> Head:
@@ -66,9 +67,10 @@ class FewTokens:
         few_BTN: Tensor = self.few(self.model.model.norm(x_BTD))
         return self.among_all(few_BTN)
 
-    def among_all(self, few_BTN: Tensor) -> Tensor:
-        """Logits [..., V] of the tokens that are scored [..., N], and of all others."""
-        logits_BTV = few_BTN.new_full((*few_BTN.shape[:-1], self.model.config.vocab_size), float("-inf"))
+    def among_all(self, few_BTN: Tensor, *, laws: bool = False) -> Tensor:
+        """Logits, or laws, [..., V] from those of the tokens that are scored [..., N]."""
+        others = 0.0 if laws else -math.inf
+        logits_BTV = few_BTN.new_full((*few_BTN.shape[:-1], self.model.config.vocab_size), others)
         return logits_BTV.index_copy_(-1, self.ids_N, few_BTN)
 
 

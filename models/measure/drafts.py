@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from models.config import ElasticConfig
-from models.decode.auto import MAX_GAMMA, Costs
+from models.decode.auto import MAX_GAMMA
 from models.decode.control import Controller
+from models.decode.costs import Costs
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.drafting import make_arm
 from models.decode.lookup import LookupDraft

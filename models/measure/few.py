@@ -22,8 +22,8 @@ from models.measure.drafts import HOSTILE, Drafts, ForModel, Gamma, Subject
 from models.measure.laws import Law, exact_law
 from models.view import View
 
-_Key: TypeAlias = tuple[int, Granularity, int, int | None, int, tuple[int, ...]]
-"""Which model, which member, at which position, how many scored, how many more read, on which tokens."""
+_Key: TypeAlias = tuple[int, Granularity, int, int | None, tuple[int, ...]]
+"""Which model, which member, at which position, how many scored, on which tokens."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class Passes:
 
     def alone(self, view: View, tokens_BT: Tensor, num_last: int | None) -> Tensor:
         """Logits [B, T, V] of a pass that reads nothing else, made or found."""
-        key = (id(view.model), view.granularity, 0, num_last, 0, tuple(tokens_BT.flatten().tolist()))
+        key = (id(view.model), view.granularity, 0, num_last, tuple(tokens_BT.flatten().tolist()))
         if key not in self._alone:
             self._alone[key] = View.__call__(view, tokens_BT, num_last=num_last)
         return self._alone[key]
 
-    def score(self, view: View, ids: Sequence[int], cache: KVCache, num_last: int, num_next: int) -> Tensor:
-        """Logits [num_last + num_next, V] of a pass of decoding, made or found; see `View.score`."""
+    def score(self, view: View, ids: Sequence[int], cache: KVCache, num_last: int) -> Tensor:
+        """Logits [num_last, V] of a pass of decoding, made or found; see `View.score`."""
         start, num_layers = cache.length, view.model.config.num_hidden_layers
-        key = (id(view.model), view.granularity, start, num_last, num_next, tuple(ids))
+        key = (id(view.model), view.granularity, start, num_last, tuple(ids))
         one = self._following.get(key)
         if one is None:
             self._write_what_was_found()
-            logits_TV = View.score(view, ids, cache, num_last=num_last, num_next=num_next)
-            end = start + len(ids) + num_next
+            logits_TV = View.score(view, ids, cache, num_last=num_last)
+            end = start + len(ids)
             written = [
                 (k_BGTK.clone(), v_BGTK.clone())
                 for k_BGTK, v_BGTK in _positions(cache, num_layers, start, end)
@@ -97,14 +97,18 @@ class _RememberedView(View):
         super().__init__(model, granularity)
         self._passes = passes
 
+    @property
+    def chooses(self) -> bool:
+        return False  # every pass is to be found again
+
     def __call__(
         self, tokens_BT: Tensor, memory: Memory | None = None, *, num_last: int | None = None
     ) -> Tensor:
         assert memory is None, memory
         return self._passes.alone(self, tokens_BT, num_last)
 
-    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int, num_next: int = 0) -> Tensor:
-        return self._passes.score(self, ids, cache, num_last, num_next)
+    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
+        return self._passes.score(self, ids, cache, num_last)
 
 
 def _positions(memory: KVCache, num_layers: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:

@@ -40,6 +40,9 @@ class ScriptedRandom:
         """See `Random`."""
         return self._take(probs_V.tolist())
 
+    def uniforms(self, count: int) -> None:
+        """Not by numbers: see `draft`."""
+
     def accept(self, probability: float) -> bool:
         """See `Random`."""
         return self._take([probability, 1.0 - probability]) == 0

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -82,10 +82,12 @@ class DrawsByOtherRules:
 class ReportsFalsely:
     asked: Sampled
     drawn: SamplingParams
-    drafts_likeliest: ClassVar[bool] = False
+
+    def draws(self, proposal: Proposal, count: int, vocab_size: int) -> None:
+        """One by one."""
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
-        proposal.laws.append(law(logits_V, self.asked.params))
+        proposal.laws.append(law(logits_V, self.asked.params).unsqueeze(0))
         proposal.ids.append(self.asked.random.draft(law(logits_V, self.drawn)))
         return proposal.ids[-1]
 
@@ -104,7 +106,7 @@ class DiscardsByValue:
 
     def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
         proposal = yield from self.draft.propose(state, num_tokens, chooser)
-        if float(proposal.laws[-1][proposal.ids[-1]]) > 0.4:
+        if float(proposal.laws[-1][-1][proposal.ids[-1]]) > 0.4:
             return proposal
         return Proposal(proposal.prefix, proposal.ids[:-1], proposal.laws[:-1])
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from models.cache import KVCache
 from models.compiled.build import library
+from models.compiled.draws import Draws
 from models.config import ElasticConfig
+from models.decode.sampling import SamplingParams, law
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
 from models.native import Head, NativeStep, Tokens, native_step
@@ -183,27 +186,101 @@ def test_it_computes_with_the_weights_that_it_was_made_of(tiny_config: ElasticCo
     assert step([Tokens(IDS, cache, 3)], FULL).equal(before_TV)
 
 
+LAWS = {
+    "likeliest": {},
+    "temperature": {"temperature": 0.7},
+    "all but certain": {"temperature": 1e-3},
+    "top-k": {"temperature": 1.0, "top_k": 7},
+    "top-k beyond the vocabulary": {"temperature": 1.0, "top_k": 100},
+    "top-p": {"temperature": 1.3, "top_p": 0.6},
+    "top-p that one token reaches": {"temperature": 1.0, "top_p": 1e-6},
+    "min-p": {"temperature": 1.0, "min_p": 0.3},
+    "all": {"temperature": 0.9, "top_k": 30, "top_p": 0.8, "min_p": 0.1},
+}
+ROW_ATOL = 1e-6
+
+
+def heads(model: ElasticLM) -> list[Head]:
+    """The model's, one of few tokens, and one that gives equal logits to many."""
+    few = torch.tensor([40, 3, 9, 12, 50])
+    equal = torch.arange(60).flip(0)
+    weights = model.lm_head.weight.detach()
+    found = [Head(model.lm_head)]
+    for ids, weight in ((few, weights[few]), (equal, weights[equal % 4])):
+        map_ = nn.Linear(32, len(ids), bias=False)
+        map_.weight = nn.Parameter(weight)
+        found.append(Head(map_, ids))
+    return found
+
+
+def choose(row_N: Tensor, draws: Draws, position: int, ids_N: Tensor) -> int:
+    """What the pass is to choose from this row of logits, or law."""
+    if not draws.temperature:
+        return int(ids_N[row_N.argmax()])
+    if draws.races_CV is not None:
+        return int(ids_N[(row_N * draws.races_CV[position, ids_N]).argmax()])
+    cumulative_N = row_N.double().cumsum(0)
+    point = draws.uniforms[position] * cumulative_N[-1]
+    return int(ids_N[torch.searchsorted(cumulative_N, point, right=True)])
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", RTOL)
-def test_a_call_that_goes_on_reads_what_is_likeliest(dtype: torch.dtype, tiny_config: ElasticConfig) -> None:
+@pytest.mark.parametrize("fields", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("races", [False, True])
+def test_a_pass_that_chooses_tokens_is_as_many_passes(
+    fields: dict[str, float], races: bool, dtype: torch.dtype, tiny_config: ElasticConfig
+) -> None:
+    """Rows are the laws of the tokens before, tokens are drawn from them, and all but the last are read."""
     model = make_model(tiny_config, torch.float32 if dtype == torch.int8 else dtype)
-    step, few = make_step(model, dtype), torch.tensor([40, 3, 9])
-    map_ = nn.Linear(32, 3, bias=False)
-    map_.weight = nn.Parameter(model.lm_head.weight.detach()[few])
-    for head, ids in ((Head(model.lm_head), torch.arange(64)), (Head(map_, few), few)):
-        asked = [(IDS[:9], 2, 5), (IDS[:1], 1, 0), (IDS[:20], 1, 3)]
-        at_once, in_turn = [[new_cache(model) for _ in asked] for _ in range(2)]
-        requests = [Tokens(one[0], cache, *one[1:]) for one, cache in zip(asked, at_once, strict=True)]
-        logits = step(requests, FULL, head).split([num_last + num_next for _, num_last, num_next in asked])
-        for (tokens, num_last, num_next), cache, logits_TV in zip(asked, in_turn, logits, strict=True):
-            expected_TV = step([Tokens(tokens, cache, num_last)], FULL, head)
-            cache.commit(len(tokens))
-            for _ in range(num_next):
-                token = int(ids[expected_TV[-1].argmax()])
-                more_TV = step([Tokens([token], cache, 1)], FULL, head)
-                expected_TV = torch.cat([expected_TV, more_TV])
-                cache.commit(1)
-            assert logits_TV.equal(expected_TV)
-        for (tokens, _, num_next), ours, theirs in zip(asked, at_once, in_turn, strict=True):
-            ours.commit(len(tokens) + num_next)
+    step, params = make_step(model, dtype), SamplingParams(**fields)  # type: ignore[arg-type]
+    rng = torch.Generator().manual_seed(0)
+    for head in heads(model):
+        ids_N = torch.arange(64) if head.ids_N is None else head.ids_N
+        asked = []
+        for length, num_last, count in ((9, 2, 5), (1, 1, 0), (20, 1, 4), (3, 1, 1)):
+            draws = None
+            if count:
+                how: dict[str, Any] = {"uniforms": torch.rand(count, generator=rng).tolist()}
+                if races:
+                    how = {"races_CV": torch.rand(count, 64, generator=rng, dtype=torch.float64) + 0.1}
+                draws = Draws(count=count, **fields, **how)  # type: ignore[arg-type]
+            asked.append(Tokens(IDS[:length], new_cache(model), num_last, draws))
+        rows = step(asked, FULL, head).split([one.num_rows for one in asked])
+        for (tokens, ours, num_last, draws), rows_TN in zip(asked, rows, strict=True):
+            theirs = new_cache(model)
+            logits_TN = step([Tokens(tokens, theirs, num_last)], FULL, head)
+            theirs.commit(len(tokens))
+            for position in range(0 if draws is None else draws.count):
+                assert draws is not None
+                row_N = rows_TN[num_last - 1 + position]
+                if params.is_greedy:
+                    assert row_N.equal(logits_TN[-1])
+                else:
+                    law_N = law(logits_TN[-1:], params)[0]
+                    torch.testing.assert_close(row_N, law_N, rtol=1e-5, atol=ROW_ATOL)
+                    if fields.keys() > {"temperature"}:  # what is left out is the same
+                        assert ((row_N > 0) == (law_N > 0)).all()
+                assert draws.ids[position] == choose(row_N, draws, position, ids_N)
+                if position + 1 < draws.count:
+                    logits_TN = step([Tokens([draws.ids[position]], theirs, 1)], FULL, head)
+                    theirs.commit(1)
+            ours.commit(len(tokens) + (0 if draws is None else draws.num_read))
             assert kept(ours, 4).equal(kept(theirs, 4))
+
+
+@torch.inference_mode()
+def test_numbers_draw_each_token_as_often_as_its_law_says(tiny_config: ElasticConfig) -> None:
+    """Evenly spaced numbers: a token's share is its probability to one in their number."""
+    model = make_model(tiny_config)
+    step, num = make_step(model, torch.float32), 4000
+    counts_V, law_V = torch.zeros(64), torch.empty(64)
+    for number in range(num):
+        draws = Draws(count=1, temperature=1.0, uniforms=[(number + 0.5) / num])
+        law_V = step([Tokens(IDS[:5], new_cache(model), 1, draws)], FULL)[0]
+        counts_V[draws.ids[0]] += 1
+    assert (counts_V / num - law_V).abs().max() <= 1 / num + ROW_ATOL
+    assert (counts_V > 0).sum() > 10
+    draws = Draws(count=1, temperature=1.0, uniforms=[math.nextafter(1.0, 0.0)])
+    step([Tokens(IDS[:5], new_cache(model), 1, draws)], FULL)
+    assert law_V[draws.ids[0]] > 0

@@ -20,6 +20,7 @@ from torch import Tensor
 from models.count import count_flops
 from models.decode.auto import LEAST_SPEEDUP, round_speedup
 from models.decode.choose import COUPLED
+from models.decode.costs import DraftCosts
 from models.decode.sampling import SamplingParams
 from models.decode.searched import PLAIN, Found
 from models.decode.vocabulary import most_frequent
@@ -172,7 +173,7 @@ def _runs_here(measured: Measurements, candidate: Candidate) -> bool:
 
 
 def _bound(
-    measured: Measurements, step: float, params: SamplingParams, like: Candidate | None = None
+    measured: Measurements, step: DraftCosts, params: SamplingParams, like: Candidate | None = None
 ) -> float:
     """The speed of a draft whose step costs so much, if it is perfect, or as good as another one."""
     verifier = verifiers_of(params)[0]
@@ -193,22 +194,21 @@ def _may_lead(measured: Measurements, candidate: Candidate, like: Candidate | No
     for params in measured.text.rows:
         leaders = best_of(estimates, params, NUM_FINALISTS)
         least = leaders[-1].speedup if len(leaders) == NUM_FINALISTS else LEAST_SPEEDUP
-        if _bound(measured, measured.steps[candidate, params.is_greedy], params, like) > least:
+        if _bound(measured, measured.steps[candidate, params, "block"], params, like) > least:
             return True
     return False
 
 
-def _may_pay(measured: Measurements, step: float) -> bool:
+def _may_pay(measured: Measurements, step: DraftCosts) -> bool:
     """Whether a perfect draft of that cost would be worth it under some law."""
     return any(_bound(measured, step, params) >= LEAST_SPEEDUP for params in measured.text.rows)
 
 
-def _share(measured: Measurements, granularity: Granularity) -> float:
+def _share(measured: Measurements, granularity: Granularity) -> DraftCosts:
     """Operations of a draft's step, in target passes: it hardly ever takes less time than that."""
     config = measured.target.config
-    return count_flops(config, granularity, num_cached=NUM_CACHED) / count_flops(
-        config, num_cached=NUM_CACHED
-    )
+    ours, all_of_it = (count_flops(config, one, num_cached=NUM_CACHED) for one in (granularity, FULL))
+    return DraftCosts(first=ours / all_of_it, more=ours / all_of_it)
 
 
 def _vocabularies(counts_V: Tensor) -> list[int]:

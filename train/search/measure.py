@@ -1,6 +1,6 @@
 """What a search has measured so far, and the speed of each draft that follows from it by arithmetic.
 
-    costs        v(m), c of every candidate, and the host's share, each timed in turn (models/decode/costs.py)
+    costs        v(m), c of every candidate and the host's share, each timed in turn (models/decode/timing.py)
     acceptance   on text that the target writes under each law (models/measure/acceptance.py)
 
 The speed over plain decoding is that of models/decode/auto.py with tokens per round as measured, c and v
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from models.decode.auto import round_speedup
 from models.decode.choose import COUPLED, VERIFIER_NAMES
-from models.decode.costs import time_drafts, time_hosts, time_target
+from models.decode.costs import DraftCosts
 from models.decode.sampling import SamplingParams
+from models.decode.timing import time_drafts, time_hosts, time_target
 from models.decode.vocabulary import FewTokens, most_frequent
 from models.elastic import ElasticLM
 from models.granularity import Granularity
@@ -112,8 +113,8 @@ class Measurements:
         ]
         self.packed: dict[str, ElasticLM] = {}
         self.views: dict[tuple[Granularity, str | None], View] = {}
-        self.steps: dict[tuple[Candidate, bool], float] = {}
-        """Of each draft, greedy or not, in target passes on one token."""
+        self.steps: dict[tuple[Candidate, SamplingParams, str], DraftCosts] = {}
+        """Of each draft, under each law and verifier."""
         self.kept: dict[tuple[Candidate, SamplingParams], _Kept] = {}
 
     def scorer(self, candidate: Candidate) -> View | FewTokens:
@@ -138,20 +139,15 @@ class Measurements:
     def time(self, candidates: Sequence[Candidate]) -> None:
         """Time a step of each, side by side."""
         scorers = {str(one): self.scorer(one) for one in candidates}
-        for is_greedy in {params.is_greedy for params in self.text.rows}:
-            steps = time_drafts(
-                self.target,
-                scorers,
-                num_steps=DRAFT_STEPS,
-                goes_on=is_greedy,
-                budget=SECONDS,
-                clock=self.clock,
-            )
-            self.steps |= {(one, is_greedy): steps[str(one)] for one in candidates}
+        for params, verifier in self.hosts:
+            if verifier not in ("block", COUPLED):
+                continue  # drafts like `block`
+            steps = time_drafts(self.target, scorers, params, verifier, budget=SECONDS, clock=self.clock)
+            self.steps |= {(one, params, verifier): steps[str(one)] for one in candidates}
 
     def step(self, candidate: Candidate) -> float:
-        """What candidates are compared by: a step's cost, the mean over the laws."""
-        return mean(self.steps[candidate, params.is_greedy] for params in self.text.rows)
+        """What candidates are compared by: a drafted token's cost, the mean over the laws."""
+        return mean(self.steps[candidate, params, "block"](DRAFT_STEPS) for params in self.text.rows)
 
     def measure(self, candidate: Candidate, num_tokens: int | None = None) -> None:
         """Measure acceptance under each law, on so many tokens or on all."""
@@ -178,7 +174,7 @@ class Measurements:
 
     def _estimates(self, candidate: Candidate, params: SamplingParams, verifier: str) -> list[Estimate]:
         kept = self.kept[candidate, params]
-        step = self.steps[candidate, params.is_greedy]
+        step = self.steps[candidate, params, COUPLED if verifier == COUPLED else "block"]
         costs = {gamma: self.costs(step, gamma, params, verifier) for gamma in self.gammas}
         return [
             Estimate(
@@ -194,12 +190,13 @@ class Measurements:
             for gamma, (c, v) in costs.items()
         ]
 
-    def costs(self, step: float, gamma: int, params: SamplingParams, verifier: str) -> tuple[float, float]:
-        """C and v of a round, in plain tokens; the host's share of plain decoding is in all of them."""
+    def costs(
+        self, step: DraftCosts, gamma: int, params: SamplingParams, verifier: str
+    ) -> tuple[float, float]:
+        """C and v of a round, in plain tokens, what the host does included."""
         one, host = self.target_seconds[1], self.hosts[params, verifier]
         plain = one + self.hosts[params, verifiers_of(params)[0]](0)
-        c = (step * one + (host(gamma) - host(0)) / gamma) / plain
-        return c, (self.target_seconds[gamma + 1] + host(0)) / plain
+        return step(gamma) * one / plain, (self.target_seconds[gamma + 1] + host(gamma)) / plain
 
 
 def verifiers_of(params: SamplingParams) -> tuple[str, ...]:

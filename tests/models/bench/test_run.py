@@ -13,8 +13,8 @@ from models.bench.matrix import Cell, DraftChoice, Label, Target, make_cells
 from models.bench.run import run_cells
 from models.checkpoint import load_model, save_model
 from models.config import ElasticConfig
-from models.decode.auto import Costs
 from models.decode.control import Arm, Controller
+from models.decode.costs import Costs
 from models.decode.draft import ModelDraft, NestedDraft
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM

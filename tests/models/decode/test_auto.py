@@ -8,13 +8,13 @@ import torch
 from models.config import ElasticConfig
 from models.decode.auto import (
     MAX_GAMMA,
-    Costs,
     best_num_threads,
     choose_draft,
     known_acceptance,
     measure_costs,
     speedup,
 )
+from models.decode.costs import Costs
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.family import Member

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from models.decode.auto import MAX_GAMMA, Costs
+from models.decode.auto import MAX_GAMMA
 from models.decode.control import LOOKS, PURSE, SHARE, Arm, Controller
+from models.decode.costs import Costs
 from models.decode.draft import Draft
 from models.decode.policy import NO_DRAFT, PLAIN, Round
 from models.decode.state import State

@@ -2,15 +2,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from models.decode.chance import SeededRandom
 from models.decode.choose import Chooser, Proposal, make_chooser
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
-from models.decode.passes import Pass, run, settle
+from models.decode.passes import Steps, run, settle
 from models.decode.sampling import SamplingParams, law, penalise
 from models.decode.state import State, new_cache, score
-from models.decode.vocabulary import FewTokens
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import Granularity
@@ -39,7 +39,7 @@ def propose(draft: Draft, state: State, num_tokens: int = 3, seed: int = 0) -> P
 
 
 def assert_drawn_from(model: ElasticLM | View, ids: list[int], proposal: Proposal) -> None:
-    for position, q_V in enumerate(proposal.laws):
+    for position, q_V in enumerate(torch.cat(proposal.laws)):
         tokens_BT = torch.tensor([ids + proposal.ids[:position]])
         theirs_V = law(model(tokens_BT)[0, -1], WARM)
         torch.testing.assert_close(q_V, theirs_V, rtol=0, atol=LAW_ATOL)
@@ -89,7 +89,7 @@ def test_a_nested_draft_reads_the_targets_keys_and_values_of_what_is_settled(
     state = settled(model, [1, 2, 3, 4])
     proposal = propose(NestedDraft(view), state)
     theirs_V = law(score(view, [4], state.cache.view(), num_last=1)[0], WARM)
-    torch.testing.assert_close(proposal.laws[0], theirs_V, rtol=0, atol=LAW_ATOL)
+    torch.testing.assert_close(proposal.laws[0][0], theirs_V, rtol=0, atol=LAW_ATOL)
     own_V = law(view(torch.tensor([[1, 2, 3, 4]]))[0, -1], WARM)
     assert (proposal.laws[0] - own_V).abs().max() > 1e-3
 
@@ -151,18 +151,42 @@ def test_a_greedy_draft_proposes_its_likeliest_tokens(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("vocabulary", [None, [3, 9, 40, 41, 63]])
-@pytest.mark.parametrize("precision", [None, "fp32"])
-def test_greedy_drafts_of_a_batch_are_those_of_its_rows(
-    vocabulary: list[int] | None, precision: str | None, tiny_model: ElasticLM
+@pytest.mark.parametrize("verifier", ["greedy", "block", "coupled"])
+def test_a_draft_chooses_in_one_pass_what_it_chooses_step_by_step(
+    vocabulary: list[int] | None, verifier: str, tiny_model: ElasticLM
 ) -> None:
-    model = tiny_model if precision is None else pack(tiny_model, precision)
-    view = View(model, Granularity.parse("layers=0-1"))
-    scorer = view if vocabulary is None else FewTokens(view, torch.tensor(vocabulary))
-    states = [settled(model, list(range(1, length))) for length in (5, 3, 9)]
-    passes = [
-        Pass(scorer, state.ids[-1:], state.cache, 1, num_next)
-        for state, num_next in zip(states, (2, 0, 4), strict=True)
-    ]
-    for one, logits_TV in zip(passes, run(passes), strict=True):
-        assert len(logits_TV) == 1 + one.num_next
-        torch.testing.assert_close(run([one])[0], logits_TV, rtol=0, atol=1e-5)
+    """The same numbers draw the same tokens, alone and in a batch; their laws are each other's too."""
+    packed, params = (
+        pack(tiny_model, "fp32"),
+        SamplingParams(temperature=0.0 if verifier == "greedy" else 1.0),
+    )
+    if not packed.chooses:
+        pytest.skip("needs a C compiler")
+    few = None if vocabulary is None else torch.tensor(vocabulary)
+    found: dict[ElasticLM, list[Proposal]] = {}
+    for model in (tiny_model, packed):
+        draft = NestedDraft(View(model, Granularity.parse("layers=0-1")), few)
+        states = [settled(model, list(range(1, length))) for length in (5, 3, 9)]
+        choosers = [
+            make_chooser(params, SeededRandom(seed), verifier if params.temperature else "token")
+            for seed in range(3)
+        ]
+        steps = [draft.propose(*row) for row in zip(states, (3, 1, 5), choosers, strict=True)]
+        if model is packed:
+            passes = [next(one) for one in steps]
+            assert all(one.draws is not None for one in passes)
+            found[model] = [ended(one, rows) for one, rows in zip(steps, run(passes), strict=True)]
+        else:
+            found[model] = [settle(one) for one in steps]
+    for ours, theirs in zip(found[packed], found[tiny_model], strict=True):
+        assert ours.ids == theirs.ids
+        assert bool(ours.laws) == bool(theirs.laws) == (verifier != "greedy")
+        if ours.laws:
+            torch.testing.assert_close(torch.cat(ours.laws), torch.cat(theirs.laws), rtol=0, atol=1e-5)
+
+
+def ended(steps: Steps[Proposal], rows_TV: Tensor) -> Proposal:
+    with pytest.raises(StopIteration) as end:
+        steps.send(rows_TV)
+    proposal: Proposal = end.value.value
+    return proposal

@@ -16,9 +16,9 @@ import torch
 
 from models.decode import engine
 from models.decode.accept import VERIFIERS, Verifier
-from models.decode.auto import Costs
 from models.decode.chance import Random
 from models.decode.control import Arm, Controller
+from models.decode.costs import Costs
 from models.decode.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine import stream
 from models.decode.lookup import LookupDraft

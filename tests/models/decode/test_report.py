@@ -11,8 +11,8 @@ from torch import Tensor
 
 from models.decode import engine
 from models.decode.accept import verify_block, verify_tokens
-from models.decode.auto import Costs
 from models.decode.chance import Random, SeededRandom
+from models.decode.costs import Costs
 from models.decode.draft import NestedDraft
 from models.decode.engine import Stream, Token, stream
 from models.decode.policy import Round

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from models.checkpoint import load_model, save_model
-from models.decode.auto import Costs
+from models.decode.costs import Costs
 from models.decode.draft import NestedDraft
 from models.decode.drafting import choose_drafting
 from models.decode.sampling import SamplingParams

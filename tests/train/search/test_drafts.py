@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from models.decode.costs import DraftCosts
 from models.decode.sampling import SamplingParams
 from models.elastic import ElasticLM
 from models.granularity import Granularity
@@ -120,14 +121,15 @@ def test_the_best_drafts_are_tried_in_other_precisions_and_with_fewer_tokens(
 ) -> None:
     """On a machine where int8 costs half, and half of the vocabulary half of that."""
 
-    def cost(name: str) -> float:
+    def cost(name: str) -> DraftCosts:
         layers = Granularity.parse(name.partition(",")[0].partition("@")[0]).layers or range(4)
         half = 0.5 if "@int8" in name else 1.0
-        return len(layers) / 4 * half * (0.5 if "32 tokens" in name else 1.0)
+        share = len(layers) / 4 * half * (0.5 if "32 tokens" in name else 1.0)
+        return DraftCosts(first=share, more=share)
 
     monkeypatch.setattr(drafts, "PRECISIONS", ("fp32", "int8"))
     monkeypatch.setattr(
-        measure, "time_drafts", lambda _, scorers, **__: {name: cost(name) for name in scorers}
+        measure, "time_drafts", lambda _, scorers, *__, **___: {name: cost(name) for name in scorers}
     )
     monkeypatch.setattr(
         drafts, "list_candidates", lambda *_: [Granularity.parse(text) for text in ("layers=0", "layers=0-1")]

@@ -1,10 +1,15 @@
 """Timings of a round's parts, by a clock that counts the work itself."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from models.decode.costs import HostCosts, time_drafts, time_hosts, time_target
+from models.decode import engine
+from models.decode.choose import Verdict
+from models.decode.costs import DraftCosts, HostCosts
 from models.decode.sampling import SamplingParams
+from models.decode.timing import time_drafts, time_hosts, time_target
 from models.elastic import ElasticLM
 from models.granularity import Granularity
 from models.view import View
@@ -31,18 +36,22 @@ def test_a_pass_on_m_tokens_is_timed_as_far_as_the_context_has_room(tiny_model: 
     assert max(time_target(tiny_model, 1000, budget=0, clock=LayerClock(tiny_model))) == 128
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_a_step_of_a_draft_is_told_in_passes_of_the_target(goes_on: bool, tiny_model: ElasticLM) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_drafted_token_is_told_in_passes_of_the_target(temperature: float, tiny_model: ElasticLM) -> None:
     drafts = {text: View(tiny_model, Granularity.parse(text)) for text in ("layers=0", "layers=0-2")}
-    clock = LayerClock(tiny_model)
-    steps = time_drafts(tiny_model, drafts, num_steps=4, goes_on=goes_on, budget=0, clock=clock)
-    assert steps == {"layers=0": 0.25, "layers=0-2": 0.75}
+    clock, params = LayerClock(tiny_model), SamplingParams(temperature=temperature)
+    steps = time_drafts(tiny_model, drafts, params, budget=0, clock=clock)
+    assert steps == {"layers=0": DraftCosts(0.25, 0.25), "layers=0-2": DraftCosts(0.75, 0.75)}
+
+
+def test_a_first_drafted_token_may_cost_more_than_others() -> None:
+    assert [DraftCosts(first=0.5, more=0.25)(gamma) for gamma in (1, 2)] == [0.5, 0.375]
 
 
 def test_the_hosts_share_is_timed_for_each_law_and_verifier(
     tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock counts laws that are made: one for each drafted token, gamma + 1 to judge them."""
+    """The clock counts laws that are made: gamma + 1 to judge gamma drafted tokens."""
     made = 0.0
     real = torch.softmax
 
@@ -55,8 +64,26 @@ def test_the_hosts_share_is_timed_for_each_law_and_verifier(
     kinds = [(SamplingParams(), "block"), (SamplingParams(temperature=1.0), "coupled")]
     hosts = time_hosts(tiny_model, kinds, budget=0, clock=lambda: made)
     assert [hosts[kinds[0]](gamma) for gamma in (0, 1, 7)] == [0, 0, 0]
-    assert [hosts[kinds[1]](gamma) for gamma in (0, 1, 7, 20)] == [1, 3, 15, 41]
+    assert [hosts[kinds[1]](gamma) for gamma in (0, 1, 7, 20)] == [1, 2, 8, 21]
 
 
-def test_between_what_was_measured_the_host_is_interpolated() -> None:
+def test_what_the_engine_does_besides_is_part_of_every_round(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts what is settled, and no pass or verdict."""
+    num_commits = 0
+    real = engine.commit
+
+    def counting(request: Any, verdict: Verdict) -> list[engine.Token]:
+        nonlocal num_commits
+        num_commits += 1
+        return real(request, verdict)
+
+    monkeypatch.setattr("models.decode.engine.commit", counting)
+    kind = (SamplingParams(), "block")
+    host = time_hosts(tiny_model, [kind], budget=0, clock=lambda: float(num_commits))[kind]
+    assert [host(gamma) for gamma in (0, 4)] == [1, 1]
+
+
+def test_between_what_was_measured_a_verdict_is_interpolated() -> None:
     assert HostCosts({0: 1.0, 2: 5.0})(1) == 3.0
