@@ -1,6 +1,7 @@
 """The study behind the defaults: one small family, each time with one thing changed, over corpora and seeds.
 
     python docs/study.py --data DIR      trains what is missing, then writes docs/results/study/
+        [--arm NAME] ...                 of these arms alone; results of the others stay
     python docs/study.py                 writes the page again from docs/results/study/runs.json
     python docs/study.py --check         exits with 1 if the page says something else
 
@@ -56,12 +57,13 @@ NOTE = "<!-- generated from runs.json by `python docs/study.py`; do not edit -->
 COMMAND = "python docs/study.py --data data"
 INTRODUCTION = """\
 `configs/study.yaml` (1.1M parameters, 922,000 tokens), each time with one thing changed against `base`,
-which is the defaults but for its `exit_every` of 2: the defaults are the row `exit_every 4`. Means over the
-seeds; "against alone" is the mean and the standard error of the paired differences in the full model's
-loss, in percent. Loss in nats per token of held-out text; alpha: expected acceptance of a drafted token, by
-the member's own keys and values or, "in place", by the full model's, as it decodes. `S alone` and `D alone`
-are models of that shape trained on the same tokens by themselves, the distilled ones with the full model
-alone as a frozen teacher, by the loss that members learn from; their alpha is against the full model alone.
+which is the defaults but for its `exit_every` of 2 and losses that do not fade: the defaults are the row
+`exit_every 4, fade_to 0.1`. Means over the seeds; "against alone" is the mean and the standard error of the
+paired differences in the full model's loss, in percent. Loss in nats per token of held-out text; alpha:
+expected acceptance of a drafted token, by the member's own keys and values or, "in place", by the full
+model's, as it decodes. `S alone` and `D alone` are models of that shape trained on the same tokens by
+themselves, the distilled ones with the full model alone as a frozen teacher, by the loss that members learn
+from; their alpha is against the full model alone.
 So small a model, so early in its training, shows directions, not the size of an effect in yours."""
 
 
@@ -101,6 +103,8 @@ ARMS = (
     Arm("all members on all rows", ("sampler.kind=all",)),
     Arm("exit_every 4", ("sampler.exit_every=4",)),
     Arm("shared_cache 1", ("sampler.shared_cache=1",)),
+    Arm("exit_every 4, fade_to 0.25", ("sampler.exit_every=4", "loss.fade_to=0.25")),
+    Arm("exit_every 4, fade_to 0.1", ("sampler.exit_every=4", "loss.fade_to=0.1")),
 )
 FIRST = 14
 """So many arms get all their seeds before the others get their first."""
@@ -112,11 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="train what is missing; the folder of the corpora")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "study", help="keeps the runs")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if out of date")
+    parser.add_argument("--arm", action="append", choices=[arm.name for arm in ARMS], help="default: all")
     options = parser.parse_args(arguments)
     if options.data is not None:
         torch.set_num_threads(1)
         for arm, corpus, seed in work():
-            train_one(arm, corpus, seed, options.data, options.out)
+            if options.arm is None or arm.name in options.arm:
+                train_one(arm, corpus, seed, options.data, options.out)
         collect(options.out)
     stale = not_current(files(read_json(RESULTS / "runs.json")))
     return bring_up_to_date(stale, check=options.check, command="python docs/study.py")
@@ -201,13 +207,18 @@ def mine(folder: Path) -> Iterator[bool]:
 
 
 def collect(out: Path) -> None:
-    """Put the results of all runs into one file."""
-    found = [result_of(folder_of(arm.name, corpus, seed, out)) for arm, corpus, seed in work()]
-    runs = [read_json(path) for path in found if path.exists()]
-    cards = [run.pop("card") for run in runs]
+    """Put the results of all runs into one file, beside those that it has of others."""
     make_folder(RESULTS)
-    card = cards[0] | {"command": COMMAND}  # whose folders are nobody else's
-    write_json(RESULTS / "runs.json", {"command": COMMAND, "card": card, "runs": runs})
+    written = RESULTS / "runs.json"
+    kept = read_json(written) if written.exists() else {"card": {}, "runs": []}
+    card, runs = kept["card"], {(run["arm"], run["corpus"], run["seed"]): run for run in kept["runs"]}
+    for arm, corpus, seed in work():
+        path = result_of(folder_of(arm.name, corpus, seed, out))
+        if path.exists():
+            run = read_json(path)
+            card = run.pop("card") | {"command": COMMAND}  # whose folders are nobody else's
+            runs[arm.name, corpus, seed] = run
+    write_json(written, {"command": COMMAND, "card": card, "runs": list(runs.values())})
 
 
 def files(study: Mapping[str, Any]) -> dict[Path, str]:

@@ -99,3 +99,8 @@ def test_arms_are_trained_measured_and_written(
     before = (tmp_path / "runs" / "toy" / "0" / "base.json").stat().st_mtime_ns
     assert study.main([*options, "--check"]) == 0, "what is done is not done again"
     assert (tmp_path / "runs" / "toy" / "0" / "base.json").stat().st_mtime_ns == before
+    elsewhere = ["--data", str(tmp_path), "--out", str(tmp_path / "others"), "--arm", "base"]
+    assert study.main(elsewhere) == 0
+    assert not (tmp_path / "others" / "toy" / "0" / "D-alone.json").exists()
+    again = json.loads((tmp_path / "results" / "runs.json").read_text(encoding="utf-8"))
+    assert [run["arm"] for run in again["runs"]] == [run["arm"] for run in found["runs"]], "others stay"

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from models.elastic import ElasticLM
 from models.granularity import Granularity
+from train.losses import fade
 from train.objective import Batch, joint_loss
 from train.optim import learning_rate_factor, make_optimizer
 from train.recipe import Recipe
@@ -78,7 +79,12 @@ class JointModule(pl.LightningModule):
         """Sum of every member's loss; Lightning averages over micro-batches and processes."""
         recipe = self.recipe
         plan = plan_step(
-            self.plans, recipe.sampler, seed=recipe.seed, step=batch.step, num_rows=batch.num_rows
+            self.plans,
+            recipe.sampler,
+            seed=recipe.seed,
+            step=batch.step,
+            num_rows=batch.num_rows,
+            weight=fade(batch.step, recipe.loss, recipe.trainer.max_steps),
         )
         loss = joint_loss(
             self.model,

@@ -18,6 +18,7 @@ __all__ = [
     "alpha",
     "cross_entropy",
     "divergence",
+    "fade",
     "greedy_match",
     "member_loss",
     "ramp",
@@ -74,6 +75,22 @@ def ramp(step: int, config: LossConfig) -> float:
     if config.ramp_steps == 0:
         return float(step >= config.ramp_start)
     return min(1.0, max(0.0, (step - config.ramp_start) / config.ramp_steps))
+
+
+def fade(step: int, config: LossConfig, num_steps: int) -> float:
+    """What is left of the members' weight at a step of so many.
+
+    While the learning rate falls to its end the weights settle where the losses then pull them: so the
+    full model comes close to where it would be alone, and the members, close by, lose little.
+
+    >>> config = LossConfig(fade_from=0.5, fade_to=0.2)
+    >>> [round(fade(step, config, 100), 2) for step in (0, 50, 75, 99)]
+    [1.0, 1.0, 0.6, 0.22]
+    """
+    begin = config.fade_from * num_steps
+    if step <= begin:
+        return 1.0
+    return 1.0 - (1.0 - config.fade_to) * (step - begin) / (num_steps - begin)
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -116,6 +116,10 @@ class LossConfig(Section):
     eta: float = setting(3.0, "kl_tv: how fast KL gives way to total variation", within="[0, inf)")
     ramp_start: int = setting(200, "step up to which members train on text alone", within="[0, inf)")
     ramp_steps: int = setting(800, "steps from cross-entropy to the divergence", within="[0, inf)")
+    fade_from: float = setting(
+        0.6, "share of the run after which members' losses lose weight, to its end", within="[0, 1]"
+    )
+    fade_to: float = setting(0.1, "what is left of that weight at the end; 1: all of it", within="[0, 1]")
     teacher: str | None = setting(
         None,
         "a trained model's folder, from which the full model learns as members learn from the full model; "

@@ -60,9 +60,15 @@ class StepPlan:
 
 
 def plan_step(
-    members: Mapping[str, Plan], config: SamplerConfig, *, seed: int, step: int, num_rows: int
+    members: Mapping[str, Plan],
+    config: SamplerConfig,
+    *,
+    seed: int,
+    step: int,
+    num_rows: int,
+    weight: float = 1.0,
 ) -> StepPlan:
-    """Plan a step for the members (the full model among them).
+    """Plan a step for the members (the full model among them), whose losses but its have a common weight.
 
     >>> from models.config import ElasticConfig
     >>> from models.granularity import Granularity
@@ -93,7 +99,7 @@ def plan_step(
         chosen = rng.choices(names, weights if any(weights) else None)[0]
         if chosen == full:
             return StepPlan(full=True, exits=(), turns=())
-        return StepPlan(full=False, exits=(), turns=(_turn(chosen, everyone, num_rows, config, rng),))
+        return StepPlan(full=False, exits=(), turns=(_turn(chosen, everyone, num_rows, config, rng, weight),))
     if config.kind == "sandwich":
         others.sort(key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
         picked = rng.sample(others[1:], min(config.num_random, len(others[1:])))
@@ -105,7 +111,7 @@ def plan_step(
         size = min(config.rows_per_turn, num_rows)
         takers = _whose_turn(narrow, config.share * num_rows / size, seed, step)
         shares = _divide(takers, size, num_rows)
-    turns = tuple(_turn(name, rows, num_rows, config, rng) for name, rows in shares.items())
+    turns = tuple(_turn(name, rows, num_rows, config, rng, weight) for name, rows in shares.items())
     every = config.exit_every if config.kind == "rows" else 1
     return StepPlan(
         full=True,
@@ -113,7 +119,7 @@ def plan_step(
         turns=turns,
         exit_every=every,
         exit_offset=rng.randrange(every),
-        exit_weight=every**config.reweight,
+        exit_weight=weight * every**config.reweight,
     )
 
 
@@ -140,7 +146,9 @@ def _divide(takers: list[str], size: int, num_rows: int) -> dict[str, range]:
     return shares
 
 
-def _turn(name: str, rows: range, num_rows: int, config: SamplerConfig, rng: random.Random) -> Turn:
+def _turn(
+    name: str, rows: range, num_rows: int, config: SamplerConfig, rng: random.Random, weight: float
+) -> Turn:
     """Weigh a member's rows and draw how it reads.
 
     The sum over n of N rows has 1/N of a full sum's gradient noise for each row, so a factor of
@@ -149,5 +157,5 @@ def _turn(name: str, rows: range, num_rows: int, config: SamplerConfig, rng: ran
     """
     shared = rng.random() < config.shared_cache
     shift = rng.randrange(config.block)
-    weight = (num_rows / len(rows)) ** config.reweight
+    weight *= (num_rows / len(rows)) ** config.reweight
     return Turn(name, rows, weight, shift if shared else None)

@@ -47,7 +47,7 @@ typedef struct {
 /* ---------------------------------------------------------------- one pass */
 
 /* More rows than this run one lot after another: their inputs should stay in the nearest cache. */
-enum { MAX_ROWS = 48, QUERIES = 6 };
+enum { MAX_ROWS = 48, QUERIES = 12 };
 
 typedef struct {
     const Request *request;
@@ -186,15 +186,44 @@ INLINE float cached(int type, const void *store, size_t at) {
     return type == BF16 ? from_bf16(((const uint16_t *)store)[at]) : ((const float *)store)[at];
 }
 
+#ifdef __AVX512F__
+/* Of 16 x 16 words: in every two by two blocks of this size, those beside the diagonal change places. */
+INLINE void swap_blocks(__m512i *rows, int size) {
+    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 right = size == 8 ? 0xff00 : size == 4 ? 0xf0f0 : size == 2 ? 0xcccc : 0xaaaa;
+    const __m512i above = _mm512_mask_add_epi32(each, right, each, _mm512_set1_epi32(LANES - size));
+    const __m512i below = _mm512_add_epi32(above, _mm512_set1_epi32(size));
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & size)) {
+            __m512i a = rows[i], b = rows[i + size];
+            rows[i] = _mm512_permutex2var_epi32(a, above, b);
+            rows[i + size] = _mm512_permutex2var_epi32(a, below, b);
+        }
+}
+#endif
+
 /* Keys of a panel of positions from `first` on, each a "neuron" whose output is its score; those from
    `count` on are not read. */
 INLINE void key_panel(const uint32_t *keys, int first, int count, int entries, words *panel) {
     uint32_t *to = (uint32_t *)panel;
-    for (int output = 0; output < PANEL; output++) {
-        int position = first + output < count ? first + output : count - 1;
-        const uint32_t *key = keys + (size_t)position * entries;
-        for (int i = 0; i < entries; i++) to[i * PANEL + output] = key[i];
-    }
+    const uint32_t *of[PANEL];
+    for (int output = 0; output < PANEL; output++)
+        of[output] = keys + (size_t)(first + output < count ? first + output : count - 1) * entries;
+    int done = 0;
+#ifdef __AVX512F__
+    for (; done + LANES <= entries; done += LANES)
+        for (int h = 0; h < HALVES; h++) {
+            __m512i rows[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) rows[i] = _mm512_loadu_si512(of[h * LANES + i] + done);
+            swap_blocks(rows, 8), swap_blocks(rows, 4), swap_blocks(rows, 2), swap_blocks(rows, 1);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + (done + i) * PANEL + h * LANES, rows[i]);
+        }
+#endif
+    for (int i = done; i < entries; i++)
+        for (int output = 0; output < PANEL; output++) to[i * PANEL + output] = of[output][i];
 }
 
 INLINE lanes load_cached(int type, const void *store, size_t at) {
@@ -264,8 +293,10 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
     size_t at = cached_at(model, request, group, 0), stride = thread->num_scores;
     const char *keys = request->keys[layer->index];
     const uint32_t *group_keys = (const uint32_t *)(keys + at * (type == BF16 ? 2 : 4));
-    for (int first = mine.first; first < mine.last; first += QUERIES) {
-        int queries = mine.last - first < QUERIES ? mine.last - first : QUERIES;
+    int total = mine.last - mine.first, lots = ceil_div(total, QUERIES);
+    for (int lot = 0; lot < lots; lot++) { /* of as many queries as the registers hold, or nearly */
+        int first = mine.first + total * lot / lots;
+        int queries = mine.first + total * (lot + 1) / lots - first;
         int count = pass->rows[first_row + (first + queries - 1) / each].position + 1;
         for (int q = 0; q < queries; q++) {
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;
@@ -288,7 +319,10 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
         mix_all(type, number, thread->scores, stride, values, at, count, size, mixed);                       \
         break;
         switch (queries) {
+            // clang-format off
             QUERIES_OF(1) QUERIES_OF(2) QUERIES_OF(3) QUERIES_OF(4) QUERIES_OF(5) QUERIES_OF(6)
+            QUERIES_OF(7) QUERIES_OF(8) QUERIES_OF(9) QUERIES_OF(10) QUERIES_OF(11) QUERIES_OF(12)
+            // clang-format on
         }
         for (int q = 0; q < queries; q++) {
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;

@@ -122,6 +122,18 @@ def test_exits_learn_at_a_share_of_the_positions_and_every_position_has_its_turn
 
 
 @pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
+def test_members_losses_have_a_common_weight_besides_their_own(kind: str) -> None:
+    config = SamplerConfig(kind=kind, reweight=0.5, exit_every=4)  # type: ignore[arg-type]
+    for step in range(8):
+        whole, faded = (
+            plan_step(PLANS, config, seed=0, step=step, num_rows=16, weight=weight) for weight in (1.0, 0.25)
+        )
+        assert faded.full == whole.full
+        assert not whole.exits or faded.exit_weight == whole.exit_weight / 4
+        assert [turn.weight for turn in faded.turns] == [turn.weight / 4 for turn in whole.turns]
+
+
+@pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
 def test_a_plan_is_a_function_of_seed_and_step(kind: str) -> None:
     assert [plan(kind, step, shared_cache=0.5) for step in range(20)] == [
         plan(kind, step, shared_cache=0.5) for step in range(20)

@@ -95,9 +95,11 @@ def search_drafts(
     _try_all(measured, [Candidate(granularity=one) for one in granularities], progress)
     num_tried = len({candidate for candidate, _ in measured.kept})
     _try_variants(measured, progress)
-    # Of many drafts the one that was timed luckiest comes out first: the best are timed once more.
+    # Of many drafts the one that was timed luckiest comes out first: the best are timed once more, and so is
+    # the target: others on this machine may have changed its pace meanwhile.
     progress("timing the best", 0, 1)
     finalists = _leaders(measured, num_confirmed + 1)
+    measured.time_target()
     if finalists:
         measured.time(finalists)
     ranked = measured.estimates()

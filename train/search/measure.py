@@ -36,7 +36,7 @@ MOST_TOKENS = 32
 """v(m) is measured up to here."""
 GAMMAS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 23, 31)
 DRAFT_STEPS = 4
-SECONDS = 1.5
+SECONDS = 3.0
 """For each timing."""
 
 
@@ -105,9 +105,8 @@ class Measurements:
 
     def __init__(self, target: ElasticLM, text: Text, clock: Clock) -> None:
         self.target, self.text, self.clock = target, text, clock
-        self.target_seconds = time_target(target, MOST_TOKENS, budget=SECONDS, clock=clock)
-        kinds = [(params, verifier) for params in text.rows for verifier in verifiers_of(params)]
-        self.hosts = time_hosts(target, kinds, budget=SECONDS, clock=clock)
+        self.kinds = [(params, verifier) for params in text.rows for verifier in verifiers_of(params)]
+        self.time_target()
         self.gammas = [
             gamma for gamma in GAMMAS if gamma + 1 in self.target_seconds and 2 * gamma <= text.num_new
         ]
@@ -116,6 +115,11 @@ class Measurements:
         self.steps: dict[tuple[Candidate, SamplingParams, str], DraftCosts] = {}
         """Of each draft, under each law and verifier."""
         self.kept: dict[tuple[Candidate, SamplingParams], _Kept] = {}
+
+    def time_target(self) -> None:
+        """Time the target's passes and what the host does with them: now, whatever was measured before."""
+        self.target_seconds = time_target(self.target, MOST_TOKENS, budget=SECONDS, clock=self.clock)
+        self.hosts = time_hosts(self.target, self.kinds, budget=SECONDS, clock=self.clock)
 
     def scorer(self, candidate: Candidate) -> View | FewTokens:
         """What drafts; views of a precision share one packed copy.
@@ -139,7 +143,7 @@ class Measurements:
     def time(self, candidates: Sequence[Candidate]) -> None:
         """Time a step of each, side by side."""
         scorers = {str(one): self.scorer(one) for one in candidates}
-        for params, verifier in self.hosts:
+        for params, verifier in self.kinds:
             if verifier not in ("block", COUPLED):
                 continue  # drafts like `block`
             steps = time_drafts(self.target, scorers, params, verifier, budget=SECONDS, clock=self.clock)
