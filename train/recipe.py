@@ -22,6 +22,8 @@ from train.settings import Section, SettingHelp, help_rows, setting, show
 
 FULL_NAME = "XL"
 """What the full model is called in every family."""
+NO_NAMES = frozenset({"auto", "full", "hostile", "lookup", "none"})
+"""What drafts and granularities are called that no family has to name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +332,8 @@ def _family_problems(recipe: Recipe) -> list[str]:
             continue
         if not re.fullmatch(r"\w[\w-]*", name):
             problems.append(f"family.{name}={text}: a name has letters, digits, _ and -")
+        elif name in NO_NAMES:
+            problems.append(f"family.{name}={text}: --draft {name} is something else; rename this one")
         elif name == FULL_NAME and not is_full:
             problems.append(f"family.{name}={text}: {FULL_NAME} is the full model; rename this one")
         elif name != FULL_NAME and is_full:

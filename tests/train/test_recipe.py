@@ -205,6 +205,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("family.S=heads=0.3", "0.25, 0.5"),
         ("family.S=layers=0-5", "family.S=null"),
         ("family.XL=ffn=0.5", "rename"),
+        ("family.lookup=ffn=0.5", "--draft lookup is something else; rename"),
         ("family.a b=ffn=0.5", "letters"),
     ],
 )
