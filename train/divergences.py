@@ -14,6 +14,7 @@ Legend: N tokens, V vocabulary, p target, q draft.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -189,7 +190,23 @@ def _variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 def _overlap(p_NV: Tensor, q_NV: Tensor) -> Tensor:
     """Sum of min(p, q); over the sum of p, which is 1 but for rounding, so that it is 1 at p = q."""
-    return torch.minimum(p_NV, q_NV).sum(-1) / p_NV.sum(-1)
+    return cast(Tensor, _SumOfMinima.apply(p_NV, q_NV)) / p_NV.sum(-1)  # type: ignore[no-untyped-call]
+
+
+class _SumOfMinima(torch.autograd.Function):
+    """`torch.minimum(p, q).sum(-1)`, whose own backward pass takes several times as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, p_NV: Tensor, q_NV: Tensor) -> Tensor:
+        ctx.save_for_backward(p_NV, q_NV)
+        return torch.minimum(p_NV, q_NV).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        p_NV, q_NV = ctx.saved_tensors
+        half_N1, side_NV = 0.5 * grads_N[0].unsqueeze(-1), (p_NV - q_NV).sign_()  # 1 where q is smaller
+        of_p, of_q = ctx.needs_input_grad
+        return (1 - side_NV) * half_N1 if of_p else None, (1 + side_NV) * half_N1 if of_q else None
 
 
 def _law(logits_NV: Tensor, temperature: float) -> Tensor:
