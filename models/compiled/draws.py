@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
+MOST = 2**31 - 1  # of a number of 32 bits
+
+
 class Law(ctypes.Structure):
     """How tokens are chosen, as step.c takes it."""
 
@@ -53,7 +56,7 @@ class Draws:
 
     def as_law(self) -> Law:
         """For step.c; good as long as this object is."""
-        law = Law(self.temperature, self.top_p, self.min_p, self.top_k)
+        law = Law(self.temperature, self.top_p, self.min_p, min(self.top_k, MOST))
         if self.uniforms:
             law.uniforms = (ctypes.c_double * self.count)(*self.uniforms)
         if self.races_CV is not None:

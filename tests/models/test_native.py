@@ -191,7 +191,7 @@ LAWS = {
     "temperature": {"temperature": 0.7},
     "all but certain": {"temperature": 1e-3},
     "top-k": {"temperature": 1.0, "top_k": 7},
-    "top-k beyond the vocabulary": {"temperature": 1.0, "top_k": 100},
+    "top-k beyond the vocabulary": {"temperature": 1.0, "top_k": 2**32 + 1},
     "top-p": {"temperature": 1.3, "top_p": 0.6},
     "top-p that one token reaches": {"temperature": 1.0, "top_p": 1e-6},
     "min-p": {"temperature": 1.0, "min_p": 0.3},
