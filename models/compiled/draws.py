@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-
 MOST = 2**31 - 1  # of a number of 32 bits
 
 
