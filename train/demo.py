@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from models.checkpoint import ModelFolder, load_model
-from models.decode.auto import Choice, best_num_threads, choose_draft, known_acceptance, measure_costs
+from models.decode.auto import Choice, choose_draft, known_acceptance, measure_costs
 from models.decode.draft import NestedDraft
 from models.decode.engine import GREEDY
+from models.decode.open import open_for_decoding
 from models.decode.text import GenerationResult, generate
 from models.errors import NestlingError
-from models.machine import machine_card, num_threads
 from models.view import View
 from train.console import family_table
 from train.extraction import extract_and_prove
@@ -63,7 +62,7 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
     parity = extract_and_prove(folder, folder.family[MEMBER], out / MEMBER, console)
 
     console.rule("3. complete a function, plainly and with the family's own draft")
-    speed = _decode(folder, console)
+    speed = _decode(open_for_decoding(path, "fp32")[0], console)
 
     page = _report(out)
     seconds = time.perf_counter() - started
@@ -87,8 +86,6 @@ def _was_interrupted(recipe: Recipe, out: Path) -> bool:
 
 def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
     """Alternate plain and speculative decoding; both must write the same tokens."""
-    most = num_threads(machine_card(), "fp32", purpose="decoding")
-    torch.set_num_threads(best_num_threads(folder.model, most))
     choice = _choose(folder)
     plain, drafted = [], []
     for _ in range(NUM_RUNS):
@@ -99,6 +96,8 @@ def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
     console.print(plain[0].text, markup=False)
     console.print(_speed_table(choice, plain, drafted))
     console.print(f"medians of {NUM_RUNS} alternating runs" + ids_equal * "; the same tokens in all of them")
+    if _median_speed(drafted) < _median_speed(plain):
+        console.print("so small a model is plainly decoded faster than its draft can pay; larger ones gain")
     if not ids_equal:
         raise NestlingError("speculative decoding wrote other tokens than plain; please report this")
     return {

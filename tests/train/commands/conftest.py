@@ -43,7 +43,7 @@ def quick_machine(cache: Path) -> Iterator[None]:
         patch.setattr("models.machine.measure_card", quick)
         patch.setattr("train.dryrun.measure_card", quick)
         # Cores are shared with whatever else runs: a second thread would mostly wait.
-        for module in ("models.machine", "train.demo"):
+        for module in ("models.machine", "models.decode.open"):
             patch.setattr(f"{module}.num_threads", lambda *_, **__: 1)
         yield
 
