@@ -31,13 +31,6 @@ INLINE Largest at_least(const float *p, int count, float least) {
     return (Largest){number, mass};
 }
 
-INLINE float largest(const float *x, int count) {
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (int i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
-    return most;
-}
-
 INLINE void divide(float *p, int count, float by) {
 #pragma omp simd
     for (int i = 0; i < count; i++) p[i] /= by;
@@ -45,8 +38,7 @@ INLINE void divide(float *p, int count, float by) {
 
 /* Keep the largest, until they are `most` or come to `mass`; of equal ones the first. */
 static void keep_largest(float *p, int count, int most, float mass) {
-    /* Positive numbers are in the order of their bits: those from `low` on suffice, those from `high` on do
-     * not. */
+    /* Positive numbers are in the order of their bits: from `low` on they suffice, from `high` on not. */
     uint32_t low = 0, high = bits(INFINITY);
     while (high - low > 1) {
         uint32_t middle = low + (high - low) / 2;

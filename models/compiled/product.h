@@ -77,6 +77,13 @@ INLINE float total(lanes sums) {
     return sums[0];
 }
 
+INLINE float largest(const float *x, int count) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 /* e^x to two units in the last place, from the usual series after taking out a power of two. */
 INLINE float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;

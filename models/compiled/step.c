@@ -268,9 +268,7 @@ INLINE void mix_all(int type, int queries, const float *scores, size_t stride, c
 
 /* scores [count] to their exponentials, of which those from `seen` on are 0; returns their sum. */
 INLINE float exponentials(float *scores, int seen, int count, float scale) {
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (int s = 0; s < seen; s++) most = scores[s] > most ? scores[s] : most;
+    float most = largest(scores, seen);
 #pragma omp simd
     for (int s = 0; s < seen; s++) scores[s] = fast_exp((scores[s] - most) * scale);
     for (int s = seen; s < count; s++) scores[s] = 0;

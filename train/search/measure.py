@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from models.decode.auto import round_speedup
+from models.decode.auto import DRAFT_STEPS, round_speedup
 from models.decode.choose import COUPLED, VERIFIER_NAMES
 from models.decode.costs import DraftCosts
 from models.decode.sampling import SamplingParams
@@ -35,7 +35,6 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 MOST_TOKENS = 32
 """v(m) is measured up to here."""
 GAMMAS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 23, 31)
-DRAFT_STEPS = 4
 SECONDS = 3.0
 """For each timing."""
 
@@ -113,7 +112,7 @@ class Measurements:
         self.packed: dict[str, ElasticLM] = {}
         self.views: dict[tuple[Granularity, str | None], View] = {}
         self.steps: dict[tuple[Candidate, SamplingParams, str], DraftCosts] = {}
-        """Of each draft, under each law and verifier."""
+        """Of each draft, under each law and verifier that it drafts for."""
         self.kept: dict[tuple[Candidate, SamplingParams], _Kept] = {}
 
     def time_target(self) -> None:
@@ -143,9 +142,7 @@ class Measurements:
     def time(self, candidates: Sequence[Candidate]) -> None:
         """Time a step of each, side by side."""
         scorers = {str(one): self.scorer(one) for one in candidates}
-        for params, verifier in self.kinds:
-            if verifier not in ("block", COUPLED):
-                continue  # drafts like `block`
+        for params, verifier in dict.fromkeys((params, drafts_as(name)) for params, name in self.kinds):
             steps = time_drafts(self.target, scorers, params, verifier, budget=SECONDS, clock=self.clock)
             self.steps |= {(one, params, verifier): steps[str(one)] for one in candidates}
 
@@ -178,7 +175,7 @@ class Measurements:
 
     def _estimates(self, candidate: Candidate, params: SamplingParams, verifier: str) -> list[Estimate]:
         kept = self.kept[candidate, params]
-        step = self.steps[candidate, params, COUPLED if verifier == COUPLED else "block"]
+        step = self.steps[candidate, params, drafts_as(verifier)]
         costs = {gamma: self.costs(step, gamma, params, verifier) for gamma in self.gammas}
         return [
             Estimate(
@@ -201,6 +198,11 @@ class Measurements:
         one, host = self.target_seconds[1], self.hosts[params, verifier]
         plain = one + self.hosts[params, verifiers_of(params)[0]](0)
         return step(gamma) * one / plain, (self.target_seconds[gamma + 1] + host(gamma)) / plain
+
+
+def drafts_as(verifier: str) -> str:
+    """The verifier for which a draft does the same: only `coupled` has noise for it."""
+    return COUPLED if verifier == COUPLED else "block"
 
 
 def verifiers_of(params: SamplingParams) -> tuple[str, ...]:
