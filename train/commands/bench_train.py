@@ -64,14 +64,16 @@ def _finish(bench: "TrainingBench", path: Path | None) -> None:
 
     from models.card import make_card
     from models.files import write_json
+    from train.report.tables import training_table
 
     settings, card = bench.settings, make_card(dtypes={"training": bench.settings["dtype"]})
     document: dict[str, Any] = {"results": bench.results, **settings, "notes": bench.notes, "card": card}
     table = Table(caption=_LEGEND, caption_justify="left")
-    for number, name in enumerate(_HEADER):
-        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
-    for row in bench.results:
-        table.add_row(*_texts(row))
+    cells = training_table(bench.results)
+    for number, name in enumerate(cells.header):
+        table.add_column(name, justify="left" if number < cells.num_labels else "right", no_wrap=True)
+    for row in cells.rows:
+        table.add_row(*row)
     console = make_console()
     console.print(
         f"{settings['parameters']:,} parameters, {settings['rows_per_step']} rows of "
@@ -89,34 +91,7 @@ def _finish(bench: "TrainingBench", path: Path | None) -> None:
     print(json.dumps(document, ensure_ascii=False))
 
 
-_HEADER = (
-    "engine",
-    "trains",
-    "tokens/s",
-    "s/step",
-    "x full",
-    "MFU",
-    "peak",
-    "x full",
-    "of it training",
-    "x full",
-)
 _LEGEND = (
     "x full: against nestling full; MFU: of the rate of a matrix product; of it training: above what the "
     "process held before"
 )
-
-
-def _texts(row: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        row["engine"],
-        row["mode"],
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['seconds_per_step']:.3g}",
-        f"{row['step_ratio']:.2f}",
-        f"{row['mfu']:.0%}",
-        f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-        f"{row['peak_ratio']:.2f}",
-        f"{row['training_bytes'] / 2**20:,.0f} MiB",
-        f"{row['training_ratio']:.2f}",
-    )

@@ -3,9 +3,10 @@
     python -m train.report.results            # write what is out of date
     python -m train.report.results --check    # only say so: exit code 1
 
-A result is {"title", "command", "card", "members": [...], "speed": [...]}: what `evaluate --json` and
-`bench --json` measure, with at least one of the two lists. In README.md everything between
-`<!-- results:begin NAME -->` and `<!-- results:end -->` comes from NAME.json, so no number there is typed.
+A result is {"title", "command", "card", "members": [...], "speed": [...], "training": [...]}: what
+`evaluate --json`, `bench --json` and `bench --train --json` measure, with at least one of the lists. In
+README.md everything between `<!-- results:begin NAME -->` and `<!-- results:end -->` comes from NAME.json, so
+no number there is typed.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 from models.errors import NestlingError
 from models.family import Member
 from models.files import read_json
-from train.report.tables import NOTHING, Table, family_table, flatten, speed_table
+from train.report.tables import NOTHING, Table, family_table, flatten, speed_table, training_table
 from train.report.write import write_text
 
 FOLDER = Path("docs/results")
@@ -40,6 +41,7 @@ class Result:
     card: dict[str, Any]
     members: list[Member]
     speed: list[dict[str, Any]]
+    training: list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,14 +90,15 @@ def read_result(path: Path) -> Result:
     content = read_json(path)
     kinds = {"title": str, "command": str, "card": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
-    if not content.get("members") and not content.get("speed"):
-        wrong.append("members or speed")
+    if not any(content.get(name) for name in ("members", "speed", "training")):
+        wrong.append("members, speed or training")
     if wrong:
         raise NestlingError(f"{path} has no {', no '.join(wrong)}; measure again, or add it")
     return Result(
         name=path.stem,
         members=[_member(path, item) for item in content.get("members", [])],
         speed=content.get("speed", []),
+        training=content.get("training", []),
         **{name: content[name] for name in kinds},
     )
 
@@ -168,7 +171,9 @@ def _tables(result: Result, folder: Path) -> list[str]:
         picture = (folder / f"{result.name}.svg").as_posix()
         parts = [f"![{result.title}: loss and alpha against parameters]({picture})"]
         parts.append(markdown(family_table(result.members)))
-    return [*parts, markdown(speed_table(result.speed))] if result.speed else parts
+    if result.speed:
+        parts.append(markdown(speed_table(result.speed)))
+    return [*parts, markdown(training_table(result.training))] if result.training else parts
 
 
 def _where(card: Mapping[str, Any]) -> str:

@@ -64,6 +64,23 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return _table(filled, columns, num_labels=len(labels))
 
 
+def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for everyone that trained (fields of `bench --train`); ratios are to the first row."""
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "engine": ("engine", str),
+        "mode": ("trains", str),
+        "tokens_per_second": ("tokens/s", lambda value: f"{value:,.0f}"),
+        "seconds_per_step": ("s/step", lambda value: f"{value:.3g}"),
+        "step_ratio": ("x full", fixed(2)),
+        "mfu": ("MFU", lambda value: f"{value:.0%}"),
+        "peak_bytes": ("peak", _mebibytes),
+        "peak_ratio": ("x full", fixed(2)),
+        "training_bytes": ("of it training", _mebibytes),
+        "training_ratio": ("x full", fixed(2)),
+    }
+    return _table(rows, columns, num_labels=2)
+
+
 def setting(row: Mapping[str, Any]) -> str:
     """What tells rows of one engine, mode and draft apart: the cache, or how much is drafted.
 
@@ -141,6 +158,10 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         for key, item in value.items()
     )
     return dict(chain.from_iterable(items))
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"
 
 
 def _table(

@@ -116,6 +116,20 @@ def test_a_picture_drawn_with_other_fonts_is_current(root: Path) -> None:
     assert stale_files(root) == {}
 
 
+def test_what_training_costs_is_a_table_too(root: Path, content: dict[str, Any]) -> None:
+    rows = [
+        {"engine": "nestling", "mode": "full", "tokens_per_second": 8305.4, "step_ratio": 1.0, "mfu": 0.472}
+    ]
+    rows.append({"engine": "transformers", "mode": "full", "tokens_per_second": 6231.0, "step_ratio": 1.329})
+    alone = {key: content[key] for key in ("title", "command", "card")} | {"training": rows}
+    (root / "docs/results/tiny.json").write_text(json.dumps(alone))
+    assert main(["--root", str(root)]) == 0
+    for file in ("README.md", "docs/results/tiny.md"):
+        text = (root / file).read_text()
+        assert "| engine | trains | tokens/s | x full | MFU |" in text
+        assert "| transformers | full | 6,231 | 1.33 | – |" in text
+
+
 def test_speeds_alone_have_no_picture(root: Path, content: dict[str, Any]) -> None:
     del content["members"]
     (root / "docs/results/tiny.json").write_text(json.dumps(content))
@@ -127,7 +141,7 @@ def test_speeds_alone_have_no_picture(root: Path, content: dict[str, Any]) -> No
     [
         ({"title": None}, "has no title"),
         ({"card": None, "command": None}, "has no command, no card"),
-        ({"members": [], "speed": []}, "has no members or speed"),
+        ({"members": [], "speed": []}, "has no members, speed or training"),
         ({"members": [{"name": "S"}]}, "is not a measured member"),
     ],
 )
