@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.blockwise import blockwise_attention
 from models.cache import Memory, Reading, Readings
 from models.config import ElasticConfig
 from models.layers import NestedLinear, NestedMap, RMSNorm, rotate
@@ -44,7 +45,8 @@ class Attention(nn.Module):
         """
         heads = groups * self.heads_per_group
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, heads, groups, rotary)
-        k_BGTK, v_BGTK = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+        # A copy of v: training would keep queries and keys as well, of which it is a slice, for its sake.
+        k_BGTK, v_BGTK = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2).contiguous()
         q_BHTK = q_BTHK.transpose(1, 2)
         reading: Reading | Readings = Reading(k_BGTK, v_BGTK, None)
         if memory is not None:
@@ -67,9 +69,7 @@ class Attention(nn.Module):
         y_BTW = self.q_proj.beside((self.k_proj, self.v_proj), x_BTD, rows=rows)
         y_BTNK: Tensor = y_BTW.unflatten(-1, (heads + 2 * groups, self.head_dim))
         placed_BTNK, v_BTGK = y_BTNK.split((heads + groups, groups), dim=2)
-        if self.q_norm is None or self.k_norm is None:
-            v_BTGK = v_BTGK.contiguous()  # or training would keep all of y for the sake of v
-        else:
+        if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = placed_BTNK.split((heads, groups), dim=2)
             placed_BTNK = torch.cat([self.q_norm(q_BTHK), self.k_norm(k_BTGK)], dim=2)
         q_BTHK, k_BTGK = rotate(placed_BTNK, *rotary).split((heads, groups), dim=2)
@@ -87,7 +87,12 @@ def attend(q_BHTK: Tensor, reading: Reading) -> Tensor:
     q_BHTK = q_BHTK.to(k_BGSK.dtype)
     num_rows, heads, num_tokens, head_dim = q_BHTK.shape
     groups = k_BGSK.shape[1]
-    if mask_TS is None and num_tokens == k_BGSK.shape[2]:
+    causal = mask_TS is None and num_tokens == k_BGSK.shape[2]
+    masked = mask_TS is not None and mask_TS.dtype == torch.bool and len(mask_TS) == num_tokens
+    trained = torch.is_grad_enabled() and q_BHTK.requires_grad
+    if trained and (causal or masked) and q_BHTK.device.type == "cpu":
+        return blockwise_attention(q_BHTK, k_BGSK, v_BGSK, mask_TS)
+    if causal:
         return F.scaled_dot_product_attention(
             q_BHTK, k_BGSK, v_BGSK, is_causal=num_tokens > 1, enable_gqa=groups != heads
         )

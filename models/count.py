@@ -233,11 +233,11 @@ def _vector_weights(config: ElasticConfig, layer: LayerPlan) -> int:
 
 def _kept_numbers(config: ElasticConfig, granularity: Granularity) -> int:
     """Numbers per token that a pass keeps for its backward pass."""
-    kept = 3 * config.hidden_size  # a norm keeps its input, that at unit scale, and its output
+    kept = 2 * config.hidden_size  # a norm keeps its input and its output
     for layer in granularity.resolve(config).layers:
         keys = layer.groups * config.head_dim
         queries = keys * config.heads_per_group
-        kept += 2 * 3 * config.hidden_size  # both norms
-        kept += 2 * queries + 2 * keys + (2 * (queries + keys) if config.qk_norm else 0)  # attention
+        kept += 2 * 2 * config.hidden_size  # both norms
+        kept += 2 * queries + 2 * keys + (queries + 2 * keys if config.qk_norm else 0)  # attention
         kept += 4 * layer.ffn  # gate, its SiLU, up, their product
     return kept

@@ -4,10 +4,11 @@ D model, F ffn, K head dim, T positions.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models.config import ElasticConfig
@@ -23,8 +24,38 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise in the precision of the input; statistics are kept in fp32 by the kernel."""
+        """Normalise in the precision of the input, trained under autocast in that of the products behind it.
+
+        Statistics are in fp32.
+        """
+        if torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu":
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            normalised: Tensor = _RMSNorm.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-untyped-call]
+            return normalised
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With its backward pass written out: on a CPU autograd would walk over the states a dozen times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+        inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        y: Tensor = (x * inverse).mul_(weight).to(dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        unit, grad = x * inverse, grad.to(inverse.dtype)
+        weighed = grad * unit
+        along = (weighed @ weight.to(inverse.dtype)).unsqueeze(-1).div_(x.shape[-1])
+        grad_x = (grad * weight).addcmul_(unit, along, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype), weighed.flatten(0, -2).sum(0).to(weight.dtype), None, None
 
 
 class NestedMap(Protocol):
@@ -109,6 +140,11 @@ class Rotary(nn.Module):
 
 
 def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
-    """Rotate each head's vector by its position's angles; linear, norm preserving."""
+    """Rotate each head's vector by its position's angles; linear, norm preserving.
+
+    In the precision of the tables: autocast's narrower vectors are widened first, as sums of two precisions
+    are slow.
+    """
+    x_BTHK = x_BTHK.to(cos_T1K.dtype)
     turned_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_BTHK * cos_T1K, turned_BTHK, sin_T1K)

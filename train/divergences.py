@@ -14,10 +14,11 @@ Legend: N tokens, V vocabulary, p target, q draft.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TINY = torch.finfo(torch.float32).tiny
 LOG_TINY = math.log(TINY)
@@ -102,8 +103,8 @@ def neg_log_alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature
     >>> neg_log_alpha(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.6931])
     """
-    p_NV, q_NV = _law(target_logits_NV, temperature), _law(draft_logits_NV, temperature)
-    return 0.0 - _overlap(p_NV, q_NV).clamp_min(TINY).log()  # a plain minus would give -0.0 at p = q
+    overlap_N = _overlap(target_logits_NV, draft_logits_NV, temperature)
+    return 0.0 - overlap_N.clamp_min(TINY).log()  # a plain minus would give -0.0 at p = q
 
 
 def kl_tv(
@@ -152,7 +153,7 @@ def alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float 
     >>> alpha(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.5000])
     """
-    return _overlap(_law(target_logits_NV, temperature), _law(draft_logits_NV, temperature))
+    return _overlap(target_logits_NV, draft_logits_NV, temperature)
 
 
 @torch.no_grad()
@@ -188,28 +189,48 @@ def _variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
     return 0.5 * (p_NV - q_NV).abs().sum(-1)
 
 
-def _overlap(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """Sum of min(p, q); over the sum of p, which is 1 but for rounding, so that it is 1 at p = q."""
-    return cast(Tensor, _SumOfMinima.apply(p_NV, q_NV)) / p_NV.sum(-1)  # type: ignore[no-untyped-call]
+def _overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+    overlap_N: Tensor = _Overlap.apply(target_logits_NV, draft_logits_NV, temperature)  # type: ignore[no-untyped-call]
+    return overlap_N
 
 
-class _SumOfMinima(torch.autograd.Function):
-    """`torch.minimum(p, q).sum(-1)`, whose own backward pass takes several times as long on a CPU."""
+class _Overlap(torch.autograd.Function):
+    """Sum of min(p, q), with its backward pass written out: autograd's takes several times as long on a CPU.
+
+    `q_j ([q_j < p_j] - sum of q where q < p)` for a logit of q, and the same with p and q exchanged.
+    """
 
     @staticmethod
-    def forward(ctx: Any, p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    def forward(ctx: Any, target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+        p_NV, q_NV = _law(target_logits_NV, temperature), _law(draft_logits_NV, temperature)
         ctx.save_for_backward(p_NV, q_NV)
-        return torch.minimum(p_NV, q_NV).sum(-1)
+        ctx.temperature, ctx.dtypes = temperature, (target_logits_NV.dtype, draft_logits_NV.dtype)
+        # Over the sum of p, which is 1 but for rounding, so that it is 1 at p = q.
+        return torch.minimum(p_NV, q_NV).sum(-1) / p_NV.sum(-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         p_NV, q_NV = ctx.saved_tensors
-        half_N1, side_NV = 0.5 * grads_N[0].unsqueeze(-1), (p_NV - q_NV).sign_()  # 1 where q is smaller
-        of_p, of_q = ctx.needs_input_grad
-        return (1 - side_NV) * half_N1 if of_p else None, (1 + side_NV) * half_N1 if of_q else None
+        scale_N1 = grad_N.unsqueeze(-1) / ctx.temperature
+        sides = zip((p_NV, q_NV), (q_NV, p_NV), ctx.needs_input_grad, ctx.dtypes, strict=False)
+        to_p, to_q = (
+            _overlap_gradient(own_NV, other_NV, scale_N1).to(dtype) if wanted else None
+            for own_NV, other_NV, wanted, dtype in sides
+        )
+        return to_p, to_q, None
+
+
+def _overlap_gradient(own_NV: Tensor, other_NV: Tensor, scale_N1: Tensor) -> Tensor:
+    is_smaller_NV = torch.lt(own_NV, other_NV, out=torch.empty_like(own_NV))  # a bool is slow to multiply
+    smaller_NV = is_smaller_NV.mul_(own_NV)
+    return smaller_NV.addcmul_(own_NV, smaller_NV.sum(-1, keepdim=True), value=-1).mul_(scale_N1)
 
 
 def _law(logits_NV: Tensor, temperature: float) -> Tensor:
+    dtype = at_least_fp32(logits_NV.dtype)
+    if temperature == 1:
+        return logits_NV.softmax(-1, dtype=dtype)  # which reads half precision as it is
     return _tempered(logits_NV, temperature).softmax(-1)
 
 

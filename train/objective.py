@@ -24,13 +24,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from models.cache import Recording, SharedPrefix, block_starts
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
 from train.losses import cross_entropy, member_loss, ramp
 from train.recipe import LossConfig
-from train.rows import rows_of_a_piece, sum_by_pieces
+from train.rows import rows_of_a_piece, sum_by_pieces, wide_parts
 from train.sampler import StepPlan, Turn
 
 
@@ -149,16 +150,19 @@ def _score(
     spans = [range(start, min(start + size, len(labels_N))) for start in range(0, len(labels_N), size)]
     shares = [[_overlap(learner.places, span) for learner in learners] for span in spans]
     columns = [
-        learner.states_ND.split([len(places) for places in column])
+        model.model.norm(learner.states_ND).split([len(places) for places in column])
         for learner, column in zip(learners, zip(*shares, strict=True), strict=True)
     ]
+    weight_VD = model.lm_head.weight
+    if torch.is_autocast_enabled(labels_N.device.type):  # which would cast it for each piece anew
+        weight_VD = weight_VD.to(torch.get_autocast_dtype(labels_N.device.type))
 
     def terms(number: int, last_ND: Tensor, *members_ND: Tensor) -> Tensor:
         span, (_, *shares_here) = spans[number], shares[number]
         labels_n = labels_N[span.start : span.stop]
         # One product for all: an exit's few rows, and their part of the weights' gradient, are slow alone.
-        together_NV = model.head(torch.cat([last_ND, *members_ND]))
-        logits_NV, *logits = together_NV.split([len(last_ND), *map(len, members_ND)])
+        together_NV = F.linear(torch.cat([last_ND, *members_ND]), weight_VD)
+        logits_NV, *logits = wide_parts(together_NV, [len(last_ND), *map(len, members_ND)])
         full_NV = logits_NV.detach()
         if lesson is None:
             loss_N = cross_entropy(logits_NV, labels_n)
@@ -173,8 +177,7 @@ def _score(
             sums.append(learner.weight * loss_N.sum())
         return torch.stack(sums) / batch.num_valid
 
-    parameters = [model.model.norm.weight, model.lm_head.weight]
-    total, terms_M = sum_by_pieces(terms, list(zip(*columns, strict=True)), parameters)
+    total, terms_M = sum_by_pieces(terms, list(zip(*columns, strict=True)), [weight_VD])
     named = {learner.name: term for learner, term in zip(learners, terms_M, strict=True)}
     if not learners[0].weight:
         del named[learners[0].name]

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_ELEMENTS = 2**20
-"""Logits of one piece on a CPU: 4 MiB in fp32. Of larger arrays each is new memory, whose pages the system
-clears first; that was measured to cost more than a product over few rows (docs/LOG.md)."""
+from train.divergences import at_least_fp32
+
+CPU_ELEMENTS = 2**22
+"""Logits of one piece on a CPU: 16 MiB in fp32. Products on few rows are slow, and so are sums of
+their weights' gradients; larger arrays only take more memory (docs/LOG.md)."""
 
 GPU_ELEMENTS = 2**26
 """On a GPU pieces only bound memory, and should be large enough to keep it busy."""
@@ -29,7 +31,7 @@ def rows_of_a_piece(width: int, device: torch.device) -> int:
     """How many rows of `width` logits make one piece.
 
     >>> rows_of_a_piece(2048, torch.device("cpu")), rows_of_a_piece(128_000, torch.device("cpu"))
-    (512, 256)
+    (2048, 256)
     """
     return max(MIN_ROWS, (CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // width)
 
@@ -70,13 +72,44 @@ def sum_by_pieces(
     return terms_M.sum(), terms_M
 
 
+def wide_parts(whole_NV: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """Its rows in parts, in fp32 at least; gradients come back in one array, each rounded as it is put there.
+
+    >>> [part.tolist() for part in wide_parts(torch.tensor([[1.0], [2.0], [3.0]]).half(), [1, 2])]
+    [[[1.0]], [[2.0], [3.0]]]
+    """
+    parts: tuple[Tensor, ...] = whole_NV.split(list(counts))
+    if at_least_fp32(whole_NV.dtype) != whole_NV.dtype:
+        parts = _WideParts.apply(whole_NV, counts)  # type: ignore[no-untyped-call]
+    return parts
+
+
+class _WideParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole_NV: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.counts, ctx.dtype = counts, whole_NV.dtype
+        wide = at_least_fp32(whole_NV.dtype)
+        return tuple(part.to(wide) for part in whole_NV.split(counts))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole_NV = grads[0].new_empty(sum(ctx.counts), grads[0].shape[1], dtype=ctx.dtype)
+        for part, grad in zip(whole_NV.split(ctx.counts), grads, strict=True):
+            part.copy_(grad)
+        return whole_NV, None
+
+
 class _SumByPieces(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, function: Callable[..., Tensor], num_pieces: int, num_parameters: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         parameters = tensors[:num_parameters]
-        grads = [torch.zeros_like(x) if x.requires_grad else None for x in parameters]
+        # Autograd brings the sums into the parameters' own precision.
+        grads = [
+            torch.zeros_like(x, dtype=at_least_fp32(x.dtype)) if x.requires_grad else None for x in parameters
+        ]
         size, terms = (len(tensors) - num_parameters) // num_pieces, []
         for number in range(num_pieces):
             piece = [
