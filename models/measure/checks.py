@@ -93,20 +93,23 @@ def check_exact(few: Few, case: Case, *, ends: bool = False, beside: bool = Fals
     )
 
 
-def check_dtype(few: Few, precise: Few, case: Case, *, dtype: str) -> Check:
+def check_dtype(few: Few, precise: Few, case: Case, *, dtype: str, beside: bool = False) -> Check:
     """The law in the dtype that decodes, in which passes on one token and on several round differently.
 
     The yardstick is how far plain decoding is from that of `precise`, the same model in float64.
     """
-    options: dict[str, Any] = {"length": COUNTED_GAMMA + 2, "params": LAWS[case.law], "eos_token_ids": ()}
+    assert case.gamma != AUTO, case
+    options: dict[str, Any] = {"length": case.gamma + 2, "params": LAWS[case.law], "eos_token_ids": ()}
     plain = few.law(draft=None, **options)
     of_dtype = total_variation(plain, precise.reference(**options))
-    ours = few.law(draft=case.draft, gamma=case.gamma, verifier=case.verifier, **options)
+    drafted = {"draft": case.draft, "gamma": case.gamma, "verifier": case.verifier}
+    ours = few.law(**drafted, beside=beside, **options)
     distance, bound = total_variation(ours, plain), max(DTYPE_FLOOR, DTYPE_SHARE * of_dtype)
     return _check(
         "dtype",
         case,
         dtype=dtype,
+        batch=1 + len(few.COMPANIONS) if beside else 1,
         value=distance,
         bound=bound,
         passed=distance <= bound,

@@ -92,8 +92,12 @@ def plan_checks(
     if walked:
         alone = {name: drafts[name] for name in (first, HOSTILE)}
         small = Few(restricted[3].double(), alone, tokens=tokens, remember=False)
-        jobs += [partial(check_exact, small, Case(one, first, 1), beside=True) for one in walked]
-    counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, HOSTILE)]
+        small_own = Few(pack(restricted[3], dtype), alone, tokens=tokens, remember=False)
+        for one in walked:
+            case = Case(one, first, 1)
+            jobs.append(partial(check_exact, small, case, beside=True))
+            jobs.append(partial(check_dtype, small_own, small, case, dtype=dtype, beside=True))
+    counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, HOSTILE, LOOKUP)]
     jobs += [partial(check_dtype, own, precise[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
     if COUPLED in verifiers:
         counted.append(Case(COUPLED, HOSTILE, COUNTED_GAMMA) if dtype == "fp32" else Case(COUPLED, None, 0))

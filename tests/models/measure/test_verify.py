@@ -99,7 +99,9 @@ def test_a_sound_engine_passes_every_test(
         assert found >= {(name, each) for name in names for each in dtypes}, test
     together = {(check.test, check.draft, check.gamma) for check in checks if check.batch > 1}
     rows = ("D,hostile", "1,2")  # there are two prompts
-    assert together == {("exact", "D", "1"), ("greedy", *rows), ("coupled", *rows)}
+    assert together == {("exact", "D", "1"), ("dtype", "D", "1"), ("greedy", *rows), ("coupled", *rows)}
+    for test in ("dtype", "counts"):
+        assert {check.draft for check in checks if check.test == test} >= {"D", "hostile", "lookup"}, test
     assert {check.gamma for check in checks if check.draft == "any"} == {"auto"}
     bounds = [check.bound for check in checks if check.test == "counts"]
     assert sum(bounds) == pytest.approx(verify.FALSE_ALARM / 10)
@@ -164,9 +166,13 @@ def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch:
         found = run(group)
         return [logits_TV + 0.1 * found[-1][-1] * (len(group) > 1) for logits_TV in found]
 
+    own = Few(restrict(tiny_model, [5, 6]), {"D": FIRST, "hostile": hostile}, remember=False)
+    in_dtype = check_dtype(own, subject, case, dtype="fp32", beside=True)
+    assert (in_dtype.passed, in_dtype.batch) == (True, 3)
     monkeypatch.setattr(passes, "run", leaks)
     assert check_exact(subject, case).passed
     assert not check_exact(subject, case, beside=True).passed
+    assert not check_dtype(own, subject, case, dtype="fp32", beside=True).passed
 
 
 def test_a_bug_of_one_dtype_is_seen_beside_its_rounding(tiny_model: ElasticLM) -> None:
