@@ -93,8 +93,8 @@ def plan_checks(
         alone = {name: drafts[name] for name in (first, HOSTILE)}
         small = Few(restricted[3].double(), alone, tokens=tokens, remember=False)
         small_own = Few(pack(restricted[3], dtype), alone, tokens=tokens, remember=False)
-        for one in walked:
-            case = Case(one, first, 1)
+        for verifier in walked:
+            case = Case(verifier, first, 1)
             jobs.append(partial(check_exact, small, case, beside=True))
             jobs.append(partial(check_dtype, small_own, small, case, dtype=dtype, beside=True))
     counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, HOSTILE, LOOKUP)]

@@ -57,7 +57,9 @@ def make_recipe(folder: Path, *overrides: str) -> Recipe:
 
 def left_over(run: Path) -> list[str]:
     """Hidden files, at any depth."""
-    return [str(path.relative_to(run)) for path in run.rglob(".*")]
+    # Not `rglob`, which fails where a folder is renamed while it looks.
+    found = (Path(folder, name) for folder, *names in os.walk(run) for name in itertools.chain(*names))
+    return [str(path.relative_to(run)) for path in found if path.name.startswith(".")]
 
 
 def differences(ours: Path, theirs: Path) -> Iterator[str]:
