@@ -1,7 +1,7 @@
 """The study behind the defaults: one small family, each time with one thing changed, over corpora and seeds.
 
     python docs/study.py --data DIR      trains what is missing, then writes docs/results/study/
-        [--arm NAME] ...                 of these arms alone; results of the others stay
+        [--arm NAME] ... [--seed N] ...  of these alone; results of the others stay
     python docs/study.py                 writes the page again from docs/results/study/runs.json
     python docs/study.py --check         exits with 1 if the page says something else
 
@@ -117,21 +117,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "study", help="keeps the runs")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if out of date")
     parser.add_argument("--arm", action="append", choices=[arm.name for arm in ARMS], help="default: all")
+    parser.add_argument("--seed", action="append", type=int, help=f"default: {', '.join(map(str, SEEDS))}")
     options = parser.parse_args(arguments)
     if options.data is not None:
         torch.set_num_threads(1)
-        for arm, corpus, seed in work():
+        for arm, corpus, seed in work(options.seed or SEEDS):
             if options.arm is None or arm.name in options.arm:
                 train_one(arm, corpus, seed, options.data, options.out)
-        collect(options.out)
+        collect(options.out, options.seed or SEEDS)
     stale = not_current(files(read_json(RESULTS / "runs.json")))
     return bring_up_to_date(stale, check=options.check, command="python docs/study.py")
 
 
-def work() -> Iterator[tuple[Arm, str, int]]:
+def work(seeds: Iterable[int]) -> Iterator[tuple[Arm, str, int]]:
     """Every run, in the order that makes an early end worth most."""
     for arms in (ARMS[:FIRST], ARMS[FIRST:]):
-        for seed in SEEDS:
+        for seed in seeds:
             for corpus in CORPORA:
                 for arm in arms:
                     yield arm, corpus, seed
@@ -206,13 +207,13 @@ def mine(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def collect(out: Path) -> None:
+def collect(out: Path, seeds: Iterable[int]) -> None:
     """Put the results of all runs into one file, beside those that it has of others."""
     make_folder(RESULTS)
     written = RESULTS / "runs.json"
     kept = read_json(written) if written.exists() else {"card": {}, "runs": []}
     card, runs = kept["card"], {(run["arm"], run["corpus"], run["seed"]): run for run in kept["runs"]}
-    for arm, corpus, seed in work():
+    for arm, corpus, seed in work(seeds):
         path = result_of(folder_of(arm.name, corpus, seed, out))
         if path.exists():
             run = read_json(path)
@@ -246,7 +247,7 @@ def table(runs: Runs, corpus: str) -> Table:
     header += [f"{member} {MEASURES.get(measure, measure)}" for member, measure in columns]
     rows = []
     for arm in ARMS:
-        found = {seed: runs[arm.name, corpus, seed] for seed in SEEDS if (arm.name, corpus, seed) in runs}
+        found = {seed: run for (*what, seed), run in runs.items() if what == [arm.name, corpus]}
         if found:
             worse = [full_loss(runs, arm.name, corpus, seed) for seed in found if FULL_NAME in found[seed]]
             cells = [mean(found.values(), FULL_NAME, "loss"), spread(worse)]
