@@ -46,18 +46,10 @@ def test_a_norm_of_zeros_has_finite_gradients(norm: RMSNorm) -> None:
     assert grad.isfinite().all()
 
 
-def test_a_rotation_under_autocast_is_rounded_once() -> None:
+def test_a_rotation_under_autocast_is_rounded_once(tiny_config: ElasticConfig) -> None:
     """Tables in fp32 and vectors in bf16: as if the vectors had been fp32, with a gradient in bf16."""
-    config = ElasticConfig(
-        vocab_size=8,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    tables = Rotary(config)(slice(5), torch.float32)
-    x_BTHK = torch.randn(2, 5, 2, 8).bfloat16().requires_grad_()
+    tables = Rotary(tiny_config)(slice(5), torch.float32)
+    x_BTHK = torch.randn(2, 5, 2, tiny_config.head_dim).bfloat16().requires_grad_()
     turned = rotate(x_BTHK, *tables)
     assert torch.equal(turned, rotate(x_BTHK.float(), *tables))
     assert torch.autograd.grad(turned.sum(), x_BTHK)[0].dtype == torch.bfloat16
