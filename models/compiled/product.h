@@ -200,7 +200,7 @@ enum { BLOCK = 12 };
 enum { BLOCK = 3 };
 #endif
 /* Weights are asked for so many entries before they are needed: a cache's own guess stops at each page. */
-enum { AHEAD = 64 };
+enum { AHEAD = 112 };
 
 /* y [rows][PANEL], its rows `stride` apart. `scales` of the outputs and the rows' `header` are INT8's. */
 INLINE void block(int type, int rows, const words *weights, const float *scales, size_t n, const char *header,
