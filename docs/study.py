@@ -26,6 +26,7 @@ from rich.console import Console
 
 from models.card import make_card
 from models.checkpoint import ModelFolder, load_model
+from models.errors import NestlingError
 from models.files import make_folder, read_json, write_json
 from models.granularity import FULL
 from models.measure.consistency import compare_views, evaluate_shared_alpha
@@ -121,10 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.data is not None:
         torch.set_num_threads(1)
-        for arm, corpus, seed in work(options.seed or SEEDS):
-            if options.arm is None or arm.name in options.arm:
-                train_one(arm, corpus, seed, options.data, options.out)
-        collect(options.out, options.seed or SEEDS)
+        seeds = options.seed or SEEDS
+        try:
+            for arm, corpus, seed in work(seeds):
+                if options.arm is None or arm.name in options.arm:
+                    train_one(arm, corpus, seed, options.data, options.out)
+        except NestlingError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        collect(options.out, seeds)
     stale = not_current(files(read_json(RESULTS / "runs.json")))
     return bring_up_to_date(stale, check=options.check, command="python docs/study.py")
 

@@ -88,10 +88,10 @@ def attend(q_BHTK: Tensor, reading: Reading) -> Tensor:
     num_rows, heads, num_tokens, head_dim = q_BHTK.shape
     groups = k_BGSK.shape[1]
     causal = mask_TS is None and num_tokens == k_BGSK.shape[2]
-    masked = mask_TS is not None and mask_TS.dtype == torch.bool and len(mask_TS) == num_tokens
-    trained = torch.is_grad_enabled() and q_BHTK.requires_grad
-    if trained and (causal or masked) and q_BHTK.device.type == "cpu":
-        return blockwise_attention(q_BHTK, k_BGSK, v_BGSK, mask_TS)
+    if torch.is_grad_enabled() and q_BHTK.requires_grad and q_BHTK.device.type == "cpu":
+        masked = mask_TS is not None and mask_TS.dtype == torch.bool and len(mask_TS) == num_tokens
+        if causal or masked:
+            return blockwise_attention(q_BHTK, k_BGSK, v_BGSK, mask_TS)
     if causal:
         return F.scaled_dot_product_attention(
             q_BHTK, k_BGSK, v_BGSK, is_causal=num_tokens > 1, enable_gqa=groups != heads

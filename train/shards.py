@@ -23,7 +23,7 @@ def share_out(module: nn.Module, model: ElasticLM, mesh: DeviceMesh, *, step: st
         model: the model.
         mesh: the processes, in one dimension.
         step: name of that method. Gathering hangs on it and not on the model's `forward`, because a step
-            calls `ElasticLM.states` and `ElasticLM.head`, the latter once for each exit.
+            calls `ElasticLM.states`, and reads the last norm and the head's weight besides.
     """
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)

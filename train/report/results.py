@@ -24,6 +24,7 @@ from train.report.tables import NOTHING, Table, family_table, flatten, speed_tab
 from train.report.write import write_text
 
 FOLDER = Path("docs/results")
+LISTS = ("members", "speed", "training")
 README = Path("README.md")
 BLOCK = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 BEGIN = "<!-- results:begin"
@@ -90,8 +91,12 @@ def read_result(path: Path) -> Result:
     content = read_json(path)
     kinds = {"title": str, "command": str, "card": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
-    if not any(content.get(name) for name in ("members", "speed", "training")):
+    if not any(content.get(name) for name in LISTS):
         wrong.append("members, speed or training")
+    for name in LISTS:
+        rows = content.get(name, [])
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            wrong.append(f"list of objects as {name}")
     if wrong:
         raise NestlingError(f"{path} has no {', no '.join(wrong)}; measure again, or add it")
     return Result(

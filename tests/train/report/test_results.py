@@ -143,6 +143,8 @@ def test_speeds_alone_have_no_picture(root: Path, content: dict[str, Any]) -> No
         ({"card": None, "command": None}, "has no command, no card"),
         ({"members": [], "speed": []}, "has no members, speed or training"),
         ({"members": [{"name": "S"}]}, "is not a measured member"),
+        ({"training": "abc"}, "has no list of objects as training"),
+        ({"speed": [3]}, "has no list of objects as speed"),
     ],
 )
 def test_a_result_that_lacks_something_is_named(
