@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blockwise import blockwise_attention
 from models.cache import Memory, Reading, Readings
+from models.compiled.training import attention, place, training_dtype
 from models.config import ElasticConfig
 from models.layers import NestedLinear, NestedMap, RMSNorm, rotate
 
@@ -44,10 +44,7 @@ class Attention(nn.Module):
         `memory` takes the new keys and values and says what to read.
         """
         heads = groups * self.heads_per_group
-        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, heads, groups, rotary)
-        # A copy of v: training would keep queries and keys as well, of which it is a slice, for its sake.
-        k_BGTK, v_BGTK = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2).contiguous()
-        q_BHTK = q_BTHK.transpose(1, 2)
+        q_BHTK, k_BGTK, v_BGTK = self._project(x_BTD, heads, groups, rotary)
         reading: Reading | Readings = Reading(k_BGTK, v_BGTK, None)
         if memory is not None:
             reading = memory.extend(self.layer, k_BGTK, v_BGTK)
@@ -64,16 +61,19 @@ class Attention(nn.Module):
     def _project(
         self, x_BTD: Tensor, heads: int, groups: int, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, K] and keys [B, T, G, K], in place, and values."""
+        """Queries [B, H, T, K] and keys [B, G, T, K], in place, and values."""
         rows = [count * self.head_dim for count in (heads, groups, groups)]
         y_BTW = self.q_proj.beside((self.k_proj, self.v_proj), x_BTD, rows=rows)
         y_BTNK: Tensor = y_BTW.unflatten(-1, (heads + 2 * groups, self.head_dim))
-        placed_BTNK, v_BTGK = y_BTNK.split((heads + groups, groups), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = placed_BTNK.split((heads, groups), dim=2)
-            placed_BTNK = torch.cat([self.q_norm(q_BTHK), self.k_norm(k_BTGK)], dim=2)
+            q_BTHK, k_BTGK, v_BTGK = y_BTNK.split((heads, groups, groups), dim=2)
+            y_BTNK = torch.cat([self.q_norm(q_BTHK), self.k_norm(k_BTGK), v_BTGK], dim=2)
+        if training_dtype(y_BTNK) is not None:
+            return place(y_BTNK, heads, groups, *(table_T1K.squeeze(1) for table_T1K in rotary))
+        placed_BTNK, v_BTGK = y_BTNK.split((heads + groups, groups), dim=2)
         q_BTHK, k_BTGK = rotate(placed_BTNK, *rotary).split((heads, groups), dim=2)
-        return q_BTHK, k_BTGK, v_BTGK
+        # A copy of v: training would keep queries and keys as well, of which it is a slice, for its sake.
+        return q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2).contiguous()
 
 
 def attend(q_BHTK: Tensor, reading: Reading) -> Tensor:
@@ -88,10 +88,10 @@ def attend(q_BHTK: Tensor, reading: Reading) -> Tensor:
     num_rows, heads, num_tokens, head_dim = q_BHTK.shape
     groups = k_BGSK.shape[1]
     causal = mask_TS is None and num_tokens == k_BGSK.shape[2]
-    if torch.is_grad_enabled() and q_BHTK.requires_grad and q_BHTK.device.type == "cpu":
+    if training_dtype(q_BHTK) is not None:
         masked = mask_TS is not None and mask_TS.dtype == torch.bool and len(mask_TS) == num_tokens
         if causal or masked:
-            return blockwise_attention(q_BHTK, k_BGSK, v_BGSK, mask_TS)
+            return attention(q_BHTK, k_BGSK, v_BGSK, mask_TS)
     if causal:
         return F.scaled_dot_product_attention(
             q_BHTK, k_BGSK, v_BGSK, is_causal=num_tokens > 1, enable_gqa=groups != heads

@@ -104,6 +104,7 @@ def estimate_training_bytes(
     members: Iterable[tuple[Granularity, float]] = (),
     shards: int = 1,
     scored_at_once: int | None = None,
+    compiled: bool = False,
 ) -> TrainingBytes:
     """Estimate the memory of a step with AdamW and fp32 weights; no checkpointing of activations.
 
@@ -120,16 +121,22 @@ def estimate_training_bytes(
             gathered embedding, norm and head with their gradients for the whole step, one layer that
             runs and the next one.
         scored_at_once: tokens whose logits are held at the same time; all of them if None.
+        compiled: whether models/compiled/training.py runs what lies between the products.
     """
     parameters = count_parameters(config)
     layer = _layer_weights(config, FULL.resolve(config).layers[0])
     gathered = 0 if shards == 1 else min(parameters, count_ends(config) + 2 * layer)
     held = -(-parameters // shards)
-    kept, scored = _kept_numbers(config, FULL), 1.0
+    scored, passes = 1.0, [(FULL, 1.0)]
     for granularity, share in members:
         scored += share
         if not granularity.resolve(config).is_layer_prefix:
-            kept += round(share * _kept_numbers(config, granularity))
+            passes.append((granularity, share))
+    kept = sum(
+        round(share * batch_tokens * _kept_numbers(config, granularity, compiled=compiled))
+        + (_joined_weights(config, granularity) if compiled else 0)
+        for granularity, share in passes
+    )
     # Logits as the head gives them, then in fp32 their log-softmax and its gradient.
     tokens_at_once = min(batch_tokens, scored_at_once or batch_tokens)
     logits = scored * tokens_at_once * config.vocab_size * (activation_bytes + 8)
@@ -137,7 +144,7 @@ def estimate_training_bytes(
         weights=4 * (held + gathered) + (0 if activation_bytes == 4 else parameters * activation_bytes),
         gradients=4 * (held + gathered),
         optimizer=8 * held,
-        activations=kept * batch_tokens * activation_bytes,
+        activations=kept * activation_bytes,
         logits=round(logits),
     )
 
@@ -231,13 +238,19 @@ def _vector_weights(config: ElasticConfig, layer: LayerPlan) -> int:
     return 2 * config.hidden_size + biases + (2 * config.head_dim if config.qk_norm else 0)
 
 
-def _kept_numbers(config: ElasticConfig, granularity: Granularity) -> int:
+def _joined_weights(config: ElasticConfig, granularity: Granularity) -> int:
+    """Weights of q, k and v, of which a trained pass makes one matrix a layer."""
+    groups = sum(layer.groups for layer in granularity.resolve(config).layers)
+    return config.hidden_size * groups * (config.heads_per_group + 2) * config.head_dim
+
+
+def _kept_numbers(config: ElasticConfig, granularity: Granularity, *, compiled: bool) -> int:
     """Numbers per token that a pass keeps for its backward pass."""
     kept = 2 * config.hidden_size  # a norm keeps its input and its output
     for layer in granularity.resolve(config).layers:
         keys = layer.groups * config.head_dim
         queries = keys * config.heads_per_group
         kept += 2 * 2 * config.hidden_size  # both norms
-        kept += 2 * queries + 2 * keys + (queries + 2 * keys if config.qk_norm else 0)  # attention
-        kept += 4 * layer.ffn  # gate, its SiLU, up, their product
+        kept += 2 * queries + 2 * keys + (queries + keys if config.qk_norm else 0)  # attention
+        kept += (3 if compiled else 4) * layer.ffn  # gate, its SiLU unless it is made anew, up, their product
     return kept

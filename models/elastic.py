@@ -37,8 +37,10 @@ class Block(nn.Module):
         self, x_BTD: Tensor, plan: LayerPlan, rotary: tuple[Tensor, Tensor], memory: Memory | None
     ) -> Tensor:
         """Add attention, then the feed-forward part, to the residual stream."""
-        x_BTD = self.self_attn(self.input_layernorm(x_BTD), plan.groups, rotary, memory, x_BTD)
-        y_BTD: Tensor = self.mlp(self.post_attention_layernorm(x_BTD), plan.ffn, x_BTD)
+        normed_BTD, x_BTD = self.input_layernorm.beside(x_BTD)
+        x_BTD = self.self_attn(normed_BTD, plan.groups, rotary, memory, x_BTD)
+        normed_BTD, x_BTD = self.post_attention_layernorm.beside(x_BTD)
+        y_BTD: Tensor = self.mlp(normed_BTD, plan.ffn, x_BTD)
         return y_BTD
 
 

@@ -4,13 +4,13 @@ D model, F ffn, K head dim, T positions.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from models.compiled.training import rms_norm, swiglu, training_dtype
 from models.config import ElasticConfig
 from models.kernels import Finish, finished
 
@@ -28,34 +28,14 @@ class RMSNorm(nn.Module):
 
         Statistics are in fp32.
         """
-        if torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu":
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            normalised: Tensor = _RMSNorm.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-untyped-call]
-            return normalised
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return self.beside(x)[0]
 
-
-class _RMSNorm(torch.autograd.Function):
-    """With its backward pass written out: on a CPU autograd would walk over the states a dozen times."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
-        inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        y: Tensor = (x * inverse).mul_(weight).to(dtype)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        unit, grad = x * inverse, grad.to(inverse.dtype)
-        weighed = grad * unit
-        along = (weighed @ weight.to(inverse.dtype)).unsqueeze(-1).div_(x.shape[-1])
-        grad_x = (grad * weight).addcmul_(unit, along, value=-1).mul_(inverse)
-        return grad_x.to(x.dtype), weighed.flatten(0, -2).sum(0).to(weight.dtype), None, None
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and x, for who needs both: training then adds their gradients in one go."""
+        dtype = training_dtype(x)
+        if dtype is not None:
+            return rms_norm(x, self.weight, self.eps, dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps), x
 
 
 class NestedMap(Protocol):
@@ -94,8 +74,15 @@ class NestedLinear(nn.Linear):
 
     def beside(self, others: Sequence[NestedMap], x: Tensor, *, rows: Sequence[int]) -> Tensor:
         """See `NestedMap`."""
-        maps = zip((self, *others), rows, strict=True)
-        return torch.cat([one.prefix(x, rows=count, columns=x.shape[-1]) for one, count in maps], -1)
+        if training_dtype(x) is None:
+            maps = zip((self, *others), rows, strict=True)
+            return torch.cat([one.prefix(x, rows=count, columns=x.shape[-1]) for one, count in maps], -1)
+        # One large product takes less time than several, and memory than their results beside each other.
+        own = [self, *(cast(NestedLinear, other) for other in others)]
+        weight_OI = torch.cat([one.weight[:count] for one, count in zip(own, rows, strict=True)])
+        biases: list[Tensor | None] = [one.bias for one in own]  # torch's stubs say they are always there
+        parts = [bias[:count] for bias, count in zip(biases, rows, strict=True) if bias is not None]
+        return F.linear(x, weight_OI, torch.cat(parts) if parts else None)
 
 
 class MLP(nn.Module):
@@ -111,8 +98,12 @@ class MLP(nn.Module):
     def forward(self, x_BTD: Tensor, ffn: int, residual_BTD: Tensor) -> Tensor:
         """Add what the first `ffn` neurons make of x to the residual stream."""
         size = x_BTD.shape[-1]
-        gate_BTF = self.gate_proj.prefix(x_BTD, rows=ffn, columns=size, finish="silu")
-        y_BTF = self.up_proj.prefix(x_BTD, rows=ffn, columns=size, finish="mul", other=gate_BTF)
+        if training_dtype(x_BTD) is None:
+            gate_BTF = self.gate_proj.prefix(x_BTD, rows=ffn, columns=size, finish="silu")
+            y_BTF = self.up_proj.prefix(x_BTD, rows=ffn, columns=size, finish="mul", other=gate_BTF)
+        else:
+            gate_BTF = self.gate_proj.prefix(x_BTD, rows=ffn, columns=size)
+            y_BTF = swiglu(gate_BTF, self.up_proj.prefix(x_BTD, rows=ffn, columns=size))
         return self.down_proj.prefix(y_BTF, rows=size, columns=ffn, finish="add", other=residual_BTD)
 
 

@@ -9,6 +9,8 @@ Legend: N tokens, V vocabulary.
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.compiled.training import cross_entropy as compiled_cross_entropy
+from models.compiled.training import training_dtype
 from train.divergences import DIVERGENCES, SETTINGS, alpha, at_least_fp32, greedy_match
 from train.recipe import LossConfig
 
@@ -100,6 +102,8 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
     tensor([1.3863, 0.0000])
     """
+    if training_dtype(logits_NV) is not None:
+        return compiled_cross_entropy(logits_NV, labels_N)
     logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
     return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE)
 

@@ -1,7 +1,7 @@
-"""The compiled step, built once for this processor by the user's own C compiler, and kept.
+"""What is compiled, built once for this processor by the user's own C compiler, and kept.
 
-It takes three seconds, once, and needs a C compiler with OpenMP (gcc or clang; `CC` names another). Without
-one, decoding runs on torch's kernels. `NESTLING_NATIVE=0` asks for that.
+It takes three to eight seconds, once, and needs a C compiler with OpenMP (gcc or clang; `CC` names another).
+Without one, everything runs on torch's kernels. `NESTLING_NATIVE=0` asks for that.
 """
 
 import ctypes
@@ -18,8 +18,9 @@ from models.errors import NestlingError
 from models.files import default_cache_dir, write_file
 from models.processor import processor_name
 
-SOURCE = Path(__file__).with_name("step.c")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("product.h", "choose.h"))
+HERE = Path(__file__).parent
+SOURCES = {"step": ("nestling_step", "decoding"), "training": ("nestling_norm", "training")}
+"""What there is to compile, step.c and training.c: one of its functions, and who calls them."""
 # Sums keep their order and small numbers their value: nothing here may be called fast-math.
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -32,26 +33,27 @@ _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled step; None where it is switched off or cannot be built, which is logged."""
+def library(name: str = "step") -> ctypes.CDLL | None:
+    """What was compiled of a source; None where it is switched off or cannot be built, which is logged."""
     if os.environ.get(SWITCH) == "0":
         return None
     try:
-        path = build()
+        path = build(name)
         try:
-            return load(path)
+            return load(path, name)
         except NestlingError:  # damaged: it is made again, once
             path.unlink(missing_ok=True)
-            return load(build())
+            return load(build(name), name)
     except (NestlingError, OSError) as error:
-        _log.warning("decoding runs on torch's kernels: %s", error)
+        _log.warning("%s runs on torch's kernels: %s", SOURCES[name][1], error)
         return None
 
 
-def build(*, cache_dir: Path | None = None) -> Path:
+def build(name: str = "step", *, cache_dir: Path | None = None) -> Path:
     """The library for this processor, compiled if there is none yet.
 
     Args:
+        name: of the source, a key of `SOURCES`.
         cache_dir: where it is kept; `default_cache_dir()` if None.
 
     Raises:
@@ -60,29 +62,30 @@ def build(*, cache_dir: Path | None = None) -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if shutil.which(compiler[0]) is None:
         raise NestlingError(f"there is no C compiler {compiler[0]!r}; install gcc or name another by CC")
+    source = HERE / f"{name}.c"
     parts = (
-        *(path.read_text() for path in (*HEADERS, SOURCE)),
+        *(path.read_text() for path in (*sorted(HERE.glob("*.h")), source)),
         *compiler,
         *FLAGS,
         *map(str, processor_name()),
     )
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    path = (cache_dir or default_cache_dir()) / f"step-{key}.so"
+    path = (cache_dir or default_cache_dir()) / f"{name}-{key}.so"
     if path.exists():
         return path
     try:
         with write_file(path) as partial:
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(partial), "-lm"]
+            command = [*compiler, *FLAGS, str(source), "-o", str(partial), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["it says nothing"]
-        raise NestlingError(f"{shlex.join(compiler)} cannot compile {SOURCE}: {lines[0]}") from None
+        raise NestlingError(f"{shlex.join(compiler)} cannot compile {source}: {lines[0]}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NestlingError(f"{path}: {error}") from None
     return path
 
 
-def load(path: Path) -> ctypes.CDLL:
+def load(path: Path, name: str = "step") -> ctypes.CDLL:
     """Open a library that `build` gave.
 
     Raises:
@@ -90,7 +93,7 @@ def load(path: Path) -> ctypes.CDLL:
     """
     try:
         loaded = ctypes.CDLL(str(path))
-        loaded.nestling_step.restype = ctypes.c_int
+        getattr(loaded, SOURCES[name][0]).restype = ctypes.c_int
     except (OSError, AttributeError) as error:
         raise NestlingError(f"{path} cannot be loaded ({error}); remove it") from None
     return loaded

@@ -10,99 +10,13 @@
 
 #pragma once
 
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-enum { LANES = 16, HALVES = 2, PANEL = HALVES * LANES, FP32 = 0, BF16 = 1, INT8 = 2 };
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float lanes __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef int32_t whole __attribute__((vector_size(4 * LANES)));
-typedef float loose_lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+#include "numbers.h"
 
 typedef struct {
     const void *panels;
     const float *bias, *scales; /* of each output; or NULL */
     int64_t entries;            /* of each panel; a member may use fewer */
 } Map;
-
-INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-INLINE size_t padded(size_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
-
-/* ---------------------------------------------------------------- numbers */
-
-INLINE uint32_t bits(float value) {
-    uint32_t result;
-    memcpy(&result, &value, 4);
-    return result;
-}
-
-INLINE float number(uint32_t value) {
-    float result;
-    memcpy(&result, &value, 4);
-    return result;
-}
-
-INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even */
-    return (uint16_t)((bits(value) + 0x7fff + ((bits(value) >> 16) & 1)) >> 16);
-}
-
-INLINE float from_bf16(uint16_t value) { return number((uint32_t)value << 16); }
-
-/* a * b + c, rounded once. */
-INLINE lanes fused(lanes a, lanes b, lanes c) {
-#ifdef __AVX512F__
-    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
-    lanes result;
-    for (int i = 0; i < LANES; i++) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return result;
-#endif
-}
-
-INLINE lanes spread(float value) { return value - (lanes){0}; }
-
-INLINE lanes load(const float *from) { return *(const loose_lanes *)from; }
-
-INLINE float total(lanes sums) {
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
-    return sums[0];
-}
-
-INLINE float largest(const float *x, int count) {
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (int i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
-    return most;
-}
-
-/* e^x to two units in the last place, from the usual series after taking out a power of two. */
-INLINE float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    float exponent = x * 1.44269504f + shift;
-    uint32_t power = (bits(exponent) + 127) << 23;
-    exponent -= shift;
-    float r = x - exponent * 0.693359375f + exponent * 2.12194440e-4f;
-    float series = 1.9875691500e-4f;
-    series = series * r + 1.3981999507e-3f;
-    series = series * r + 8.3334519073e-3f;
-    series = series * r + 4.1665795894e-2f;
-    series = series * r + 1.6666665459e-1f;
-    series = series * r + 5.0000001201e-1f;
-    return (series * r * r + r + 1.0f) * number(power);
-}
-
-/* ---------------------------------------------------------------- products */
 
 /* bf16 inputs: a pair is one word where the processor takes them so, else two fp32 numbers. */
 #ifdef __AVX512BF16__
@@ -193,12 +107,6 @@ INLINE void place_row(int type, const float *values, int count, void *input, int
         place(type, values, 0, count, input, num_rows, row);
 }
 
-/* As many sums as the registers hold: BLOCK rows of a panel. */
-#ifdef __AVX512F__
-enum { BLOCK = 12 };
-#else
-enum { BLOCK = 3 };
-#endif
 /* Weights are asked for so many entries before they are needed: a cache's own guess stops at each page. */
 enum { AHEAD = 112 };
 

@@ -186,23 +186,6 @@ INLINE float cached(int type, const void *store, size_t at) {
     return type == BF16 ? from_bf16(((const uint16_t *)store)[at]) : ((const float *)store)[at];
 }
 
-#ifdef __AVX512F__
-/* Of 16 x 16 words: in every two by two blocks of this size, those beside the diagonal change places. */
-INLINE void swap_blocks(__m512i *rows, int size) {
-    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __mmask16 right = size == 8 ? 0xff00 : size == 4 ? 0xf0f0 : size == 2 ? 0xcccc : 0xaaaa;
-    const __m512i above = _mm512_mask_add_epi32(each, right, each, _mm512_set1_epi32(LANES - size));
-    const __m512i below = _mm512_add_epi32(above, _mm512_set1_epi32(size));
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
-        if (!(i & size)) {
-            __m512i a = rows[i], b = rows[i + size];
-            rows[i] = _mm512_permutex2var_epi32(a, above, b);
-            rows[i + size] = _mm512_permutex2var_epi32(a, below, b);
-        }
-}
-#endif
-
 /* Keys of a panel of positions from `first` on, each a "neuron" whose output is its score; those from
    `count` on are not read. */
 INLINE void key_panel(const uint32_t *keys, int first, int count, int entries, words *panel) {
@@ -217,7 +200,7 @@ INLINE void key_panel(const uint32_t *keys, int first, int count, int entries, w
             __m512i rows[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) rows[i] = _mm512_loadu_si512(of[h * LANES + i] + done);
-            swap_blocks(rows, 8), swap_blocks(rows, 4), swap_blocks(rows, 2), swap_blocks(rows, 1);
+            turn_square(rows);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + (done + i) * PANEL + h * LANES, rows[i]);
         }

@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 
 from models.compiled import build as building
-from models.compiled.build import build, library, load
+from models.compiled.build import SOURCES, build, library, load
 from models.errors import NestlingError
 
 
-def test_it_is_compiled_once_and_loads(compiled: None, tmp_path: Path) -> None:
-    path = build(cache_dir=tmp_path / "new")
+@pytest.mark.parametrize("name", SOURCES)
+def test_it_is_compiled_once_and_loads(compiled: None, name: str, tmp_path: Path) -> None:
+    path = build(name, cache_dir=tmp_path / "new")
     written = path.stat().st_mtime_ns
-    assert build(cache_dir=tmp_path / "new") == path
+    assert build(name, cache_dir=tmp_path / "new") == path
     assert path.stat().st_mtime_ns == written
     assert [*path.parent.iterdir()] == [path]
-    assert load(path).nestling_step is not None
+    assert getattr(load(path, name), SOURCES[name][0]) is not None
 
 
 @pytest.mark.parametrize(

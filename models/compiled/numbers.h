@@ -1,0 +1,159 @@
+/* Numbers and vectors of them, for everything that is compiled: models/compiled/step.c and training.c. */
+
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+enum { LANES = 16, HALVES = 2, PANEL = HALVES * LANES, FP32 = 0, BF16 = 1, INT8 = 2 };
+/* As many sums as the registers hold: BLOCK rows of a panel. */
+#ifdef __AVX512F__
+enum { BLOCK = 12 };
+#else
+enum { BLOCK = 3 };
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int32_t whole __attribute__((vector_size(4 * LANES)));
+typedef float loose_lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+
+INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+INLINE size_t padded(size_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
+
+INLINE uint32_t bits(float value) {
+    uint32_t result;
+    memcpy(&result, &value, 4);
+    return result;
+}
+
+INLINE float number(uint32_t value) {
+    float result;
+    memcpy(&result, &value, 4);
+    return result;
+}
+
+INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even */
+    return (uint16_t)((bits(value) + 0x7fff + ((bits(value) >> 16) & 1)) >> 16);
+}
+
+INLINE float from_bf16(uint16_t value) { return number((uint32_t)value << 16); }
+
+/* a * b + c, rounded once. */
+INLINE lanes fused(lanes a, lanes b, lanes c) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    lanes result;
+    for (int i = 0; i < LANES; i++) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return result;
+#endif
+}
+
+INLINE lanes spread(float value) { return value - (lanes){0}; }
+
+INLINE lanes load(const float *from) { return *(const loose_lanes *)from; }
+
+INLINE lanes larger(lanes a, lanes b) {
+    for (int i = 0; i < LANES; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}
+
+INLINE lanes smaller(lanes a, lanes b) {
+    for (int i = 0; i < LANES; i++) a[i] = a[i] < b[i] ? a[i] : b[i];
+    return a;
+}
+
+INLINE float total(lanes sums) {
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
+    return sums[0];
+}
+
+INLINE float largest(const float *x, int count) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* e^x to two units in the last place, from the usual series after taking out a power of two. */
+INLINE float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    float exponent = x * 1.44269504f + shift;
+    uint32_t power = (bits(exponent) + 127) << 23;
+    exponent -= shift;
+    float r = x - exponent * 0.693359375f + exponent * 2.12194440e-4f;
+    float series = 1.9875691500e-4f;
+    series = series * r + 1.3981999507e-3f;
+    series = series * r + 8.3334519073e-3f;
+    series = series * r + 4.1665795894e-2f;
+    series = series * r + 1.6666665459e-1f;
+    series = series * r + 5.0000001201e-1f;
+    return (series * r * r + r + 1.0f) * number(power);
+}
+
+INLINE void store(lanes values, float *to) { *(loose_lanes *)to = values; }
+
+/* e^x of numbers up to 88, as `fast_exp` has it but with fused sums; 0 where that is next to nothing. */
+INLINE lanes exponential(lanes x) {
+    const lanes shift = spread(12582912.0f);
+    lanes exponent = fused(x, spread(1.44269504f), shift);
+    lanes power = (lanes)(((words)exponent + 127u) << 23);
+    exponent -= shift;
+    lanes r = fused(exponent, spread(-0.693359375f), x);
+    r = fused(exponent, spread(2.12194440e-4f), r);
+    lanes series = fused(spread(1.9875691500e-4f), r, spread(1.3981999507e-3f));
+    series = fused(series, r, spread(8.3334519073e-3f));
+    series = fused(series, r, spread(4.1665795894e-2f));
+    series = fused(series, r, spread(1.6666665459e-1f));
+    series = fused(series, r, spread(5.0000001201e-1f));
+    lanes y = (fused(series, r * r, r) + 1.0f) * power;
+    return (lanes)((words)y & ~(words)(x < -80.0f));
+}
+
+/* Values [count] in FP32 or BF16 times a factor, to fp32; and fp32 back to them. */
+INLINE void take(int type, const void *from, size_t at, int count, float factor, float *to) {
+    if (type == BF16)
+        for (int i = 0; i < count; i++) to[i] = from_bf16(((const uint16_t *)from)[at + i]) * factor;
+    else
+        for (int i = 0; i < count; i++) to[i] = ((const float *)from)[at + i] * factor;
+}
+
+INLINE void put(int type, const float *from, float factor, int count, void *to, size_t at) {
+    if (type == BF16)
+        for (int i = 0; i < count; i++) ((uint16_t *)to)[at + i] = to_bf16(from[i] * factor);
+    else
+        for (int i = 0; i < count; i++) ((float *)to)[at + i] = from[i] * factor;
+}
+
+#ifdef __AVX512F__
+/* Of 16 x 16 words: in every two by two blocks of this size, those beside the diagonal change places. */
+INLINE void swap_blocks(__m512i *rows, int size) {
+    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 right = size == 8 ? 0xff00 : size == 4 ? 0xf0f0 : size == 2 ? 0xcccc : 0xaaaa;
+    const __m512i above = _mm512_mask_add_epi32(each, right, each, _mm512_set1_epi32(LANES - size));
+    const __m512i below = _mm512_add_epi32(above, _mm512_set1_epi32(size));
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & size)) {
+            __m512i a = rows[i], b = rows[i + size];
+            rows[i] = _mm512_permutex2var_epi32(a, above, b);
+            rows[i + size] = _mm512_permutex2var_epi32(a, below, b);
+        }
+}
+
+/* 16 x 16 words, the other way round. */
+INLINE void turn_square(__m512i *rows) {
+    swap_blocks(rows, 8), swap_blocks(rows, 4), swap_blocks(rows, 2), swap_blocks(rows, 1);
+}
+#endif
