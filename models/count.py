@@ -132,19 +132,16 @@ def estimate_training_bytes(
         scored += share
         if not granularity.resolve(config).is_layer_prefix:
             passes.append((granularity, share))
-    kept = sum(
-        round(share * batch_tokens * _kept_numbers(config, granularity, compiled=compiled))
-        + (_joined_weights(config, granularity) if compiled else 0)
-        for granularity, share in passes
-    )
+    kept = sum(round(share * _kept_numbers(config, one, compiled=compiled)) for one, share in passes)
+    joined = sum(_joined_weights(config, one) for one, _ in passes) if compiled else 0
     # Logits as the head gives them, then in fp32 their log-softmax and its gradient.
     tokens_at_once = min(batch_tokens, scored_at_once or batch_tokens)
     logits = scored * tokens_at_once * config.vocab_size * (activation_bytes + 8)
     return TrainingBytes(
-        weights=4 * (held + gathered) + (0 if activation_bytes == 4 else parameters * activation_bytes),
+        weights=4 * (held + gathered) + activation_bytes * (joined + (activation_bytes < 4) * parameters),
         gradients=4 * (held + gathered),
         optimizer=8 * held,
-        activations=kept * activation_bytes,
+        activations=kept * batch_tokens * activation_bytes,
         logits=round(logits),
     )
 
