@@ -1,9 +1,9 @@
 /* Attention of models/compiled/training.c: softmax(q k' / sqrt(size) + bias) v, and its gradients, in fp32.
 
-   A thread lays out the keys and values of a row and group of its own, and all of the group's queries pass by,
-   a block of them at a time: their scores are made, used and forgotten. The backward pass makes them again from
-   the logarithm of each query's sum (FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1). Sums are
-   taken in one order, whatever the number of threads. */
+   A thread lays out the keys and values of a row and group of its own, and all of the group's queries pass
+   by, a block of them at a time: their scores are made, used and forgotten. The backward pass makes them
+   again from the logarithm of each query's sum (FlashAttention-2, https://arxiv.org/abs/2307.08691,
+   section 3.1). Sums are taken in one order, whatever the number of threads. */
 
 #pragma once
 
@@ -22,7 +22,7 @@ typedef struct {
     const float *bias; /* of query 0 and each key, in whole panels: 0, or minus infinity for those not read */
     int64_t bias_step; /* from one query to the next */
     Heads queries, keys, values, mixed;
-    float *log_sums; /* [rows][heads][queries] */
+    float *log_sums;                                        /* [rows][heads][queries] */
     Heads mixed_grad, queries_grad, keys_grad, values_grad; /* of the backward pass alone */
 } Attention;
 
@@ -36,12 +36,12 @@ typedef struct {
 } Run;
 
 typedef struct {
-    int width, keys;                                /* of a head in whole vectors; keys in whole panels */
-    float *key, *value, *key_grad, *value_grad;     /* [keys][width] */
-    float *turned_key, *turned_value;               /* [width][keys] */
+    int width, keys;                                  /* of a head in whole vectors; keys in whole panels */
+    float *key, *value, *key_grad, *value_grad;       /* [keys][width] */
+    float *turned_key, *turned_value;                 /* [width][keys] */
     float *query, *grad, *turned_query, *turned_grad; /* [PASSING][width], [width][PASSING] */
-    float *scores, *scores_grad;                    /* [PASSING][keys] */
-    float *made;                                    /* [PASSING][width] */
+    float *scores, *scores_grad;                      /* [PASSING][keys] */
+    float *made;                                      /* [PASSING][width] */
     Run *runs;
     int num_runs;
 } Desk;
@@ -266,11 +266,19 @@ static size_t set_up(const Attention *of, float *memory, Desk *desk) {
         float **part;
         size_t size;
     } parts[] = {
-        {&desk->key, by_key},           {&desk->value, by_key},       {&desk->key_grad, by_key},
-        {&desk->value_grad, by_key},    {&desk->turned_key, by_key},  {&desk->turned_value, by_key},
-        {&desk->query, by_query},       {&desk->grad, by_query},      {&desk->made, by_query},
-        {&desk->turned_query, by_query}, {&desk->turned_grad, by_query},
-        {&desk->scores, PASSING * (size_t)keys}, {&desk->scores_grad, PASSING * (size_t)keys},
+        {&desk->key, by_key},
+        {&desk->value, by_key},
+        {&desk->key_grad, by_key},
+        {&desk->value_grad, by_key},
+        {&desk->turned_key, by_key},
+        {&desk->turned_value, by_key},
+        {&desk->query, by_query},
+        {&desk->grad, by_query},
+        {&desk->made, by_query},
+        {&desk->turned_query, by_query},
+        {&desk->turned_grad, by_query},
+        {&desk->scores, PASSING * (size_t)keys},
+        {&desk->scores_grad, PASSING * (size_t)keys},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         *parts[i].part = memory + at;

@@ -1,8 +1,8 @@
-/* The parts of a training step between its matrix products, forward and backward: RMSNorm, rotary positions,
-   attention, SwiGLU. models/compiled/training.py calls them.
+/* What lies between the matrix products of a training step, forward and backward: RMSNorm, rotary positions,
+   attention, SwiGLU, cross-entropy. models/compiled/training.py calls them.
 
-   Each reads what it needs from memory once, which torch's operations do a dozen times. Values are in FP32 or
-   BF16, sums and what lies between in fp32. Sums are taken in one order, whatever the number of threads. */
+   Each reads its arguments from memory once, which torch's operations do a dozen times. Values are in FP32 or
+   BF16, sums and whatever lies between in fp32. Sums are taken in one order, whatever the number of threads. */
 
 #include <omp.h>
 #include <stdlib.h>
@@ -23,7 +23,8 @@ typedef struct {
     const float *weight;
     float *inverse; /* [rows]: 1 / sqrt(mean(x^2) + epsilon) */
     void *y;
-    const void *y_grad, *other_grad; /* of the backward pass, as the rest; the other is x's, of its own, or NULL */
+    /* Of the backward pass alone; the other gradient is that of x where it is read as it is, or NULL. */
+    const void *y_grad, *other_grad;
     void *x_grad;
     float *weight_grad;
 } Norm;
@@ -41,7 +42,7 @@ static void normalise_row(const Norm *of, int64_t row, float *x) {
     put(of->result_type, x, 1, size, of->y, (size_t)(row * of->size));
 }
 
-/* x_grad = other_grad + inverse * (g - unit * mean(g * unit)), of g = y_grad * weight and unit = x * inverse. */
+/* x_grad = other_grad + inverse * (g - unit * mean(g * unit)); g = y_grad * weight, unit = x * inverse. */
 static void normalise_row_back(const Norm *of, int64_t row, float *x, float *grad, float *weight_grad) {
     int size = (int)of->size;
     size_t at = (size_t)(row * of->size);
@@ -73,7 +74,8 @@ int nestling_norm(const Norm *of, int backward, int num_threads) {
     float *weight_grads = memory + 2 * line * (size_t)num_threads;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int part = 0; part < PARTS; part++) {
-        float *x = memory + 2 * line * (size_t)omp_get_thread_num(), *weight_grad = weight_grads + line * part;
+        float *x = memory + 2 * line * (size_t)omp_get_thread_num(),
+              *weight_grad = weight_grads + line * part;
         if (backward) memset(weight_grad, 0, 4 * line);
         for (int64_t row = of->rows * part / PARTS; row < of->rows * (part + 1) / PARTS; row++)
             if (backward)
@@ -123,13 +125,16 @@ int nestling_place(const Placed *of, int backward, int num_threads) {
     if (memory == NULL) return 1;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int64_t token = 0; token < (int64_t)of->rows * of->positions; token++) {
-        float *x = memory + 2 * padded((size_t)size) * (size_t)omp_get_thread_num(), *y = x + padded((size_t)size);
+        float *x = memory + 2 * padded((size_t)size) * (size_t)omp_get_thread_num(),
+              *y = x + padded((size_t)size);
         int row = (int)(token / of->positions), position = (int)(token % of->positions);
-        const float *cosines = of->cosines + (size_t)position * size, *sines = of->sines + (size_t)position * size;
+        const float *cosines = of->cosines + (size_t)position * size,
+                    *sines = of->sines + (size_t)position * size;
         for (int i = 0; i < each; i++) {
             int head = i < of->heads ? i : (i - of->heads) % of->groups, turns = i < of->heads + of->groups;
             Heads heads = i < of->heads ? of->queries : turns ? of->keys : of->values;
-            size_t here = (size_t)(token * each + i) * (size_t)size, there = at_head(heads, row, head, position);
+            size_t here = (size_t)(token * each + i) * (size_t)size,
+                   there = at_head(heads, row, head, position);
             if (backward) {
                 take(of->type, heads.values, there, size, 1, x);
                 if (turns) rotate_back(x, cosines, sines, size / 2, y);
@@ -182,7 +187,8 @@ INLINE void gate_values(const Gated *of, int backward, int64_t first, int count)
 
 int nestling_gate(const Gated *of, int backward, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (int64_t panel = 0; panel < of->count / PANEL; panel++) gate_values(of, backward, panel * PANEL, PANEL);
+    for (int64_t panel = 0; panel < of->count / PANEL; panel++)
+        gate_values(of, backward, panel * PANEL, PANEL);
     if (of->count % PANEL) gate_values(of, backward, of->count / PANEL * PANEL, (int)(of->count % PANEL));
     return 0;
 }
