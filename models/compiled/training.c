@@ -2,7 +2,8 @@
    attention, SwiGLU, cross-entropy. models/compiled/training.py calls them.
 
    Each reads its arguments from memory once, which torch's operations do a dozen times. Values are in FP32 or
-   BF16, sums and whatever lies between in fp32. Sums are taken in one order, whatever the number of threads. */
+   BF16, sums and whatever lies between in fp32. Sums are taken in one order, whatever the number of threads.
+ */
 
 #include <omp.h>
 #include <stdlib.h>
