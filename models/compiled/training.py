@@ -16,10 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models.compiled.build import library
-from models.compiled.panels import TYPES
-
-PANEL = 32
-"""Keys side by side: a bias covers whole panels."""
+from models.compiled.panels import PANEL, TYPES
 
 
 def training_dtype(x: Tensor) -> torch.dtype | None:
