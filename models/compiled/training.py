@@ -46,10 +46,10 @@ def place(
         together_BTNK: N = H + 2 G heads: queries, keys, values.
         heads: H.
         groups: G.
-        cosines_TK: of the positions' angles, in fp32; see `models.layers.Rotary`.
+        cosines_TK: of the positions' angles; see `models.layers.Rotary`.
         sines_TK: with the sign of the rotation.
     """
-    tables = (cosines_TK.contiguous(), sines_TK.contiguous())
+    tables = (cosines_TK.float().contiguous(), sines_TK.float().contiguous())
     placed: tuple[Tensor, Tensor, Tensor] = _Place.apply(  # type: ignore[no-untyped-call]
         together_BTNK.contiguous(), heads, groups, *tables
     )
@@ -65,6 +65,7 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | 
         v_BGSK: values.
         mask_TS: which keys each query reads, one at least; None: those up to its own, where S == T.
     """
+    assert q_BHTK.dtype == k_BGSK.dtype == v_BGSK.dtype, (q_BHTK.dtype, k_BGSK.dtype, v_BGSK.dtype)
     mixed_BHTK: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         *map(_side_by_side, (q_BHTK, k_BGSK, v_BGSK)), mask_TS
     )
@@ -73,12 +74,14 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up` (https://arxiv.org/abs/2002.05202)."""
+    assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
     y: Tensor = _Gate.apply(gate.contiguous(), up.contiguous())  # type: ignore[no-untyped-call]
     return y
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Negative log-likelihood [N] of each label, in nats and fp32; 0 for labels below 0."""
+    assert labels_N.dtype == torch.int64, labels_N.dtype
     loss_N: Tensor = _CrossEntropy.apply(logits_NV.contiguous(), labels_N.contiguous())  # type: ignore[no-untyped-call]
     return loss_N
 
