@@ -75,7 +75,7 @@ class JointModule(pl.LightningModule):
         """Lightning moves submodules to the device; the teacher is none."""
         for teacher in self.teachers:
             teacher.to(self.trainer.strategy.root_device)
-        # What is here stays here: the collector, walking over every object again and again, takes 2 % of a step.
+        # What is here stays: walking over every object again and again, the collector takes 2 % of a step.
         gc.freeze()
 
     def on_train_end(self) -> None:

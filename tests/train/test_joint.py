@@ -1,6 +1,7 @@
 """The Lightning module, without a trainer."""
 
 import dataclasses
+import gc
 from types import SimpleNamespace
 from typing import cast
 
@@ -42,3 +43,15 @@ def test_members_losses_lose_weight_towards_the_end_of_a_run(
     assert ours["XL"] == theirs["XL"]
     for name in ("S", "D"):
         torch.testing.assert_close(ours[name], left * theirs[name])
+
+
+def test_what_is_here_when_training_starts_is_set_aside_until_it_ends(tiny_model: ElasticLM) -> None:
+    """Or the collector would walk over all of it during steps."""
+    module = JointModule(tiny_model, MEMBERS, load_recipe())
+    assert gc.get_freeze_count() == 0
+    try:
+        module.on_train_start()
+        assert gc.get_freeze_count() > 1000
+    finally:
+        module.on_train_end()
+    assert gc.get_freeze_count() == 0
