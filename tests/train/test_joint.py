@@ -48,7 +48,7 @@ def test_members_losses_lose_weight_towards_the_end_of_a_run(
 def test_what_is_here_when_training_starts_is_set_aside_until_it_ends(tiny_model: ElasticLM) -> None:
     """Or the collector would walk over all of it during steps."""
     module = JointModule(tiny_model, MEMBERS, load_recipe())
-    assert gc.get_freeze_count() == 0
+    gc.unfreeze()
     try:
         module.on_train_start()
         assert gc.get_freeze_count() > 1000
