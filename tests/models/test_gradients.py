@@ -22,7 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide heads": {"head_dim": 40, "intermediate_size": 83},
 }
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.2, "autocast": 0.2}
-"""Of the norm; tiny_config's large weights make a rounding of the first layer one of several percent at the end."""
+"""Of the norm; tiny_config's large weights make a rounding in the first layer a few percent at the end."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _compiled() -> None:
 
 
 def gradients(model: ElasticLM, member: Granularity, *, shared: bool = False) -> dict[str, Tensor]:
-    """Of a loss that every logit takes part in; with `shared`, of a member that reads the full pass's cache."""
+    """Of a loss of all logits; with `shared`, of a member that reads the full pass's cache."""
     tokens_BT = torch.arange(2 * 37).reshape(2, 37) * 7 % model.config.vocab_size
     memory = None
     if shared:
