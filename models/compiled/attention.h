@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <omp.h>
 #include <stdlib.h>
 
 #include "numbers.h"
@@ -103,6 +104,13 @@ static void lay_out(const Attention *of, Heads heads, int row, int head, int fir
     }
 }
 
+/* The same of a group's keys or values, and 0 behind the last of them up to a whole panel. */
+INLINE void lay_out_keys(const Attention *of, const Desk *desk, Heads heads, int row, int group, float *to) {
+    size_t end = (size_t)of->num_keys * desk->width, whole_end = (size_t)desk->keys * desk->width;
+    lay_out(of, heads, row, group, 0, of->num_keys, desk->width, 1, to);
+    memset(to + end, 0, 4 * (whole_end - end));
+}
+
 /* The other way round. */
 INLINE void give_back(const Attention *of, const float *from, Heads heads, int row, int head, int first,
                       int count, int width, float factor) {
@@ -184,8 +192,8 @@ INLINE float exponentials_of(const Desk *desk, const float *bias, float shift, f
 static void attend_to(const Attention *of, Desk *desk, int row, int group) {
     float scale = 1.0f / sqrtf((float)of->size);
     int heads = of->groups * of->heads_per_group, width = desk->width;
-    lay_out(of, of->keys, row, group, 0, of->num_keys, width, 1, desk->key);
-    lay_out(of, of->values, row, group, 0, of->num_keys, width, 1, desk->value);
+    lay_out_keys(of, desk, of->keys, row, group, desk->key);
+    lay_out_keys(of, desk, of->values, row, group, desk->value);
     turn(desk->key, desk->keys, width, desk->turned_key, desk->keys);
     for (int first = 0; first < of->num_queries; first += PASSING) {
         int count = of->num_queries - first < PASSING ? of->num_queries - first : PASSING;
@@ -219,8 +227,8 @@ static void attend_back(const Attention *of, Desk *desk, int row, int group) {
     float scale = 1.0f / sqrtf((float)of->size);
     int heads = of->groups * of->heads_per_group, width = desk->width;
     size_t each = (size_t)desk->keys * width;
-    lay_out(of, of->keys, row, group, 0, of->num_keys, width, 1, desk->key);
-    lay_out(of, of->values, row, group, 0, of->num_keys, width, 1, desk->value);
+    lay_out_keys(of, desk, of->keys, row, group, desk->key);
+    lay_out_keys(of, desk, of->values, row, group, desk->value);
     turn(desk->key, desk->keys, width, desk->turned_key, desk->keys);
     turn(desk->value, desk->keys, width, desk->turned_value, desk->keys);
     memset(desk->key_grad, 0, 4 * each);
@@ -294,7 +302,6 @@ int nestling_attention(const Attention *of, int backward, int num_threads) {
     size_t each = set_up(of, NULL, &none);
     float *memory = aligned_alloc(64, 4 * each * (size_t)num_threads);
     if (memory == NULL) return 1;
-    memset(memory, 0, 4 * each * (size_t)num_threads);
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic)
     for (int unit = 0; unit < of->rows * of->groups; unit++) {
         Desk desk;

@@ -121,6 +121,28 @@ INLINE lanes exponential(lanes x) {
     return (lanes)((words)y & ~(words)(x < -80.0f));
 }
 
+/* RMSNorm of `count` values: y = x * scale * weight; gives the scale, 1 / sqrt(mean(x^2) + epsilon). */
+INLINE float normalise(const float *x, const float *weight, int count, float epsilon, float *y) {
+    lanes squares = {0};
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) squares = fused(load(x + i), load(x + i), squares);
+    float sum = total(squares);
+    for (; i < count; i++) sum += x[i] * x[i];
+    float scale = 1.0f / sqrtf(sum / (float)count + epsilon);
+#pragma omp simd
+    for (int i = 0; i < count; i++) y[i] = x[i] * scale * weight[i];
+    return scale;
+}
+
+/* Rotary positions of a head: halves of x turn into each other; sines have the sign of the rotation. */
+INLINE void rotate(const float *x, const float *cosines, const float *sines, int half, float *y) {
+#pragma omp simd
+    for (int i = 0; i < half; i++) {
+        y[i] = x[i] * cosines[i] + x[i + half] * sines[i];
+        y[i + half] = x[i + half] * cosines[i + half] + x[i] * sines[i + half];
+    }
+}
+
 /* Values [count] in FP32 or BF16 times a factor, to fp32; and fp32 back to them. */
 INLINE void take(int type, const void *from, size_t at, int count, float factor, float *to) {
     if (type == BF16)

@@ -86,18 +86,6 @@ INLINE Range share(const Thread *thread, int count) {
 
 /* ---------------------------------------------------------------- parts of a layer */
 
-/* RMSNorm of `count` values: y = x / sqrt(mean(x^2) + epsilon) * weight. */
-INLINE void normalise(const float *x, const float *weight, int count, float epsilon, float *y) {
-    lanes squares = {0};
-    int i = 0;
-    for (; i + LANES <= count; i += LANES) squares = fused(load(x + i), load(x + i), squares);
-    float sum = total(squares);
-    for (; i < count; i++) sum += x[i] * x[i];
-    float scale = 1.0f / sqrtf(sum / (float)count + epsilon);
-#pragma omp simd
-    for (int i = 0; i < count; i++) y[i] = x[i] * scale * weight[i];
-}
-
 /* Every thread makes the whole input for itself: that takes less time than waiting for each other. */
 static void norm_rows(const Pass *pass, const Thread *thread, const float *weight) {
     const Model *model = pass->model;
@@ -124,16 +112,6 @@ INLINE const void *given(const Pass *pass, const Thread *thread, const void *inp
         place_codes((const float *)input + (size_t)r * width, count, thread->input, pass->num_rows, r,
                     thread->codes);
     return thread->input;
-}
-
-INLINE void rotate(float *x, const float *cosines, const float *sines, int count, float *old) {
-    memcpy(old, x, 4 * (size_t)count);
-    int half = count / 2;
-#pragma omp simd
-    for (int i = 0; i < half; i++) {
-        x[i] = old[i] * cosines[i] + old[i + half] * sines[i];
-        x[i + half] = old[i + half] * cosines[i + half] + old[i] * sines[i + half];
-    }
 }
 
 INLINE size_t cached_at(const Model *model, const Request *request, int group, int position) {
@@ -170,7 +148,8 @@ static void project(const Pass *pass, const Thread *thread, const Layer *layer) 
             if (norm) normalise(y, norm, size, model->epsilon, y);
             if (is_query || is_key) {
                 size_t angles = (size_t)row->position * size;
-                rotate(y, model->cosines + angles, model->sines + angles, size, thread->line);
+                memcpy(thread->line, y, 4 * (size_t)size);
+                rotate(thread->line, model->cosines + angles, model->sines + angles, size / 2, y);
             }
             if (is_query) {
                 memcpy(pass->queries + (size_t)r * model->query_width + head * size, y, 4 * (size_t)size);

@@ -33,13 +33,7 @@ typedef struct {
 static void normalise_row(const Norm *of, int64_t row, float *x) {
     int size = (int)of->size;
     take(of->type, of->x, (size_t)(row * of->size), size, 1, x);
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int i = 0; i < size; i++) squares += x[i] * x[i];
-    float inverse = 1.0f / sqrtf(squares / (float)size + of->epsilon);
-    of->inverse[row] = inverse;
-#pragma omp simd
-    for (int i = 0; i < size; i++) x[i] = x[i] * inverse * of->weight[i];
+    of->inverse[row] = normalise(x, of->weight, size, of->epsilon, x);
     put(of->result_type, x, 1, size, of->y, (size_t)(row * of->size));
 }
 
@@ -102,14 +96,6 @@ typedef struct {
     void *together;               /* [rows][positions][heads + 2 groups][size] */
     Heads queries, keys, values;
 } Placed;
-
-INLINE void rotate(const float *x, const float *cosines, const float *sines, int half, float *y) {
-#pragma omp simd
-    for (int i = 0; i < half; i++) {
-        y[i] = x[i] * cosines[i] + x[i + half] * sines[i];
-        y[i + half] = x[i + half] * cosines[i + half] + x[i] * sines[i + half];
-    }
-}
 
 INLINE void rotate_back(const float *y, const float *cosines, const float *sines, int half, float *x) {
 #pragma omp simd
