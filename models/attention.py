@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.cache import Memory, Reading, Readings
-from models.compiled.training import attention, place, training_dtype
+from models.compiled.calls import training_dtype
+from models.compiled.training import attention, place
 from models.config import ElasticConfig
 from models.layers import NestedLinear, NestedMap, RMSNorm, rotate
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.compiled.training import rms_norm, swiglu, training_dtype
+from models.compiled.calls import training_dtype
+from models.compiled.training import rms_norm, swiglu
 from models.config import ElasticConfig
 from models.kernels import Finish, finished
 

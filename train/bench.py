@@ -6,7 +6,7 @@
 
 All train on the recipe's own rows, in the same dtype, a few steps each, round after round in one process, so
 that a disturbance hits each alike; a figure is the median over the rounds. What `nestling train` tells the C
-library of freed memory (train/memory.py) holds for all of them. Set-up and the first step of a
+library of freed memory (train/memory.py) holds for all of them. Set-up and the first steps of a
 round are not timed. Members learn from the divergence from the first step on, which costs more than the
 cross-entropy before it. A recipe's teacher teaches the full model alone as well; transformers.Trainer trains
 on its tokenizer and on text alone. Peak memory is that of a fresh process for each.
@@ -48,8 +48,8 @@ from train.teacher import check_teacher, open_teacher
 PRODUCT_SIDE = 2048
 """Of the square product whose rate is the roof: large enough to reach it, small enough for a second."""
 
-MEMORY_STEPS = 3
-"""The second step already holds all that training ever holds; the third leaves room for doubt."""
+WARM_STEPS = 5
+"""Not timed: while a step's arrays find their places the system is asked for memory, as later it is not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,15 +162,15 @@ def measure_roof(dtype: str, *, on_gpu: bool, clock: Clock) -> float:
 
 
 def train_briefly(contender: Contender, data: TextData, steps: int, clock: Clock) -> float:
-    """Train from new weights for one step and then so many; seconds of one of these."""
+    """Train from new weights for a few steps and then so many; seconds of one of these."""
     torch.manual_seed(contender.recipe.seed)
     model = make_model(contender.recipe, data)
     marks = Marks(clock)
     with _quiet(), tempfile.TemporaryDirectory(prefix="nestling-bench-") as scratch:
         run = _train_ours if contender.engine == "nestling" else _train_theirs
-        run(contender.recipe, model, data, 1 + steps, marks, Path(scratch))
-    assert len(marks.times) == 1 + steps, (len(marks.times), steps)
-    return (marks.times[-1] - marks.times[0]) / steps
+        run(contender.recipe, model, data, WARM_STEPS + steps, marks, Path(scratch))
+    assert len(marks.times) == WARM_STEPS + steps, (len(marks.times), steps)
+    return (marks.times[-1] - marks.times[WARM_STEPS - 1]) / steps
 
 
 class Marks:
@@ -276,13 +276,13 @@ def _peak(contender: Contender, threads: int) -> dict[str, int]:
         keep_freed_memory()
     data = TextData(contender.recipe).prepare()
     if torch.cuda.is_available() and contender.recipe.trainer.accelerator != "cpu":
-        train_briefly(contender, data, MEMORY_STEPS - 1, time.perf_counter)
+        train_briefly(contender, data, 1, time.perf_counter)
         peak = torch.cuda.max_memory_allocated()
         return {"peak_bytes": peak, "training_bytes": peak}
     if contender.engine == "transformers":
         import transformers.trainer  # noqa: F401 (what libraries take is no cost of training)
     before = _memory_now("VmRSS")
-    train_briefly(contender, data, MEMORY_STEPS - 1, time.perf_counter)
+    train_briefly(contender, data, 1, time.perf_counter)
     peak = _memory_now("VmHWM")
     return {"peak_bytes": peak, "training_bytes": peak - before}
 

@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.compiled.calls import training_dtype
+from models.compiled.losses import overlap
+from models.compiled.panels import TYPES
+
 TINY = torch.finfo(torch.float32).tiny
 LOG_TINY = math.log(TINY)
 
@@ -190,6 +194,9 @@ def _variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 
 def _overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+    draft_alone = not target_logits_NV.requires_grad and target_logits_NV.dtype in TYPES
+    if draft_alone and training_dtype(draft_logits_NV) is not None:
+        return overlap(target_logits_NV, draft_logits_NV, temperature)
     overlap_N: Tensor = _Overlap.apply(target_logits_NV, draft_logits_NV, temperature)  # type: ignore[no-untyped-call]
     return overlap_N
 

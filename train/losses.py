@@ -9,8 +9,8 @@ Legend: N tokens, V vocabulary.
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.compiled.training import cross_entropy as compiled_cross_entropy
-from models.compiled.training import training_dtype
+from models.compiled.calls import training_dtype
+from models.compiled.losses import cross_entropy as compiled_cross_entropy
 from train.divergences import DIVERGENCES, SETTINGS, alpha, at_least_fp32, greedy_match
 from train.recipe import LossConfig
 

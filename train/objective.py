@@ -31,7 +31,7 @@ from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
 from train.losses import cross_entropy, member_loss, ramp
 from train.recipe import LossConfig
-from train.rows import rows_of_a_piece, sum_by_pieces, wide_parts
+from train.rows import rows_of_a_piece, sum_by_pieces
 from train.sampler import StepPlan, Turn
 
 
@@ -162,7 +162,7 @@ def _score(
         labels_n = labels_N[span.start : span.stop]
         # One product for all: an exit's few rows, and their part of the weights' gradient, are slow alone.
         together_NV = F.linear(torch.cat([last_ND, *members_ND]), weight_VD)
-        logits_NV, *logits = wide_parts(together_NV, [len(last_ND), *map(len, members_ND)])
+        logits_NV, *logits = together_NV.split([len(last_ND), *map(len, members_ND)])
         full_NV = logits_NV.detach()
         if lesson is None:
             loss_N = cross_entropy(logits_NV, labels_n)

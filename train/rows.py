@@ -72,34 +72,6 @@ def sum_by_pieces(
     return terms_M.sum(), terms_M
 
 
-def wide_parts(whole_NV: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
-    """Its rows in parts, in fp32 at least; gradients come back in one array, each rounded as it is put there.
-
-    >>> [part.tolist() for part in wide_parts(torch.tensor([[1.0], [2.0], [3.0]]).half(), [1, 2])]
-    [[[1.0]], [[2.0], [3.0]]]
-    """
-    parts: tuple[Tensor, ...] = whole_NV.split(list(counts))
-    if at_least_fp32(whole_NV.dtype) != whole_NV.dtype:
-        parts = _WideParts.apply(whole_NV, counts)  # type: ignore[no-untyped-call]
-    return parts
-
-
-class _WideParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole_NV: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
-        ctx.counts, ctx.dtype = counts, whole_NV.dtype
-        wide = at_least_fp32(whole_NV.dtype)
-        return tuple(part.to(wide) for part in whole_NV.split(counts))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        whole_NV = grads[0].new_empty(sum(ctx.counts), grads[0].shape[1], dtype=ctx.dtype)
-        for part, grad in zip(whole_NV.split(ctx.counts), grads, strict=True):
-            part.copy_(grad)
-        return whole_NV, None
-
-
 class _SumByPieces(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -61,14 +61,23 @@ INLINE lanes spread(float value) { return value - (lanes){0}; }
 
 INLINE lanes load(const float *from) { return *(const loose_lanes *)from; }
 
+/* a > b ? a : b, and a < b ? a : b, which say what becomes of NaN. */
 INLINE lanes larger(lanes a, lanes b) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#else
     for (int i = 0; i < LANES; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
     return a;
+#endif
 }
 
 INLINE lanes smaller(lanes a, lanes b) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_min_ps((__m512)a, (__m512)b);
+#else
     for (int i = 0; i < LANES; i++) a[i] = a[i] < b[i] ? a[i] : b[i];
     return a;
+#endif
 }
 
 INLINE float total(lanes sums) {
@@ -103,6 +112,72 @@ INLINE float fast_exp(float x) {
 }
 
 INLINE void store(lanes values, float *to) { *(loose_lanes *)to = values; }
+
+/* Values [count] in FP32 or BF16 times a factor, to fp32; and fp32 back to them. */
+INLINE void take(int type, const void *from, size_t at, int count, float factor, float *to) {
+    if (type == BF16)
+        for (int i = 0; i < count; i++) to[i] = from_bf16(((const uint16_t *)from)[at + i]) * factor;
+    else
+        for (int i = 0; i < count; i++) to[i] = ((const float *)from)[at + i] * factor;
+}
+
+INLINE void put(int type, const float *from, float factor, int count, void *to, size_t at) {
+    if (type == BF16)
+        for (int i = 0; i < count; i++) ((uint16_t *)to)[at + i] = to_bf16(from[i] * factor);
+    else
+        for (int i = 0; i < count; i++) ((float *)to)[at + i] = from[i] * factor;
+}
+
+INLINE lanes load_bf16(const uint16_t *from) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
+#else
+    lanes values;
+    for (int i = 0; i < LANES; i++) values[i] = from_bf16(from[i]);
+    return values;
+#endif
+}
+
+INLINE void store_bf16(lanes values, uint16_t *to) {
+#ifdef __AVX512F__
+    words all = (words)values;
+    all = (all + 0x7fffu + ((all >> 16) & 1u)) >> 16;
+    _mm256_storeu_si256((void *)to, _mm512_cvtepi32_epi16((__m512i)all));
+#else
+    for (int i = 0; i < LANES; i++) to[i] = to_bf16(values[i]);
+#endif
+}
+
+/* The last values, fewer than a vector has: these are in functions of their own lest the others be slow. */
+static __attribute__((noinline)) lanes load_rest(int type, const void *from, size_t at, int left,
+                                                 float behind) {
+    float some[LANES];
+    for (int i = 0; i < LANES; i++) some[i] = behind;
+    take(type, from, at, left, 1, some);
+    return load(some);
+}
+
+static __attribute__((noinline)) void store_rest(int type, lanes values, void *to, size_t at, int left) {
+    float some[LANES];
+    store(values, some);
+    put(type, some, 1, left, to, at);
+}
+
+/* A vector of values in FP32 or BF16 of which `left` are left; another value stands behind them. */
+INLINE lanes load_values(int type, const void *from, size_t at, int64_t left, float behind) {
+    if (left < LANES) return load_rest(type, from, at, (int)left, behind);
+    return type == FP32 ? load((const float *)from + at) : load_bf16((const uint16_t *)from + at);
+}
+
+/* The other way round: no more than are left. */
+INLINE void store_values(int type, lanes values, void *to, size_t at, int64_t left) {
+    if (left < LANES)
+        store_rest(type, values, to, at, (int)left);
+    else if (type == FP32)
+        store(values, (float *)to + at);
+    else
+        store_bf16(values, (uint16_t *)to + at);
+}
 
 /* e^x of numbers up to 88, as `fast_exp` has it but with fused sums; 0 where that is next to nothing. */
 INLINE lanes exponential(lanes x) {
@@ -141,21 +216,6 @@ INLINE void rotate(const float *x, const float *cosines, const float *sines, int
         y[i] = x[i] * cosines[i] + x[i + half] * sines[i];
         y[i + half] = x[i + half] * cosines[i + half] + x[i] * sines[i + half];
     }
-}
-
-/* Values [count] in FP32 or BF16 times a factor, to fp32; and fp32 back to them. */
-INLINE void take(int type, const void *from, size_t at, int count, float factor, float *to) {
-    if (type == BF16)
-        for (int i = 0; i < count; i++) to[i] = from_bf16(((const uint16_t *)from)[at + i]) * factor;
-    else
-        for (int i = 0; i < count; i++) to[i] = ((const float *)from)[at + i] * factor;
-}
-
-INLINE void put(int type, const float *from, float factor, int count, void *to, size_t at) {
-    if (type == BF16)
-        for (int i = 0; i < count; i++) ((uint16_t *)to)[at + i] = to_bf16(from[i] * factor);
-    else
-        for (int i = 0; i < count; i++) ((float *)to)[at + i] = from[i] * factor;
 }
 
 #ifdef __AVX512F__

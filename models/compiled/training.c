@@ -1,5 +1,5 @@
 /* What lies between the matrix products of a training step, forward and backward: RMSNorm, rotary positions,
-   attention, SwiGLU, cross-entropy. models/compiled/training.py calls them.
+   attention, SwiGLU, cross-entropy, acceptance. models/compiled/training.py and losses.py call them.
 
    Each reads its arguments from memory once, which torch's operations do a dozen times. Values are in FP32 or
    BF16, sums and whatever lies between in fp32. Sums are taken in one order, whatever the number of threads.
@@ -13,6 +13,8 @@
 
 /* Sums over all rows, such as a weight's gradient, are those of so many parts of the rows. */
 enum { PARTS = 64 };
+/* Values that a thread walks over before it asks for more. */
+enum { GATES = 4096 };
 
 /* ---------------------------------------------------------------- RMSNorm: y = x * inverse * weight */
 
@@ -148,35 +150,32 @@ typedef struct {
     void *gate_grad, *up_grad;
 } Gated;
 
-INLINE void gate_values(const Gated *of, int backward, int64_t first, int count) {
-    float gate[PANEL], up[PANEL], grad[PANEL], y[PANEL];
-    take(of->type, of->gate, (size_t)first, count, 1, gate);
-    take(of->type, of->up, (size_t)first, count, 1, up);
-    if (backward) take(of->type, of->y_grad, (size_t)first, count, 1, grad);
-    for (int i = 0; i < PANEL; i += LANES) {
-        lanes g = load(gate + i), open = 1.0f / (exponential(smaller(spread(0) - g, spread(88.0f))) + 1.0f);
-        lanes silu = g * open, u = load(up + i);
+INLINE void gate_values(int type, const Gated *of, int backward, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; i += LANES) {
+        size_t at = (size_t)i;
+        lanes gate = load_values(type, of->gate, at, end - i, 0),
+              up = load_values(type, of->up, at, end - i, 0),
+              open = 1.0f / (exponential(smaller(spread(0) - gate, spread(88.0f))) + 1.0f),
+              silu = gate * open;
         if (backward) {
-            lanes d = load(grad + i);
-            store(d * u * (open + silu * (1.0f - open)), gate + i);
-            store(d * silu, up + i);
+            lanes grad = load_values(type, of->y_grad, at, end - i, 0);
+            store_values(type, grad * up * (open + silu * (1.0f - open)), of->gate_grad, at, end - i);
+            store_values(type, grad * silu, of->up_grad, at, end - i);
         } else {
-            store(silu * u, y + i);
+            store_values(type, silu * up, of->y, at, end - i);
         }
-    }
-    if (backward) {
-        put(of->type, gate, 1, count, of->gate_grad, (size_t)first);
-        put(of->type, up, 1, count, of->up_grad, (size_t)first);
-    } else {
-        put(of->type, y, 1, count, of->y, (size_t)first);
     }
 }
 
 int nestling_gate(const Gated *of, int backward, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (int64_t panel = 0; panel < of->count / PANEL; panel++)
-        gate_values(of, backward, panel * PANEL, PANEL);
-    if (of->count % PANEL) gate_values(of, backward, of->count / PANEL * PANEL, (int)(of->count % PANEL));
+    for (int64_t first = 0; first < of->count; first += GATES) {
+        int64_t end = first + GATES < of->count ? first + GATES : of->count;
+        if (of->type == BF16)
+            gate_values(BF16, of, backward, first, end);
+        else
+            gate_values(FP32, of, backward, first, end);
+    }
     return 0;
 }
 
@@ -192,32 +191,134 @@ typedef struct {
     void *logits_grad;
 } Entropy;
 
+INLINE float largest_value(int type, const void *values, size_t at, int64_t size) {
+    lanes highest = spread(-INFINITY);
+    for (int64_t i = 0; i < size; i += LANES)
+        highest = larger(highest, load_values(type, values, at + (size_t)i, size - i, -INFINITY));
+    return largest((const float *)&highest, LANES);
+}
+
+INLINE void entropy_of_row(int type, const Entropy *of, int backward, int64_t row) {
+    int64_t size = of->size, label = of->labels[row];
+    size_t at = (size_t)(row * size);
+    float own = 0, grad = backward && label >= 0 ? of->loss_grads[row] : 0;
+    if (label >= 0) take(type, of->logits, at + (size_t)label, 1, 1, &own);
+    if (backward) {
+        float log_sum = of->log_sums[row];
+        for (int64_t i = 0; i < size; i += LANES) {
+            lanes x = load_values(type, of->logits, at + (size_t)i, size - i, 0);
+            store_values(type, exponential(x - log_sum) * grad, of->logits_grad, at + (size_t)i, size - i);
+        }
+        if (label < 0) return;
+        own = exponential(spread(own - log_sum))[0] * grad - grad;
+        put(type, &own, 1, 1, of->logits_grad, at + (size_t)label);
+    } else {
+        float most = largest_value(type, of->logits, at, size);
+        lanes sums = {0};
+        for (int64_t i = 0; i < size; i += LANES)
+            sums += exponential(load_values(type, of->logits, at + (size_t)i, size - i, -INFINITY) - most);
+        of->log_sums[row] = most + logf(total(sums));
+        of->losses[row] = label < 0 ? 0 : of->log_sums[row] - own;
+    }
+}
+
 /* -log softmax(logits)[label] of each row; or the gradient, loss_grad * (softmax(logits) - [label]). */
 int nestling_cross_entropy(const Entropy *of, int backward, int num_threads) {
-    int size = (int)of->size;
-    size_t line = padded((size_t)size);
-    float *memory = aligned_alloc(64, 4 * line * (size_t)num_threads);
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int64_t row = 0; row < of->rows; row++)
+        if (of->type == BF16)
+            entropy_of_row(BF16, of, backward, row);
+        else
+            entropy_of_row(FP32, of, backward, row);
+    return 0;
+}
+
+/* ---------------------------------------------------------------- acceptance: sum of min(p, q) */
+
+typedef struct {
+    int32_t type;
+    const void *logits;
+    int64_t row;     /* from one row to the next */
+    float *log_sums; /* [rows] */
+} Side;
+
+typedef struct {
+    Side target, draft;
+    int64_t rows, size;
+    float scale;                /* of the logits: 1 / temperature */
+    float *overlaps, *less;     /* [rows]; less: sum of q where q < p */
+    const float *overlap_grads; /* of the backward pass, as the rest */
+    void *draft_grad;
+} Overlap;
+
+/* Values where x < y, else 0. */
+INLINE lanes where_less(lanes x, lanes y, lanes values) { return (lanes)((words)values & (words)(x < y)); }
+
+/* p [size], to be divided by its sum, and the logarithm that takes scaled logits to p. */
+INLINE float law_of(int type, Side side, int64_t row, int64_t size, float scale, float *p) {
+    size_t at = (size_t)(row * side.row);
+    float most = largest_value(type, side.logits, at, size) * scale;
+    lanes sums = {0};
+    for (int64_t i = 0; i < size; i += LANES) {
+        lanes x = load_values(type, side.logits, at + (size_t)i, size - i, -INFINITY);
+        lanes some = exponential(x * scale - most);
+        store(some, p + i);
+        sums += some;
+    }
+    side.log_sums[row] = most + logf(total(sums));
+    return 1.0f / total(sums);
+}
+
+INLINE float any_law_of(Side side, int64_t row, int64_t size, float scale, float *p) {
+    return side.type == BF16 ? law_of(BF16, side, row, size, scale, p)
+                             : law_of(FP32, side, row, size, scale, p);
+}
+
+static void overlap_of_row(const Overlap *of, int64_t row, float *p, float *q) {
+    float of_p = any_law_of(of->target, row, of->size, of->scale, p),
+          of_q = any_law_of(of->draft, row, of->size, of->scale, q);
+    lanes sums = {0}, all = {0}, less = {0};
+    for (int64_t i = 0; i < of->size; i += LANES) {
+        lanes ours = load(q + i) * of_q, theirs = load(p + i) * of_p;
+        sums += smaller(theirs, ours);
+        all += theirs;
+        less += where_less(ours, theirs, ours);
+    }
+    of->overlaps[row] = total(sums) / total(all);
+    of->less[row] = total(less);
+}
+
+INLINE void overlap_of_row_back(int target_type, int draft_type, const Overlap *of, int64_t row) {
+    Side target = of->target, draft = of->draft;
+    float less = of->less[row], grad = of->overlap_grads[row] * of->scale;
+    for (int64_t i = 0; i < of->size; i += LANES) {
+        int64_t left = of->size - i;
+        lanes x = load_values(target_type, target.logits, (size_t)(row * target.row + i), left, 0),
+              y = load_values(draft_type, draft.logits, (size_t)(row * draft.row + i), left, 0),
+              p = exponential(x * of->scale - target.log_sums[row]),
+              q = exponential(y * of->scale - draft.log_sums[row]);
+        store_values(draft_type, (where_less(q, p, q) - q * less) * grad, of->draft_grad,
+                     (size_t)(row * of->size + i), left);
+    }
+}
+
+/* sum of min(p, q) / sum of p, so that it is 1 at p = q whatever is rounded; or the gradient of the draft's
+   logits, overlap_grad * scale * q * ([q < p] - sum of q where q < p). */
+int nestling_overlap(const Overlap *of, int backward, int num_threads) {
+    size_t line = padded((size_t)of->size);
+    float *memory = aligned_alloc(64, 8 * line * (size_t)num_threads);
     if (memory == NULL) return 1;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int64_t row = 0; row < of->rows; row++) {
-        float *x = memory + line * (size_t)omp_get_thread_num();
-        size_t at = (size_t)(row * of->size);
-        int64_t label = of->labels[row];
-        take(of->type, of->logits, at, size, 1, x);
-        for (size_t i = (size_t)size; i < line; i++) x[i] = -INFINITY;
-        if (backward) {
-            float grad = label < 0 ? 0 : of->loss_grads[row];
-            for (size_t i = 0; i < line; i += LANES)
-                store(exponential(load(x + i) - of->log_sums[row]) * grad, x + i);
-            if (label >= 0) x[label] -= grad;
-            put(of->type, x, 1, size, of->logits_grad, at);
-        } else {
-            float most = largest(x, size), own = label < 0 ? 0 : x[label];
-            lanes sums = {0};
-            for (size_t i = 0; i < line; i += LANES) sums += exponential(load(x + i) - most);
-            of->log_sums[row] = most + logf(total(sums));
-            of->losses[row] = label < 0 ? 0 : of->log_sums[row] - own;
-        }
+        float *p = memory + 2 * line * (size_t)omp_get_thread_num();
+        if (!backward)
+            overlap_of_row(of, row, p, p + line);
+        else if (of->target.type == BF16 && of->draft.type == BF16)
+            overlap_of_row_back(BF16, BF16, of, row);
+        else if (of->target.type == FP32 && of->draft.type == FP32)
+            overlap_of_row_back(FP32, FP32, of, row);
+        else
+            overlap_of_row_back(of->target.type, of->draft.type, of, row);
     }
     free(memory);
     return 0;

@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a training step on a CPU, compiled: see training.c.
+"""What lies between the matrix products of a layer that is trained on a CPU, compiled: see training.c.
 
 Each function does in one walk over its arguments, forward and backward, what torch's operations do in many,
 with sums in fp32. Values are in fp32 or bf16. Gradients are the same bits on any number of threads.
@@ -15,17 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models.compiled.build import library
+from models.compiled.calls import pointers, run
 from models.compiled.panels import PANEL, TYPES
-
-
-def training_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of products that follow x, if x is trained through where these functions run; else None."""
-    if not (torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu"):
-        return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    half = (torch.float32, torch.bfloat16)
-    return dtype if x.dtype in half and dtype in half and library("training") is not None else None
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,13 +68,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
     y: Tensor = _Gate.apply(gate.contiguous(), up.contiguous())  # type: ignore[no-untyped-call]
     return y
-
-
-def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Negative log-likelihood [N] of each label, in nats and fp32; 0 for labels below 0."""
-    assert labels_N.dtype == torch.int64, labels_N.dtype
-    loss_N: Tensor = _CrossEntropy.apply(logits_NV.contiguous(), labels_N.contiguous())  # type: ignore[no-untyped-call]
-    return loss_N
 
 
 # ---------------------------------------------------------------- how training.c is told
@@ -138,26 +122,6 @@ class _GateCall(ctypes.Structure):
     )
 
 
-class _EntropyCall(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_int32),
-        *((name, ctypes.c_int64) for name in ("rows", "size")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("logits", "labels", "losses", "log_sums", "loss_grads", "logits_grad")
-        ),
-    )
-
-
-def _run(name: str, call: ctypes.Structure, *, backward: bool = False) -> None:
-    if getattr(library("training"), name)(ctypes.byref(call), int(backward), torch.get_num_threads()):
-        raise MemoryError(f"{name} found no memory")
-
-
-def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [None if x is None else x.data_ptr() for x in tensors]
-
-
 def _heads(x_BHTK: Tensor) -> _Heads:
     return _Heads(x_BHTK.data_ptr(), *x_BHTK.stride()[:3])
 
@@ -185,7 +149,7 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight_D, inverse)
         ctx.shape = (TYPES[x.dtype], TYPES[dtype], inverse.numel(), x.shape[-1], eps)
-        _run("nestling_norm", _NormCall(*ctx.shape, *_pointers(x, wide_D, inverse, y)))
+        run("nestling_norm", _NormCall(*ctx.shape, *pointers(x, wide_D, inverse, y)))
         return y, x
 
     @staticmethod
@@ -199,8 +163,8 @@ class _Norm(torch.autograd.Function):
         wide_D, grad_y = weight_D.float().contiguous(), grad_y.contiguous()
         other = None if other is None else other.contiguous()
         grad_x, grad_D = torch.empty_like(x), torch.empty_like(wide_D)
-        pointers = (*_pointers(x, wide_D, inverse), None, *_pointers(grad_y, other, grad_x, grad_D))
-        _run("nestling_norm", _NormCall(*ctx.shape, *pointers), backward=True)
+        places = (*pointers(x, wide_D, inverse), None, *pointers(grad_y, other, grad_x, grad_D))
+        run("nestling_norm", _NormCall(*ctx.shape, *places), backward=True)
         return grad_x, grad_D.to(weight_D.dtype), None, None
 
 
@@ -216,9 +180,9 @@ class _Place(torch.autograd.Function):
         )
         ctx.save_for_backward(cosines_TK, sines_TK)
         ctx.shape = (TYPES[together_BTNK.dtype], rows, positions, heads, groups, size)
-        pointers = _pointers(cosines_TK, sines_TK, together_BTNK)
-        call = _PlaceCall(*ctx.shape, *pointers, *map(_heads, placed))
-        _run("nestling_place", call)
+        places = pointers(cosines_TK, sines_TK, together_BTNK)
+        call = _PlaceCall(*ctx.shape, *places, *map(_heads, placed))
+        run("nestling_place", call)
         return placed
 
     @staticmethod
@@ -228,9 +192,9 @@ class _Place(torch.autograd.Function):
         _, rows, positions, heads, groups, size = ctx.shape
         grads = tuple(map(_side_by_side, grads))
         together_BTNK = grads[0].new_empty(rows, positions, heads + 2 * groups, size)
-        pointers = _pointers(cosines_TK, sines_TK, together_BTNK)
-        call = _PlaceCall(*ctx.shape, *pointers, *map(_heads, grads))
-        _run("nestling_place", call, backward=True)
+        places = pointers(cosines_TK, sines_TK, together_BTNK)
+        call = _PlaceCall(*ctx.shape, *places, *map(_heads, grads))
+        run("nestling_place", call, backward=True)
         return together_BTNK, None, None, None, None
 
 
@@ -241,7 +205,7 @@ class _Attention(torch.autograd.Function):
         bias = _causal_bias(k_BGSK.shape[2]) if mask_TS is None else _bias(mask_TS)
         ctx.causal, saved = mask_TS is None, (q_BHTK, k_BGSK, v_BGSK, mixed_BHTK, log_sums_BHT, bias)
         ctx.save_for_backward(*saved)
-        _run("nestling_attention", _Attention.call(ctx.causal, *saved))
+        run("nestling_attention", _Attention.call(ctx.causal, *saved))
         return mixed_BHTK
 
     @staticmethod
@@ -252,7 +216,7 @@ class _Attention(torch.autograd.Function):
         call = _Attention.call(ctx.causal, *ctx.saved_tensors)
         call.mixed_grad, call.queries_grad = _heads(grad_BHTK), _heads(dq_BHTK)
         call.keys_grad, call.values_grad = _heads(dk_BGSK), _heads(dv_BGSK)
-        _run("nestling_attention", call, backward=True)
+        run("nestling_attention", call, backward=True)
         return dq_BHTK, dk_BGSK, dv_BGSK, None
 
     @staticmethod
@@ -293,7 +257,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         y = torch.empty_like(gate)
         ctx.save_for_backward(gate, up)
-        _run("nestling_gate", _GateCall(TYPES[gate.dtype], gate.numel(), *_pointers(gate, up, y)))
+        run("nestling_gate", _GateCall(TYPES[gate.dtype], gate.numel(), *pointers(gate, up, y)))
         return y
 
     @staticmethod
@@ -301,26 +265,6 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad, grads = grad.contiguous(), (torch.empty_like(gate), torch.empty_like(up))
-        pointers = (*_pointers(gate, up), None, *_pointers(grad, *grads))
-        _run("nestling_gate", _GateCall(TYPES[gate.dtype], gate.numel(), *pointers), backward=True)
+        places = (*pointers(gate, up), None, *pointers(grad, *grads))
+        run("nestling_gate", _GateCall(TYPES[gate.dtype], gate.numel(), *places), backward=True)
         return grads
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-        loss_N, log_sums_N = (torch.empty(len(labels_N), dtype=torch.float32) for _ in range(2))
-        ctx.save_for_backward(logits_NV, labels_N, log_sums_N)
-        pointers = _pointers(logits_NV, labels_N, loss_N, log_sums_N)
-        _run("nestling_cross_entropy", _EntropyCall(TYPES[logits_NV.dtype], *logits_NV.shape, *pointers))
-        return loss_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
-        logits_NV, labels_N, log_sums_N = ctx.saved_tensors
-        grad_N, grad_NV = grad_N.contiguous(), logits_NV.new_empty(logits_NV.shape)
-        pointers = (*_pointers(logits_NV, labels_N), None, *_pointers(log_sums_N, grad_N, grad_NV))
-        call = _EntropyCall(TYPES[logits_NV.dtype], *logits_NV.shape, *pointers)
-        _run("nestling_cross_entropy", call, backward=True)
-        return grad_NV, None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.rows import sum_by_pieces, wide_parts
+from train.rows import sum_by_pieces
 
 Losses = Callable[..., Tensor]
 
@@ -95,21 +95,3 @@ def test_no_more_than_one_piece_is_alive(states: list[Tensor], weight: Tensor) -
 
     total, _ = sum_by_pieces(function, [[x] for x in states[0].split(2)], [weight])
     assert (alive, total.requires_grad) == ([], True)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_wide_parts_are_the_rows_and_bring_their_gradients_back(dtype: torch.dtype) -> None:
-    whole = torch.randn(7, 3).to(dtype).requires_grad_()
-    parts = wide_parts(whole, [4, 0, 3])
-    wide = torch.promote_types(dtype, torch.float32)
-    assert [(len(part), part.dtype) for part in parts] == [(4, wide), (0, wide), (3, wide)]
-    assert torch.equal(torch.cat(parts), whole.to(wide))
-    grads = [torch.randn(4, 3, dtype=wide), torch.randn(3, 3, dtype=wide)]
-    (found,) = torch.autograd.grad([parts[0], parts[2]], whole, grads)
-    assert torch.equal(found, torch.cat(grads).to(dtype))
-
-
-def test_a_part_that_nobody_learns_from_has_no_gradient() -> None:
-    whole = torch.randn(5, 3).bfloat16().requires_grad_()
-    (found,) = torch.autograd.grad(wide_parts(whole, [2, 3])[1].sum(), whole)
-    assert torch.equal(found, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]).bfloat16()[:, None].expand(5, 3))

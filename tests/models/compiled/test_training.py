@@ -9,14 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.cache import Recording, SharedPrefix, block_starts
-from models.compiled.training import (
-    attention,
-    cross_entropy,
-    place,
-    rms_norm,
-    swiglu,
-    training_dtype,
-)
+from models.compiled.calls import training_dtype
+from models.compiled.losses import cross_entropy, overlap
+from models.compiled.training import attention, place, rms_norm, swiglu
 from models.config import ElasticConfig
 from models.layers import Rotary, rotate
 
@@ -195,11 +190,48 @@ def test_cross_entropy(shape: tuple[int, int], scale: float, dtype: torch.dtype)
     assert cross_entropy(make(*shape, dtype=dtype), labels_N).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("target_dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 33), (40, 512)])
+@pytest.mark.parametrize(("scale", "temperature"), [(1.0, 1.0), (3.0, 0.5), (50.0, 2.0)])
+def test_overlap(
+    shape: tuple[int, int], scale: float, temperature: float, target_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Sum of min(p, q) and its gradient, which goes to the draft alone."""
+    target_NV = make(*shape, dtype=target_dtype, scale=scale, seed=1)
+
+    def expected(draft_NV: Tensor) -> Tensor:
+        p_NV, q_NV = ((x.double() / temperature).softmax(-1) for x in (target_NV.detach(), draft_NV))
+        return torch.minimum(p_NV, q_NV).sum(-1)
+
+    def ours(draft_NV: Tensor) -> Tensor:
+        return overlap(target_NV, draft_NV, temperature)
+
+    check_against(expected, ours, make(*shape, dtype=dtype, scale=scale), dtype=dtype)
+    assert target_NV.grad is None
+    assert ours(make(*shape, dtype=dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_equal_laws_overlap_entirely(dtype: torch.dtype) -> None:
+    """Whatever is rounded; and where a law is 0 in places, and where they share nothing."""
+    x_NV = make(40, 77, dtype=dtype, scale=5.0)
+    assert torch.equal(overlap(x_NV, x_NV, 0.7), torch.ones(40))
+    some = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=dtype).requires_grad_()
+    other = torch.tensor([[-torch.inf, 0.0, -torch.inf]], dtype=dtype)
+    assert overlap(some, some, 1.0).item() == 1
+    value = overlap(other, some, 1.0)
+    value.backward()
+    assert value.item() == 0
+    torch.testing.assert_close(some.grad, torch.zeros_like(some))
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "attention": (lambda q, k, v: attention(q, k, v, None), [(3, 4, 70, 16), (3, 2, 70, 16), (3, 2, 70, 16)]),
     "norm": (lambda x, w: rms_norm(x, w, 1e-5, torch.float32)[0], [(70, 48), (48,)]),
     "swiglu": (swiglu, [(70, 48), (70, 48)]),
     "cross-entropy": (lambda x: cross_entropy(x, torch.arange(70) % 48), [(70, 48)]),
+    "overlap": (lambda q: overlap(make(70, 48, dtype=torch.float32, seed=3), q, 1.0), [(70, 48)]),
 }
 
 
