@@ -64,19 +64,20 @@ static void keep_largest(float *p, int count, int most, float mass) {
 
 /* Logits to the law that they make, in their place. */
 static void make_law(const Law *law, float *x, int count) {
-    float most = largest(x, count), mass = 0;
-#pragma omp simd reduction(+ : mass)
-    for (int i = 0; i < count; i++) {
-        float below = (x[i] - most) / law->temperature;
-        x[i] = below < -87.0f ? 0 : fast_exp(below);
-        mass += x[i];
+    float most = largest(x, count);
+    lanes sums = {0};
+    for (int i = 0; i < count; i += LANES) {
+        lanes logits = load_values(FP32, x, (size_t)i, count - i, -INFINITY);
+        lanes some = exponential((logits - most) / law->temperature);
+        store_values(FP32, some, x, (size_t)i, count - i);
+        sums += some;
     }
-    divide(x, count, mass);
+    divide(x, count, total(sums));
     if (0 < law->top_k && law->top_k < count) keep_largest(x, count, law->top_k, INFINITY);
     if (law->top_p < 1) keep_largest(x, count, INT_MAX, law->top_p);
     if (law->min_p > 0) {
         float least = law->min_p * largest(x, count);
-        mass = at_least(x, count, least).mass;
+        float mass = at_least(x, count, least).mass;
 #pragma omp simd
         for (int i = 0; i < count; i++) x[i] = x[i] < least ? 0 : x[i] / mass;
     }

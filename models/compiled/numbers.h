@@ -93,24 +93,6 @@ INLINE float largest(const float *x, int count) {
     return most;
 }
 
-/* e^x to two units in the last place, from the usual series after taking out a power of two. */
-INLINE float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    float exponent = x * 1.44269504f + shift;
-    uint32_t power = (bits(exponent) + 127) << 23;
-    exponent -= shift;
-    float r = x - exponent * 0.693359375f + exponent * 2.12194440e-4f;
-    float series = 1.9875691500e-4f;
-    series = series * r + 1.3981999507e-3f;
-    series = series * r + 8.3334519073e-3f;
-    series = series * r + 4.1665795894e-2f;
-    series = series * r + 1.6666665459e-1f;
-    series = series * r + 5.0000001201e-1f;
-    return (series * r * r + r + 1.0f) * number(power);
-}
-
 INLINE void store(lanes values, float *to) { *(loose_lanes *)to = values; }
 
 /* Values [count] in FP32 or BF16 times a factor, to fp32; and fp32 back to them. */
@@ -179,9 +161,10 @@ INLINE void store_values(int type, lanes values, void *to, size_t at, int64_t le
         store_bf16(values, (uint16_t *)to + at);
 }
 
-/* e^x of numbers up to 88, as `fast_exp` has it but with fused sums; 0 where that is next to nothing. */
+/* e^x of numbers up to 88, to two units in the last place, from the usual series after taking out a power of
+   two; 0 where that is next to nothing, and never a number so small that processors are slow with it. */
 INLINE lanes exponential(lanes x) {
-    const lanes shift = spread(12582912.0f);
+    const lanes shift = spread(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
     lanes exponent = fused(x, spread(1.44269504f), shift);
     lanes power = (lanes)(((words)exponent + 127u) << 23);
     exponent -= shift;
@@ -195,6 +178,8 @@ INLINE lanes exponential(lanes x) {
     lanes y = (fused(series, r * r, r) + 1.0f) * power;
     return (lanes)((words)y & ~(words)(x < -80.0f));
 }
+
+INLINE lanes sigmoid(lanes x) { return 1.0f / (exponential(smaller(spread(0) - x, spread(88.0f))) + 1.0f); }
 
 /* RMSNorm of `count` values: y = x * scale * weight; gives the scale, 1 / sqrt(mean(x^2) + epsilon). */
 INLINE float normalise(const float *x, const float *weight, int count, float epsilon, float *y) {

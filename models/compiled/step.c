@@ -60,16 +60,16 @@ typedef struct {
     const Row *rows;
     int num_rows, num_scored;
     float *x, *queries, *logits; /* [rows][hidden], [rows][query_width], [all scored][num_outputs] */
-    void *mixed, *hidden; /* inputs of `output` and `down`, or with INT8 rows of fp32 that become one */
+    Input mixed, hidden; /* inputs of `output` and `down`, or with INT8 rows of fp32 that become one */
 } Pass;
 
 typedef struct {
     int number, count; /* of this thread, and of all */
-    void *input;       /* of a product that follows a norm, or of any with INT8 */
+    Input input;       /* of a product that follows a norm, or of any with INT8 */
     int8_t *codes;     /* one row of such an input in 8 bits */
     float *line;       /* one row of such an input, or of queries and keys */
     float *y, *z;      /* results of one or two products: [rows][a panel, or those of a head] */
-    void *asked;       /* QUERIES queries, as a product reads them */
+    Input asked;       /* QUERIES queries, as a product reads them */
     words *panel;      /* of keys */
     float *scores;     /* of such queries, each with num_scores positions */
     size_t num_scores;
@@ -86,30 +86,31 @@ INLINE Range share(const Thread *thread, int count) {
 
 /* ---------------------------------------------------------------- parts of a layer */
 
+/* An input of which fewer rows are used. */
+INLINE Input of_rows(Input input, int rows) { return (Input){input.values, rows, input.room}; }
+
 /* Every thread makes the whole input for itself: that takes less time than waiting for each other. */
 static void norm_rows(const Pass *pass, const Thread *thread, const float *weight) {
     const Model *model = pass->model;
     for (int r = 0; r < pass->num_rows; r++) {
         normalise(pass->x + (size_t)r * model->hidden, weight, model->hidden, model->epsilon, thread->line);
-        place_row(model->weights, thread->line, model->hidden, thread->input, pass->num_rows, r,
-                  thread->codes);
+        place_row(model->weights, thread->line, model->hidden, thread->input, r, thread->codes);
     }
 }
 
-/* Give values [count] of a row to an input that threads make together, of `width` values in all. */
-INLINE void give(int type, const float *values, int first, int count, void *input, int width, int num_rows,
-                 int row) {
+/* Give values [count] of a row to an input that threads make together. */
+INLINE void give(int type, const float *values, int first, int count, Input input, int row) {
     if (type == INT8)
-        memcpy((float *)input + (size_t)row * width + first, values, 4 * (size_t)count);
+        memcpy((float *)input.values + (size_t)row * input.room + first, values, 4 * (size_t)count);
     else
-        place(type, values, first, count, input, num_rows, row);
+        place(type, values, first, count, input, row);
 }
 
 /* The input made of what was given: with INT8 every thread scales all rows for itself, as after a norm. */
-INLINE const void *given(const Pass *pass, const Thread *thread, const void *input, int width, int count) {
+INLINE Input given(const Pass *pass, const Thread *thread, Input input, int count) {
     if (pass->model->weights != INT8) return input;
     for (int r = 0; r < pass->num_rows; r++)
-        place_codes((const float *)input + (size_t)r * width, count, thread->input, pass->num_rows, r,
+        place_codes((const float *)input.values + (size_t)r * input.room, count, thread->input, r,
                     thread->codes);
     return thread->input;
 }
@@ -138,8 +139,7 @@ static void project(const Pass *pass, const Thread *thread, const Layer *layer) 
         Map map = is_query ? layer->query : is_key ? layer->key : layer->value;
         const float *norm = is_query ? layer->query_norm : is_key ? layer->key_norm : NULL;
         for (int p = 0; p < panels; p++)
-            product(model->weights, map, head * panels + p, n, thread->input, m, thread->y + p * PANEL,
-                    stride);
+            product(model->weights, map, head * panels + p, n, thread->input, thread->y + p * PANEL, stride);
         for (int r = 0; r < m; r++) {
             const Row *row = pass->rows + r;
             float *y = thread->y + (size_t)r * stride;
@@ -188,14 +188,6 @@ INLINE void key_panel(const uint32_t *keys, int first, int count, int entries, w
         for (int output = 0; output < PANEL; output++) to[i * PANEL + output] = of[output][i];
 }
 
-INLINE lanes load_cached(int type, const void *store, size_t at) {
-    float values[LANES];
-    for (int i = 0; i < LANES; i++) values[i] = cached(type, store, at + i);
-    lanes result;
-    memcpy(&result, values, sizeof result);
-    return result;
-}
-
 /* mixed [queries][size] += scores [queries][count] . values [count][size], for some of the 16s of `size`. */
 INLINE void mix(int type, int queries, int parts, const float *scores, size_t stride, const void *values,
                 size_t at, int count, int size, float *mixed) {
@@ -204,7 +196,7 @@ INLINE void mix(int type, int queries, int parts, const float *scores, size_t st
         for (int p = 0; p < parts; p++) sums[q][p] = (lanes){0};
     for (int s = 0; s < count; s++)
         for (int p = 0; p < parts; p++) {
-            lanes value = load_cached(type, values, at + (size_t)s * size + p * LANES);
+            lanes value = load_values(type, values, at + (size_t)s * size + p * LANES, LANES, 0);
             for (int q = 0; q < queries; q++)
                 sums[q][p] = fused(value, spread(scores[q * stride + s]), sums[q][p]);
         }
@@ -230,16 +222,17 @@ INLINE void mix_all(int type, int queries, const float *scores, size_t stride, c
 
 /* scores [count] to their exponentials, of which those from `seen` on are 0; returns their sum. */
 INLINE float exponentials(float *scores, int seen, int count, float scale) {
+    int whole_end = ceil_div(seen, LANES) * LANES;
     float most = largest(scores, seen);
-#pragma omp simd
-    for (int s = 0; s < seen; s++) scores[s] = fast_exp((scores[s] - most) * scale);
-    for (int s = seen; s < count; s++) scores[s] = 0;
     lanes sums = {0};
-    int s = 0;
-    for (; s + LANES <= seen; s += LANES) sums += load(scores + s);
-    float sum = total(sums);
-    for (; s < seen; s++) sum += scores[s];
-    return sum;
+    for (int s = seen; s < whole_end; s++) scores[s] = -INFINITY;
+    for (int s = 0; s < seen; s += LANES) {
+        lanes some = exponential((load(scores + s) - most) * scale);
+        store(some, scores + s);
+        sums += some;
+    }
+    for (int s = whole_end; s < count; s++) scores[s] = 0;
+    return total(sums);
 }
 
 /* Softmax attention of the queries of one request's rows and one group, from number `mine.first` on: query q
@@ -258,15 +251,16 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
         int first = mine.first + total * lot / lots;
         int queries = mine.first + total * (lot + 1) / lots - first;
         int count = pass->rows[first_row + (first + queries - 1) / each].position + 1;
+        Input asked = of_rows(thread->asked, queries);
         for (int q = 0; q < queries; q++) {
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;
             const float *query = pass->queries + (size_t)row * model->query_width + (size_t)head * size;
-            place(type, query, 0, size, thread->asked, queries, q);
+            place(type, query, 0, size, asked, q);
         }
         for (int s = 0; s < count; s += PANEL) {
             key_panel(group_keys, s, count, n, thread->panel);
             Map map = {.panels = thread->panel, .entries = n};
-            product(type, map, 0, n, thread->asked, queries, thread->scores + s, stride);
+            product(type, map, 0, n, asked, thread->scores + s, stride);
         }
         float sums[QUERIES];
         for (int q = 0; q < queries; q++) {
@@ -288,8 +282,7 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;
             float share_of_one = 1.0f / sums[q];
             for (int i = 0; i < size; i++) mixed[(size_t)q * size + i] *= share_of_one;
-            give(model->weights, mixed + (size_t)q * size, head * size, size, pass->mixed, model->query_width,
-                 pass->num_rows, row);
+            give(model->weights, mixed + (size_t)q * size, head * size, size, pass->mixed, row);
         }
     }
 }
@@ -314,16 +307,16 @@ static void attend(const Pass *pass, const Thread *thread, const Layer *layer) {
     }
 }
 
-/* x += map(input), of whose `width` values the first `inputs` are used. */
-static void add(const Pass *pass, const Thread *thread, Map map, int inputs, const void *made, int width) {
+/* x += map(input), of which the first `inputs` values are used. */
+static void add(const Pass *pass, const Thread *thread, Map map, int inputs, Input made) {
     const Model *model = pass->model;
-    const void *input = given(pass, thread, made, width, inputs);
+    Input input = given(pass, thread, made, inputs);
     int type = model->weights, m = pass->num_rows, stride = PANEL;
     Range mine = share(thread, ceil_div(model->hidden, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
         int count = first + PANEL < model->hidden ? PANEL : model->hidden - first;
-        product(type, map, p, depth(type, inputs), input, m, thread->y, stride);
+        product(type, map, p, depth(type, inputs), input, thread->y, stride);
         for (int r = 0; r < m; r++) {
             float *x = pass->x + (size_t)r * model->hidden + first, *y = thread->y + (size_t)r * stride;
 #pragma omp simd
@@ -340,14 +333,16 @@ static void activate(const Pass *pass, const Thread *thread, const Layer *layer)
     Range mine = share(thread, ceil_div(layer->ffn, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
-        product(type, layer->gate, p, n, thread->input, m, thread->y, stride);
-        product(type, layer->up, p, n, thread->input, m, thread->z, stride);
+        product(type, layer->gate, p, n, thread->input, thread->y, stride);
+        product(type, layer->up, p, n, thread->input, thread->z, stride);
         for (int r = 0; r < m; r++) {
             float *gate = thread->y + (size_t)r * stride, *up = thread->z + (size_t)r * stride;
-#pragma omp simd
-            for (int i = 0; i < PANEL; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+            for (int i = 0; i < PANEL; i += LANES) {
+                lanes x = load(gate + i);
+                store(x * sigmoid(x) * load(up + i), gate + i);
+            }
             for (int i = layer->ffn - first; i < PANEL; i++) gate[i] = 0;
-            give(type, gate, first, PANEL, pass->hidden, ceil_div(model->ffn, PANEL) * PANEL, m, r);
+            give(type, gate, first, PANEL, pass->hidden, r);
         }
     }
 }
@@ -357,18 +352,19 @@ static void score(const Pass *pass, const Thread *thread) {
     const Model *model = pass->model;
     int type = model->weights, n = depth(type, model->hidden), m = pass->num_scored, stride = PANEL;
     const Row *scored[MAX_ROWS];
+    Input input = of_rows(thread->input, m);
     for (int r = 0, count = 0; r < pass->num_rows; r++) {
         if (pass->rows[r].output < 0) continue;
         normalise(pass->x + (size_t)r * model->hidden, model->norm, model->hidden, model->epsilon,
                   thread->line);
-        place_row(type, thread->line, model->hidden, thread->input, m, count, thread->codes);
+        place_row(type, thread->line, model->hidden, input, count, thread->codes);
         scored[count++] = pass->rows + r;
     }
     Range mine = share(thread, ceil_div(model->num_outputs, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
         int count = first + PANEL < model->num_outputs ? PANEL : model->num_outputs - first;
-        product(type, model->head, p, n, thread->input, m, thread->y, stride);
+        product(type, model->head, p, n, input, thread->y, stride);
         for (int r = 0; r < m; r++)
             memcpy(pass->logits + (size_t)scored[r]->output * model->num_outputs + first,
                    thread->y + (size_t)r * stride, 4 * (size_t)count);
@@ -386,6 +382,7 @@ static void embed(const Pass *pass) {
 /* What each thread of a team runs. */
 static void run(const Pass *pass, const Thread *thread) {
     const Model *model = pass->model;
+    begin_tiles();
     for (int index = 0; index < model->num_layers; index++) {
         const Layer *layer = model->layers + index;
         int width = layer->groups * model->heads_per_group * model->head_dim;
@@ -394,20 +391,22 @@ static void run(const Pass *pass, const Thread *thread) {
 #pragma omp barrier
         attend(pass, thread, layer);
 #pragma omp barrier
-        add(pass, thread, layer->output, width, pass->mixed, model->query_width);
+        add(pass, thread, layer->output, width, pass->mixed);
 #pragma omp barrier
         norm_rows(pass, thread, layer->ffn_norm);
         activate(pass, thread, layer);
 #pragma omp barrier
-        add(pass, thread, layer->down, layer->ffn, pass->hidden, ceil_div(model->ffn, PANEL) * PANEL);
+        add(pass, thread, layer->down, layer->ffn, pass->hidden);
 #pragma omp barrier
     }
     if (pass->num_scored) score(pass, thread);
+    end_tiles();
 }
 
 /* ---------------------------------------------------------------- the door */
 
 typedef struct {
+    int shared_type, ffn, widest; /* of what threads make together; values of its `hidden`, and of an input */
     size_t rows, x, queries, mixed, hidden, shared;           /* of all, in units of 4 bytes */
     size_t input, codes, line, y, asked, panel, scores, each; /* of a thread */
 } Sizes;
@@ -416,10 +415,13 @@ INLINE size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
 static Sizes sizes_of(const Model *model, int rows, int positions) {
     int type = model->weights, ffn = ceil_div(model->ffn, PANEL) * PANEL;
-    int shared = type == INT8 ? FP32 : type; /* what threads make together */
+    int shared = type == INT8 ? FP32 : type;
     int widest = type == INT8 ? (int)most(most(model->hidden, model->query_width), ffn) : model->hidden;
     size_t m = (size_t)rows, head = padded((size_t)model->head_dim);
     Sizes sizes = {
+        .shared_type = shared,
+        .ffn = ffn,
+        .widest = widest,
         .rows = padded(m * sizeof(Row) / 4),
         .x = padded(m * model->hidden),
         .queries = padded(m * model->query_width),
@@ -429,7 +431,7 @@ static Sizes sizes_of(const Model *model, int rows, int positions) {
         .codes = padded((size_t)depth(INT8, widest)),
         .line = most(padded((size_t)model->hidden), head),
         .y = most(m, QUERIES) * head,
-        .asked = QUERIES * head,
+        .asked = input_of(model->cache, QUERIES, model->head_dim),
         .panel = PANEL * head,
         .scores = QUERIES * padded((size_t)positions),
     };
@@ -439,15 +441,16 @@ static Sizes sizes_of(const Model *model, int rows, int positions) {
     return sizes;
 }
 
-static Thread thread_of(float *memory, const Sizes *sizes) {
+static Thread thread_of(const Pass *pass, float *memory, const Sizes *sizes) {
+    const Model *model = pass->model;
     Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
     float *own = memory + sizes->shared + sizes->each * (size_t)thread.number;
-    thread.input = own, own += sizes->input;
+    thread.input = input_at(own, model->weights, pass->num_rows, sizes->widest), own += sizes->input;
     thread.codes = (int8_t *)own, own += sizes->codes;
     thread.line = own, own += sizes->line;
     thread.y = own, own += sizes->y;
     thread.z = own, own += sizes->y;
-    thread.asked = own, own += sizes->asked;
+    thread.asked = input_at(own, model->cache, QUERIES, model->head_dim), own += sizes->asked;
     thread.panel = (words *)own, own += sizes->panel;
     thread.scores = own;
     thread.num_scores = sizes->scores / QUERIES;
@@ -462,19 +465,22 @@ int nestling_product(int type, const Map *map, int outputs, int inputs, const fl
            own = (size_t)num_rows * PANEL;
     float *memory = aligned_alloc(64, 4 * (input + codes + own * (size_t)num_threads));
     if (memory == NULL) return 1;
+    Input placed = input_at(memory, type, num_rows, inputs);
     for (int r = 0; r < num_rows; r++)
-        place_row(type, x + (size_t)r * inputs, inputs, memory, num_rows, r, (int8_t *)(memory + input));
+        place_row(type, x + (size_t)r * inputs, inputs, placed, r, (int8_t *)(memory + input));
 #pragma omp parallel num_threads(num_threads)
     {
         Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
         float *made = memory + input + codes + own * (size_t)thread.number;
         Range mine = share(&thread, panels);
+        begin_tiles();
         for (int p = mine.first; p < mine.last; p++) {
             int first = p * PANEL, count = first + PANEL < outputs ? PANEL : outputs - first;
-            product(type, *map, p, n, memory, num_rows, made, PANEL);
+            product(type, *map, p, n, placed, made, PANEL);
             for (int r = 0; r < num_rows; r++)
                 memcpy(y + (size_t)r * outputs + first, made + (size_t)r * PANEL, 4 * (size_t)count);
         }
+        end_tiles();
     }
     free(memory);
     return 0;
@@ -483,8 +489,8 @@ int nestling_product(int type, const Map *map, int outputs, int inputs, const fl
 /* Passes over some tokens of each request; `first` are the rows of logits where each one's begin.
 
    Returns 0, or 1 if there is no memory. */
-static int read(const Model *model, const Request *requests, int num_requests, const int64_t *tokens,
-                const int32_t *first, int num_threads, float *logits) {
+static int read_tokens(const Model *model, const Request *requests, int num_requests, const int64_t *tokens,
+                       const int32_t *first, int num_threads, float *logits) {
     int total = 0, positions = 0;
     for (int i = 0; i < num_requests; i++) {
         int end = requests[i].length + requests[i].count;
@@ -496,13 +502,7 @@ static int read(const Model *model, const Request *requests, int num_requests, c
     if (memory == NULL) return 1;
     Row *rows = (Row *)memory;
     float *x = memory + sizes.rows, *queries = x + sizes.x, *mixed = queries + sizes.queries;
-    Pass pass = {.model = model,
-                 .rows = rows,
-                 .x = x,
-                 .queries = queries,
-                 .logits = logits,
-                 .mixed = mixed,
-                 .hidden = mixed + sizes.mixed};
+    Pass pass = {.model = model, .rows = rows, .x = x, .queries = queries, .logits = logits};
     int request = 0, token = 0; /* the next one to run: of which request, and which of its tokens */
     for (int done = 0; done < total; done += pass.num_rows) {
         pass.num_rows = pass.num_scored = 0;
@@ -515,10 +515,12 @@ static int read(const Model *model, const Request *requests, int num_requests, c
             pass.num_rows++;
             if (++token == of->count) request++, token = 0;
         }
+        pass.mixed = input_at(mixed, sizes.shared_type, pass.num_rows, model->query_width);
+        pass.hidden = input_at(mixed + sizes.mixed, sizes.shared_type, pass.num_rows, sizes.ffn);
         embed(&pass);
 #pragma omp parallel num_threads(num_threads)
         {
-            Thread thread = thread_of(memory, &sizes);
+            Thread thread = thread_of(&pass, memory, &sizes);
             run(&pass, &thread);
         }
     }
@@ -544,7 +546,7 @@ int nestling_step(const Model *model, const Request *requests, int num_requests,
         first[i] = outputs, outputs += of->scored + (of->num_draws ? of->num_draws - 1 : 0);
         longest = of->num_draws > longest ? of->num_draws : longest;
     }
-    int failed = read(model, requests, num_requests, tokens, first, num_threads, rows);
+    int failed = read_tokens(model, requests, num_requests, tokens, first, num_threads, rows);
     for (int draw = 0; draw < longest && !failed; draw++) {
         int going = 0;
         for (int i = 0; i < num_requests; i++) {
@@ -563,7 +565,7 @@ int nestling_step(const Model *model, const Request *requests, int num_requests,
                                        .count = 1,
                                        .scored = 1};
         }
-        if (going) failed = read(model, asked, going, drawn, last, num_threads, rows);
+        if (going) failed = read_tokens(model, asked, going, drawn, last, num_threads, rows);
     }
     free(asked);
     return failed;

@@ -154,9 +154,7 @@ INLINE void gate_values(int type, const Gated *of, int backward, int64_t first, 
     for (int64_t i = first; i < end; i += LANES) {
         size_t at = (size_t)i;
         lanes gate = load_values(type, of->gate, at, end - i, 0),
-              up = load_values(type, of->up, at, end - i, 0),
-              open = 1.0f / (exponential(smaller(spread(0) - gate, spread(88.0f))) + 1.0f),
-              silu = gate * open;
+              up = load_values(type, of->up, at, end - i, 0), open = sigmoid(gate), silu = gate * open;
         if (backward) {
             lanes grad = load_values(type, of->y_grad, at, end - i, 0);
             store_values(type, grad * up * (open + silu * (1.0f - open)), of->gate_grad, at, end - i);
