@@ -86,12 +86,29 @@ INLINE float total(lanes sums) {
     return sums[0];
 }
 
-INLINE float largest(const float *x, int count) {
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (int i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
+/* Of all values, or of their sizes; several at a time, as each has to wait for the one before. */
+INLINE float largest_of(const float *x, int count, float most, uint32_t kept_bits) {
+    enum { CHAINS = 4 };
+    lanes found[CHAINS];
+    int i = 0;
+    for (int k = 0; k < CHAINS; k++) found[k] = spread(most);
+    for (; i + CHAINS * LANES <= count; i += CHAINS * LANES)
+        for (int k = 0; k < CHAINS; k++)
+            found[k] = larger((lanes)((words)load(x + i + k * LANES) & kept_bits), found[k]);
+    for (; i + LANES <= count; i += LANES)
+        found[0] = larger((lanes)((words)load(x + i) & kept_bits), found[0]);
+    found[0] = larger(larger(found[0], found[1]), larger(found[2], found[3]));
+    for (int k = 0; k < LANES; k++) most = found[0][k] > most ? found[0][k] : most;
+    for (; i < count; i++) {
+        float value = number(bits(x[i]) & kept_bits);
+        most = value > most ? value : most;
+    }
     return most;
 }
+
+INLINE float largest(const float *x, int count) { return largest_of(x, count, -INFINITY, 0xffffffffu); }
+
+INLINE float largest_size(const float *x, int count) { return largest_of(x, count, 0, 0x7fffffffu); }
 
 INLINE void store(lanes values, float *to) { *(loose_lanes *)to = values; }
 

@@ -1,8 +1,12 @@
 """The compiled product equals the plain one, and a row's result is the same bits among any others."""
 
+import ctypes
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from models.compiled.build import library
 from models.compiled.panels import make_panels
 from models.compiled.product import compiled_kernel
 
@@ -16,6 +20,24 @@ def _compiled(compiled: None) -> None:
     """All of these run it."""
 
 
+@pytest.fixture(params=[True, False], ids=["tiles", "no tiles"])
+def _tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Once as the processor does it, and where it multiplies tiles once as if the system denied them."""
+    loaded = library()
+    assert loaded is not None
+    if request.param:
+        yield
+        return
+    try:
+        has_tiles = ctypes.c_int.in_dll(loaded, "nestling_has_tiles")
+    except ValueError:
+        pytest.skip("this processor multiplies no tiles")
+    before, has_tiles.value = has_tiles.value, 0
+    yield
+    has_tiles.value = before
+
+
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 12, 13, 40])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 2), (32, 64), (45, 70), (100, 6)])
@@ -28,6 +50,7 @@ def test_it_is_the_product(num_outputs: int, num_inputs: int, num_rows: int, dty
     assert (y_TO - exact_TO).abs().max() <= TOLERANCES[dtype] * max(1.0, float(exact_TO.abs().max()))
 
 
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_bits_among_any_others_and_in_any_number_of_threads(dtype: torch.dtype) -> None:
     kernel = compiled_kernel(torch.randn(70, 256), dtype)
