@@ -69,7 +69,8 @@ INLINE size_t header_size(int type, int num_rows) {
 typedef struct {
     void *values;
     int rows;
-    int room; /* for so many entries of each row */
+    int room;     /* for so many entries of each row */
+    int together; /* so many rows at most are multiplied at once by tiles */
 } Input;
 
 INLINE int by_row(int type) { return TILE > 1 && type != FP32; }
@@ -79,13 +80,20 @@ INLINE size_t row_size(int room) { return (size_t)ceil_div(room, TILE) * TILE * 
 
 INLINE size_t input_of(int type, int rows, int inputs) { /* its size, in units of 4 bytes */
     int n = depth(type, inputs);
-    size_t all = by_row(type) ? (size_t)ceil_div(rows, TILE) * TILE * row_size(n)
-                              : (size_t)rows * input_size(type) * n;
+    /* A tile's rows are read, whichever are there. */
+    size_t all = by_row(type) ? (size_t)(rows + TILE - 1) * row_size(n) : (size_t)rows * input_size(type) * n;
     return padded((header_size(type, rows) + all) / 4);
 }
 
-INLINE Input input_at(void *values, int type, int rows, int inputs) {
-    return (Input){values, rows, depth(type, inputs)};
+/* Of so many rows, among those of a pass, for which tiles are shaped. */
+INLINE Input input_at(void *values, int type, int rows, int inputs, int of_pass) {
+    return (Input){values, rows, depth(type, inputs), ceil_div(of_pass, ceil_div(of_pass, TILE))};
+}
+
+/* The same with fewer rows. */
+INLINE Input of_rows(Input input, int rows) {
+    input.rows = rows;
+    return input;
 }
 
 /* Where the entries of a row begin. */

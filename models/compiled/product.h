@@ -45,17 +45,9 @@ INLINE void block(int type, int rows, const words *weights, const float *scales,
         block(type, count, weights, scales, n, input, row, out, stride);                                     \
         break;
 
-INLINE void product_of(int type, const words *weights, const float *scales, int n, Input input, float *y,
+INLINE void by_vectors(int type, const words *weights, const float *scales, int n, Input input, float *y,
                        size_t stride) {
     int rows = input.rows, lots = ceil_div(rows, BLOCK);
-#ifdef MULTIPLIES_TILES
-    if (by_tiles(type, rows)) {
-        for (int row = 0; row < rows; row += TILE)
-            block_of_tiles(type, rows - row < TILE ? rows - row : TILE, weights, scales, n, input, row,
-                           y + row * stride, stride);
-        return;
-    }
-#endif
     for (int lot = 0; lot < lots; lot++) {
         int row = rows * lot / lots;
         float *out = y + row * stride;
@@ -70,7 +62,20 @@ INLINE void product_of(int type, const words *weights, const float *scales, int 
     }
 }
 
-/* y [rows][PANEL] of a panel of a map, of whose entries the first n are used. */
+/* y [rows][PANEL] of a panel, of whose entries the first n are used, after `begin_tiles` for the input. */
+INLINE void product_of(int type, const words *weights, const float *scales, int n, Input input, float *y,
+                       size_t stride) {
+#ifdef MULTIPLIES_TILES
+    /* BF16's sums run in another order there, for a single row, too. */
+    if (nestling_has_tiles && (type == BF16 || (type == INT8 && input.rows > 1))) {
+        by_tiles(type, weights, scales, n, input, y, stride);
+        return;
+    }
+#endif
+    by_vectors(type, weights, scales, n, input, y, stride);
+}
+
+/* The same of a map's panel. */
 static __attribute__((noinline)) void product(int type, Map map, int panel, int n, Input input, float *y,
                                               size_t stride) {
     const words *weights = (const words *)map.panels + (size_t)panel * map.entries * HALVES;

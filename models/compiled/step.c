@@ -86,9 +86,6 @@ INLINE Range share(const Thread *thread, int count) {
 
 /* ---------------------------------------------------------------- parts of a layer */
 
-/* An input of which fewer rows are used. */
-INLINE Input of_rows(Input input, int rows) { return (Input){input.values, rows, input.room}; }
-
 /* Every thread makes the whole input for itself: that takes less time than waiting for each other. */
 static void norm_rows(const Pass *pass, const Thread *thread, const float *weight) {
     const Model *model = pass->model;
@@ -382,7 +379,7 @@ static void embed(const Pass *pass) {
 /* What each thread of a team runs. */
 static void run(const Pass *pass, const Thread *thread) {
     const Model *model = pass->model;
-    begin_tiles();
+    begin_tiles(thread->input.together);
     for (int index = 0; index < model->num_layers; index++) {
         const Layer *layer = model->layers + index;
         int width = layer->groups * model->heads_per_group * model->head_dim;
@@ -445,12 +442,13 @@ static Thread thread_of(const Pass *pass, float *memory, const Sizes *sizes) {
     const Model *model = pass->model;
     Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
     float *own = memory + sizes->shared + sizes->each * (size_t)thread.number;
-    thread.input = input_at(own, model->weights, pass->num_rows, sizes->widest), own += sizes->input;
+    thread.input = input_at(own, model->weights, pass->num_rows, sizes->widest, pass->num_rows),
+    own += sizes->input;
     thread.codes = (int8_t *)own, own += sizes->codes;
     thread.line = own, own += sizes->line;
     thread.y = own, own += sizes->y;
     thread.z = own, own += sizes->y;
-    thread.asked = input_at(own, model->cache, QUERIES, model->head_dim), own += sizes->asked;
+    thread.asked = input_at(own, model->cache, QUERIES, model->head_dim, pass->num_rows), own += sizes->asked;
     thread.panel = (words *)own, own += sizes->panel;
     thread.scores = own;
     thread.num_scores = sizes->scores / QUERIES;
@@ -465,7 +463,7 @@ int nestling_product(int type, const Map *map, int outputs, int inputs, const fl
            own = (size_t)num_rows * PANEL;
     float *memory = aligned_alloc(64, 4 * (input + codes + own * (size_t)num_threads));
     if (memory == NULL) return 1;
-    Input placed = input_at(memory, type, num_rows, inputs);
+    Input placed = input_at(memory, type, num_rows, inputs, num_rows);
     for (int r = 0; r < num_rows; r++)
         place_row(type, x + (size_t)r * inputs, inputs, placed, r, (int8_t *)(memory + input));
 #pragma omp parallel num_threads(num_threads)
@@ -473,7 +471,7 @@ int nestling_product(int type, const Map *map, int outputs, int inputs, const fl
         Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
         float *made = memory + input + codes + own * (size_t)thread.number;
         Range mine = share(&thread, panels);
-        begin_tiles();
+        begin_tiles(placed.together);
         for (int p = mine.first; p < mine.last; p++) {
             int first = p * PANEL, count = first + PANEL < outputs ? PANEL : outputs - first;
             product(type, *map, p, n, placed, made, PANEL);
@@ -515,8 +513,9 @@ static int read_tokens(const Model *model, const Request *requests, int num_requ
             pass.num_rows++;
             if (++token == of->count) request++, token = 0;
         }
-        pass.mixed = input_at(mixed, sizes.shared_type, pass.num_rows, model->query_width);
-        pass.hidden = input_at(mixed + sizes.mixed, sizes.shared_type, pass.num_rows, sizes.ffn);
+        pass.mixed = input_at(mixed, sizes.shared_type, pass.num_rows, model->query_width, pass.num_rows);
+        pass.hidden =
+            input_at(mixed + sizes.mixed, sizes.shared_type, pass.num_rows, sizes.ffn, pass.num_rows);
         embed(&pass);
 #pragma omp parallel num_threads(num_threads)
         {

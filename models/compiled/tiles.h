@@ -16,16 +16,22 @@ __attribute__((constructor)) static void ask_for_tiles(void) {
     nestling_has_tiles = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
 }
 
-/* Between these two a thread may call `product`. Tiles 0 to 2 are for many rows, 5 to 7 for one: its sums and
-   its inputs; 3 and 4 are of weights. */
-INLINE void begin_tiles(void) {
+/* From here to `end_tiles` a thread may multiply inputs with so many rows together: the time that a tile
+   takes is that of its rows. Tiles 0 to 2 are for many, 5 to 7 for one: sums, and inputs; 3 and 4 are of
+   weights. */
+INLINE void begin_tiles(int together) {
     struct {
         uint8_t palette, start, none[14];
         uint16_t bytes[16];
         uint8_t rows[16];
     } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 4 * TILE, shape.rows[i] = i < 5 ? TILE : 1;
-    if (nestling_has_tiles) _tile_loadconfig(&shape);
+    for (int i = 0; i < 8; i++) {
+        shape.bytes[i] = 4 * TILE;
+        shape.rows[i] = (uint8_t)(i < 3 ? together : i < 5 ? TILE : 1);
+    }
+    if (!nestling_has_tiles) return;
+    __asm__ volatile("" : : "r"(&shape) : "memory"); /* the compiler does not know how much of it is read */
+    _tile_loadconfig(&shape);
 }
 
 INLINE void end_tiles(void) {
@@ -79,11 +85,15 @@ INLINE void block_of_tiles(int type, int rows, const words *weights, const float
         }
 }
 
-/* Whether so many rows are a product of tiles: in BF16 any are, or their sums would differ. */
-INLINE int by_tiles(int type, int rows) {
-    return nestling_has_tiles && (type == BF16 || (type == INT8 && rows > 1));
+INLINE void by_tiles(int type, const words *weights, const float *scales, int n, Input input, float *y,
+                     size_t stride) {
+    int lots = ceil_div(input.rows, input.together);
+    for (int lot = 0, row = 0, end; lot < lots; lot++, row = end) {
+        end = input.rows * (lot + 1) / lots;
+        block_of_tiles(type, end - row, weights, scales, n, input, row, y + row * stride, stride);
+    }
 }
 #else
-INLINE void begin_tiles(void) {}
+INLINE void begin_tiles(int together) { (void)together; }
 INLINE void end_tiles(void) {}
 #endif
