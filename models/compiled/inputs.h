@@ -65,7 +65,7 @@ INLINE size_t header_size(int type, int num_rows) {
     return type == INT8 ? 4 * padded(2 * (size_t)num_rows) : 0;
 }
 
-/* Inputs of a product: [entries][rows], or for tiles [rows, up to a whole tile][entries]. */
+/* Inputs of a product: [entries][rows], or for tiles [rows][entries]. */
 typedef struct {
     void *values;
     int rows;
