@@ -211,7 +211,7 @@ static void attend_to(const Attention *of, Desk *desk, int row, int group) {
                 for (const Run *run = desk->runs; run < desk->runs + desk->num_runs; run++)
                     for (int s = run->first; s < run->last; s += LANES)
                         highest = larger(highest, load(scores + s) + load(bias + s));
-                float most = largest((const float *)&highest, LANES);
+                float most = largest_lane(highest);
                 float sum = exponentials_of(desk, bias, most, scores);
                 inverse[q] = 1.0f / sum;
                 log_sums[q] = most + logf(sum);

@@ -86,6 +86,12 @@ INLINE float total(lanes sums) {
     return sums[0];
 }
 
+INLINE float largest_lane(lanes x) {
+    float most = -INFINITY;
+    for (int i = 0; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 /* Of all values, or of their sizes; several at a time, as each has to wait for the one before. */
 INLINE float largest_of(const float *x, int count, float most, uint32_t kept_bits) {
     enum { CHAINS = 4 };
@@ -97,8 +103,7 @@ INLINE float largest_of(const float *x, int count, float most, uint32_t kept_bit
             found[k] = larger((lanes)((words)load(x + i + k * LANES) & kept_bits), found[k]);
     for (; i + LANES <= count; i += LANES)
         found[0] = larger((lanes)((words)load(x + i) & kept_bits), found[0]);
-    found[0] = larger(larger(found[0], found[1]), larger(found[2], found[3]));
-    for (int k = 0; k < LANES; k++) most = found[0][k] > most ? found[0][k] : most;
+    most = largest_lane(larger(larger(found[0], found[1]), larger(found[2], found[3])));
     for (; i < count; i++) {
         float value = number(bits(x[i]) & kept_bits);
         most = value > most ? value : most;

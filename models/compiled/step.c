@@ -116,13 +116,6 @@ INLINE size_t cached_at(const Model *model, const Request *request, int group, i
     return ((size_t)group * request->positions + position) * model->head_dim;
 }
 
-static void keep(const Model *model, const float *x, void *store, size_t at) {
-    if (model->cache == BF16)
-        for (int i = 0; i < model->head_dim; i++) ((uint16_t *)store)[at + i] = to_bf16(x[i]);
-    else
-        memcpy((float *)store + at, x, 4 * (size_t)model->head_dim);
-}
-
 /* Queries to pass->queries, keys and values to the caches, a head at a time. */
 static void project(const Pass *pass, const Thread *thread, const Layer *layer) {
     const Model *model = pass->model;
@@ -152,7 +145,8 @@ static void project(const Pass *pass, const Thread *thread, const Layer *layer) 
                 memcpy(pass->queries + (size_t)r * model->query_width + head * size, y, 4 * (size_t)size);
             } else {
                 void *const *stores = is_key ? row->request->keys : row->request->values;
-                keep(model, y, stores[layer->index], cached_at(model, row->request, head, row->position));
+                put(model->cache, y, 1, size, stores[layer->index],
+                    cached_at(model, row->request, head, row->position));
             }
         }
     }

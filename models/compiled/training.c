@@ -193,7 +193,7 @@ INLINE float largest_value(int type, const void *values, size_t at, int64_t size
     lanes highest = spread(-INFINITY);
     for (int64_t i = 0; i < size; i += LANES)
         highest = larger(highest, load_values(type, values, at + (size_t)i, size - i, -INFINITY));
-    return largest((const float *)&highest, LANES);
+    return largest_lane(highest);
 }
 
 INLINE void entropy_of_row(int type, const Entropy *of, int backward, int64_t row) {
