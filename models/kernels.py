@@ -27,6 +27,11 @@ Finish: TypeAlias = Literal["none", "silu", "mul", "add"]
 
 NUM_ROWS = 8
 """Rows that a layout is made for: between one token and a verified block. It runs with any number."""
+FOUR_BITS: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's stubs lack it
+BITS = {torch.int8: 8, FOUR_BITS: 4}
+"""Of the codes that weights become."""
+CLIPPED = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Shares of the scale that spans all weights of an output, which are tried for 4 bits."""
 TINY = 1e-30
 _ONEDNN_FINISH = {"silu": "swish"}
 
@@ -64,11 +69,35 @@ def linear_kernel(weight_OI: Tensor, bias_O: Tensor | None = None) -> Kernel:
     return apply
 
 
+def quantized(weight_OI: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes [..., O, I], whole numbers from 1 - 2^(bits-1) to 2^(bits-1) - 1, and their scales [..., O, 1].
+
+    An output's largest weight has the largest code. With 4 bits a smaller scale may do better by all others:
+    of a few, each output has the one with the least squared error.
+
+    >>> codes_OI, scales_O1 = quantized(torch.tensor([[-2.0, 1.0, 0.5]]), 8)
+    >>> codes_OI, 127 * scales_O1
+    (tensor([[-127.,   64.,   32.]]), tensor([[2.]]))
+    """
+    weight_OI, most = weight_OI.float(), float((1 << (bits - 1)) - 1)
+    widest_O1 = (weight_OI.abs().amax(-1, keepdim=True) / most).clamp_min(TINY)
+    best_OI, best_O1, least_O1 = weight_OI, widest_O1, torch.full_like(widest_O1, torch.inf)
+    for share in CLIPPED if bits == 4 else (1.0,):
+        scale_O1 = widest_O1 * share
+        codes_OI = (weight_OI / scale_O1).round().clamp_(-most, most)
+        error_O1 = (codes_OI * scale_O1 - weight_OI).square().sum(-1, keepdim=True)
+        is_best_O1 = error_O1 < least_O1
+        best_OI = torch.where(is_best_O1, codes_OI, best_OI)
+        best_O1 = torch.where(is_best_O1, scale_O1, best_O1)
+        least_O1 = torch.minimum(error_O1, least_O1)
+    return best_OI, best_O1
+
+
 def int8_kernel(weight_OI: Tensor, bias_O: Tensor | None = None) -> Kernel:
     """A product in 8 bits, on a CPU; the result is in fp32."""
-    scale_O = (weight_OI.float().abs().amax(1) / 127).clamp_min(TINY)
-    codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(codes_OI, [1, codes_OI.shape[1]])
+    codes_OI, scale_O1 = quantized(weight_OI, 8)
+    scale_O = scale_O1[:, 0]
+    packed = torch.ops.onednn.qlinear_prepack(codes_OI.to(torch.int8), [1, codes_OI.shape[1]])
     zero_O = torch.zeros(len(scale_O), dtype=torch.long)
     bias_O = None if bias_O is None else bias_O.float()
     product = torch.ops.onednn.qlinear_pointwise.default

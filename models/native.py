@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.cache import KVCache
 from models.compiled.build import library
 from models.compiled.draws import Draws, Law
-from models.compiled.panels import TYPES, Map, Panels, make_panels
+from models.compiled.panels import INPUT_DTYPES, TYPES, Map, Panels, make_panels
 from models.elastic import Block, ElasticLM
 from models.granularity import Granularity, LayerPlan
 from models.layers import RMSNorm
@@ -39,7 +39,7 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("weights", "cache", "embedding")),
+        *((name, ctypes.c_int32) for name in ("inputs", "cache", "embedding")),
         *((name, ctypes.c_int32) for name in ("hidden", "head_dim", "heads_per_group", "query_width", "ffn")),
         *((name, ctypes.c_int32) for name in ("num_layers", "num_outputs")),
         ("epsilon", ctypes.c_float),
@@ -182,7 +182,7 @@ class NativeStep:
             self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
         outputs = None if head.ids_N is None else head.ids_N.to(torch.int64, copy=True).contiguous()
         model = _Model(
-            weights=TYPES[self._dtype],
+            inputs=TYPES[INPUT_DTYPES.get(self._dtype, self._dtype)],
             cache=TYPES[cache],
             embedding=TYPES[embedding.dtype],
             hidden=config.hidden_size,
@@ -264,7 +264,7 @@ class _Member(NamedTuple):
 
 
 def native_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep | None:
-    """A step for the model in a dtype of weights, int8 among them; None where there is none.
+    """A step for the model in a dtype of weights, int8 and int4 among them; None where there is none.
 
     Only torch's kernels run on a GPU, in fp16 and fp64, and where nothing could be compiled.
     """

@@ -2,6 +2,7 @@
 
     fp32 bf16 fp16   copies in that dtype, in the layout that a product on few rows reads fastest
     int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token
+    int4             4-bit weights, one scale a row, and 8-bit activations: for drafts
 
 The copy is an `ElasticLM` that shares the source's embedding, so that any granularity runs in it and a
 draft made of it still reads and writes the target's key/value store, in the store's dtype. Weights are
@@ -22,13 +23,15 @@ from models.cache import KVCache
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
-from models.kernels import Finish, Kernel, int8_kernel, linear_kernel
+from models.kernels import FOUR_BITS, Finish, Kernel, int8_kernel, linear_kernel, quantized
 from models.layers import NestedMap, RMSNorm
 from models.native import Tokens, native_step
 from models.probe import DTYPES
 
 INT8 = "int8"
-PRECISIONS = (*DTYPES, INT8)
+INT4 = "int4"
+PRECISIONS = (*DTYPES, INT8, INT4)
+_CODES = {INT8: torch.int8, INT4: FOUR_BITS}
 
 
 def split_precision(text: str) -> tuple[str, str | None]:
@@ -62,11 +65,11 @@ class PackedLM(ElasticLM):
     def __init__(self, source: ElasticLM, precision: str) -> None:
         nn.Module.__init__(self)  # the parts are the source's
         weight = source.model.embed_tokens.weight
-        if precision == INT8:
-            _check_int8(weight.device)
+        if precision in _CODES:
+            _check_codes(precision, weight.device)
         dtype = DTYPES.get(precision)
         self.config = source.config
-        self.native = native_step(source, dtype or torch.int8)
+        self.native = native_step(source, dtype or _CODES[precision])
         shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
         # The modules are copied, the tensors are the source's.
         for name, part in copy.deepcopy(dict(source.named_children()), shared).items():
@@ -99,7 +102,7 @@ def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> P
     """A copy of the model that runs in another precision, with the weights of one member packed.
 
     It shares the source's embedding and keeps its weights by name, so it can be saved and cut like the
-    source. Where nothing says otherwise it computes in fp32 (int8) or in the dtype itself.
+    source. Where nothing says otherwise it computes in fp32 (int8, int4) or in the dtype itself.
 
     Args:
         model: the source, packed or not.
@@ -183,7 +186,10 @@ class PackedLinear(nn.Linear):
         if self.precision == INT8:
             self.num_bytes += weight_OI.numel() + 4 * len(weight_OI)  # a byte a weight, four a scale
             return int8_kernel(weight_OI, bias_O)
-        dtype = DTYPES[self.precision]
+        if self.precision == INT4:  # no product of torch's takes such weights with one scale for each output
+            codes_OI, scales_O1 = quantized(weight_OI, 4)
+            weight_OI = codes_OI * scales_O1
+        dtype = DTYPES.get(self.precision, torch.float32)
         self.num_bytes += weight_OI.numel() * dtype.itemsize
         return linear_kernel(weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
 
@@ -206,8 +212,8 @@ class PackedNorm(RMSNorm):
         return y[..., : x.shape[-1]]
 
 
-def _check_int8(device: torch.device) -> None:
+def _check_codes(precision: str, device: torch.device) -> None:
     if device.type != "cpu":
-        raise UsageError(f"int8 runs on a CPU, and the model is on {device}; choose bf16")
-    if not torch.backends.mkldnn.is_available():
+        raise UsageError(f"{precision} runs on a CPU, and the model is on {device}; choose bf16")
+    if precision == INT8 and not torch.backends.mkldnn.is_available():
         raise UsageError("int8: torch has no kernels for it on this processor; choose bf16 or fp32")

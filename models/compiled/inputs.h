@@ -1,9 +1,9 @@
 /* What a product of models/compiled/step.c reads: a weight, laid out in panels, and a few rows of inputs.
 
    A weight [outputs, inputs] lies in panels of 32 outputs. A panel is a sequence of entries of two vectors,
-   one entry for each input (fp32), pair of inputs (bf16) or four of them (8 bits), so that an entry times one
-   number is what every row needs next, and memory is read from one end to the other. The inputs of a product
-   lie the other way round, [entries][rows], or where tiles are multiplied [rows][entries]. */
+   one entry for each input (fp32), pair of inputs (bf16), four (8 bits) or eight of them (4 bits), so that an
+   entry times one number, or two, is what every row needs next, and memory is read from one end to the other.
+   The inputs of a product lie row by row; those for weights of 4 bits are the same as for 8. */
 
 #pragma once
 
@@ -22,7 +22,11 @@ typedef struct {
     const void *panels;
     const float *bias, *scales; /* of each output; or NULL */
     int64_t entries;            /* of each panel; a member may use fewer */
+    int64_t type;               /* of the weight */
 } Map;
+
+/* The type of a weight's inputs. */
+INLINE int inputs_for(int type) { return type == INT4 ? INT8 : type; }
 
 /* bf16 inputs: a pair is one word where the processor takes them so, else two fp32 numbers. */
 #ifdef __AVX512BF16__
@@ -65,7 +69,7 @@ INLINE size_t header_size(int type, int num_rows) {
     return type == INT8 ? 4 * padded(2 * (size_t)num_rows) : 0;
 }
 
-/* Inputs of a product: [entries][rows], or for tiles [rows][entries]. */
+/* Inputs of a product: [rows][entries]. */
 typedef struct {
     void *values;
     int rows;
@@ -73,15 +77,13 @@ typedef struct {
     int together; /* so many rows at most are multiplied at once by tiles */
 } Input;
 
-INLINE int by_row(int type) { return TILE > 1 && type != FP32; }
-
-/* Bytes from one row to the next: no power of two, or a tile's rows would not fit into the nearest cache. */
-INLINE size_t row_size(int room) { return (size_t)ceil_div(room, TILE) * TILE * 4 + 64; }
+/* Entries from one row to the next: no power of two, or rows would not fit into the nearest cache together.
+ */
+INLINE size_t row_of(int room) { return (size_t)ceil_div(room, TILE) * TILE + LANES; }
 
 INLINE size_t input_of(int type, int rows, int inputs) { /* its size, in units of 4 bytes */
-    int n = depth(type, inputs);
     /* A tile's rows are read, whichever are there. */
-    size_t all = by_row(type) ? (size_t)(rows + TILE - 1) * row_size(n) : (size_t)rows * input_size(type) * n;
+    size_t all = (size_t)(rows + TILE - 1) * row_of(depth(type, inputs)) * input_size(type);
     return padded((header_size(type, rows) + all) / 4);
 }
 
@@ -98,61 +100,49 @@ INLINE Input of_rows(Input input, int rows) {
 
 /* Where the entries of a row begin. */
 INLINE char *entries_of(int type, Input input, int row) {
-    size_t each = by_row(type) ? row_size(input.room) : input_size(type);
-    return (char *)input.values + header_size(type, input.rows) + row * each;
+    return (char *)input.values + header_size(type, input.rows) + row * row_of(input.room) * input_size(type);
 }
 
 /* The whole of a row in 8 bits: its largest value becomes 127. */
-INLINE void place_codes(const float *values, int count, Input input, int row, int8_t *codes) {
+INLINE void place_codes(const float *values, int count, Input input, int row) {
     float most = largest_size(values, count), inverse = most > 0 ? 127.0f / most : 0;
     int32_t sum = 0;
-    int n = depth(INT8, count);
-    char *to = entries_of(INT8, input, row);
-    if (by_row(INT8)) codes = (int8_t *)to;
+    int8_t *codes = (int8_t *)entries_of(INT8, input, row);
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < count; i++) {
         int32_t code = (int32_t)rintf(values[i] * inverse);
         codes[i] = (int8_t)code;
         sum += code;
     }
-    for (int i = count; i < 4 * n; i++) codes[i] = 0;
+    for (int i = count; i < 4 * depth(INT8, count); i++) codes[i] = 0;
     ((float *)input.values)[row] = most / 127.0f;
     ((int32_t *)input.values)[input.rows + row] = sum;
-    if (by_row(INT8)) return;
-    for (int i = 0; i < n; i++) memcpy(to + 4 * (size_t)i * input.rows, codes + 4 * i, 4);
 }
 
-/* Put values [count] of a row where a product reads its inputs from `first`, even, on. */
+/* Put values [count] of a row in FP32 or BF16 where a product reads its inputs from `first`, even, on. */
 INLINE void place(int type, const float *values, int first, int count, Input input, int row) {
-    char *to = entries_of(type, input, row);
-    size_t step = by_row(type) ? 1 : (size_t)input.rows, at = (size_t)depth(type, first) * step;
-    if (type == FP32) {
-        for (int i = 0; i < count; i++) ((float *)to)[at + i * step] = values[i];
-    } else if (by_row(type)) {
-        put(BF16, values, 1, count / 2 * 2, to, 2 * at);
-    } else if (PAIRS_ARE_WORDS) {
-        for (int i = 0; i < count / 2; i++)
-            ((uint32_t *)to)[at + i * step] = to_bf16(values[2 * i]) | (uint32_t)to_bf16(values[2 * i + 1])
-                                                                           << 16;
-    } else {
-        for (int i = 0; i < count / 2; i++) memcpy(to + 8 * (at + i * step), values + 2 * i, 8);
-    }
+    char *to = entries_of(type, input, row) + input_size(type) * (size_t)depth(type, first);
+    if (type == BF16 && PAIRS_ARE_WORDS)
+        put(BF16, values, 1, count / 2 * 2, to, 0);
+    else
+        memcpy(to, values, 4 * (size_t)(type == BF16 ? count / 2 * 2 : count));
 }
 
 /* The same for the whole of a row in any type. */
-INLINE void place_row(int type, const float *values, int count, Input input, int row, int8_t *codes) {
+INLINE void place_row(int type, const float *values, int count, Input input, int row) {
     if (type == INT8)
-        place_codes(values, count, input, row, codes);
+        place_codes(values, count, input, row);
     else
         place(type, values, 0, count, input, row);
 }
 
-/* Weights are asked for so many entries before they are needed: a cache's own guess stops at each page. */
-enum { AHEAD = 112 };
+/* Weights are asked for so many entries before they are needed: a cache's own guess stops at each page. SOON
+   is for those that a nearer cache holds. */
+enum { AHEAD = 112, SOON = 32 };
 
-/* The numbers that sums of products of codes stand for: weights are 128 more than they mean. */
-INLINE lanes meaning(words counts, Input input, int row, const float *scales) {
-    int32_t more = 128 * ((const int32_t *)input.values)[input.rows + row];
+/* The numbers that sums of products of codes stand for: those of weights are 128 or 8 more than they mean. */
+INLINE lanes meaning(int type, words counts, Input input, int row, const float *scales) {
+    int32_t more = (type == INT4 ? 8 : 128) * ((const int32_t *)input.values)[input.rows + row];
     lanes scale = load(scales) * ((const float *)input.values)[row];
     return __builtin_convertvector((whole)(counts - (uint32_t)more), lanes) * scale;
 }

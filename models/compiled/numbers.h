@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-enum { LANES = 16, HALVES = 2, PANEL = HALVES * LANES, FP32 = 0, BF16 = 1, INT8 = 2 };
+enum { LANES = 16, HALVES = 2, PANEL = HALVES * LANES, FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 /* As many sums as the registers hold: BLOCK rows of a panel. */
 #ifdef __AVX512F__
 enum { BLOCK = 12 };

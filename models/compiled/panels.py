@@ -1,9 +1,9 @@
-"""Weights as step.c reads them: panels of 32 outputs, two vectors for each input, pair or four of them.
+"""Weights as step.c reads them: panels of 32 outputs, two vectors for each one, two, four or eight inputs.
 
 Panels keep the order of outputs and inputs, so a member's part of a map is a prefix of its panels, and of
 each panel: one copy serves every member. A layer's heads have panels of their own, padded with zeros.
 
-O outputs, I inputs, P panels.
+O outputs, I inputs, P panels, E entries, L outputs of a panel, H heads of K outputs.
 """
 
 import ctypes
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.kernels import BITS, FOUR_BITS, quantized
+
 PANEL = 32
 """Outputs of a panel."""
-TINY = 1e-30
-INPUTS_PER_ENTRY = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
+INPUTS_PER_ENTRY = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, FOUR_BITS: 8}
 """Inputs that an entry of a panel holds, in the dtypes that there are panels for."""
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, FOUR_BITS: 3}
 """What step.c calls a dtype."""
+INPUT_DTYPES = {FOUR_BITS: torch.int8}
+"""What a product's inputs are in, where that is not the dtype of its weight."""
 
 
 class Map(ctypes.Structure):
@@ -30,6 +33,7 @@ class Map(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("entries", ctypes.c_int64),
+        ("type", ctypes.c_int64),
     )
 
 
@@ -38,9 +42,10 @@ class Panels:
     """The packed prefix of a linear map.
 
     Args:
-        weight: [P, entries, 32, inputs of an entry]; 8-bit codes are 128 more than they mean.
+        weight: [P, entries, 32, inputs of an entry]; 8-bit codes are 128 more than they mean, 4-bit ones 8
+            more, and two to a byte: [P, entries, 32, 4], inputs 4 to 7 in the upper halves.
         bias_O: fp32, or None.
-        scales_PO: [P, 32] in fp32, of 8-bit codes; or None.
+        scales_PO: [P, 32] in fp32, of codes; or None.
         rows: outputs that are packed, those of padding left out.
         columns: inputs that are packed.
     """
@@ -50,6 +55,8 @@ class Panels:
     scales_PO: Tensor | None
     rows: int
     columns: int
+    dtype: torch.dtype
+    """Of the weight before it was laid out."""
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +69,7 @@ class Panels:
         bias, scales = (
             None if tensor is None else tensor.data_ptr() for tensor in (self.bias_O, self.scales_PO)
         )
-        return Map(self.weight.data_ptr(), bias, scales, self.weight.shape[1])
+        return Map(self.weight.data_ptr(), bias, scales, self.weight.shape[1], TYPES[self.dtype])
 
 
 def make_panels(
@@ -90,18 +97,23 @@ def make_panels(
     weight_HKI = weight_OI.detach().unflatten(0, (-1, head_dim or rows))
     padding = (0, -columns % each, 0, -weight_HKI.shape[1] % PANEL)
     scales_PO = None
-    if dtype == torch.int8:
-        scales_HK1 = (weight_HKI.float().abs().amax(2, keepdim=True) / 127).clamp_min(TINY)
-        codes_HKI = (weight_HKI / scales_HK1).round() + 128
-        weight_HKI = F.pad(codes_HKI, padding, value=128).to(torch.uint8)
+    if dtype in BITS:
+        codes_HKI, scales_HK1 = quantized(weight_HKI, BITS[dtype])
+        middle = 1 << (BITS[dtype] - 1)
+        weight_HKI = F.pad(codes_HKI + middle, padding, value=middle).to(torch.uint8)
         scales_PO = F.pad(scales_HK1, (0, 0, *padding[2:])).reshape(-1, PANEL)
     else:
         weight_HKI = F.pad(weight_HKI.to(dtype), padding)
     weight_PLI = weight_HKI.reshape(-1, PANEL, weight_HKI.shape[-1])
+    weight_PELI = weight_PLI.unflatten(2, (-1, each)).transpose(1, 2)
+    if dtype == FOUR_BITS:
+        lower, upper = weight_PELI.split(each // 2, -1)
+        weight_PELI = lower | upper << 4
     return Panels(
-        weight_PLI.unflatten(2, (-1, each)).transpose(1, 2).contiguous(),
+        weight_PELI.contiguous(),
         None if bias_O is None else bias_O.detach().float().contiguous(),
         scales_PO,
         rows,
         columns,
+        dtype,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.compiled.build import library
-from models.compiled.panels import INPUTS_PER_ENTRY, TYPES, make_panels
+from models.compiled.panels import INPUTS_PER_ENTRY, make_panels
 from models.kernels import Finish, Kernel, finished
 
 
@@ -31,7 +31,6 @@ def compiled_kernel(weight_OI: Tensor, dtype: torch.dtype | None = None) -> Kern
         x_TI = x.reshape(-1, num_inputs).float().contiguous()
         y_TO = torch.empty(len(x_TI), num_outputs)
         failed = run(
-            TYPES[dtype],
             ctypes.byref(panels.as_map()),
             num_outputs,
             num_inputs,

@@ -1,8 +1,8 @@
 /* A pass of a nested transformer over a few tokens, as one call: models/native.py describes the model.
 
-   What is computed is models/elastic.py's, in fp32 but for what is stored in fewer bits: weights, in bf16 or
-   8 bits with a scale for each output; keys and values; and the inputs of products, where the processor
-   multiplies pairs of bf16, and with weights of 8 bits, where they have 8 bits and a scale for each token.
+   What is computed is models/elastic.py's, in fp32 but for what is stored in fewer bits: weights, in bf16, 8
+   or 4 bits with a scale for each output; keys and values; and the inputs of products, where the processor
+   multiplies pairs of bf16, and with weights of 8 or 4 bits, where they have 8 and a scale for each token.
 
        embedding -> [ x + attention(norm(x));  x + mlp(norm(x)) ] per layer -> norm -> head
 
@@ -24,7 +24,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int32_t weights, cache, embedding;                           /* FP32 or BF16; weights also INT8 */
+    int32_t inputs, cache, embedding;                            /* FP32 or BF16; inputs also INT8 */
     int32_t hidden, head_dim, heads_per_group, query_width, ffn; /* of the full model */
     int32_t num_layers, num_outputs;
     float epsilon;
@@ -47,7 +47,7 @@ typedef struct {
 /* ---------------------------------------------------------------- one pass */
 
 /* More rows than this run one lot after another: their inputs should stay in the nearest cache. */
-enum { MAX_ROWS = 48, QUERIES = 12 };
+enum { MAX_ROWS = 48, QUERIES = 12, ASKED = 2 * QUERIES };
 
 typedef struct {
     const Request *request;
@@ -60,16 +60,16 @@ typedef struct {
     const Row *rows;
     int num_rows, num_scored;
     float *x, *queries, *logits; /* [rows][hidden], [rows][query_width], [all scored][num_outputs] */
+    Input input;                 /* of a product that follows a norm, or of any with INT8 */
     Input mixed, hidden; /* inputs of `output` and `down`, or with INT8 rows of fp32 that become one */
 } Pass;
 
 typedef struct {
     int number, count; /* of this thread, and of all */
-    Input input;       /* of a product that follows a norm, or of any with INT8 */
-    int8_t *codes;     /* one row of such an input in 8 bits */
+    Input input;       /* the same that this thread makes alone, and that of the head */
     float *line;       /* one row of such an input, or of queries and keys */
     float *y, *z;      /* results of one or two products: [rows][a panel, or those of a head] */
-    Input asked;       /* QUERIES queries, as a product reads them */
+    Input asked;       /* ASKED queries, as a product reads them */
     words *panel;      /* of keys */
     float *scores;     /* of such queries, each with num_scores positions */
     size_t num_scores;
@@ -86,50 +86,63 @@ INLINE Range share(const Thread *thread, int count) {
 
 /* ---------------------------------------------------------------- parts of a layer */
 
-/* Every thread makes the whole input for itself: that takes less time than waiting for each other. */
-static void norm_rows(const Pass *pass, const Thread *thread, const float *weight) {
+/* Threads make a product's input together, each some rows. A single row each makes for itself, which takes
+   less time than waiting for each other. */
+INLINE Input begin_input(const Pass *pass, const Thread *thread, Range *mine) {
+    int alone = pass->num_rows == 1;
+    *mine = alone ? (Range){0, pass->num_rows} : share(thread, pass->num_rows);
+    return alone ? thread->input : pass->input;
+}
+
+INLINE void end_input(const Pass *pass) {
+    if (pass->num_rows == 1) return;
+#pragma omp barrier
+}
+
+static Input norm_rows(const Pass *pass, const Thread *thread, const float *weight) {
     const Model *model = pass->model;
-    for (int r = 0; r < pass->num_rows; r++) {
+    Range mine;
+    Input input = begin_input(pass, thread, &mine);
+    for (int r = mine.first; r < mine.last; r++) {
         normalise(pass->x + (size_t)r * model->hidden, weight, model->hidden, model->epsilon, thread->line);
-        place_row(model->weights, thread->line, model->hidden, thread->input, r, thread->codes);
+        place_row(model->inputs, thread->line, model->hidden, input, r);
     }
+    end_input(pass);
+    return input;
 }
 
-/* Give values [count] of a row to an input that threads make together. */
-INLINE void give(int type, const float *values, int first, int count, Input input, int row) {
-    if (type == INT8)
-        memcpy((float *)input.values + (size_t)row * input.room + first, values, 4 * (size_t)count);
-    else
-        place(type, values, first, count, input, row);
-}
+/* What threads make together, part by part of each row: with INT8 rows that are scaled as a whole later. */
+INLINE int shared_type(int type) { return type == INT8 ? FP32 : type; }
 
-/* The input made of what was given: with INT8 every thread scales all rows for itself, as after a norm. */
-INLINE Input given(const Pass *pass, const Thread *thread, Input input, int count) {
-    if (pass->model->weights != INT8) return input;
-    for (int r = 0; r < pass->num_rows; r++)
-        place_codes((const float *)input.values + (size_t)r * input.room, count, thread->input, r,
-                    thread->codes);
-    return thread->input;
+INLINE Input scaled(const Pass *pass, const Thread *thread, Input parts, int count) {
+    if (pass->model->inputs != INT8) return parts;
+    Range mine;
+    Input input = begin_input(pass, thread, &mine);
+    for (int r = mine.first; r < mine.last; r++)
+        place_codes((const float *)entries_of(FP32, parts, r), count, input, r);
+    end_input(pass);
+    return input;
 }
 
 INLINE size_t cached_at(const Model *model, const Request *request, int group, int position) {
     return ((size_t)group * request->positions + position) * model->head_dim;
 }
 
-/* Queries to pass->queries, keys and values to the caches, a head at a time. */
-static void project(const Pass *pass, const Thread *thread, const Layer *layer) {
+/* Queries to pass->queries, keys and values to the caches, a head at a time; those of a group one after
+   another, as the thread that makes them is then the one that reads them. */
+static void project(const Pass *pass, const Thread *thread, const Layer *layer, Input input) {
     const Model *model = pass->model;
-    int size = model->head_dim, panels = ceil_div(size, PANEL),
-        heads = layer->groups * model->heads_per_group;
-    int n = depth(model->weights, model->hidden), m = pass->num_rows, stride = panels * PANEL;
-    Range mine = share(thread, heads + 2 * layer->groups);
+    int size = model->head_dim, panels = ceil_div(size, PANEL), queries = model->heads_per_group;
+    int n = depth(model->inputs, model->hidden), m = pass->num_rows, stride = panels * PANEL;
+    Range mine = share(thread, layer->groups * (queries + 2));
     for (int unit = mine.first; unit < mine.last; unit++) {
-        int is_query = unit < heads, is_key = !is_query && unit < heads + layer->groups;
-        int head = is_query ? unit : (unit - heads) % layer->groups;
+        int group = unit / (queries + 2), within = unit % (queries + 2);
+        int is_query = within < queries, is_key = within == queries;
+        int head = is_query ? group * queries + within : group;
         Map map = is_query ? layer->query : is_key ? layer->key : layer->value;
         const float *norm = is_query ? layer->query_norm : is_key ? layer->key_norm : NULL;
         for (int p = 0; p < panels; p++)
-            product(model->weights, map, head * panels + p, n, thread->input, thread->y + p * PANEL, stride);
+            product(map, head * panels + p, n, input, thread->y + p * PANEL, stride);
         for (int r = 0; r < m; r++) {
             const Row *row = pass->rows + r;
             float *y = thread->y + (size_t)r * stride;
@@ -211,6 +224,27 @@ INLINE void mix_all(int type, int queries, const float *scores, size_t stride, c
         }
 }
 
+/* The same for any number of queries, as many at once as the registers hold, or nearly. */
+INLINE void mix_lots(int type, int queries, const float *scores, size_t stride, const void *values, size_t at,
+                     int count, int size, float *mixed) {
+    int lots = ceil_div(queries, QUERIES);
+#define QUERIES_OF(number)                                                                                   \
+    case number:                                                                                             \
+        mix_all(type, number, scores + from * stride, stride, values, at, count, size, to);                  \
+        break;
+    for (int lot = 0; lot < lots; lot++) {
+        int from = queries * lot / lots;
+        float *to = mixed + (size_t)from * size;
+        switch (queries * (lot + 1) / lots - from) {
+            // clang-format off
+            QUERIES_OF(1) QUERIES_OF(2) QUERIES_OF(3) QUERIES_OF(4) QUERIES_OF(5) QUERIES_OF(6)
+            QUERIES_OF(7) QUERIES_OF(8) QUERIES_OF(9) QUERIES_OF(10) QUERIES_OF(11) QUERIES_OF(12)
+            // clang-format on
+        }
+    }
+#undef QUERIES_OF
+}
+
 /* scores [count] to their exponentials, of which those from `seen` on are 0; returns their sum. */
 INLINE float exponentials(float *scores, int seen, int count, float scale) {
     int whole_end = ceil_div(seen, LANES) * LANES;
@@ -237,8 +271,8 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
     size_t at = cached_at(model, request, group, 0), stride = thread->num_scores;
     const char *keys = request->keys[layer->index];
     const uint32_t *group_keys = (const uint32_t *)(keys + at * (type == BF16 ? 2 : 4));
-    int total = mine.last - mine.first, lots = ceil_div(total, QUERIES);
-    for (int lot = 0; lot < lots; lot++) { /* of as many queries as the registers hold, or nearly */
+    int total = mine.last - mine.first, lots = ceil_div(total, ASKED);
+    for (int lot = 0; lot < lots; lot++) {
         int first = mine.first + total * lot / lots;
         int queries = mine.first + total * (lot + 1) / lots - first;
         int count = pass->rows[first_row + (first + queries - 1) / each].position + 1;
@@ -250,30 +284,21 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
         }
         for (int s = 0; s < count; s += PANEL) {
             key_panel(group_keys, s, count, n, thread->panel);
-            Map map = {.panels = thread->panel, .entries = n};
-            product(type, map, 0, n, asked, thread->scores + s, stride);
+            Map map = {.panels = thread->panel, .entries = n, .type = type};
+            product(map, 0, n, asked, thread->scores + s, stride);
         }
-        float sums[QUERIES];
+        float sums[ASKED];
         for (int q = 0; q < queries; q++) {
             int seen = pass->rows[first_row + (first + q) / each].position + 1;
             sums[q] = exponentials(thread->scores + q * stride, seen, count, scale);
         }
-        const void *values = request->values[layer->index];
-#define QUERIES_OF(number)                                                                                   \
-    case number:                                                                                             \
-        mix_all(type, number, thread->scores, stride, values, at, count, size, mixed);                       \
-        break;
-        switch (queries) {
-            // clang-format off
-            QUERIES_OF(1) QUERIES_OF(2) QUERIES_OF(3) QUERIES_OF(4) QUERIES_OF(5) QUERIES_OF(6)
-            QUERIES_OF(7) QUERIES_OF(8) QUERIES_OF(9) QUERIES_OF(10) QUERIES_OF(11) QUERIES_OF(12)
-            // clang-format on
-        }
+        mix_lots(type, queries, thread->scores, stride, request->values[layer->index], at, count, size,
+                 mixed);
         for (int q = 0; q < queries; q++) {
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;
             float share_of_one = 1.0f / sums[q];
             for (int i = 0; i < size; i++) mixed[(size_t)q * size + i] *= share_of_one;
-            give(model->weights, mixed + (size_t)q * size, head * size, size, pass->mixed, row);
+            place(shared_type(model->inputs), mixed + (size_t)q * size, head * size, size, pass->mixed, row);
         }
     }
 }
@@ -301,13 +326,13 @@ static void attend(const Pass *pass, const Thread *thread, const Layer *layer) {
 /* x += map(input), of which the first `inputs` values are used. */
 static void add(const Pass *pass, const Thread *thread, Map map, int inputs, Input made) {
     const Model *model = pass->model;
-    Input input = given(pass, thread, made, inputs);
-    int type = model->weights, m = pass->num_rows, stride = PANEL;
+    Input input = scaled(pass, thread, made, inputs);
+    int type = model->inputs, m = pass->num_rows, stride = PANEL;
     Range mine = share(thread, ceil_div(model->hidden, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
         int count = first + PANEL < model->hidden ? PANEL : model->hidden - first;
-        product(type, map, p, depth(type, inputs), input, thread->y, stride);
+        product(map, p, depth(type, inputs), input, thread->y, stride);
         for (int r = 0; r < m; r++) {
             float *x = pass->x + (size_t)r * model->hidden + first, *y = thread->y + (size_t)r * stride;
 #pragma omp simd
@@ -318,14 +343,14 @@ static void add(const Pass *pass, const Thread *thread, Map map, int inputs, Inp
 
 /* pass->hidden = silu(gate(input)) * up(input); neurons up to the end of the last panel that are none are 0.
  */
-static void activate(const Pass *pass, const Thread *thread, const Layer *layer) {
+static void activate(const Pass *pass, const Thread *thread, const Layer *layer, Input input) {
     const Model *model = pass->model;
-    int type = model->weights, m = pass->num_rows, stride = PANEL, n = depth(type, model->hidden);
+    int type = model->inputs, m = pass->num_rows, stride = PANEL, n = depth(type, model->hidden);
     Range mine = share(thread, ceil_div(layer->ffn, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
-        product(type, layer->gate, p, n, thread->input, thread->y, stride);
-        product(type, layer->up, p, n, thread->input, thread->z, stride);
+        product(layer->gate, p, n, input, thread->y, stride);
+        product(layer->up, p, n, input, thread->z, stride);
         for (int r = 0; r < m; r++) {
             float *gate = thread->y + (size_t)r * stride, *up = thread->z + (size_t)r * stride;
             for (int i = 0; i < PANEL; i += LANES) {
@@ -333,7 +358,7 @@ static void activate(const Pass *pass, const Thread *thread, const Layer *layer)
                 store(x * sigmoid(x) * load(up + i), gate + i);
             }
             for (int i = layer->ffn - first; i < PANEL; i++) gate[i] = 0;
-            give(type, gate, first, PANEL, pass->hidden, r);
+            place(shared_type(type), gate, first, PANEL, pass->hidden, r);
         }
     }
 }
@@ -341,21 +366,21 @@ static void activate(const Pass *pass, const Thread *thread, const Layer *layer)
 /* Logits of the rows that are scored. */
 static void score(const Pass *pass, const Thread *thread) {
     const Model *model = pass->model;
-    int type = model->weights, n = depth(type, model->hidden), m = pass->num_scored, stride = PANEL;
+    int type = model->inputs, n = depth(type, model->hidden), m = pass->num_scored, stride = PANEL;
     const Row *scored[MAX_ROWS];
     Input input = of_rows(thread->input, m);
     for (int r = 0, count = 0; r < pass->num_rows; r++) {
         if (pass->rows[r].output < 0) continue;
         normalise(pass->x + (size_t)r * model->hidden, model->norm, model->hidden, model->epsilon,
                   thread->line);
-        place_row(type, thread->line, model->hidden, input, count, thread->codes);
+        place_row(type, thread->line, model->hidden, input, count);
         scored[count++] = pass->rows + r;
     }
     Range mine = share(thread, ceil_div(model->num_outputs, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
         int count = first + PANEL < model->num_outputs ? PANEL : model->num_outputs - first;
-        product(type, model->head, p, n, input, thread->y, stride);
+        product(model->head, p, n, input, thread->y, stride);
         for (int r = 0; r < m; r++)
             memcpy(pass->logits + (size_t)scored[r]->output * model->num_outputs + first,
                    thread->y + (size_t)r * stride, 4 * (size_t)count);
@@ -377,15 +402,13 @@ static void run(const Pass *pass, const Thread *thread) {
     for (int index = 0; index < model->num_layers; index++) {
         const Layer *layer = model->layers + index;
         int width = layer->groups * model->heads_per_group * model->head_dim;
-        norm_rows(pass, thread, layer->attention_norm);
-        project(pass, thread, layer);
+        project(pass, thread, layer, norm_rows(pass, thread, layer->attention_norm));
 #pragma omp barrier
         attend(pass, thread, layer);
 #pragma omp barrier
         add(pass, thread, layer->output, width, pass->mixed);
 #pragma omp barrier
-        norm_rows(pass, thread, layer->ffn_norm);
-        activate(pass, thread, layer);
+        activate(pass, thread, layer, norm_rows(pass, thread, layer->ffn_norm));
 #pragma omp barrier
         add(pass, thread, layer->down, layer->ffn, pass->hidden);
 #pragma omp barrier
@@ -397,20 +420,19 @@ static void run(const Pass *pass, const Thread *thread) {
 /* ---------------------------------------------------------------- the door */
 
 typedef struct {
-    int shared_type, ffn, widest; /* of what threads make together; values of its `hidden`, and of an input */
-    size_t rows, x, queries, mixed, hidden, shared;           /* of all, in units of 4 bytes */
-    size_t input, codes, line, y, asked, panel, scores, each; /* of a thread */
+    int ffn, widest;                                   /* values of a row of `hidden`, and of an input */
+    size_t rows, x, queries, mixed, hidden, shared;    /* of all, in units of 4 bytes */
+    size_t input, line, y, asked, panel, scores, each; /* of a thread */
 } Sizes;
 
 INLINE size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
 static Sizes sizes_of(const Model *model, int rows, int positions) {
-    int type = model->weights, ffn = ceil_div(model->ffn, PANEL) * PANEL;
-    int shared = type == INT8 ? FP32 : type;
+    int type = model->inputs, ffn = ceil_div(model->ffn, PANEL) * PANEL;
+    int shared = shared_type(type);
     int widest = type == INT8 ? (int)most(most(model->hidden, model->query_width), ffn) : model->hidden;
     size_t m = (size_t)rows, head = padded((size_t)model->head_dim);
     Sizes sizes = {
-        .shared_type = shared,
         .ffn = ffn,
         .widest = widest,
         .rows = padded(m * sizeof(Row) / 4),
@@ -419,16 +441,14 @@ static Sizes sizes_of(const Model *model, int rows, int positions) {
         .mixed = input_of(shared, rows, model->query_width),
         .hidden = input_of(shared, rows, ffn),
         .input = input_of(type, rows, widest),
-        .codes = padded((size_t)depth(INT8, widest)),
         .line = most(padded((size_t)model->hidden), head),
-        .y = most(m, QUERIES) * head,
-        .asked = input_of(model->cache, QUERIES, model->head_dim),
+        .y = most(m, ASKED) * head,
+        .asked = input_of(model->cache, ASKED, model->head_dim),
         .panel = PANEL * head,
-        .scores = QUERIES * padded((size_t)positions),
+        .scores = ASKED * padded((size_t)positions),
     };
-    sizes.shared = sizes.rows + sizes.x + sizes.queries + sizes.mixed + sizes.hidden;
-    sizes.each =
-        sizes.input + sizes.codes + sizes.line + 2 * sizes.y + sizes.asked + sizes.panel + sizes.scores;
+    sizes.shared = sizes.rows + sizes.x + sizes.queries + sizes.mixed + sizes.hidden + sizes.input;
+    sizes.each = sizes.input + sizes.line + 2 * sizes.y + sizes.asked + sizes.panel + sizes.scores;
     return sizes;
 }
 
@@ -436,39 +456,36 @@ static Thread thread_of(const Pass *pass, float *memory, const Sizes *sizes) {
     const Model *model = pass->model;
     Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
     float *own = memory + sizes->shared + sizes->each * (size_t)thread.number;
-    thread.input = input_at(own, model->weights, pass->num_rows, sizes->widest, pass->num_rows),
+    thread.input = input_at(own, model->inputs, pass->num_rows, sizes->widest, pass->num_rows),
     own += sizes->input;
-    thread.codes = (int8_t *)own, own += sizes->codes;
     thread.line = own, own += sizes->line;
     thread.y = own, own += sizes->y;
     thread.z = own, own += sizes->y;
-    thread.asked = input_at(own, model->cache, QUERIES, model->head_dim, pass->num_rows), own += sizes->asked;
+    thread.asked = input_at(own, model->cache, ASKED, model->head_dim, pass->num_rows), own += sizes->asked;
     thread.panel = (words *)own, own += sizes->panel;
     thread.scores = own;
-    thread.num_scores = sizes->scores / QUERIES;
+    thread.num_scores = sizes->scores / ASKED;
     return thread;
 }
 
 /* y [num_rows][outputs] = x [num_rows][inputs] times a map, without its bias: one product on its own. */
-int nestling_product(int type, const Map *map, int outputs, int inputs, const float *x, int num_rows,
-                     int num_threads, float *y) {
-    int panels = ceil_div(outputs, PANEL), n = depth(type, inputs);
-    size_t input = input_of(type, num_rows, inputs), codes = padded((size_t)n),
-           own = (size_t)num_rows * PANEL;
-    float *memory = aligned_alloc(64, 4 * (input + codes + own * (size_t)num_threads));
+int nestling_product(const Map *map, int outputs, int inputs, const float *x, int num_rows, int num_threads,
+                     float *y) {
+    int type = inputs_for((int)map->type), panels = ceil_div(outputs, PANEL), n = depth(type, inputs);
+    size_t input = input_of(type, num_rows, inputs), own = (size_t)num_rows * PANEL;
+    float *memory = aligned_alloc(64, 4 * (input + own * (size_t)num_threads));
     if (memory == NULL) return 1;
     Input placed = input_at(memory, type, num_rows, inputs, num_rows);
-    for (int r = 0; r < num_rows; r++)
-        place_row(type, x + (size_t)r * inputs, inputs, placed, r, (int8_t *)(memory + input));
+    for (int r = 0; r < num_rows; r++) place_row(type, x + (size_t)r * inputs, inputs, placed, r);
 #pragma omp parallel num_threads(num_threads)
     {
         Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
-        float *made = memory + input + codes + own * (size_t)thread.number;
+        float *made = memory + input + own * (size_t)thread.number;
         Range mine = share(&thread, panels);
         begin_tiles(placed.together);
         for (int p = mine.first; p < mine.last; p++) {
             int first = p * PANEL, count = first + PANEL < outputs ? PANEL : outputs - first;
-            product(type, *map, p, n, placed, made, PANEL);
+            product(*map, p, n, placed, made, PANEL);
             for (int r = 0; r < num_rows; r++)
                 memcpy(y + (size_t)r * outputs + first, made + (size_t)r * PANEL, 4 * (size_t)count);
         }
@@ -507,9 +524,10 @@ static int read_tokens(const Model *model, const Request *requests, int num_requ
             pass.num_rows++;
             if (++token == of->count) request++, token = 0;
         }
-        pass.mixed = input_at(mixed, sizes.shared_type, pass.num_rows, model->query_width, pass.num_rows);
-        pass.hidden =
-            input_at(mixed + sizes.mixed, sizes.shared_type, pass.num_rows, sizes.ffn, pass.num_rows);
+        int type = shared_type(model->inputs), m = pass.num_rows;
+        pass.mixed = input_at(mixed, type, m, model->query_width, m);
+        pass.hidden = input_at(mixed + sizes.mixed, type, m, sizes.ffn, m);
+        pass.input = input_at(mixed + sizes.mixed + sizes.hidden, model->inputs, m, sizes.widest, m);
         embed(&pass);
 #pragma omp parallel num_threads(num_threads)
         {

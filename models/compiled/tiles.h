@@ -45,7 +45,7 @@ INLINE void block_of_tiles(int type, int rows, const words *weights, const float
                            int first, float *y, size_t stride) {
     words found[HALVES][TILE];
     const char *x = entries_of(type, input, first);
-    size_t each = row_size(input.room);
+    size_t each = row_of(input.room) * input_size(type);
     int i = 0, ahead = rows == 1 ? HALVES * TILE : 0; /* more rows are not so close to the rate of memory */
 #define MULTIPLY_TILES(left, right, inputs)                                                                  \
     _tile_zero(left);                                                                                        \
@@ -80,7 +80,8 @@ INLINE void block_of_tiles(int type, int rows, const words *weights, const float
                 sums = type == INT8 ? add_four(sums, w, x + r * each, (size_t)k)
                                     : (words)add_pair((lanes)sums, w, x + r * each, (size_t)k);
             }
-            lanes values = type == INT8 ? meaning(sums, input, first + r, scales + h * LANES) : (lanes)sums;
+            lanes values =
+                type == INT8 ? meaning(type, sums, input, first + r, scales + h * LANES) : (lanes)sums;
             store(values, y + r * stride + h * LANES);
         }
 }

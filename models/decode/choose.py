@@ -88,13 +88,13 @@ class Greedy:
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """See `Chooser`."""
         x_V = _draft_logits(logits_V, proposal, self.params)
-        proposal.ids.append(int(x_V.argmax()))  # a sync: the next draft step needs it
+        proposal.ids += _likeliest(x_V.unsqueeze(0))  # a sync: the next draft step needs it
         return proposal.ids[-1]
 
     def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
         """See `Chooser`; the overlap of two certain laws is 1 or 0."""
         x_TV = penalise(logits_TV, self.params, proposal.prefix, proposal.ids)
-        kept = match(x_TV.argmax(-1).tolist(), proposal.ids)  # the round's only sync
+        kept = match(_likeliest(x_TV), proposal.ids)  # the round's only sync
         num_accepted = len(kept) - 1
         num_rejected = num_accepted < len(proposal.ids)
         return Verdict(kept, [1.0] * num_accepted + [0.0] * num_rejected)
@@ -203,6 +203,19 @@ def check_verifier(name: str) -> None:
     """Raise UsageError unless there is a verifier of this name."""
     if name not in VERIFIER_NAMES:
         raise UsageError(f"--verifier {name!r} is none of {', '.join(VERIFIER_NAMES)}")
+
+
+def _likeliest(x_TV: Tensor) -> list[int]:
+    """The best token of each row, the lowest id among equals.
+
+    >>> _likeliest(torch.tensor([[0.0, 2.0, 2.0]]))
+    [1]
+    """
+    if x_TV.dtype == torch.float32 and x_TV.device.type == "cpu":
+        tokens: list[int] = x_TV.numpy().argmax(-1).tolist()  # on a few rows ten times as fast as torch's
+    else:
+        tokens = x_TV.argmax(-1).tolist()
+    return tokens
 
 
 def _draws(count: int, params: SamplingParams, **how: Any) -> Draws:

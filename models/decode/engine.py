@@ -240,8 +240,8 @@ def _decode(request: _Request) -> Events[_Settled]:
     while True:
         room -= len(kept)
         ended = "eos" if kept[-1].id in request.eos_token_ids else "length" if room == 0 else ""
-        for position, token in enumerate(kept):
-            yield _Settled(token, position, ended if position == len(kept) - 1 else "")
+        *first, last = (_Settled(token, position, "") for position, token in enumerate(kept))
+        yield [*first, last._replace(finish_reason=ended)]
         if ended:
             return
         started = perf_counter()

@@ -45,20 +45,17 @@ class Pass(NamedTuple):
 Steps: TypeAlias = Generator[Pass, Tensor, Result]
 """Yields passes, is sent their rows (see `run`), and returns a result."""
 
-Events: TypeAlias = Generator[Pass | Event, Tensor | None, None]
+Events: TypeAlias = Generator[Pass | list[Event], Tensor | None, None]
 """Yields passes and, between them, what it has to tell, to which None is sent."""
 
 
 def alone(events: Events[Event]) -> Iterator[Event]:
     """Run each pass at once; give what is told."""
-    event = _send(events, None)
+    event = _run_and_send(events, None)
     while event is not None:
-        logits_TV = None
-        if isinstance(event, Pass):
-            logits_TV = run([event])[0]
-        else:
-            yield event
-        event = _send(events, logits_TV)
+        if not isinstance(event, Pass):
+            yield from event
+        event = _run_and_send(events, event)
 
 
 def settle(steps: Steps[Result]) -> Result:
@@ -111,7 +108,8 @@ class Together(Iterator[tuple[int, Event]]):
         """Let a request go on to its next pass."""
         event = _send(self._requests[number], logits_TV)
         while event is not None and not isinstance(event, Pass):
-            yield number, event
+            for one in event:
+                yield number, one
             event = _send(self._requests[number], None)
         if isinstance(event, Pass):
             self._waiting[number] = event
@@ -132,7 +130,13 @@ def run(passes: Sequence[Pass]) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | Event | None:
+def _run_and_send(events: Events[Event], event: Pass | list[Event] | None) -> Pass | list[Event] | None:
+    """Run what came, if that is a pass, and go on to the next event; None at the end."""
+    return _send(events, run([event])[0] if isinstance(event, Pass) else None)
+
+
+@torch.inference_mode()
+def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | list[Event] | None:
     """Go on to the next event; None at the end."""
     try:
         return events.send(logits_TV)

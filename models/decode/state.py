@@ -67,7 +67,10 @@ def score_together(model: Scorer, requests: Sequence[Tokens]) -> Tensor:
     few = model if isinstance(model, FewTokens) else None
     if isinstance(whole, PackedLM) and whole.native is not None:
         rows_TN = whole.native(requests, granularity, None if few is None else few.native_head)
-        return rows_TN if few is None else few.among_all(rows_TN, laws=_are_laws(requests))
+        # The likeliest tokens are drawn without anybody looking at what they were drawn from.
+        if few is None or all(one.draws is not None and not one.are_laws for one in requests):
+            return rows_TN
+        return few.among_all(rows_TN, laws=_are_laws(requests))
     ids, counts = [token for one in requests for token in one.ids], [len(one.ids) for one in requests]
     tokens_BT = torch.tensor([ids], device=whole.model.embed_tokens.weight.device)
     memory = Batch([one.cache for one in requests], counts)

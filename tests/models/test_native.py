@@ -16,6 +16,7 @@ from models.config import ElasticConfig
 from models.decode.sampling import SamplingParams, law
 from models.elastic import ElasticLM
 from models.granularity import FULL, Granularity
+from models.kernels import FOUR_BITS, quantized
 from models.native import Head, NativeStep, Tokens, native_step
 
 IDS = [(7 * position + 3) % 64 for position in range(60)]
@@ -27,8 +28,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one group": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 40, "intermediate_size": 83},
 }
-# Of the norm; the others have 8 bits.
-RTOL = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.int8: 0.06}
+# Of the norm; the others have 8 bits, or 4 in which torch's model has them, too.
+RTOL = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.int8: 0.06, FOUR_BITS: 0.06}
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +47,22 @@ def make_model(config: ElasticConfig, dtype: torch.dtype = torch.float32, **fiel
     return model.to(dtype).eval()
 
 
+def stored_as(dtype: torch.dtype) -> torch.dtype:
+    """Of the model that is packed in a dtype."""
+    return dtype if dtype.is_floating_point else torch.float32
+
+
 def make_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep:
     step = native_step(model, dtype)
     assert step is not None
     return step
+
+
+def round_weights(model: ElasticLM) -> None:
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            codes_OI, scales_O1 = quantized(linear.weight.detach(), 4)
+            linear.weight = nn.Parameter(codes_OI * scales_O1)
 
 
 def new_cache(model: ElasticLM, num_positions: int = 64) -> KVCache:
@@ -70,12 +83,14 @@ def test_logits_keys_and_values_are_torchs(
 ) -> None:
     if shape == "one group" and "heads" in text:
         pytest.skip("half of one group is one group")
-    stored = torch.float32 if dtype == torch.int8 else dtype
-    model, member = make_model(tiny_config, stored, **SHAPES[shape]), Granularity.parse(text)
-    exact = copy.deepcopy(model).float()
+    model, member = make_model(tiny_config, stored_as(dtype), **SHAPES[shape]), Granularity.parse(text)
+    exact, step = copy.deepcopy(model).float(), make_step(model, dtype)
+    if dtype == FOUR_BITS:
+        round_weights(exact)
+        step.prepare(FULL)  # a part has the scales of the whole then
     ours, theirs = new_cache(model), new_cache(exact)
     expected_TV = exact(torch.tensor([IDS]), member, theirs)[0]
-    logits_TV = make_step(model, dtype)([Tokens(IDS, ours, len(IDS))], member)
+    logits_TV = step([Tokens(IDS, ours, len(IDS))], member)
     for cache in (ours, theirs):
         cache.commit(len(IDS))
     for one, other in ((logits_TV, expected_TV), (kept(ours, 4), kept(theirs, 4))):
@@ -87,7 +102,7 @@ def test_logits_keys_and_values_are_torchs(
 def test_a_tokens_result_is_the_same_bits_in_every_pass(
     dtype: torch.dtype, tiny_config: ElasticConfig
 ) -> None:
-    model = make_model(tiny_config, torch.float32 if dtype == torch.int8 else dtype)
+    model = make_model(tiny_config, stored_as(dtype))
     step, whole = make_step(model, dtype), new_cache(model)
     whole_TV = step([Tokens(IDS, whole, len(IDS))], FULL)
     whole.commit(len(IDS))
@@ -232,7 +247,7 @@ def test_a_pass_that_chooses_tokens_is_as_many_passes(
     fields: dict[str, float], races: bool, dtype: torch.dtype, tiny_config: ElasticConfig
 ) -> None:
     """Rows are the laws of the tokens before, tokens are drawn from them, and all but the last are read."""
-    model = make_model(tiny_config, torch.float32 if dtype == torch.int8 else dtype)
+    model = make_model(tiny_config, stored_as(dtype))
     step, params = make_step(model, dtype), SamplingParams(**fields)  # type: ignore[arg-type]
     rng = torch.Generator().manual_seed(0)
     for head in heads(model):

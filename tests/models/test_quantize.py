@@ -16,8 +16,9 @@ from models.weights import weights_of
 
 TOKENS = torch.arange(24).view(2, 12)
 MEMBERS = ("full", "ffn=0.25", "ffn=0.5,heads=0.5,layers=0:3", "layers=0-1")
-# Relative to the size of the logits of a random model; weights and activations have 8 (bf16: 9) bits.
-RTOL = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.06}
+# Relative to the size of the logits of a random model; weights and activations have 8 (bf16: 9) bits,
+# int4's weights 4.
+RTOL = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.06, "int4": 0.5}
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
@@ -47,7 +48,7 @@ def test_every_member_runs_in_every_precision_about_as_it_is(
     assert far > 1e-3 or precision == "fp32"  # it really runs in fewer bits
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_biases_and_head_norms_are_kept(precision: str, tiny_config: ElasticConfig) -> None:
     fields = {name: getattr(tiny_config, name) for name in tiny_config.__dataclass_fields__}
     model = ElasticLM(ElasticConfig(**(fields | {"attention_bias": True, "qk_norm": True})))
@@ -83,7 +84,7 @@ def test_an_int8_targets_logits_do_not_depend_on_what_is_scored_beside_them(tiny
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_packed_member_reads_and_writes_a_store_of_the_targets_dtype(
     dtype: torch.dtype, precision: str, tiny_model: ElasticLM
@@ -121,6 +122,15 @@ def test_only_the_asked_member_is_packed_and_its_bytes_are_told(tiny_model: Elas
     assert prepare(packed, Granularity.parse("ffn=0.25,layers=0")) == 0  # nothing is packed twice
 
 
+def test_4_bits_take_half_of_8_where_decoding_is_compiled(tiny_model: ElasticLM) -> None:
+    eight, four = pack(tiny_model, "int8"), pack(tiny_model, "int4")
+    if four.native is None:
+        pytest.skip("torch's kernels compute with the rounded weights in fp32")
+    heads = 8 * 32  # each of 8 takes a panel of 32
+    weights = 4 * (heads * 32 + 32 * 32 + 3 * 64 * 32) + 64 * 32
+    assert packed_bytes(eight) - packed_bytes(four) == weights // 2
+
+
 def test_all_members_of_a_dtype_share_what_is_packed(tiny_model: ElasticLM) -> None:
     packed = pack(tiny_model, "bf16")
     heads, rest = 4 + 2 * 2, 2 * (4 * (32 * 32 + 3 * 64 * 32) + 64 * 32)
@@ -143,11 +153,12 @@ def test_a_row_of_zeros_stays_finite() -> None:
 
 
 def test_a_precision_that_is_none_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"S@int4: 'int4' is no precision; choose from fp32, bf16"):
-        split_precision("S@int4")
+    with pytest.raises(UsageError, match=r"S@int3: 'int3' is no precision; choose from fp32, bf16"):
+        split_precision("S@int3")
 
 
 @pytest.mark.gpu
-def test_int8_on_a_gpu_is_refused(tiny_model: ElasticLM) -> None:
-    with pytest.raises(UsageError, match="int8 runs on a CPU"):
-        pack(tiny_model.to("cuda"), "int8")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_codes_on_a_gpu_are_refused(precision: str, tiny_model: ElasticLM) -> None:
+    with pytest.raises(UsageError, match=f"{precision} runs on a CPU"):
+        pack(tiny_model.to("cuda"), precision)

@@ -30,7 +30,7 @@ def bench(
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="G[@int8|bf16]|auto|none|DIR",
+            metavar="G[@int4|int8|bf16]|auto|none|DIR",
             help="What drafts: a member, the best one here, nothing, or another model folder; repeatable. "
             "Default: auto; layers=0-1 with --random.",
         ),

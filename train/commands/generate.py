@@ -44,7 +44,7 @@ def generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            metavar="G[@int8|bf16]|auto|lookup|none|DIR",
+            metavar="G[@int4|int8|bf16]|auto|lookup|none|DIR",
             help="What drafts: a member, the best one here (and lookup), copies of earlier text, nothing, or "
             "another model folder. Default: auto; none when sampling, where each draft gives another text "
             "for a seed (not so with --verifier coupled).",

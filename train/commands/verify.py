@@ -31,7 +31,7 @@ def verify(
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="G[@int8|bf16]|DIR",
+            metavar="G[@int4|int8|bf16]|DIR",
             help="A member that drafts, or another model folder; repeatable. Default: the whole family. "
             "A hostile draft, copied text, a controller and batches come on top.",
         ),

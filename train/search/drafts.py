@@ -28,12 +28,12 @@ from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
 from models.probe import Clock
-from models.quantize import INT8
+from models.quantize import INT4, INT8
 from train.search.candidates import NUM_CACHED, Candidate, list_candidates
 from train.search.confirm import Confirmed, confirm
 from train.search.measure import Estimate, Measurements, Progress, Text, best_of, verifiers_of
 
-PRECISIONS = ("fp32", "bf16", INT8)
+PRECISIONS = ("fp32", "bf16", INT8, INT4)
 FIRST_TOKENS = 600
 """Of the text that every candidate is tried on."""
 NUM_FINALISTS = 4

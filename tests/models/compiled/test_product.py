@@ -9,10 +9,11 @@ import torch
 from models.compiled.build import library
 from models.compiled.panels import make_panels
 from models.compiled.product import compiled_kernel
+from models.kernels import FOUR_BITS, quantized
 
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-# Largest error relative to the largest value: fp32's sums, inputs of 8 bits.
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.int8: 2e-2}
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, FOUR_BITS)
+# Largest error relative to the largest value: fp32's sums, inputs of 8 bits; of 4-bit weights as rounded.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.int8: 2e-2, FOUR_BITS: 1e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,9 @@ def test_it_is_the_product(num_outputs: int, num_inputs: int, num_rows: int, dty
     weight_OI, x_TI = torch.randn(num_outputs, num_inputs), torch.randn(num_rows, num_inputs)
     kernel = compiled_kernel(weight_OI, dtype)
     assert kernel is not None
+    if dtype == FOUR_BITS:
+        codes_OI, scales_O1 = quantized(weight_OI, 4)
+        weight_OI = codes_OI * scales_O1
     y_TO, exact_TO = kernel(x_TI), x_TI.double() @ weight_OI.double().T
     assert y_TO.dtype == torch.float32
     assert (y_TO - exact_TO).abs().max() <= TOLERANCES[dtype] * max(1.0, float(exact_TO.abs().max()))
@@ -83,12 +87,26 @@ def test_panels_are_the_weight_laid_out_anew_and_heads_begin_panels() -> None:
     assert whole[1, 2, 5].tolist() == weight_OI.bfloat16()[37, 4:].tolist()
 
 
-def test_8_bit_codes_are_exact_where_they_can_be() -> None:
-    weight_OI = torch.randint(-127, 128, (40, 66)).float()
-    weight_OI[:, 0] = 127  # the scale is one
-    x_TI = torch.randint(-127, 128, (5, 66)).float()
+def test_two_4_bit_codes_share_a_byte() -> None:
+    weight_OI = torch.randint(-7, 8, (3, 12)).float()
+    weight_OI[:, 0] = 7  # the scale is one
+    panels = make_panels(weight_OI, dtype=FOUR_BITS)
+    assert panels.weight.shape == (1, 2, 32, 4)
+    assert panels.weight[0, 0, 2].bitwise_and(15).tolist() == (weight_OI[2, :4] + 8).tolist()
+    assert panels.weight[0, 0, 2].bitwise_right_shift(4).tolist() == (weight_OI[2, 4:8] + 8).tolist()
+    assert panels.weight[0, 1, 2].tolist() == (weight_OI[2, 8:] + 8 + 16 * 8).tolist()
+    assert panels.num_bytes == 2 * 32 * 4 + 4 * 32
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 127), (FOUR_BITS, 7)])
+@pytest.mark.parametrize("num_inputs", [66, 68, 72])
+def test_codes_are_exact_where_they_can_be(dtype: torch.dtype, most: int, num_inputs: int) -> None:
+    weight_OI = torch.randint(-most, most + 1, (40, num_inputs)).float()
+    weight_OI[:, 0] = most  # the scale is one
+    x_TI = torch.randint(-127, 128, (5, num_inputs)).float()
     x_TI[:, 1] = -127
-    kernel = compiled_kernel(weight_OI, torch.int8)
+    kernel = compiled_kernel(weight_OI, dtype)
     assert kernel is not None
     assert kernel(x_TI).equal(x_TI @ weight_OI.T)
-    assert not kernel(torch.zeros(2, 66)).any()
+    assert not kernel(torch.zeros(2, num_inputs)).any()

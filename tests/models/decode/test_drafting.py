@@ -29,7 +29,7 @@ def ids(folder: ModelFolder, text: str) -> list[int]:
     return [t.id for t in stream(folder.model, PROMPT, draft=drafting.draft, gamma=3, max_new_tokens=40)]
 
 
-@pytest.mark.parametrize("text", ["S@int8", "full@int8", "M@bf16", "ffn=0.5,layers=0-1@fp32", "FOLDER@int8"])
+@pytest.mark.parametrize("text", ["S@int8", "full@int4", "M@bf16", "ffn=0.5,layers=0-1@fp32", "FOLDER@int8"])
 def test_a_draft_of_another_precision_leaves_the_greedy_ids_as_they_are(
     text: str, folder: ModelFolder
 ) -> None:
@@ -53,7 +53,7 @@ def test_another_folder_counts_all_its_weights_as_extra(folder: ModelFolder) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("S@int4", "'int4' is no precision"), ("nothing@int8", "neither a member")]
+    ("text", "told"), [("S@int3", "'int3' is no precision"), ("nothing@int8", "neither a member")]
 )
 def test_a_wrong_precision_or_member_is_named(text: str, told: str, folder: ModelFolder) -> None:
     with pytest.raises(UsageError, match=told):

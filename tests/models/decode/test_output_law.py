@@ -87,6 +87,7 @@ DRAFTS = {
     "whole target": nested("full"),
     "narrow in int8": packed("ffn=0.125,heads=0.5", "int8"),
     "whole target in int8": packed("full", "int8"),
+    "last layer in int4": packed("layers=1", "int4"),
     "last layer in bf16": packed("ffn=0.5,layers=1", "bf16"),
     "two tokens": few_tokens("ffn=0.5,layers=0"),
     "two tokens of the target": few_tokens("full"),
@@ -297,7 +298,7 @@ PROCESSORS = (PLAIN, TOP_K, TOP_P, MIN_P, PENALTY, ALL)
 
 
 @pytest.mark.parametrize("gamma", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_law_holds_for_every_member_precision_processor_and_end_of_text(
     kind: str, precision: str | None, gamma: int, make_model: MakeModel

@@ -82,6 +82,7 @@ def test_a_sound_engine_passes_every_test(
         drafts={
             "D": FIRST,
             "S@int8": member(Granularity.parse("ffn=0.5"), "int8"),
+            "D@int4": member(Granularity.parse("layers=0"), "int4"),
             "folder": separate(stranger(tiny_model)),
         },
         verifiers=VERIFIER_NAMES,
@@ -93,7 +94,7 @@ def test_a_sound_engine_passes_every_test(
     assert [check for check in checks if not check.passed] == []
     assert {check.test for check in checks} == {"exact", "dtype", "counts", "coupled", "greedy"}
     assert {check.dtype for check in checks} == {"fp64", "fp32", dtype}
-    names = {"D", "S@int8", "folder", "hostile", "lookup", "any"}
+    names = {"D", "S@int8", "D@int4", "folder", "hostile", "lookup", "any"}
     for test, dtypes in (("exact", ["fp64"]), ("greedy", ["fp32", dtype]), ("coupled", ["fp32", dtype])):
         found = {(check.draft, check.dtype) for check in checks if check.test == test}
         assert found >= {(name, each) for name in names for each in dtypes}, test
