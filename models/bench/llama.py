@@ -120,7 +120,22 @@ class _Drafter:
 
 
 def open_llama(path: Path, num_positions: int, drafter: Any = None, **options: Any) -> Any:
-    """A model of llama.cpp."""
-    from llama_cpp import Llama
+    """A model of llama.cpp.
 
-    return Llama(str(path), n_ctx=num_positions, draft_model=drafter, verbose=False, **options)
+    Where the processor multiplies tiles (AMX) it keeps the weights as they are on disk: laid out for tiles,
+    8-bit ones end the process (https://github.com/ggml-org/llama.cpp/issues/20824).
+    """
+    from llama_cpp import Llama, llama_cpp
+
+    defaults = llama_cpp.llama_model_default_params
+
+    def without_tiles() -> Any:
+        found = defaults()
+        found.use_extra_bufts = found.use_extra_bufts and not torch.cpu._is_amx_tile_supported()
+        return found
+
+    llama_cpp.llama_model_default_params = without_tiles
+    try:
+        return Llama(str(path), n_ctx=num_positions, draft_model=drafter, verbose=False, **options)
+    finally:
+        llama_cpp.llama_model_default_params = defaults
