@@ -61,19 +61,22 @@ def add_utilisation(
             caches can exceed it.
     """
     for row in rows:
-        if row["mode"] == "plain" and row["dtype"] in DTYPES:  # int8 packs some weights and not others
-            rate = row["decode_tokens_per_second"] * bytes_per_token(
-                config, num_positions=num_positions, dtype_bytes=DTYPES[row["dtype"]].itemsize
-            )
-            row["mbu"] = rate / (read_gbps * 1e9)
+        if row["mode"] == "plain":
+            num_bytes = bytes_per_token(config, num_positions=num_positions, dtype=row["dtype"])
+            row["mbu"] = row["decode_tokens_per_second"] * num_bytes / (read_gbps * 1e9)
 
 
-def bytes_per_token(config: ElasticConfig, *, num_positions: float, dtype_bytes: int) -> float:
-    """What plain decoding reads for one token; of an embedding that is no head, only one row."""
-    num_bytes = count_weight_bytes(config, dtype_bytes=dtype_bytes)
+def bytes_per_token(config: ElasticConfig, *, num_positions: float, dtype: str) -> float:
+    """What plain decoding reads for one token; of an embedding that is no head, only one row.
+
+    In int8 weights take a byte, and keys and values are in fp32.
+    """
+    stored = DTYPES.get(dtype, DTYPES["fp32"]).itemsize
+    weight = stored if dtype in DTYPES else 1
+    num_bytes = count_weight_bytes(config, dtype_bytes=weight)
     if not config.tie_word_embeddings:
-        num_bytes -= (config.vocab_size - 1) * config.hidden_size * dtype_bytes
-    return num_bytes + num_positions * count_kv_bytes(config, num_positions=1, dtype_bytes=dtype_bytes)
+        num_bytes -= (config.vocab_size - 1) * config.hidden_size * weight
+    return num_bytes + num_positions * count_kv_bytes(config, num_positions=1, dtype_bytes=stored)
 
 
 def make_notes(rows: Sequence[Row], runs: Runs, *, num_prompts: int) -> list[str]:

@@ -52,7 +52,7 @@ def search(
         list[str] | None, typer.Option(metavar="G", help="Also consider this one; repeatable.")
     ] = None,
     confirm: Annotated[int, typer.Option(help="Drafts of each temperature that really decode.")] = 3,
-    num_prompts: Annotated[int, typer.Option(help="Prompts that they continue.")] = 6,
+    num_prompts: Annotated[int, typer.Option(help="Prompts that they continue.")] = 12,
     rounds: Annotated[int, typer.Option(help="Times that they do; figures are medians.")] = 3,
     dtype: DtypeOption = "auto",
     json: JsonOption = None,

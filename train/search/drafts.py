@@ -67,7 +67,7 @@ def search_drafts(
     *,
     family: Iterable[Granularity] = (),
     num_confirmed: int = 3,
-    num_prompts: int = 6,
+    num_prompts: int = 12,
     num_rounds: int = 3,
     dtype: str = "",
     clock: Clock = time.perf_counter,

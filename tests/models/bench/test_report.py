@@ -156,6 +156,7 @@ def test_utilisation_counts_weights_and_cache_once_a_token(
     rows = make_rows(Runs({one: [[make_sample()]] for one in labels}))
     add_utilisation(rows, tiny_config, num_positions=10, read_gbps=1.0)
     kv_numbers = 2 * 4 * 2 * 8 * 10  # keys and values, layers, groups, head size, positions
-    num_bytes = 4 * (count_parameters(tiny_config) + kv_numbers)
-    assert rows[0]["mbu"] == pytest.approx(1.5 * num_bytes / 1e9)
-    assert [row["mbu"] for row in rows[1:]] == [None, None]
+    weights = count_parameters(tiny_config)
+    assert rows[0]["mbu"] == pytest.approx(1.5 * 4 * (weights + kv_numbers) / 1e9)
+    assert rows[1]["mbu"] is None
+    assert rows[2]["mbu"] == pytest.approx(1.5 * (weights + 4 * kv_numbers) / 1e9)
