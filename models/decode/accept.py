@@ -47,8 +47,8 @@ def verify_block(p_TV: Tensor, q_TV: Tensor, drafted: Sequence[int], random: Ran
     if random.accept(ratios[-1]):
         return [*drafted, random.target(p_TV[-1])]
     # The longest prefix that passes is kept, so tests run from the back; the empty one passes.
-    num_kept = len(drafted) - 1
-    while num_kept > 0 and not random.accept(_pass(ratios[num_kept], p_TV[num_kept], q_TV[num_kept])):
+    num_kept, passes = len(drafted) - 1, _passes(ratios[:-1], p_TV, q_TV)
+    while num_kept > 0 and not random.accept(passes[num_kept]):
         num_kept -= 1
     rest_V = residual(ratios[num_kept] * p_TV[num_kept], q_TV[num_kept])
     return [*drafted[:num_kept], random.target(rest_V)]
@@ -86,11 +86,15 @@ def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
     return excess_V / mass if mass > 0 else p_V / p_V.sum()
 
 
-def _pass(ratio: float, p_V: Tensor, q_V: Tensor) -> float:
-    """With which probability a prefix is kept if no longer one is (h in the paper)."""
-    excess = float((ratio * p_V - q_V).clamp_min(0.0).sum())
+def _passes(ratios: list[float], p_TV: Tensor, q_TV: Tensor) -> list[float]:
+    """With which probability a prefix of 0, 1, .. tokens is kept if no longer one is (h in the paper)."""
+    ratios_T1 = p_TV.new_tensor(ratios).unsqueeze(-1)
+    excesses = (ratios_T1 * p_TV[: len(ratios)] - q_TV).clamp_min(0.0).sum(-1).tolist()  # a sync
     # Without excess nothing is left to draw after this prefix, so it must not be kept.
-    return excess / (excess + (1.0 - ratio)) if excess > 0 else 0.0
+    return [
+        excess / (excess + (1.0 - ratio)) if excess > 0 else 0.0
+        for excess, ratio in zip(excesses, ratios, strict=True)
+    ]
 
 
 def _probabilities(probs_TV: Tensor, tokens: Sequence[int]) -> list[float]:

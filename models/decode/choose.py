@@ -239,12 +239,13 @@ def _target_laws(logits_TV: Tensor, proposal: Proposal, params: SamplingParams) 
 def _stacked_laws(p_TV: Tensor, proposal: Proposal) -> Tensor:
     """The laws [T, V] of the drafted tokens, T of them; point masses where the tokens were certain."""
     if proposal.laws:
-        return torch.cat(proposal.laws)
+        return torch.cat(proposal.laws) if len(proposal.laws) > 1 else proposal.laws[0]
     tokens_T1 = torch.tensor(proposal.ids, device=p_TV.device).unsqueeze(-1)
     return torch.zeros_like(p_TV[:-1]).scatter_(-1, tokens_T1, 1.0)
 
 
 def _overlaps(p_TV: Tensor, q_TV: Tensor, num_reached: int) -> list[float]:
     """Sum of min(p, q) at the first drafted positions."""
-    overlaps: list[float] = torch.minimum(p_TV[:-1], q_TV).sum(-1)[:num_reached].tolist()
+    num_reached = min(num_reached, len(q_TV))
+    overlaps: list[float] = torch.minimum(p_TV[:num_reached], q_TV[:num_reached]).sum(-1).tolist()
     return overlaps

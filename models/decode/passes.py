@@ -51,11 +51,8 @@ Events: TypeAlias = Generator[Pass | list[Event], Tensor | None, None]
 
 def alone(events: Events[Event]) -> Iterator[Event]:
     """Run each pass at once; give what is told."""
-    event = _run_and_send(events, None)
-    while event is not None:
-        if not isinstance(event, Pass):
-            yield from event
-        event = _run_and_send(events, event)
+    while (told := _run_until_told(events)) is not None:
+        yield from told
 
 
 def settle(steps: Steps[Result]) -> Result:
@@ -100,7 +97,8 @@ class Together(Iterator[tuple[int, Event]]):
             yield from self._advance(number, None)
         while self._waiting:
             group = _next_group(self._waiting, self._target)
-            logits = run([self._waiting.pop(number) for number in group])
+            with torch.inference_mode():
+                logits = run([self._waiting.pop(number) for number in group])
             for number, logits_TV in zip(group, logits, strict=True):
                 yield from self._advance(number, logits_TV)
 
@@ -115,12 +113,11 @@ class Together(Iterator[tuple[int, Event]]):
             self._waiting[number] = event
 
 
-@torch.inference_mode()
 def run(passes: Sequence[Pass]) -> list[Tensor]:
     """Logits [T, V] of each of some passes through the same model, made in one pass.
 
     T are the last positions, `num_last` of them, and the drawn tokens but for the last. What a token was
-    drawn from is a law.
+    drawn from is a law. Gradients are off where this is called: turning them off once more takes time.
     """
     model, ids, cache, num_last, draws = passes[0]
     if len(passes) == 1 and draws is None:
@@ -130,9 +127,17 @@ def run(passes: Sequence[Pass]) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _run_and_send(events: Events[Event], event: Pass | list[Event] | None) -> Pass | list[Event] | None:
-    """Run what came, if that is a pass, and go on to the next event; None at the end."""
-    return _send(events, run([event])[0] if isinstance(event, Pass) else None)
+def _run_until_told(events: Events[Event]) -> list[Event] | None:
+    """Run passes until there is something to tell; None at the end."""
+    logits_TV = None
+    try:
+        while True:
+            event = events.send(logits_TV)
+            if not isinstance(event, Pass):
+                return event
+            logits_TV = run([event])[0]
+    except StopIteration:
+        return None
 
 
 @torch.inference_mode()
