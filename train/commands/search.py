@@ -117,13 +117,17 @@ def _open_text(
     num_prompts: int,
     progress: "Progress",
 ) -> "Text":
-    """Prompts from a fair sample of the text, continued by the model under each law.
+    """Beginnings of a fair sample of the documents, continued by the model under each law.
+
+    So does `nestling bench`, and so do most who decode: within a document drafts do better, or worse. Where
+    there are too few, prompts come from within.
 
     Raises:
         NestlingError: if the text is shorter than a prompt.
     """
     import torch
 
+    from train.data.pack import document_starts
     from train.data.tokenizer import load_tokenizer
     from train.data.tokens import load_rows
     from train.search.measure import continue_text
@@ -135,10 +139,12 @@ def _open_text(
     rows = load_rows(data, load_tokenizer(str(folder.path), key="MODEL"), sequence_length=num_prompt)
     counts_V = torch.bincount(torch.from_numpy(rows.stream.astype("int64")), minlength=config.vocab_size)
     num_rows = max(num_prompts, -(-num_tokens // num_new))
-    batches = take_batches(rows, num_rows * num_prompt)
-    prompts_RP = torch.cat([tokens_BT[(labels_BT >= 0).all(1)] for tokens_BT, labels_BT in batches])[
-        :num_rows
-    ]
+    prompts_RP = torch.from_numpy(document_starts(rows.stream, num_prompt).astype("int64"))
+    prompts_RP = prompts_RP[torch.linspace(0, len(prompts_RP) - 1, min(num_rows, len(prompts_RP))).long()]
+    if len(prompts_RP) < num_rows:
+        batches = take_batches(rows, num_rows * num_prompt)
+        inside_RP = torch.cat([tokens_BT[(labels_BT >= 0).all(1)] for tokens_BT, labels_BT in batches])
+        prompts_RP = torch.cat([prompts_RP, inside_RP])[:num_rows]
     if not len(prompts_RP):
         raise NestlingError(f"--data {data} has fewer than {num_prompt} tokens: give a longer text")
     progress("continuing the text", 0, 1)

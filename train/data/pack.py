@@ -63,6 +63,22 @@ class Rows:
         return int(np.clip(left, 0, self.sequence_length).sum())
 
 
+def document_starts(stream: NDArray[Any], num_tokens: int) -> NDArray[Any]:
+    """The first tokens [documents, num_tokens] of all documents of a stream that are longer.
+
+    Args:
+        stream: token ids; the first one is the end of a document, as is that of each.
+        num_tokens: to take of each.
+
+    >>> document_starts(np.array([0, 5, 6, 7, 0, 5, 6, 0, 8, 9, 7, 7, 0]), 2).tolist()
+    [[5, 6], [8, 9]]
+    """
+    ends = np.flatnonzero(stream == stream[0])
+    starts = ends[:-1] + 1
+    starts = starts[np.diff(ends) - 1 > num_tokens]
+    return stream[starts[:, None] + np.arange(num_tokens)]
+
+
 def hold_out_tail(stream: NDArray[Any], fraction: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """Cut the last tokens off for validation: for a corpus that is one document.
 
