@@ -76,7 +76,8 @@ def document_starts(stream: NDArray[Any], num_tokens: int) -> NDArray[Any]:
     ends = np.flatnonzero(stream == stream[0])
     starts = ends[:-1] + 1
     starts = starts[np.diff(ends) - 1 > num_tokens]
-    return stream[starts[:, None] + np.arange(num_tokens)]
+    first_DT: NDArray[Any] = stream[starts[:, None] + np.arange(num_tokens)]
+    return first_DT
 
 
 def hold_out_tail(stream: NDArray[Any], fraction: float) -> tuple[NDArray[Any], NDArray[Any]]:
