@@ -84,6 +84,11 @@ class ElasticLM(nn.Module):
         """Whether a pass can choose tokens and go on by itself: where it is compiled."""
         return False
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the keys and values that it keeps while it decodes."""
+        return self.model.embed_tokens.weight.dtype
+
     def forward(
         self,
         tokens_BT: Tensor,

@@ -113,7 +113,7 @@ class NativeStep:
         Raises:
             UsageError: if the member does not fit the model.
         """
-        self._member(granularity, Head(self._model.lm_head), self._model.model.embed_tokens.weight.dtype)
+        self._member(granularity, Head(self._model.lm_head), self._model.cache_dtype)
 
     def __call__(
         self, requests: Sequence[Tokens], granularity: Granularity, head: Head | None = None

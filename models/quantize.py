@@ -1,7 +1,8 @@
 """Precision of a member: a packed copy of its weights that runs in place of the slices.
 
     fp32 bf16 fp16   copies in that dtype, in the layout that a product on few rows reads fastest
-    int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token
+    int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token; as a target
+                     it keeps its keys and values in bf16, which are finer still
     int4             4-bit weights, one scale a row, and 8-bit activations: for drafts
 
 The copy is an `ElasticLM` that shares the source's embedding, so that any granularity runs in it and a
@@ -68,7 +69,7 @@ class PackedLM(ElasticLM):
         if precision in _CODES:
             _check_codes(precision, weight.device)
         dtype = DTYPES.get(precision)
-        self.config = source.config
+        self.config, self.precision = source.config, precision
         self.native = native_step(source, dtype or _CODES[precision])
         shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
         # The modules are copied, the tensors are the source's.
@@ -82,6 +83,11 @@ class PackedLM(ElasticLM):
     def chooses(self) -> bool:
         """See `ElasticLM.chooses`."""
         return self.native is not None
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """See `ElasticLM.cache_dtype`; of a draft in place it is the target's that counts."""
+        return torch.bfloat16 if self.precision in _CODES else super().cache_dtype
 
     def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
         """See `ElasticLM.score`; one call where it can be."""

@@ -69,9 +69,9 @@ def add_utilisation(
 def bytes_per_token(config: ElasticConfig, *, num_positions: float, dtype: str) -> float:
     """What plain decoding reads for one token; of an embedding that is no head, only one row.
 
-    In int8 weights take a byte, and keys and values are in fp32.
+    In int8 weights take a byte, and keys and values are in bf16.
     """
-    stored = DTYPES.get(dtype, DTYPES["fp32"]).itemsize
+    stored = DTYPES.get(dtype, DTYPES["bf16"]).itemsize
     weight = stored if dtype in DTYPES else 1
     num_bytes = count_weight_bytes(config, dtype_bytes=weight)
     if not config.tie_word_embeddings:

@@ -45,10 +45,10 @@ def granularity_of(model: Scorer) -> Granularity:
 
 
 def new_cache(model: Model, num_positions: int) -> KVCache:
-    """An empty cache for one row, in the model's dtype and on its device."""
+    """An empty cache for one row, in the model's dtype for it and on its device."""
     whole = elastic_model(model)
-    weight = whole.model.embed_tokens.weight
-    return KVCache(whole.config, num_positions=num_positions, dtype=weight.dtype, device=weight.device)
+    device = whole.model.embed_tokens.weight.device
+    return KVCache(whole.config, num_positions=num_positions, dtype=whole.cache_dtype, device=device)
 
 
 def score(model: Scorer, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:

@@ -116,7 +116,7 @@ def continue_rows(
         model.config,
         batch_size=len(prompts_RP),
         num_positions=prompts_RP.shape[1] + num_tokens,
-        dtype=weight.dtype,
+        dtype=model.cache_dtype,
         device=weight.device,
     )
     for _ in range(num_tokens):

@@ -7,6 +7,7 @@ from torch import nn
 from models import native
 from models.cache import KVCache
 from models.config import ElasticConfig
+from models.decode.state import new_cache
 from models.elastic import ElasticLM
 from models.errors import UsageError
 from models.granularity import FULL, Granularity
@@ -81,6 +82,19 @@ def test_an_int8_targets_logits_do_not_depend_on_what_is_scored_beside_them(tiny
         torch.testing.assert_close(target(rows)[0], alone, rtol=1e-4, atol=1e-4)
         after = torch.cat([TOKENS[0], torch.full((4,), companion)])
         torch.testing.assert_close(target(after[None])[0, :12], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_an_int8_target_keeps_keys_and_values_in_bf16_and_decodes_as_it_scores(tiny_model: ElasticLM) -> None:
+    target = pack(tiny_model, "int8")
+    cache = new_cache(target, 12)
+    assert cache.dtype == torch.bfloat16
+    assert new_cache(pack(tiny_model, "fp32"), 12).dtype == torch.float32
+    decoded = target.score([0, 1, 2, 3, 4], FULL, cache, num_last=5)
+    cache.commit(5)
+    decoded = torch.cat([decoded, target.score([5, 6, 7, 8, 9, 10, 11], FULL, cache, num_last=7)])
+    assert distance(decoded, logits(target)[0]) < RTOL["int8"]
+    assert distance(decoded, logits(tiny_model)[0]) < RTOL["int8"]
 
 
 @torch.inference_mode()

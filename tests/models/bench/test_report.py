@@ -159,4 +159,4 @@ def test_utilisation_counts_weights_and_cache_once_a_token(
     weights = count_parameters(tiny_config)
     assert rows[0]["mbu"] == pytest.approx(1.5 * 4 * (weights + kv_numbers) / 1e9)
     assert rows[1]["mbu"] is None
-    assert rows[2]["mbu"] == pytest.approx(1.5 * (weights + 4 * kv_numbers) / 1e9)
+    assert rows[2]["mbu"] == pytest.approx(1.5 * (weights + 2 * kv_numbers) / 1e9)
