@@ -79,18 +79,22 @@ def quantized(weight_OI: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     >>> codes_OI, 127 * scales_O1
     (tensor([[-127.,   64.,   32.]]), tensor([[2.]]))
     """
-    weight_OI, most = weight_OI.float(), float((1 << (bits - 1)) - 1)
-    widest_O1 = (weight_OI.abs().amax(-1, keepdim=True) / most).clamp_min(TINY)
-    best_OI, best_O1, least_O1 = weight_OI, widest_O1, torch.full_like(widest_O1, torch.inf)
-    for share in CLIPPED if bits == 4 else (1.0,):
-        scale_O1 = widest_O1 * share
-        codes_OI = (weight_OI / scale_O1).round().clamp_(-most, most)
-        error_O1 = (codes_OI * scale_O1 - weight_OI).square().sum(-1, keepdim=True)
-        is_best_O1 = error_O1 < least_O1
-        best_OI = torch.where(is_best_O1, codes_OI, best_OI)
-        best_O1 = torch.where(is_best_O1, scale_O1, best_O1)
-        least_O1 = torch.minimum(error_O1, least_O1)
-    return best_OI, best_O1
+    weight_OI, most = weight_OI.float(), (1 << (bits - 1)) - 1
+    scale_O1 = (weight_OI.abs().amax(-1, keepdim=True) / most).clamp_min(TINY)
+    if bits == 4:
+        tried_SO1 = torch.stack([scale_O1 * share for share in CLIPPED])
+        errors_SO1 = torch.stack(
+            [
+                (_codes(weight_OI, one_O1, most) * one_O1 - weight_OI).square().sum(-1, keepdim=True)
+                for one_O1 in tried_SO1
+            ]
+        )
+        scale_O1 = tried_SO1.gather(0, errors_SO1.argmin(0, keepdim=True))[0]
+    return _codes(weight_OI, scale_O1, most), scale_O1
+
+
+def _codes(weight_OI: Tensor, scale_O1: Tensor, most: int) -> Tensor:
+    return (weight_OI / scale_O1).round().clamp_(-most, most)
 
 
 def int8_kernel(weight_OI: Tensor, bias_O: Tensor | None = None) -> Kernel:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.cache import KVCache
 from models.compiled.build import library
 from models.compiled.draws import Draws, Law
-from models.compiled.panels import INPUT_DTYPES, TYPES, Map, Panels, make_panels
+from models.compiled.panels import TYPES, Map, Panels, make_panels
 from models.elastic import Block, ElasticLM
 from models.granularity import Granularity, LayerPlan
 from models.layers import RMSNorm
@@ -39,7 +39,7 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("inputs", "cache", "embedding")),
+        *((name, ctypes.c_int32) for name in ("cache", "embedding")),
         *((name, ctypes.c_int32) for name in ("hidden", "head_dim", "heads_per_group", "query_width", "ffn")),
         *((name, ctypes.c_int32) for name in ("num_layers", "num_outputs")),
         ("epsilon", ctypes.c_float),
@@ -100,7 +100,7 @@ class NativeStep:
         self._panels: dict[tuple[int, str], Panels] = {}
         self._heads: dict[nn.Linear, Panels] = {}
         self._norms: dict[RMSNorm, Tensor] = {}
-        self._members: dict[tuple[Granularity, nn.Linear, torch.dtype], _Member] = {}
+        self._members: dict[tuple[Granularity, nn.Linear], _Member] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -113,7 +113,7 @@ class NativeStep:
         Raises:
             UsageError: if the member does not fit the model.
         """
-        self._member(granularity, Head(self._model.lm_head), self._model.cache_dtype)
+        self._member(granularity, Head(self._model.lm_head))
 
     def __call__(
         self, requests: Sequence[Tokens], granularity: Granularity, head: Head | None = None
@@ -132,7 +132,8 @@ class NativeStep:
             IndexError: for what is no token id.
         """
         head, config = head or Head(self._model.lm_head), self._model.config
-        member = self._member(granularity, head, requests[0].cache.dtype)
+        member = self._member(granularity, head)
+        member.model.cache = TYPES[requests[0].cache.dtype]
         given = (_Request * len(requests))()
         for one, request in zip(given, requests, strict=True):
             ids, cache, num_last, draws = request
@@ -164,14 +165,15 @@ class NativeStep:
                 request.draws.ids[:] = one.chosen[: request.draws.count]
         return logits_TV
 
-    def _member(self, granularity: Granularity, head: Head, cache: torch.dtype) -> "_Member":
-        key = granularity, head.map, cache
+    def _member(self, granularity: Granularity, head: Head) -> "_Member":
+        key = granularity, head.map
         member = self._members.get(key)
         if member is None:
-            member = self._members[key] = self._make(granularity, head, cache)
+            member = self._members[key] = self._make(granularity, head)
         return member
 
-    def _make(self, granularity: Granularity, head: Head, cache: torch.dtype) -> "_Member":
+    def _make(self, granularity: Granularity, head: Head) -> "_Member":
+        """All but the dtype of a cache, which comes with each pass."""
         source, config = self._model, self._model.config
         plans = granularity.resolve(config).layers
         kept: list[object] = []
@@ -182,8 +184,6 @@ class NativeStep:
             self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
         outputs = None if head.ids_N is None else head.ids_N.to(torch.int64, copy=True).contiguous()
         model = _Model(
-            inputs=TYPES[INPUT_DTYPES.get(self._dtype, self._dtype)],
-            cache=TYPES[cache],
             embedding=TYPES[embedding.dtype],
             hidden=config.hidden_size,
             head_dim=config.head_dim,

@@ -43,7 +43,7 @@ INLINE void mix(int type, int queries, int parts, const float *scores, size_t st
                 sums[q][p] = fused(value, spread(scores[q * stride + s]), sums[q][p]);
         }
     for (int q = 0; q < queries; q++)
-        for (int p = 0; p < parts; p++) *(loose_lanes *)(mixed + (size_t)q * size + p * LANES) = sums[q][p];
+        for (int p = 0; p < parts; p++) store(sums[q][p], mixed + (size_t)q * size + p * LANES);
 }
 
 INLINE void mix_all(int type, int queries, const float *scores, size_t stride, const void *values, size_t at,
@@ -136,7 +136,8 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;
             float share_of_one = 1.0f / sums[q];
             for (int i = 0; i < size; i++) mixed[(size_t)q * size + i] *= share_of_one;
-            place(shared_type(model->inputs), mixed + (size_t)q * size, head * size, size, pass->mixed, row);
+            place(shared_type(input_type(model)), mixed + (size_t)q * size, head * size, size, pass->mixed,
+                  row);
         }
     }
 }

@@ -21,8 +21,6 @@ INPUTS_PER_ENTRY = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, FOUR_BIT
 """Inputs that an entry of a panel holds, in the dtypes that there are panels for."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, FOUR_BITS: 3}
 """What step.c calls a dtype."""
-INPUT_DTYPES = {FOUR_BITS: torch.int8}
-"""What a product's inputs are in, where that is not the dtype of its weight."""
 
 
 class Map(ctypes.Structure):

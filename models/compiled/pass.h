@@ -15,7 +15,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int32_t inputs, cache, embedding;                            /* FP32 or BF16; inputs also INT8 */
+    int32_t cache, embedding;                                    /* FP32 or BF16 */
     int32_t hidden, head_dim, heads_per_group, query_width, ffn; /* of the full model */
     int32_t num_layers, num_outputs;
     float epsilon;
@@ -25,6 +25,9 @@ typedef struct {
     Map head;
     const Layer *layers;
 } Model;
+
+/* Of all products: a model's weights are of one type. */
+INLINE int input_type(const Model *model) { return inputs_for((int)model->head.type); }
 
 typedef struct {
     void *const *keys, *const *values; /* of each layer: [groups][positions][head_dim] */

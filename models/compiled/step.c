@@ -36,7 +36,7 @@ static Input norm_rows(const Pass *pass, const Thread *thread, const float *weig
     Input input = begin_input(pass, thread, &mine);
     for (int r = mine.first; r < mine.last; r++) {
         normalise(pass->x + (size_t)r * model->hidden, weight, model->hidden, model->epsilon, thread->line);
-        place_row(model->inputs, thread->line, model->hidden, input, r);
+        place_row(input_type(model), thread->line, model->hidden, input, r);
     }
     end_input(pass);
     return input;
@@ -44,7 +44,7 @@ static Input norm_rows(const Pass *pass, const Thread *thread, const float *weig
 
 /* An input made of what threads made together part by part. */
 INLINE Input scaled(const Pass *pass, const Thread *thread, Input parts, int count) {
-    if (pass->model->inputs != INT8) return parts;
+    if (input_type(pass->model) != INT8) return parts;
     Range mine;
     Input input = begin_input(pass, thread, &mine);
     for (int r = mine.first; r < mine.last; r++)
@@ -58,7 +58,7 @@ INLINE Input scaled(const Pass *pass, const Thread *thread, Input parts, int cou
 static void project(const Pass *pass, const Thread *thread, const Layer *layer, Input input) {
     const Model *model = pass->model;
     int size = model->head_dim, panels = ceil_div(size, PANEL), queries = model->heads_per_group;
-    int n = depth(model->inputs, model->hidden), m = pass->num_rows, stride = panels * PANEL;
+    int n = depth(input_type(model), model->hidden), m = pass->num_rows, stride = panels * PANEL;
     Range mine = share(thread, layer->groups * (queries + 2));
     for (int unit = mine.first; unit < mine.last; unit++) {
         int group = unit / (queries + 2), within = unit % (queries + 2);
@@ -94,7 +94,7 @@ static void project(const Pass *pass, const Thread *thread, const Layer *layer, 
 static void add(const Pass *pass, const Thread *thread, Map map, int inputs, Input made) {
     const Model *model = pass->model;
     Input input = scaled(pass, thread, made, inputs);
-    int type = model->inputs, m = pass->num_rows, stride = PANEL;
+    int type = input_type(model), m = pass->num_rows, stride = PANEL;
     Range mine = share(thread, ceil_div(model->hidden, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
@@ -112,7 +112,7 @@ static void add(const Pass *pass, const Thread *thread, Map map, int inputs, Inp
  */
 static void activate(const Pass *pass, const Thread *thread, const Layer *layer, Input input) {
     const Model *model = pass->model;
-    int type = model->inputs, m = pass->num_rows, stride = PANEL, n = depth(type, model->hidden);
+    int type = input_type(model), m = pass->num_rows, stride = PANEL, n = depth(type, model->hidden);
     Range mine = share(thread, ceil_div(layer->ffn, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
@@ -133,7 +133,7 @@ static void activate(const Pass *pass, const Thread *thread, const Layer *layer,
 /* Logits of the rows that are scored. */
 static void score(const Pass *pass, const Thread *thread) {
     const Model *model = pass->model;
-    int type = model->inputs, n = depth(type, model->hidden), m = pass->num_scored, stride = PANEL;
+    int type = input_type(model), n = depth(type, model->hidden), m = pass->num_scored, stride = PANEL;
     const Row *scored[MAX_ROWS];
     Input input = of_rows(thread->input, m);
     for (int r = 0, count = 0; r < pass->num_rows; r++) {
@@ -195,7 +195,7 @@ typedef struct {
 INLINE size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
 static Sizes sizes_of(const Model *model, int rows, int positions) {
-    int type = model->inputs, ffn = ceil_div(model->ffn, PANEL) * PANEL;
+    int type = input_type(model), ffn = ceil_div(model->ffn, PANEL) * PANEL;
     int shared = shared_type(type);
     int widest = type == INT8 ? (int)most(most(model->hidden, model->query_width), ffn) : model->hidden;
     size_t m = (size_t)rows, head = padded((size_t)model->head_dim);
@@ -223,7 +223,7 @@ static Thread thread_of(const Pass *pass, float *memory, const Sizes *sizes) {
     const Model *model = pass->model;
     Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
     float *own = memory + sizes->shared + sizes->each * (size_t)thread.number;
-    thread.input = input_at(own, model->inputs, pass->num_rows, sizes->widest, pass->num_rows),
+    thread.input = input_at(own, input_type(model), pass->num_rows, sizes->widest, pass->num_rows),
     own += sizes->input;
     thread.line = own, own += sizes->line;
     thread.y = own, own += sizes->y;
@@ -291,10 +291,10 @@ static int read_tokens(const Model *model, const Request *requests, int num_requ
             pass.num_rows++;
             if (++token == of->count) request++, token = 0;
         }
-        int type = shared_type(model->inputs), m = pass.num_rows;
+        int type = shared_type(input_type(model)), m = pass.num_rows;
         pass.mixed = input_at(mixed, type, m, model->query_width, m);
         pass.hidden = input_at(mixed + sizes.mixed, type, m, sizes.ffn, m);
-        pass.input = input_at(mixed + sizes.mixed + sizes.hidden, model->inputs, m, sizes.widest, m);
+        pass.input = input_at(mixed + sizes.mixed + sizes.hidden, input_type(model), m, sizes.widest, m);
         embed(&pass);
 #pragma omp parallel num_threads(num_threads)
         {

@@ -139,8 +139,7 @@ def _open_text(
     rows = load_rows(data, load_tokenizer(str(folder.path), key="MODEL"), sequence_length=num_prompt)
     counts_V = torch.bincount(torch.from_numpy(rows.stream.astype("int64")), minlength=config.vocab_size)
     num_rows = max(num_prompts, -(-num_tokens // num_new))
-    prompts_RP = torch.from_numpy(document_starts(rows.stream, num_prompt).astype("int64"))
-    prompts_RP = prompts_RP[torch.linspace(0, len(prompts_RP) - 1, min(num_rows, len(prompts_RP))).long()]
+    prompts_RP = torch.from_numpy(document_starts(rows.stream, num_prompt, num_rows))
     if len(prompts_RP) < num_rows:
         batches = take_batches(rows, num_rows * num_prompt)
         inside_RP = torch.cat([tokens_BT[(labels_BT >= 0).all(1)] for tokens_BT, labels_BT in batches])

@@ -63,20 +63,22 @@ class Rows:
         return int(np.clip(left, 0, self.sequence_length).sum())
 
 
-def document_starts(stream: NDArray[Any], num_tokens: int) -> NDArray[Any]:
-    """The first tokens [documents, num_tokens] of all documents of a stream that are longer.
+def document_starts(stream: NDArray[Any], num_tokens: int, most: int) -> NDArray[np.int64]:
+    """The first tokens [documents, num_tokens] of documents that are longer, from all over a stream.
 
     Args:
         stream: token ids; the first one is the end of a document, as is that of each.
         num_tokens: to take of each.
+        most: documents to take.
 
-    >>> document_starts(np.array([0, 5, 6, 7, 0, 5, 6, 0, 8, 9, 7, 7, 0]), 2).tolist()
+    >>> document_starts(np.array([0, 5, 6, 7, 0, 5, 6, 0, 8, 9, 7, 7, 0]), 2, most=9).tolist()
     [[5, 6], [8, 9]]
     """
     ends = np.flatnonzero(stream == stream[0])
     starts = ends[:-1] + 1
     starts = starts[np.diff(ends) - 1 > num_tokens]
-    first_DT: NDArray[Any] = stream[starts[:, None] + np.arange(num_tokens)]
+    starts = starts[np.linspace(0, len(starts) - 1, min(most, len(starts))).astype(int)]
+    first_DT: NDArray[np.int64] = stream[starts[:, None] + np.arange(num_tokens)].astype(np.int64)
     return first_DT
 
 
