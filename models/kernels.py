@@ -9,9 +9,7 @@ same pass, where it still lies in a register:
     int8      8-bit weights, one scale a row, and 8-bit activations, one scale a token
 
 Activations are scaled token by token, never over the whole input (torch's own `linear_dynamic` takes one
-range for all rows): a token's result does not depend on its companions, as a target's must not. The
-products are oneDNN's on plain tensors; the `quantized` dtypes of torch, some of whose kernels are faster,
-are on their way out (https://github.com/pytorch/pytorch/issues/184982).
+range for all rows): a token's result does not depend on its companions, as a target's must not.
 
 I inputs, O outputs.
 """
@@ -33,6 +31,8 @@ BITS = {torch.int8: 8, FOUR_BITS: 4}
 CLIPPED = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of the scale that spans all weights of an output, which are tried for 4 bits."""
 TINY = 1e-30
+EXACT_INPUTS = 1024
+"""Inputs whose products of 8-bit codes add up to less than 2^24, so that fp32 holds every partial sum."""
 _ONEDNN_FINISH = {"silu": "swish"}
 
 
@@ -98,24 +98,23 @@ def _codes(weight_OI: Tensor, scale_O1: Tensor, most: int) -> Tensor:
 
 
 def int8_kernel(weight_OI: Tensor, bias_O: Tensor | None = None) -> Kernel:
-    """A product in 8 bits, on a CPU; the result is in fp32."""
+    """A product of 8-bit codes, summed exactly on every processor; the result is in fp32.
+
+    Libraries' integer products are not used: without VNNI they add pairs of products in 16 bits, which overflow.
+    Codes are multiplied as fp32 numbers instead, which is exact while every sum stays below 2^24.
+    """
     codes_OI, scale_O1 = quantized(weight_OI, 8)
+    parts = [part_OI.to(torch.int8) for part_OI in codes_OI.split(EXACT_INPUTS, dim=1)]
     scale_O = scale_O1[:, 0]
-    packed = torch.ops.onednn.qlinear_prepack(codes_OI.to(torch.int8), [1, codes_OI.shape[1]])
-    zero_O = torch.zeros(len(scale_O), dtype=torch.long)
     bias_O = None if bias_O is None else bias_O.float()
-    product = torch.ops.onednn.qlinear_pointwise.default
-    # Without VNNI products are added in pairs in 16 bits: one bit less keeps them from overflowing.
-    levels = 127 if torch.cpu._is_vnni_supported() else 63
-    middle, step_O = torch.tensor(128.5), scale_O / levels
 
     def apply(x: Tensor, finish: Finish = "none", other: Tensor | None = None) -> Tensor:
+        x = x.float()
         size_1 = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp_min_(TINY)
-        # Unsigned codes around 128: those with a sign have no fast kernel. The cast rounds down.
-        codes = torch.addcmul(middle, x, levels / size_1).to(torch.uint8)
-        y = product(codes, 1.0, 128, packed, step_O, zero_O, None, 1.0, 0, torch.float32, "none", [], "")
-        y = cast(Tensor, y).mul_(size_1)
-        return finished(y if bias_O is None else y.add_(bias_O), finish, other)
+        codes = (x * (127 / size_1)).round_().split(EXACT_INPUTS, dim=-1)
+        sums = [F.linear(given, part_OI.float()) for given, part_OI in zip(codes, parts, strict=True)]
+        y = sum(sums[1:], sums[0]) * (scale_O * (size_1 / 127))
+        return finished(y if bias_O is None else y + bias_O, finish, other)
 
     return apply
 

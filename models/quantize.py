@@ -221,5 +221,3 @@ class PackedNorm(RMSNorm):
 def _check_codes(precision: str, device: torch.device) -> None:
     if device.type != "cpu":
         raise UsageError(f"{precision} runs on a CPU, and the model is on {device}; choose bf16")
-    if precision == INT8 and not torch.backends.mkldnn.is_available():
-        raise UsageError("int8: torch has no kernels for it on this processor; choose bf16 or fp32")
