@@ -100,8 +100,8 @@ def _codes(weight_OI: Tensor, scale_O1: Tensor, most: int) -> Tensor:
 def int8_kernel(weight_OI: Tensor, bias_O: Tensor | None = None) -> Kernel:
     """A product of 8-bit codes, summed exactly on every processor; the result is in fp32.
 
-    Libraries' integer products are not used: without VNNI they add pairs of products in 16 bits, which overflow.
-    Codes are multiplied as fp32 numbers instead, which is exact while every sum stays below 2^24.
+    Libraries' integer products are not used: without VNNI they add pairs of products in 16 bits, where they
+    overflow. Codes are multiplied as fp32 numbers instead, exact while every sum stays below 2^24.
     """
     codes_OI, scale_O1 = quantized(weight_OI, 8)
     parts = [part_OI.to(torch.int8) for part_OI in codes_OI.split(EXACT_INPUTS, dim=1)]

@@ -3,8 +3,8 @@
     python tests/fingerprints.py record BEFORE.json     at the old commit
     python tests/fingerprints.py compare BEFORE.json    at the new one, on the same machine
 
-Hashes of a run of 50 steps (losses and weights), of the same run interrupted and resumed, of an extraction, of
-logits in each precision, of packed copies, and of greedy and sampled text with and without a draft.
+They are hashes of a run of 50 steps (losses and weights), of the same run interrupted and resumed, of an
+extraction, of logits in each precision, of packed copies, and of text with and without a draft.
 """
 
 import hashlib
