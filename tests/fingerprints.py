@@ -59,6 +59,7 @@ DECODING = {
         "--verifier",
         "coupled",
     ),
+    "nucleus": ("--draft", "S", "--gamma", "2", "--temperature", "0.8", "--top-p", "0.9", "--top-k", "20"),
     "lookup": ("--draft", "lookup", "--gamma", "3"),
 }
 
@@ -121,7 +122,7 @@ def scoring(folder: Path) -> Iterator[tuple[str, str]]:
             cache.commit(20)
             parts.append(score(packed, [7], cache, num_last=1))
             yield f"logits, {precision}", of_tensor(torch.cat(parts))
-    weight = model.model.layers[0].mlp.gate_proj.weight
+    weight = model.state_dict()["model.layers.0.mlp.gate_proj.weight"]
     for dtype in (torch.float32, torch.bfloat16, torch.int8, FOUR_BITS):
         panels = make_panels(weight, dtype=dtype)
         yield f"packed, {dtype}", of_tensor(panels.weight)
