@@ -20,14 +20,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from models.config import ElasticConfig
-from models.count import count_parameters, count_step_traffic
-from models.elastic import ElasticLM
-from models.granularity import FULL, Granularity
-from train.objective import Batch, joint_loss
-from train.recipe import LossConfig
-from train.sampler import StepPlan, Turn
-from train.shards import share_out
+from models.elastic.config import ElasticConfig
+from models.elastic.count import count_parameters, count_step_traffic
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from train.data.batch import Batch
+from train.objective.joint_loss import joint_loss
+from train.objective.sampler import StepPlan, Turn
+from train.recipe.recipe import LossConfig
+from train.run.fsdp import share_out
 
 PAGE = Path(__file__).with_name("scaling.md")
 BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->"

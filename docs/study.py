@@ -24,19 +24,19 @@ import altair as alt
 import torch
 from rich.console import Console
 
-from models.card import make_card
-from models.checkpoint import ModelFolder, load_model
-from models.errors import NestlingError
-from models.files import make_folder, read_json, write_json
-from models.granularity import FULL
+from models.base.errors import NestlingError
+from models.base.files import make_folder, read_json, write_json
+from models.checkpoint.folder import ModelFolder, load_model
+from models.elastic.granularity import FULL
+from models.elastic.view import View
+from models.machine.provenance import make_card
 from models.measure.consistency import compare_views, evaluate_shared_alpha
-from models.view import View
 from train.data.module import TextData
-from train.fit import fit, training_precision
-from train.recipe import FULL_NAME, Recipe, load_recipe
+from train.recipe.recipe import FULL_NAME, Recipe, load_recipe
 from train.report.results import bring_up_to_date, markdown, not_current
 from train.report.style import INK, Chart, styled, to_svg
 from train.report.tables import NOTHING, Table, flatten
+from train.run.fit import fit, training_precision
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study.yaml"

@@ -18,8 +18,8 @@ import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from models.config import ElasticConfig
-    from models.elastic import ElasticLM
+    from models.elastic.config import ElasticConfig
+    from models.elastic.model import ElasticLM
 
 # One thread: same sums everywhere, and parallel runs of the suite do not fight for two cores.
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def tiny_config() -> ElasticConfig:
     The initial weights are large (0.2), so that logits are far from flat and a wrong head, mask or
     position shows.
     """
-    from models.config import ElasticConfig
+    from models.elastic.config import ElasticConfig
 
     return ElasticConfig(
         vocab_size=64,
@@ -71,7 +71,7 @@ def tiny_config() -> ElasticConfig:
 @pytest.fixture
 def tiny_model(tiny_config: ElasticConfig) -> ElasticLM:
     """The same weights in every test, in evaluation mode."""
-    from models.elastic import ElasticLM
+    from models.elastic.model import ElasticLM
 
     model = ElasticLM(tiny_config)
     model.init_weights(torch.Generator().manual_seed(0))

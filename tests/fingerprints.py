@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import load_model
-from models.compiled.panels import make_panels
-from models.decode.state import new_cache, score
-from models.granularity import FULL, Granularity
-from models.kernels import FOUR_BITS
-from models.quantize import pack
+from models.checkpoint.folder import load_model
+from models.decode.engine.state import new_cache, score
+from models.elastic.granularity import FULL, Granularity
+from models.kernels.pack import make_panels
+from models.kernels.torch_linear import FOUR_BITS
+from models.packed.quantize import pack
 
 ROOT = Path(__file__).parent.parent
 PRECISIONS = ("fp32", "bf16", "int8", "int4")

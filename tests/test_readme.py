@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from train.cli import app
-from train.recipe import load_recipe
+from train.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from models.errors import NestlingError
+from models.base.errors import NestlingError
 from train.commands.bench import bench
 from train.commands.bench_train import bench_train
 from train.commands.demo import demo

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.decode.chance import SeededRandom
-from models.decode.engine import stream
-from models.decode.policy import Fixed, Policy
-from models.decode.sampling import SamplingParams
-from models.decode.state import Model
+from models.decode.engine.engine import stream
+from models.decode.engine.policy import Fixed, Policy
+from models.decode.engine.state import Model
+from models.decode.sampling.params import SamplingParams
+from models.decode.sampling.rng import SeededRandom
 
 
 @dataclass(frozen=True, kw_only=True)

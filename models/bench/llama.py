@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from models.bench.engines import Sample
-from models.decode.sampling import SamplingParams
+from models.decode.sampling.params import SamplingParams
 
 MISSING = (
     "llama.cpp is left out: pip install 'nestling[llama]' builds its Python package, and int8 needs widths "

@@ -19,12 +19,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from models.base.dtypes import DTYPES
+from models.bench.contenders import Label
 from models.bench.engines import Sample
-from models.bench.matrix import Label
 from models.bench.run import Runs
-from models.config import ElasticConfig
-from models.count import count_kv_bytes, count_weight_bytes
-from models.probe import DTYPES
+from models.elastic.config import ElasticConfig
+from models.elastic.count import count_kv_bytes, count_weight_bytes
 
 Row = dict[str, Any]
 
@@ -106,7 +106,7 @@ def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str
 
     Args:
         results: what was run, and how.
-        card: of `models.card.make_card`.
+        card: of `models.machine.provenance.make_card`.
     """
     hardware, versions = card["hardware"], card["versions"]
     gpu = f", {hardware['gpu']}" if hardware["gpu"] else ""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from models.base.processor import Load
+from models.bench.contenders import Cell, Label
 from models.bench.engines import Sample
-from models.bench.matrix import Cell, Label
-from models.processor import Load
 
 Progress = Callable[[], None]
 

@@ -4,9 +4,9 @@ from functools import partial
 
 import torch
 
+from models.base.stopwatch import alternate, fewest_threads
 from models.bench.engines import Engine
-from models.machine import thread_counts
-from models.probe import alternate, fewest_threads
+from models.machine.card import thread_counts
 
 # Long enough that what is done once a request weighs little.
 NUM_TOKENS = 12

@@ -13,16 +13,16 @@ from typing import Literal, TypedDict
 
 from tokenizers import Tokenizer
 
-from models.checkpoint import ModelFolder
-from models.decode.choose import COUPLED, check_verifier
-from models.decode.draft import renewed
-from models.decode.drafting import AUTO, Drafting, choose_drafting, make_policy
-from models.decode.engine import GREEDY
+from models.base.errors import NestlingError, UsageError
+from models.checkpoint.folder import ModelFolder
+from models.decode.engine.draft import renewed
+from models.decode.engine.engine import GREEDY
+from models.decode.engine.policy import Fixed, Policy
 from models.decode.open import open_for_decoding
-from models.decode.policy import Fixed, Policy
-from models.decode.sampling import SamplingParams
+from models.decode.sampling.params import SamplingParams
+from models.decode.sampling.samplers import COUPLED, check_verifier
 from models.decode.text import GenerationResult, TextStream, generate_batch, stream_text
-from models.errors import NestlingError, UsageError
+from models.decode.tune.resolve import AUTO, Drafting, choose_drafting, make_policy
 
 
 @dataclass(frozen=True, kw_only=True)

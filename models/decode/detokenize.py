@@ -7,7 +7,7 @@ not depend on how it came in blocks.
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 
 # Decoders of some tokenizers drop a leading space: a few tokens of context keep it.
 NUM_CONTEXT_TOKENS = 6

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import ModelFolder, load_model
-from models.decode.auto import best_num_threads
-from models.machine import machine_card, num_threads, resolve_dtype
-from models.probe import DTYPES
-from models.quantize import INT8, pack
+from models.base.dtypes import DTYPES
+from models.checkpoint.folder import ModelFolder, load_model
+from models.decode.tune.predict import best_num_threads
+from models.machine.card import machine_card, num_threads, resolve_dtype
+from models.packed.quantize import INT8, pack
 
 
 def open_for_decoding(path: str | Path, dtype: str = "auto") -> tuple[ModelFolder, str]:

@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Unpack
 
-from models.decode.chance import SeededRandom
+from models.base.errors import UsageError
 from models.decode.detokenize import Detokenizer, StopStrings, Tokenizer
-from models.decode.engine import BatchOptions, Options, Stream, stream, stream_batch
-from models.decode.report import Report
-from models.decode.state import Model, elastic_model
-from models.errors import UsageError
+from models.decode.engine.engine import BatchOptions, Options, Stream, stream, stream_batch
+from models.decode.engine.report import Report
+from models.decode.engine.state import Model, elastic_model
+from models.decode.sampling.rng import SeededRandom
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.cache import KVCache
-from models.decode.choose import COUPLED
-from models.decode.sampling import SamplingParams, law
-from models.decode.vocabulary import FewTokens
-from models.elastic import ElasticLM
+from models.decode.engine.trimmed_head import FewTokens
+from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.samplers import COUPLED
+from models.elastic.cache import KVCache
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
 from models.measure.consistency import draft_states
 from models.measure.perplexity import row_chunks
-from models.view import View
 
 Floats: TypeAlias = NDArray[np.float64]
 BATCH_TOKENS = 4096

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from models.cache import Recording, SharedPrefix, block_starts
-from models.checkpoint import Member
-from models.count import count_parameters
-from models.elastic import ElasticLM
-from models.granularity import FULL, Granularity
+from models.checkpoint.folder import Member
+from models.elastic.cache import Recording, SharedPrefix, block_starts
+from models.elastic.count import count_parameters
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
 from models.measure.perplexity import (
     Batches,
     Progress,
@@ -27,7 +28,6 @@ from models.measure.perplexity import (
     select_valid,
     to_perplexity,
 )
-from models.view import View
 
 MEASURES = ("loss", "match", "kl", "alpha")
 

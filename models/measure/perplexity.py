@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models.elastic import ElasticLM
-from models.errors import NestlingError
-from models.granularity import FULL, Granularity
+from models.base.errors import NestlingError
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
 
 Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 """Token ids and labels, both [B, T]; the label of a position is the next token, or `IGNORED`."""

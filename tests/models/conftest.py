@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.config import ElasticConfig
-from models.decode.accept import Verifier, residual
-from models.decode.chance import Random
-from models.decode.choose import Chooser, Proposal, Sampled, Verdict
-from models.decode.draft import Draft
-from models.decode.passes import Steps
-from models.decode.sampling import SamplingParams, law
-from models.decode.state import Model, State
-from models.elastic import ElasticLM
+from models.decode.engine.draft import Draft
+from models.decode.engine.scheduler import Steps
+from models.decode.engine.state import Model, State
+from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.rng import Random
+from models.decode.sampling.samplers import Chooser, Proposal, Sampled, Verdict
+from models.decode.sampling.verifiers import Verifier, residual
+from models.elastic.config import ElasticConfig
+from models.elastic.model import ElasticLM
 
 TRUNCATED = SamplingParams(temperature=1.5, top_p=0.6)
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-from models.errors import NestlingError
+from models.base.errors import NestlingError
 from train.cli import main
 
 COMMANDS = ["train", "extract", "generate", "evaluate", "report", "machine", "demo"]
@@ -47,7 +47,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_the_help_of_train_lists_every_recipe_key(capsys: pytest.CaptureFixture[str]) -> None:
-    from train.recipe import recipe_help
+    from train.recipe.recipe import recipe_help
 
     main(["train", "--help"])
     out = capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_a_place_for_results_that_cannot_be_is_named_before_any_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("models.machine.machine_card", raiser(AssertionError("measured too early")))
+    monkeypatch.setattr("models.machine.card.machine_card", raiser(AssertionError("measured too early")))
     monkeypatch.chdir(tmp_path)
     assert named in fails(capsys, "machine", "--json", path, code=2)
 
@@ -102,14 +102,14 @@ def test_what_the_machine_refuses_is_one_line(
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory"),
         (NestlingError("several\nlines"), "several"),
     ):
-        monkeypatch.setattr("models.checkpoint.load_model", raiser(error))
+        monkeypatch.setattr("models.checkpoint.folder.load_model", raiser(error))
         assert main(["extract", "m", "--granularity", "S", "--out", str(tmp_path / "x")]) == 1
         assert named in capsys.readouterr().err.splitlines()[0]
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for bug in (KeyError("ours"), RuntimeError("shapes differ"), ValueError("ours")):
-        monkeypatch.setattr("models.checkpoint.load_model", raiser(bug))
+        monkeypatch.setattr("models.checkpoint.folder.load_model", raiser(bug))
         with pytest.raises(type(bug)):
             main(["extract", "m", "--granularity", "S", "--out", "x"])
 
@@ -117,6 +117,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupted_command_says_so_and_exits_with_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.checkpoint.load_model", raiser(KeyboardInterrupt()))
+    monkeypatch.setattr("models.checkpoint.folder.load_model", raiser(KeyboardInterrupt()))
     assert main(["extract", "m", "--granularity", "S", "--out", "x"]) == 130
     assert capsys.readouterr().err == "nestling: stopped\n"

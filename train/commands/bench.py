@@ -12,12 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.commands.common import JsonOption, check_file, check_gamma, check_json, check_plot
-from train.console import make_console, progress_bar
+from train.commands.console import make_console, progress_bar
 
 if TYPE_CHECKING:
-    from models.bench.matrix import Target
+    from models.bench.contenders import Target
     from models.bench.report import Row
 
 
@@ -98,11 +98,11 @@ def bench(
     _check_numbers(num_prompts=num_prompts, max_new_tokens=max_new_tokens, rounds=rounds)
     number = check_gamma(gamma, least=1)
     _check_source(model, random, alpha, prompts, data)
+    from models.base.processor import peak_memory_bytes
     from models.bench.report import make_notes, make_rows
     from models.bench.run import run_cells
-    from models.decode.sampling import SamplingParams
-    from models.processor import peak_memory_bytes
-    from train.commands.contenders import DEFAULT_EXIT, Options, folder_contest, random_contest
+    from models.decode.sampling.params import SamplingParams
+    from train.bench.contenders import DEFAULT_EXIT, Options, folder_contest, random_contest
 
     console = make_console(stderr=True)
     with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="nestling-bench-") as scratch:
@@ -148,7 +148,7 @@ DEFAULT_ALPHA = 0.8
 
 
 def _engines(asked: list[str] | None) -> Sequence[str]:
-    from models.bench.matrix import ENGINES
+    from models.bench.contenders import ENGINES
 
     for name in asked or ():
         if name not in ENGINES:
@@ -200,7 +200,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _add_utilisation(rows: "Sequence[Row]", target: "Target", settings: Mapping[str, Any]) -> None:
     from models.bench.report import add_utilisation
-    from models.machine import machine_card
+    from models.machine.card import machine_card
 
     card = machine_card()
     if not card.busy:  # a bandwidth that others shared is no yardstick
@@ -217,9 +217,9 @@ def _finish(console: Console, path: Path | None, plot: Path | None, results: Map
     """A card, a table, notes, and one last line of JSON: the object that --json writes."""
     import json
 
+    from models.base.files import write_json
     from models.bench.report import describe, facts
-    from models.card import make_card
-    from models.files import write_json
+    from models.machine.provenance import make_card
 
     card = make_card(dtypes={"model": " and ".join(results["threads"])})
     overview = Table(show_header=False, box=None)

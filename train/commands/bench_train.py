@@ -1,4 +1,4 @@
-"""`nestling bench --train`: what training a family costs here; see train/bench.py.
+"""`nestling bench --train`: what training a family costs here; see train/bench/train_bench.py.
 
 Recipe keys are given as for `nestling train`.
 """
@@ -10,13 +10,13 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.commands.common import JsonOption, check_file, check_json
+from train.commands.console import make_console
 from train.commands.train import check_sources
-from train.console import make_console
 
 if TYPE_CHECKING:
-    from train.bench import TrainingBench
+    from train.bench.train_bench import TrainingBench
 
 
 def bench_train(
@@ -40,12 +40,12 @@ def bench_train(
             raise UsageError(f"{flag} must be at least 1, got {value}")
     for file in config or []:
         check_file("--config", file)
-    from train.recipe import load_recipe
+    from train.recipe.recipe import load_recipe
 
     recipe = load_recipe(config or [], context.args)
     recipe.elastic_config()  # sizes that do not fit are told before anything runs
     check_sources(recipe)
-    from train.bench import bench_training, choose_contenders
+    from train.bench.train_bench import bench_training, choose_contenders
 
     console = make_console(stderr=True)
     contenders, _ = choose_contenders(recipe, "fp32")
@@ -62,8 +62,8 @@ def _finish(bench: "TrainingBench", path: Path | None) -> None:
     """A card, a table, notes, and one last line of JSON: the object that --json writes."""
     import json
 
-    from models.card import make_card
-    from models.files import write_json
+    from models.base.files import write_json
+    from models.machine.provenance import make_card
     from train.report.tables import training_table
 
     settings, card = bench.settings, make_card(dtypes={"training": bench.settings["dtype"]})

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 
 if TYPE_CHECKING:
-    from models.checkpoint import ModelFolder
+    from models.checkpoint.folder import ModelFolder
 
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model folder: a run's model/, or any stock one.")
@@ -81,7 +81,7 @@ def open_for_measuring(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
     import torch
 
     from models.decode.open import open_in_dtype
-    from models.machine import machine_card, num_threads
+    from models.machine.card import machine_card, num_threads
 
     folder, name = open_in_dtype(path, dtype)
     torch.set_num_threads(num_threads(machine_card(), name, purpose="training"))
@@ -92,7 +92,7 @@ def write_results(path: Path | None, results: Mapping[str, Any], *, dtypes: Mapp
     """Write the results and the card of where they come from as one JSON object, if a path is given."""
     if path is None:
         return
-    from models.card import make_card
-    from models.files import write_json
+    from models.base.files import write_json
+    from models.machine.provenance import make_card
 
     write_json(path, {**results, "card": make_card(dtypes=dtypes)})

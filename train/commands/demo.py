@@ -1,4 +1,4 @@
-"""`nestling demo`: the whole chain in a few minutes; see train/demo.py."""
+"""`nestling demo`: the whole chain in a few minutes; see train/commands/demo_run.py."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from train.commands.common import JsonOption, check_json, write_results
-from train.console import make_console
+from train.commands.console import make_console
 
 
 def demo(
@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """Train a family on Python's own source, cut a member out, decode with its own draft."""
     check_json(json)
-    from train.demo import run_demo
+    from train.commands.demo_run import run_demo
 
     results = run_demo(out, make_console(), overrides=context.args)
     write_results(json, results, dtypes={"decoding": "fp32"})

@@ -1,4 +1,4 @@
-"""`nestling distill`: the training of `nestling train` with a teacher; see train/teacher.py.
+"""`nestling distill`: the training of `nestling train` with a teacher; see train/run/teacher.py.
 
 A recipe with members gives a family that learned from the teacher; one with `family={}` a single student,
 such as a separate draft for its teacher.
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.commands.train import ConfigOption, DryRunOption, OutOption, ResumeOption, run_training
 
 

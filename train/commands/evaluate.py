@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.commands.common import (
     JsonOption,
     ModelArgument,
@@ -17,13 +17,13 @@ from train.commands.common import (
     open_for_measuring,
     write_results,
 )
-from train.console import family_table, make_console
+from train.commands.console import family_table, make_console
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.checkpoint import ModelFolder
-    from models.granularity import Granularity
+    from models.checkpoint.folder import ModelFolder
+    from models.elastic.granularity import Granularity
     from train.data.pack import Rows
 
 # Long enough for any model that was trained here; a stock one's context may be far longer than needed.
@@ -82,8 +82,8 @@ def choose_members(folder: "ModelFolder", asked: list[str]) -> "dict[str, Granul
     Raises:
         UsageError: if one does not fit the model.
     """
-    from models.count import count_parameters
-    from models.granularity import Granularity
+    from models.elastic.count import count_parameters
+    from models.elastic.granularity import Granularity
 
     members = {text: Granularity.parse(text, folder.family) for text in asked}
     members = {**folder.family, **{text: one for text, one in members.items() if text not in folder.family}}

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.commands.common import JsonOption, ModelArgument, check_json, write_results
-from train.console import make_console
+from train.commands.console import make_console
 
 if TYPE_CHECKING:
-    from models.checkpoint import ModelFolder
-    from models.granularity import Granularity
+    from models.checkpoint.folder import ModelFolder
+    from models.elastic.granularity import Granularity
 
 FORMATS = ("hf", "gguf")
 
@@ -45,8 +45,8 @@ def extract(
     """Cut one member out, as a stock Hugging Face folder or a file for llama.cpp, and prove it equal."""
     check_json(json)
     _check_format(format_, dtype, out)
-    from models.checkpoint import load_model
-    from models.granularity import Granularity
+    from models.checkpoint.folder import load_model
+    from models.elastic.granularity import Granularity
 
     folder = load_model(model)
     member = Granularity.parse(granularity, folder.family)
@@ -61,7 +61,7 @@ def extract(
 def _write_folder(
     folder: "ModelFolder", member: "Granularity", out: Path
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    from train.extraction import extract_and_prove
+    from train.commands.export import extract_and_prove
 
     parity = extract_and_prove(folder, member, out, make_console())
     return dataclasses.asdict(parity), {"comparison": "fp32"}
@@ -70,7 +70,7 @@ def _write_folder(
 def _write_file(
     folder: "ModelFolder", member: "Granularity", out: Path, dtype: str | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    from train.extraction import extract_gguf
+    from train.commands.export import extract_gguf
 
     written = extract_gguf(folder, member, out, make_console(), dtype=dtype)
     return dataclasses.asdict(written), {"weights": written.dtype}
@@ -86,7 +86,7 @@ def _check_format(format_: str, dtype: str | None, out: Path) -> None:
         if out.suffix == ".gguf":
             raise UsageError(f"--out {out} would be a folder; add --format gguf, or choose another name")
         return
-    from models.gguf import DTYPES, check_installed
+    from models.checkpoint.gguf import DTYPES, check_installed
 
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is none of {', '.join(DTYPES)}; choose one of them")

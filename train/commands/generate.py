@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.commands.common import (
     DtypeOption,
     JsonOption,
@@ -20,13 +20,13 @@ from train.commands.common import (
     check_json,
     write_results,
 )
-from train.console import make_console
+from train.commands.console import make_console
 
 if TYPE_CHECKING:
     from models.decode.decoder import Decoder
-    from models.decode.drafting import Drafting
-    from models.decode.report import Report
+    from models.decode.engine.report import Report
     from models.decode.text import GenerationResult, TextStream
+    from models.decode.tune.resolve import Drafting
 
 
 def generate(
@@ -87,9 +87,9 @@ def generate(
     _check_texts(prompt, stop or [])
     _check_source(prompt, prompts, batch_size)
     number = check_gamma(gamma, least=0)
-    from models.bench.prompts import read_prompts
     from models.decode.decoder import open_decoder
-    from models.decode.sampling import SamplingParams
+    from models.decode.prompts import read_prompts
+    from models.decode.sampling.params import SamplingParams
 
     params = SamplingParams(
         temperature=temperature,

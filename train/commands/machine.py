@@ -1,4 +1,4 @@
-"""`nestling machine`: what this machine does well, measured once; see models/machine.py."""
+"""`nestling machine`: what this machine does well, measured once; see models/machine/card.py."""
 
 import dataclasses
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from train.commands.common import JsonOption, check_json, write_results
-from train.console import make_console
+from train.commands.console import make_console
 
 
 def machine(
@@ -18,7 +18,7 @@ def machine(
     check_json(json)
     from rich.table import Table
 
-    from models.machine import decoding_dtype, describe, facts, machine_card, training_dtype
+    from models.machine.card import decoding_dtype, describe, facts, machine_card, training_dtype
 
     console = make_console()
     with console.status("measuring this machine"):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from train.console import make_console
+from train.commands.console import make_console
 
 
 def report(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
 from train.commands.common import (
     DtypeOption,
     JsonOption,
@@ -17,15 +17,15 @@ from train.commands.common import (
     check_json,
     write_results,
 )
+from train.commands.console import make_console
 from train.commands.evaluate import take_batches
-from train.console import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from models.checkpoint import ModelFolder
-    from models.decode.sampling import SamplingParams
-    from models.decode.searched import Found
+    from models.checkpoint.folder import ModelFolder
+    from models.decode.sampling.params import SamplingParams
+    from models.decode.tune.tuned import Found
     from train.search.confirm import Confirmed
     from train.search.drafts import Result
     from train.search.measure import Estimate, Progress, Text
@@ -61,8 +61,8 @@ def search(
     check_json(json)
     _check(draft, data, num_tokens=num_tokens, confirm=confirm, num_prompts=num_prompts, rounds=rounds)
     from models.decode.open import open_for_decoding
-    from models.decode.sampling import SamplingParams
-    from models.granularity import Granularity
+    from models.decode.sampling.params import SamplingParams
+    from models.elastic.granularity import Granularity
     from train.search.drafts import choices, search_drafts
 
     laws = [SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0, 1.0])]
@@ -154,8 +154,8 @@ def _keep(
     folder: Path, found: "list[Found]", figures: "Mapping[str, Any]", dtype: str, console: "Console"
 ) -> None:
     """Save what was found for `--draft auto`, and say so."""
-    from models.card import make_card
-    from models.decode.searched import searched_path, write_searched
+    from models.decode.tune.tuned import searched_path, write_searched
+    from models.machine.provenance import make_card
 
     for one in found:
         law = "greedy" if one.temperature == 0 else f"T = {one.temperature:g}, {one.verifier}"

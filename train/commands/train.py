@@ -1,4 +1,4 @@
-"""`nestling train`: one run, a whole family; see train/fit.py.
+"""`nestling train`: one run, a whole family; see train/run/fit.py.
 
 Recipe keys are given as `a.b=value`, `--a.b=value` or `--a.b value`, in any order and next to the flags.
 """
@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.commands.common import check_file
-from train.console import family_table, make_console
+from train.commands.console import family_table, make_console
 
 if TYPE_CHECKING:
-    from train.recipe import Recipe
+    from train.recipe.recipe import Recipe
 
 
 class TrainCommand(typer.core.TyperCommand):
@@ -29,7 +29,7 @@ class TrainCommand(typer.core.TyperCommand):
     def format_help(self, *arguments: Any) -> None:
         """Print the flags, then the keys."""
         super().format_help(*arguments)
-        from train.recipe import recipe_help
+        from train.recipe.recipe import recipe_help
 
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("recipe key", "default", "takes", "what it is"):
@@ -89,19 +89,19 @@ def run_training(
     for file in files:
         check_file("--config", file)
     check_flags(words)
-    from train.recipe import load_recipe
+    from train.recipe.recipe import load_recipe
 
     recipe = load_recipe(files, words)
     check_sources(recipe)
     console = make_console()
     check_resume(resume)
-    from train.dryrun import dry_run as show
+    from train.run.dryrun import dry_run as show
 
     if dry_run:
         show(recipe, console)
         return 0
     recipe.elastic_config()  # sizes that do not fit are told before anything is made
-    from train.fit import fit
+    from train.run.fit import fit
 
     model = fit(recipe, out or default_out(recipe, files), resume=resume, console=console)
     show_family(model, console)
@@ -117,9 +117,9 @@ def check_flags(words: Sequence[str]) -> None:
     >>> check_flags(["--seed", "3", "--optim.lr=0.1", "model.qk_norm=true"])
     >>> check_flags(["--dryrun"])
     Traceback (most recent call last):
-    models.errors.UsageError: --dryrun is not a flag; did you mean --dry-run?
+    models.base.errors.UsageError: --dryrun is not a flag; did you mean --dry-run?
     """
-    from train.recipe import Recipe
+    from train.recipe.recipe import Recipe
 
     keys = {field.name for field in dataclasses.fields(Recipe)}
     for word in words:
@@ -156,7 +156,7 @@ def default_out(recipe: "Recipe", configs: Sequence[Path]) -> Path:
 
 def show_family(path: Path, console: Console) -> None:
     """Print what was measured on each member, and what to do with the model."""
-    from models.checkpoint import load_model
+    from models.checkpoint.folder import load_model
 
     console.print(family_table(load_model(path).members))
     console.print(f"{path}\nnext: nestling generate {path} --prompt TEXT", markup=False)

@@ -1,4 +1,4 @@
-"""`nestling verify`: the law tests on the user's own model; see models/measure/verify.py."""
+"""`nestling verify`: the law tests on the user's own model; see models/verify/plan.py."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
 from train.commands.common import (
     DtypeOption,
     JsonOption,
@@ -15,12 +15,12 @@ from train.commands.common import (
     check_json,
     write_results,
 )
-from train.console import make_console, progress_bar
+from train.commands.console import make_console, progress_bar
 
 if TYPE_CHECKING:
-    from models.checkpoint import ModelFolder
-    from models.measure.checks import Check
-    from models.measure.drafts import ForModel
+    from models.checkpoint.folder import ModelFolder
+    from models.verify.checks import Check
+    from models.verify.drafts import ForModel
 
 NUM_PROMPTS = 4
 
@@ -55,9 +55,9 @@ def verify(
     for flag, value, least in (("--trials", trials, 100), ("--max-new-tokens", max_new_tokens, 1)):
         if value < least:
             raise UsageError(f"{flag} must be at least {least}, got {value}")
-    from models.decode.choose import VERIFIER_NAMES, check_verifier
     from models.decode.open import open_for_decoding
-    from models.measure.verify import FALSE_ALARM, plan_checks
+    from models.decode.sampling.samplers import VERIFIER_NAMES, check_verifier
+    from models.verify.plan import FALSE_ALARM, plan_checks
 
     verifiers = list(dict.fromkeys(verifier or VERIFIER_NAMES))
     for name in verifiers:
@@ -113,11 +113,11 @@ def choose_drafts(folder: "ModelFolder", asked: list[str]) -> "dict[str, ForMode
             run in its precision here.
         NestlingError: if a folder cannot be opened.
     """
-    from models.decode.draft import ModelDraft
-    from models.decode.drafting import AUTO, is_lookup, open_separate, other_folder
-    from models.granularity import Granularity
-    from models.measure.drafts import member, separate
-    from models.quantize import split_precision
+    from models.decode.engine.draft import ModelDraft
+    from models.decode.tune.resolve import AUTO, is_lookup, open_separate, other_folder
+    from models.elastic.granularity import Granularity
+    from models.packed.quantize import split_precision
+    from models.verify.drafts import member, separate
 
     config = folder.model.config
     smaller = [name for name, one in folder.family.items() if not one.resolve(config).is_full]
@@ -146,7 +146,7 @@ def encode(folder: "ModelFolder", texts: list[str]) -> list[list[int]]:
         UsageError: if a prompt is empty.
         NestlingError: if there are prompts but no tokenizer.
     """
-    from models.bench.prompts import HEADINGS
+    from models.decode.prompts import HEADINGS
 
     config = folder.model.config
     if folder.tokenizer is None:

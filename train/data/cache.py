@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from models.errors import NestlingError, UsageError
-from models.files import read_json, write_folder, write_json
+from models.base.errors import NestlingError, UsageError
+from models.base.files import read_json, write_folder, write_json
 
 MANIFEST = "manifest.json"
 

@@ -8,7 +8,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Iterator
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 
 PIECE_CHARS = 1 << 20
 """Longer documents are tokenised in pieces: bounded memory, and work for every core."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
 from train.data.documents import checked_text, require_field
 from train.data.hub import stream_parquet
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
 from train.data.documents import checked_text, hash_documents, require_field
 
 if TYPE_CHECKING:

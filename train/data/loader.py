@@ -7,8 +7,8 @@
 
 Every row comes once an epoch. The rows of a step do not depend on how many processes share them, and
 the number of labels, the one divisor of the loss, is counted over all of them without talking. Ranks take
-rows in turn because members train on neighbouring rows of a step (train/sampler.py): so each rank has
-an equal part of that work.
+rows in turn because members train on neighbouring rows of a step (train/objective/sampler.py): so each rank
+has an equal part of that work.
 """
 
 import functools
@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from train.data.batch import Batch
 from train.data.pack import Rows
-from train.objective import Batch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

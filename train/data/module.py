@@ -14,7 +14,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.files import default_cache_dir
+from models.base.files import default_cache_dir
 from train.data.cache import build_once, content_key
 from train.data.corpus import Corpus, open_corpus, take_documents
 from train.data.documents import is_validation, sample_documents
@@ -22,7 +22,7 @@ from train.data.loader import StepLoader, one_pass
 from train.data.pack import Rows, hold_out_tail
 from train.data.tokenizer import SAMPLE_CHARS, TextTokenizer, load_tokenizer, train_bpe
 from train.data.tokens import Tokens, tokenise
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

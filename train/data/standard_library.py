@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.errors import NestlingError
+from models.base.errors import NestlingError
 from train.data.documents import hash_documents
 
 SKIPPED_FOLDERS = frozenset(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from models.errors import NestlingError, UsageError
-from models.files import read_json, write_json
+from models.base.errors import NestlingError, UsageError
+from models.base.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from models.errors import NestlingError
+from models.base.errors import NestlingError
 from train.data.cache import build_once, content_key
 from train.data.corpus import Corpus, open_corpus, take_documents
 from train.data.documents import PIECE_CHARS, is_validation, split_into_pieces

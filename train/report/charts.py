@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from models.decode.auto import MAX_GAMMA, best_speedup
-from models.family import Member
+from models.checkpoint.family import Member
+from models.decode.tune.predict import MAX_GAMMA, best_speedup
 from train.report.style import INK, Chart, Key, styled
 
 Row: TypeAlias = Mapping[str, Any]

@@ -8,10 +8,10 @@ from typing import Any
 
 import altair as alt
 
-from train.metrics import Line
 from train.report.charts import alpha_panel, curve, family_rows, loss_panel
 from train.report.read import Run
 from train.report.style import Key
+from train.run.metrics import Line
 
 # More points than a panel has room for only make the page heavy.
 MAX_POINTS = 240

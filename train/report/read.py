@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.config import ElasticConfig
-from models.errors import NestlingError, UsageError
-from models.family import FAMILY_FILE, Member, read_family
-from models.files import naming, read_json
-from models.huggingface_config import config_from_hugging_face
-from train.metrics import Line, read_metrics
-from train.recipe import FULL_NAME
+from models.base.errors import NestlingError, UsageError
+from models.base.files import naming, read_json
+from models.checkpoint.family import FAMILY_FILE, Member, read_family
+from models.checkpoint.huggingface_config import config_from_hugging_face
+from models.elastic.config import ElasticConfig
+from train.recipe.recipe import FULL_NAME
+from train.run.metrics import Line, read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from models.errors import NestlingError
-from models.family import Member
-from models.files import read_json
+from models.base.errors import NestlingError
+from models.base.files import read_json
+from models.checkpoint.family import Member
 from train.report.tables import NOTHING, Table, family_table, flatten, speed_table, training_table
 from train.report.write import write_text
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from models.errors import NestlingError
+from models.base.errors import NestlingError
 from train.report import figures, markup
 from train.report.read import Run
 from train.report.samples import compare

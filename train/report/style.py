@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import altair as alt
 
-from models.files import write_bytes
+from models.base.files import write_bytes
 from train.report.write import write_text
 
 Chart: TypeAlias = alt.LayerChart | alt.HConcatChart | alt.VConcatChart

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from models.family import Member
+from models.checkpoint.family import Member
 
 NOTHING = "–"
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from models import files
-from models.errors import UsageError
+from models.base import files
+from models.base.errors import UsageError
 
 
 def write_text(path: Path, text: str) -> Path:

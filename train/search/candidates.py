@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from models.config import ElasticConfig
-from models.count import count_flops
-from models.granularity import Granularity, Plan
+from models.elastic.config import ElasticConfig
+from models.elastic.count import count_flops
+from models.elastic.granularity import Granularity, Plan
 
 NUM_CACHED = 64
 """Positions read, where operations are counted: about the middle of a short text."""

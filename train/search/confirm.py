@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from models.bench.contenders import Cell, Label
 from models.bench.engines import Engine, OurEngine
-from models.bench.matrix import Cell, Label
 from models.bench.report import make_rows
 from models.bench.run import Runs, run_cells
-from models.decode.draft import NestedDraft
-from models.decode.policy import Fixed
-from models.decode.sampling import SamplingParams
-from models.decode.vocabulary import most_frequent
+from models.decode.engine.draft import NestedDraft
+from models.decode.engine.policy import Fixed
+from models.decode.engine.trimmed_head import most_frequent
+from models.decode.sampling.params import SamplingParams
 from train.search.measure import Estimate, Measurements, Progress
 
 

@@ -1,6 +1,6 @@
 """The draft is a choice made after training, for one machine: which member, how stored, how many tokens.
 
-    arithmetic   candidates by their operations, the cheapest first (models/count.py)
+    arithmetic   candidates by their operations, the cheapest first (models/elastic/count.py)
     costs        of every candidate (train/search/measure.py)
     acceptance   on a little text, and only while a perfect draft of that cost could still win
     variants     the few best in other precisions, and the best of these with a part of the vocabulary
@@ -17,18 +17,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.count import count_flops
-from models.decode.auto import LEAST_SPEEDUP, round_speedup
-from models.decode.choose import COUPLED
-from models.decode.costs import DraftCosts
-from models.decode.sampling import SamplingParams
-from models.decode.searched import PLAIN, Found
-from models.decode.vocabulary import most_frequent
-from models.elastic import ElasticLM
-from models.errors import UsageError
-from models.granularity import FULL, Granularity
-from models.probe import Clock
-from models.quantize import INT4, INT8
+from models.base.errors import UsageError
+from models.base.stopwatch import Clock
+from models.decode.engine.costs import DraftCosts
+from models.decode.engine.trimmed_head import most_frequent
+from models.decode.sampling.params import SamplingParams
+from models.decode.sampling.samplers import COUPLED
+from models.decode.tune.predict import LEAST_SPEEDUP, round_speedup
+from models.decode.tune.tuned import PLAIN, Found
+from models.elastic.count import count_flops
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from models.packed.quantize import INT4, INT8
 from train.search.candidates import NUM_CACHED, Candidate, list_candidates
 from train.search.confirm import Confirmed, confirm
 from train.search.measure import Estimate, Measurements, Progress, Text, best_of, verifiers_of

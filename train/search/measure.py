@@ -1,10 +1,11 @@
 """What a search has measured so far, and the speed of each draft that follows from it by arithmetic.
 
-    costs        v(m), c of every candidate and the host's share, each timed in turn (models/decode/timing.py)
-    acceptance   on text that the target writes under each law (models/measure/acceptance.py)
+    costs        v(m), c of every candidate and the host's share, each timed in turn
+    (models/decode/tune/timing.py) acceptance   on text that the target writes under each law
+    (models/measure/acceptance.py)
 
-The speed over plain decoding is that of models/decode/auto.py with tokens per round as measured, c and v
-with the host's share in them.
+The speed over plain decoding is that of models/decode/tune/predict.py with tokens per round as measured, c
+and v with the host's share in them.
 """
 
 import math
@@ -15,18 +16,18 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from models.decode.auto import DRAFT_STEPS, round_speedup
-from models.decode.choose import COUPLED, VERIFIER_NAMES
-from models.decode.costs import DraftCosts
-from models.decode.sampling import SamplingParams
-from models.decode.timing import time_drafts, time_hosts, time_target
-from models.decode.vocabulary import FewTokens, most_frequent
-from models.elastic import ElasticLM
-from models.granularity import Granularity
+from models.base.stopwatch import Clock
+from models.decode.engine.costs import DraftCosts
+from models.decode.engine.trimmed_head import FewTokens, most_frequent
+from models.decode.sampling.params import SamplingParams
+from models.decode.sampling.samplers import COUPLED, VERIFIER_NAMES
+from models.decode.tune.predict import DRAFT_STEPS, round_speedup
+from models.decode.tune.timing import time_drafts, time_hosts, time_target
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
 from models.measure.acceptance import continue_rows, measure_acceptance
-from models.probe import Clock
-from models.quantize import pack
-from models.view import View
+from models.packed.quantize import pack
 from train.search.candidates import Candidate
 
 Progress: TypeAlias = Callable[[str, int, int], None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.bench.engines import DEFAULT_SCHEDULE, StockEngine
-from models.decode.sampling import SamplingParams
+from models.decode.sampling.params import SamplingParams
 
 
 class FakeStock:

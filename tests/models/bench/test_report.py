@@ -3,12 +3,12 @@ from typing import Any
 
 import pytest
 
+from models.bench.contenders import Label
 from models.bench.engines import Sample
-from models.bench.matrix import Label
 from models.bench.report import add_utilisation, describe, make_notes, make_rows
 from models.bench.run import Runs
-from models.config import ElasticConfig
-from models.count import count_parameters
+from models.elastic.config import ElasticConfig
+from models.elastic.count import count_parameters
 
 MakeSample = Callable[..., Sample]
 

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.base.errors import UsageError
+from models.bench.contenders import Cell, DraftChoice, Label, Target, make_cells
 from models.bench.engines import Sample
-from models.bench.matrix import Cell, DraftChoice, Label, Target, make_cells
 from models.bench.run import run_cells
-from models.checkpoint import load_model, save_model
-from models.config import ElasticConfig
-from models.decode.control import Arm, Controller
-from models.decode.costs import Costs
-from models.decode.draft import ModelDraft, NestedDraft
-from models.decode.sampling import SamplingParams
-from models.elastic import ElasticLM
-from models.errors import UsageError
-from models.granularity import Granularity
-from models.quantize import pack
-from models.view import View
+from models.checkpoint.folder import load_model, save_model
+from models.decode.engine.costs import Costs
+from models.decode.engine.draft import ModelDraft, NestedDraft
+from models.decode.sampling.params import SamplingParams
+from models.decode.tune.controller import Arm, Controller
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
+from models.packed.quantize import pack
 
 PROMPTS = [[1, 2, 3], [4, 5, 4, 5, 4]]
 GREEDY = SamplingParams()

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from models.checkpoint import save_model
+from models.base.errors import NestlingError, UsageError
+from models.checkpoint.family import Member
+from models.checkpoint.folder import save_model
 from models.decode.decoder import Decoder, open_decoder
-from models.decode.sampling import SamplingParams
-from models.elastic import ElasticLM
-from models.errors import NestlingError, UsageError
-from models.family import Member
-from models.granularity import Granularity
-from models.quantize import packed_bytes
+from models.decode.sampling.params import SamplingParams
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
+from models.packed.quantize import packed_bytes
 
 WARM = SamplingParams(temperature=1.0)
 PROMPTS = ["ab", "hello", "x y z"]

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 
+from models.base.errors import UsageError
 from models.decode.detokenize import Detokenizer, StopStrings
-from models.errors import UsageError
 
 TEXTS = st.text(alphabet="ab", max_size=14)
 STOPS = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3)

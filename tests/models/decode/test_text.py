@@ -7,14 +7,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from models.config import ElasticConfig
-from models.decode.draft import Draft, ModelDraft, NestedDraft
-from models.decode.sampling import SamplingParams
+from models.base.errors import UsageError
+from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
+from models.decode.sampling.params import SamplingParams
 from models.decode.text import generate, stream_text
-from models.elastic import ElasticLM
-from models.errors import UsageError
-from models.granularity import FULL, Granularity
-from models.view import View
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
 
 TEXT = "aé€😀bђcdfgh"  # no byte occurs twice, so that each one tells the next
 PROMPT = "."

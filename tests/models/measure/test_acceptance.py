@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.decode.accept import VERIFIERS
-from models.decode.chance import SeededRandom
-from models.decode.choose import VERIFIER_NAMES, Coupled, Proposal
-from models.decode.draft import NestedDraft
-from models.decode.engine import stream
-from models.decode.sampling import SamplingParams, law
-from models.decode.vocabulary import FewTokens
-from models.elastic import ElasticLM
-from models.granularity import Granularity
+from models.decode.engine.draft import NestedDraft
+from models.decode.engine.engine import stream
+from models.decode.engine.trimmed_head import FewTokens
+from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.rng import SeededRandom
+from models.decode.sampling.samplers import VERIFIER_NAMES, Coupled, Proposal
+from models.decode.sampling.verifiers import VERIFIERS
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
 from models.measure.acceptance import Acceptance, _values, continue_rows, measure_acceptance
 from models.measure.consistency import evaluate_shared_alpha
-from models.measure.laws import ScriptedRandom
-from models.quantize import pack
-from models.view import View
+from models.packed.quantize import pack
+from models.verify.exact import ScriptedRandom
 
 GREEDY, WARM = SamplingParams(), SamplingParams(temperature=1.0)
 EXACT = 1e-9

@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.cache import KVCache
-from models.count import count_parameters
-from models.elastic import ElasticLM
-from models.errors import NestlingError, UsageError
-from models.granularity import FULL, Granularity
+from models.base.errors import NestlingError, UsageError
+from models.elastic.cache import KVCache
+from models.elastic.count import count_parameters
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
 from models.measure.consistency import MEASURES, _measures, evaluate_family, evaluate_shared_alpha
 from models.measure.perplexity import evaluate_loss
-from models.quantize import pack
-from models.view import View
+from models.packed.quantize import pack
 
 FAMILY = {
     "XL": FULL,

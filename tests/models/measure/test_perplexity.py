@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.elastic import ElasticLM
-from models.errors import NestlingError
-from models.granularity import FULL, Granularity
+from models.base.errors import NestlingError
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
 from models.measure import perplexity
 from models.measure.perplexity import evaluate_loss
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models import machine
+from models.machine import card as machine
 from train.cli import main
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -40,10 +40,10 @@ def quick_machine(cache: Path) -> Iterator[None]:
     quick = functools.cache(functools.partial(machine.measure_card, num_matrices=1, budget=0.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        patch.setattr("models.machine.measure_card", quick)
-        patch.setattr("train.dryrun.measure_card", quick)
+        patch.setattr("models.machine.card.measure_card", quick)
+        patch.setattr("train.run.dryrun.measure_card", quick)
         # Cores are shared with whatever else runs: a second thread would mostly wait.
-        for module in ("models.machine", "models.decode.open"):
+        for module in ("models.machine.card", "models.decode.open"):
             patch.setattr(f"{module}.num_threads", lambda *_, **__: 1)
         yield
 

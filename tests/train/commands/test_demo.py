@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.cli import main
-from train.demo import RECIPE
-from train.recipe import load_recipe
+from train.commands.demo_run import RECIPE
+from train.recipe.recipe import load_recipe
 
 SMALL = [
     "model.hidden_size=32",

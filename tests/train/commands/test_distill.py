@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoint import load_model
+from models.checkpoint.folder import load_model
 from train.cli import main
 from train.data.tokenizer import train_bpe
 

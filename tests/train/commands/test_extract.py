@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from models.bench.llama import is_installed, open_llama
-from models.checkpoint import load_model
+from models.checkpoint.folder import load_model
 from train.cli import main
 
 Fails = Callable[..., str]
@@ -145,7 +145,7 @@ def test_a_model_without_a_tokenizer_or_with_another_kind_is_named(
 def test_a_missing_package_is_named(
     model: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.gguf.find_spec", lambda _: None)
+    monkeypatch.setattr("models.checkpoint.gguf.find_spec", lambda _: None)
     out = tmp_path / "S.gguf"
     line = fails("extract", model, "--granularity", "S", "--format", "gguf", "--out", out, code=1)
     assert "pip install 'nestling[gguf]'" in line

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from models.checkpoint import load_model, save_model
-from models.config import ElasticConfig
-from models.elastic import ElasticLM
+from models.checkpoint.folder import load_model, save_model
+from models.elastic.config import ElasticConfig
+from models.elastic.model import ElasticLM
 from train.cli import main
 
 PROMPT = "def main(arguments):\n"

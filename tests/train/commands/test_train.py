@@ -8,7 +8,7 @@ import pytest
 
 from train.cli import main
 from train.commands.train import default_out
-from train.recipe import load_recipe
+from train.recipe.recipe import load_recipe
 
 TINY = str(Path(__file__).parents[3] / "configs" / "tiny.yaml")
 Fails = Callable[..., str]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from models.checkpoint import save_model
-from models.config import ElasticConfig
-from models.decode.accept import VERIFIERS
-from models.elastic import ElasticLM
-from models.granularity import Granularity
-from models.measure import verify
-from models.measure.checks import LAWS
+from models.checkpoint.folder import save_model
+from models.decode.sampling.verifiers import VERIFIERS
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
+from models.verify import plan as verify
+from models.verify.checks import LAWS
 from train.cli import main
 
 Fails = Callable[..., str]

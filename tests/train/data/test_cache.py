@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.data.cache import MANIFEST, build_once
 
 

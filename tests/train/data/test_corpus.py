@@ -5,7 +5,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
 from train.data.corpus import open_corpus, take_documents
 from train.data.hub import HubDataset
 from train.data.standard_library import StandardLibrary

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import UsageError
+from models.base.errors import UsageError
 from train.data.documents import (
     checked_text,
     is_validation,

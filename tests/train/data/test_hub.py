@@ -4,7 +4,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
 from train.data.hub import HubDataset
 
 

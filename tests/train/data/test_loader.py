@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.data.batch import Batch
 from train.data.loader import StepLoader, epoch_order, one_pass
 from train.data.pack import NO_LABEL, Rows
-from train.objective import Batch
 
 
 def make_rows(num_rows: int, sequence_length: int = 4) -> Rows:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
+from train.data.batch import Batch
 from train.data.documents import is_validation
 from train.data.module import TextData, cache_folder
 from train.data.pack import NO_LABEL
-from train.objective import Batch
-from train.recipe import DataConfig, Recipe, TrainerConfig
+from train.recipe.recipe import DataConfig, Recipe, TrainerConfig
 
 
 def make_data(source: Path, first_step: int = 0, **settings: object) -> TextData:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import NestlingError
+from models.base.errors import NestlingError
 from train.data.standard_library import StandardLibrary
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
 from train.data.tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer, train_bpe
 
 

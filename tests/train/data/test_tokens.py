@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from models.errors import NestlingError
+from models.base.errors import NestlingError
 from train.data import tokens as tokens_module
 from train.data.corpus import open_corpus
 from train.data.documents import PIECE_CHARS, is_validation

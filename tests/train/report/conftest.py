@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from models.config import ElasticConfig
-from models.family import FAMILY_FILE, Member, write_family
-from models.files import write_json
-from models.granularity import Granularity
-from models.huggingface_config import config_to_hugging_face
+from models.base.files import write_json
+from models.checkpoint.family import FAMILY_FILE, Member, write_family
+from models.checkpoint.huggingface_config import config_to_hugging_face
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import Granularity
 
 CONFIG = ElasticConfig(
     vocab_size=64,

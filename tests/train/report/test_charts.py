@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from models.decode.auto import MAX_GAMMA, speedup
-from models.family import Member
+from models.checkpoint.family import Member
+from models.decode.tune.predict import MAX_GAMMA, speedup
 from train.report.charts import curve, family_chart, family_rows, speed_up_contour
 from train.report.style import COLORS, SHAPES, SVG_STYLE, Key, digest, save_svg, styled, to_svg
 

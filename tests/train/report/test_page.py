@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import NestlingError, UsageError
+from models.base.errors import NestlingError, UsageError
 from train.report.page import write_report
 
 MakeRun = Callable[..., Path]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from models.errors import NestlingError, UsageError
-from train.metrics import read_metrics
+from models.base.errors import NestlingError, UsageError
 from train.report.read import read_runs
+from train.run.metrics import read_metrics
 
 MakeRun = Callable[..., Path]
 

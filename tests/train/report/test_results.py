@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from models.errors import NestlingError
-from models.family import Member
+from models.base.errors import NestlingError
+from models.checkpoint.family import Member
 from train.report.results import fill_readme, main, read_result, stale_files
 
 ROOT = Path(__file__).parents[3]

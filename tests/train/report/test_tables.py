@@ -1,6 +1,6 @@
 """Tables that the page and Markdown share."""
 
-from models.family import Member
+from models.checkpoint.family import Member
 from train.report.tables import NOTHING, family_table, speed_table
 
 

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from models.config import ElasticConfig
-from models.count import count_flops
-from models.granularity import FULL, Granularity
-from models.quantize import split_precision
+from models.elastic.config import ElasticConfig
+from models.elastic.count import count_flops
+from models.elastic.granularity import FULL, Granularity
+from models.packed.quantize import split_precision
 from train.search.candidates import Candidate, list_candidates
 
 

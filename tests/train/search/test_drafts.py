@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from models.decode.costs import DraftCosts
-from models.decode.sampling import SamplingParams
-from models.elastic import ElasticLM
-from models.granularity import Granularity
+from models.decode.engine.costs import DraftCosts
+from models.decode.sampling.params import SamplingParams
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
 from train.search import drafts, measure
 from train.search.candidates import Candidate
 from train.search.confirm import Confirmed

@@ -1,0 +1,242 @@
+"""Writing that is whole or absent: a folder or a JSON file appears complete, or not at all.
+
+A folder is written beside its final place, forced to disk, then renamed: a reader never meets half
+of it, and a run that dies leaves only a hidden `.name.*.partial`, or what it was about to replace under
+`.name.*.replaced`; `sweep` removes the one and puts back the other.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from models.base.errors import NestlingError, UsageError
+
+
+@contextlib.contextmanager
+def write_folder(path: str | Path, *, marker: str = "nestling.json") -> Iterator[Path]:
+    """Fill a temporary folder that becomes `path` when the block ends, and vanishes if it raises.
+
+    Args:
+        path: the final name; missing parents are made. What stands there is replaced only if it is
+            an empty folder, or one that holds `marker`, that is, one that we wrote.
+        marker: the file by which such a folder is known; the block writes it.
+
+    Raises:
+        UsageError: if something else stands at `path`.
+        NestlingError: if the disk refuses: no space, no permission.
+    """
+    check_replaceable(path, marker=marker)
+    final = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with _naming_refusal(path):
+            make_folder(final.parent)
+            partial.mkdir()
+            yield partial
+            assert (partial / marker).is_file(), f"{partial} lacks {marker}: it could not be replaced later"
+            _sync_tree(partial)
+            _publish(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(path: str | Path, *, marker: str = "nestling.json") -> None:
+    """Say early whether `write_folder` would refuse `path`.
+
+    Raises:
+        UsageError: if `path` is neither free, nor an empty folder, nor one that holds `marker`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if any(not _is_left_over(inside) for inside in path.iterdir()) and not (path / marker).is_file():
+            raise UsageError(
+                f"{path} exists and is not ours to replace (no {marker} in it); "
+                "choose another place or empty it"
+            )
+    elif path.exists():
+        raise UsageError(f"{path} exists and is not a folder; choose another place")
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    if not ancestor.is_dir():
+        raise UsageError(f"{path} cannot be: {ancestor} is not a folder; choose another place")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all. NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all; its folder must exist."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all; its folder must exist."""
+    with _beside(Path(path)) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def write_file(path: str | Path) -> Iterator[Path]:
+    """Fill a temporary file that becomes `path` when the block ends, and vanishes if it raises.
+
+    Missing parents are made; a file that stands at `path` is replaced.
+
+    Raises:
+        NestlingError: if the disk refuses: no space, no permission.
+    """
+    final = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
+    with _naming_refusal(path):
+        make_folder(final.parent)
+        with _beside(final) as partial:
+            yield partial
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents, their names forced to disk; one that is there stays."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder at once: whoever dies in the middle leaves a `.partial`, never half of `path`."""
+    doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/nestling`, or `~/.cache/nestling`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestling"
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what killed writers left in a folder that nobody else writes to now."""
+    for path in filter(_is_left_over, list(folder.glob(".*"))):
+        final = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if path.suffix == ".replaced" and not final.exists():
+            path.rename(final)  # killed between the two renames: what stood there is still the best
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's names to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        NestlingError: if the file is missing, is not JSON, or holds something else than an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NestlingError(f"{path} is missing; restore it, or write the folder again") from None
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise NestlingError(f"{path} is not JSON ({error}); restore it, or write the folder again") from None
+    if not isinstance(value, dict):
+        raise NestlingError(
+            f"{path} holds a {type(value).__name__}, not an object; restore it, or write the folder again"
+        )
+    return value
+
+
+def finite(value: Any) -> Any:
+    """The value with null where JSON has no number for it: NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of an error that the block raises about its content."""
+    try:
+        yield
+    except NestlingError as error:
+        raise NestlingError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _naming_refusal(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_REFUSES:
+            raise
+        raise NestlingError(
+            f"cannot write {path}: {error.strerror}; make room or give permission, or choose another place"
+        ) from error
+
+
+_DISK_REFUSES = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def _is_left_over(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix in (".partial", ".replaced")
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Rename into place; what stood there is put aside first and comes back if the rename fails."""
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.replaced")
+    try:
+        if final.exists():
+            final.rename(aside)
+        partial.rename(final)
+    except BaseException:
+        if aside.exists() and not final.exists():
+            aside.rename(final)
+        raise
+    sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)

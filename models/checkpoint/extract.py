@@ -1,0 +1,198 @@
+"""Cut a granularity out of a family: contiguous weights in a stock folder of its own.
+
+A member whose layers are equal is a smaller model of a stock architecture, so that
+`AutoModelForCausalLM.from_pretrained` opens it with no code of ours (law 1). Source: MatFormer,
+https://arxiv.org/abs/2310.07707.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.base.errors import UsageError
+from models.base.files import check_replaceable, read_json
+from models.checkpoint.family import FAMILY_FILE
+from models.checkpoint.folder import Member, ModelFolder, save_model
+from models.checkpoint.huggingface import load_stock
+from models.checkpoint.weights import count_tensors, model_from, weights_of
+from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
+
+# Both sides compute in fp32 but may add in another order; this is some hundred roundings of 6e-8,
+# relative to the largest logit.
+LOGITS_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How an extraction compares with its view, in fp32.
+
+    Args:
+        num_tokens: positions compared.
+        ids_equal: whether greedy decoding wrote the same ids.
+        difference: the largest difference of two logits, relative to the largest logit.
+    """
+
+    num_tokens: int
+    ids_equal: bool
+    difference: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether law 1 holds: ids exactly, logits to `LOGITS_TOLERANCE`."""
+        return self.ids_equal and self.difference <= LOGITS_TOLERANCE
+
+
+def extract(folder: ModelFolder, granularity: Granularity, out: str | Path) -> Path:
+    """Write one member as a model folder of its own; tokenizer and generation settings go with it.
+
+    Args:
+        folder: the family.
+        granularity: the member; its layers must be equal.
+        out: the new folder. It may replace an earlier extraction, never a family.
+
+    Returns:
+        The new folder. Its `nestling.json` names the parent, and its family is itself alone.
+
+    Raises:
+        UsageError: if the granularity does not fit, its layers differ, or `out` cannot be replaced.
+        NestlingError: if the disk refuses.
+    """
+    out = Path(out)
+    member_model = cut(folder, granularity)
+    _check_out(folder, out)
+    known = _measured(folder, granularity)
+    member = Member(
+        name="full",
+        granularity=str(FULL),
+        parameters=count_tensors(member_model),
+        loss=known.loss if known else None,
+        perplexity=known.perplexity if known else None,
+    )
+    return save_model(
+        out,
+        member_model,
+        tokenizer=folder.tokenizer,
+        family={"full": FULL},
+        members=[member],
+        provenance=provenance(folder, granularity, member.parameters),
+        like=folder.path,
+    )
+
+
+def cut(folder: ModelFolder, granularity: Granularity) -> ElasticLM:
+    """One member as a model of its own, in memory that it owns.
+
+    Raises:
+        UsageError: if the granularity does not fit, or its layers differ.
+    """
+    plan = granularity.resolve(folder.model.config)
+    if not plan.is_uniform:
+        raise UsageError(_unequal(granularity, plan))
+    view = View(folder.model, granularity)
+    return model_from(view.config, view.state_dict())
+
+
+@torch.no_grad()
+def verify_extraction(
+    folder: ModelFolder,
+    granularity: Granularity,
+    out: str | Path,
+    *,
+    tokens_BT: Tensor | None = None,
+    num_new_tokens: int = 32,
+) -> Parity:
+    """Open an extraction in stock transformers and compare it with the view that it was cut from.
+
+    Both compute in fp32 whatever the dtype on disk, so that equal weights give equal ids.
+
+    Args:
+        folder: the family.
+        granularity: the member.
+        out: the folder that `extract` wrote.
+        tokens_BT: prompts that both continue greedily; None takes fixed random tokens.
+        num_new_tokens: length of the continuation.
+    """
+    config = folder.model.config
+    full = model_from(config, weights_of(folder.model), dtype=torch.float32).to("cpu").eval()
+    view, stock = View(full, granularity), load_stock(out)
+    if tokens_BT is None:
+        generator = torch.Generator().manual_seed(0)
+        num_prompt = max(1, min(32, config.max_position_embeddings - num_new_tokens))
+        tokens_BT = torch.randint(config.vocab_size, (4, num_prompt), generator=generator)
+
+    def their_logits(tokens_BT: Tensor) -> Tensor:
+        logits_BTV: Tensor = stock(tokens_BT, use_cache=False).logits
+        return logits_BTV
+
+    ours_BT = _continue_greedily(view, tokens_BT, num_new_tokens)
+    theirs_BT = _continue_greedily(their_logits, tokens_BT, num_new_tokens)
+    ours_BTV, theirs_BTV = view(ours_BT), their_logits(ours_BT)
+    largest = float(ours_BTV.abs().max())
+    return Parity(
+        num_tokens=ours_BT.numel(),
+        ids_equal=torch.equal(ours_BT, theirs_BT) and torch.equal(ours_BTV.argmax(-1), theirs_BTV.argmax(-1)),
+        difference=float((ours_BTV - theirs_BTV).abs().max()) / max(largest, 1e-30),
+    )
+
+
+def provenance(folder: ModelFolder, granularity: Granularity, parameters: int) -> dict[str, Any]:
+    """Where a member comes from: anything that JSON holds."""
+    return {
+        "parent": str(folder.path),
+        "parent_parameters": count_tensors(folder.model),
+        "granularity": str(granularity),
+        "parameters": parameters,
+        "parent_provenance": folder.provenance,
+    }
+
+
+def _continue_greedily(
+    logits_of: Callable[[Tensor], Tensor], tokens_BT: Tensor, num_new_tokens: int
+) -> Tensor:
+    for _ in range(num_new_tokens):
+        next_B1 = logits_of(tokens_BT)[:, -1:].argmax(-1)
+        tokens_BT = torch.cat([tokens_BT, next_B1], dim=1)
+    return tokens_BT
+
+
+def _check_out(folder: ModelFolder, out: Path) -> None:
+    check_replaceable(out, marker=FAMILY_FILE)
+    source, target = folder.path.resolve(), out.resolve()
+    if source == target or source.is_relative_to(target):
+        raise UsageError(f"{out} holds the model itself; choose another place for the extraction")
+    if (out / FAMILY_FILE).is_file() and "parent" not in read_json(out / FAMILY_FILE).get("provenance", {}):
+        raise UsageError(f"{out} holds a family, not an extraction; choose another place or empty it")
+
+
+def _measured(folder: ModelFolder, granularity: Granularity) -> Member | None:
+    for member in folder.members:
+        if folder.family.get(member.name) == granularity or member.granularity == str(granularity):
+            return member
+    return None
+
+
+def _unequal(granularity: Granularity, plan: Plan) -> str:
+    def widths(layer: LayerPlan) -> tuple[int, int]:
+        return layer.ffn, layer.groups
+
+    runs = [list(run) for _, run in itertools.groupby(plan.layers, widths)]
+    named = "; ".join(
+        f"{Granularity(layers=tuple(layer.index for layer in run))}: "
+        f"ffn {run[0].ffn}, key/value groups {run[0].groups}"
+        for run in runs
+    )
+    equal = Granularity(
+        ffn=(max(granularity.ffn),), heads=(max(granularity.heads),), layers=granularity.layers
+    )
+    return (
+        f"granularity: {granularity} has unequal layers ({named}), "
+        "which no stock architecture holds; "
+        f"give all of them one share of each axis, such as {equal}"
+    )

@@ -1,0 +1,199 @@
+"""A model folder on disk: what stock `transformers` expects, plus the family.
+
+    config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json
+    nestling.json    format; family: name -> granularity; members: what was measured; provenance
+
+An elastic folder *is* a stock model, the full one, and a stock folder without `nestling.json` opens
+as well. Nothing is pickled; a save is whole or absent.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from models.base.errors import NestlingError, UsageError
+from models.base.files import naming, read_json, write_folder, write_json
+from models.checkpoint.family import FAMILY_FILE, Member, read_family, write_family
+from models.checkpoint.huggingface_config import (
+    SPELLING,
+    config_from_hugging_face,
+    config_to_hugging_face,
+)
+from models.checkpoint.weights import dtype_name, model_from, read_weights, write_weights
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import DEFAULT_FAMILY, Granularity
+from models.elastic.model import ElasticLM
+
+__all__ = ["Member", "ModelFolder", "load_model", "read_config", "save_model"]
+
+GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A model folder, opened."""
+
+    path: Path
+    model: ElasticLM
+    tokenizer: Tokenizer | None
+    family: dict[str, Granularity]
+    members: list[Member]
+    provenance: dict[str, Any]
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFolder:
+    """Open a model folder of ours, or a stock one (the family is then the default one).
+
+    Args:
+        path: the folder; a sharded one is fine.
+        dtype: of the model; None keeps the one on disk.
+
+    Returns:
+        The model in evaluation mode, on the CPU, with all that is known about it.
+
+    Raises:
+        UsageError: if there is no folder at `path`.
+        NestlingError: naming the file that is missing, damaged or of a kind that cannot be held.
+    """
+    path = Path(path)
+    config = read_config(path)
+    tensors = read_weights(path)
+    with naming(path):
+        model = model_from(config, tensors, dtype=dtype).eval()
+    family, members, provenance = read_family(path / FAMILY_FILE, config)
+    return ModelFolder(
+        path=path,
+        model=model,
+        tokenizer=_read_tokenizer(path / TOKENIZER, config),
+        family=family,
+        members=members,
+        provenance=provenance,
+    )
+
+
+def read_config(path: Path) -> ElasticConfig:
+    """The shape of the model in a folder, without its weights.
+
+    Raises:
+        UsageError: if there is no folder at `path`.
+        NestlingError: if its config.json is missing, damaged or of a kind that cannot be held.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise UsageError(f"{path} {what}; give a model folder, one with config.json and model.safetensors")
+    config_path = path / "config.json"
+    fields = read_json(config_path)
+    with naming(config_path):
+        return config_from_hugging_face(fields)
+
+
+def save_model(
+    path: str | Path,
+    model: ElasticLM,
+    *,
+    tokenizer: Tokenizer | None = None,
+    family: Mapping[str, Granularity] = DEFAULT_FAMILY,
+    members: Iterable[Member] = (),
+    provenance: Mapping[str, Any] | None = None,
+    like: Path | None = None,
+) -> Path:
+    """Write a model folder, whole or not at all; a model folder that stands there is replaced.
+
+    Args:
+        path: the folder.
+        model: the full model.
+        tokenizer: the one it was trained with, if any.
+        family: named granularities.
+        members: what was measured.
+        provenance: recipe, commit, versions, data hash: anything that JSON holds.
+        like: a model folder whose tokenizer and generation files are carried over unchanged,
+            in place of `tokenizer`.
+
+    Raises:
+        UsageError: if something that we did not write stands at `path`, or the family does not fit.
+        NestlingError: if no stock architecture holds the model, or the disk refuses.
+    """
+    fields = config_to_hugging_face(model.config, dtype=dtype_name(model))
+    for granularity in family.values():
+        granularity.resolve(model.config)
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, model.config, "the tokenizer")
+    with write_folder(path, marker=FAMILY_FILE) as folder:
+        write_json(folder / "config.json", fields)
+        write_weights(folder, model)
+        carried = _carry(like, folder)
+        if tokenizer is not None and TOKENIZER not in carried:
+            _write_tokenizer(folder, tokenizer, model.config)
+        if GENERATION not in carried:
+            write_json(folder / GENERATION, _generation(model.config))
+        write_family(folder / FAMILY_FILE, family, members, provenance or {})
+    return Path(path)
+
+
+def _read_tokenizer(path: Path, config: ElasticConfig) -> Tokenizer | None:
+    if not path.is_file():
+        return None
+    try:
+        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise NestlingError(
+            f"{path} is not a tokenizer ({error}); restore it, or write the folder again"
+        ) from None
+    _check_vocabulary(tokenizer, config, str(path))
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ElasticConfig, what: str) -> None:
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= config.vocab_size:
+        raise NestlingError(
+            f"{what} has token ids up to {highest}, but vocab_size={config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ElasticConfig) -> None:
+    tokenizer.save(str(folder / TOKENIZER))
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    for role, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):
+        if token_id is not None and tokenizer.id_to_token(token_id) is not None:
+            settings[role] = tokenizer.id_to_token(token_id)
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def _generation(config: ElasticConfig) -> dict[str, Any]:
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    return {
+        **{name: value for name, value in ids.items() if value is not None},
+        "transformers_version": SPELLING,
+    }
+
+
+def _carry(source: Path | None, folder: Path) -> set[str]:
+    """Copy tokenizer and generation files; those of another folder may say more than we know."""
+    if source is None:
+        return set()
+    names = [name for name in (*TOKENIZER_FILES, GENERATION) if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    return set(names)

@@ -1,0 +1,87 @@
+"""Stock Hugging Face models and elastic ones, both ways; their tensors have the same names.
+
+`transformers` is imported only by the functions that need it: decoding runs without it. Which stock
+class holds what: models/checkpoint/huggingface_config.py.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from models.base.errors import NestlingError
+from models.checkpoint.huggingface_config import config_from_hugging_face, config_to_hugging_face
+from models.checkpoint.weights import EMBEDDING, HEAD, dtype_name, model_from, weights_of
+from models.elastic.model import ElasticLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "compile_config",
+    "config_from_hugging_face",
+    "config_to_hugging_face",
+    "from_hugging_face",
+    "load_stock",
+    "to_hugging_face",
+]
+
+
+def to_hugging_face(model: ElasticLM) -> "PreTrainedModel":
+    """A stock model, in evaluation mode, that holds copies of the full model's weights.
+
+    Raises:
+        NestlingError: if no stock architecture holds it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tensors = weights_of(model)
+    dtype = tensors[EMBEDDING].dtype
+    config = AutoConfig.for_model(**config_to_hugging_face(model.config, dtype=dtype_name(model)))
+    with torch.random.fork_rng(devices=[]):  # its initial weights must not move the caller's random state
+        stock = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    stock.load_state_dict({HEAD: tensors[EMBEDDING], **tensors})
+    return cast("PreTrainedModel", stock.to(tensors[EMBEDDING].device).eval())
+
+
+def from_hugging_face(model: "PreTrainedModel") -> ElasticLM:
+    """An elastic model that holds copies of a stock model's weights.
+
+    Raises:
+        NestlingError: naming what the elastic class cannot hold exactly.
+    """
+    return model_from(config_from_hugging_face(model.config.to_dict()), model.state_dict())
+
+
+def load_stock(path: str | Path) -> "PreTrainedModel":
+    """Open a model folder as a stranger would: transformers alone; fp32, evaluation mode.
+
+    Raises:
+        NestlingError: if transformers found weights missing or unexpected.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    stock, report = opened
+    wrong = {what: sorted(names) for what, names in report.items() if names}
+    if wrong:
+        raise NestlingError(f"{path} does not open cleanly in transformers: {wrong}")
+    return cast("PreTrainedModel", stock.eval())
+
+
+def compile_config() -> Any:
+    """What makes `generate` compile its decoding steps, on the CPU too, where it does not by itself."""
+    from transformers import CompileConfig
+
+    config: Any = CompileConfig(mode="default")
+    config._compile_all_devices = True  # as the library's own tests do: it has no public spelling
+    return config

@@ -1,0 +1,250 @@
+"""The shape of an elastic model and the `config.json` of a stock one, both ways; pure dictionaries.
+
+One elastic class holds what four stock architectures compute:
+
+    qk_norm                               -> Qwen3ForCausalLM
+    attention_bias                        -> Qwen2ForCausalLM
+    heads that do not divide hidden_size  -> MistralForCausalLM, without a window
+    all else                              -> LlamaForCausalLM
+
+What the elastic class cannot hold exactly is refused, never approximated.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from models.base.errors import NestlingError
+from models.elastic.config import ElasticConfig
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# The release whose spelling `config_to_hugging_face` follows. Without it in the file, transformers
+# suspects the large vocabulary of any Mistral model of an old fault.
+SPELLING = "5.23.0"
+
+
+def config_to_hugging_face(config: ElasticConfig, *, dtype: str = "float32") -> dict[str, Any]:
+    """The `config.json` of the stock architecture that computes the same function.
+
+    Args:
+        config: the elastic shape.
+        dtype: of the weights that it describes, as in `float32` or `bfloat16`.
+
+    Raises:
+        NestlingError: if no stock architecture holds it.
+
+    >>> shape = dict(vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    >>> fields = config_to_hugging_face(
+    ...     ElasticConfig(**shape, num_attention_heads=3, num_key_value_heads=3, head_dim=4)
+    ... )
+    >>> fields["architectures"], fields["sliding_window"], fields["head_dim"]
+    (['MistralForCausalLM'], None, 4)
+    """
+    model_type = _model_type(config)
+    fields: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        **{name: getattr(config, name) for name in _SAME},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        # Readers older than rope_parameters would assume 10000 without this one.
+        "rope_theta": config.rope_theta,
+        "dtype": dtype,
+        "transformers_version": SPELLING,
+    }
+    if model_type in ("llama", "qwen3"):
+        fields["attention_bias"] = False
+    if model_type == "llama":
+        fields["mlp_bias"] = False
+    else:
+        fields["sliding_window"] = None
+    if model_type in ("qwen2", "qwen3"):
+        fields["use_sliding_window"] = False
+    return fields
+
+
+def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
+    """Read a `config.json` of Llama, Mistral, Qwen2 or Qwen3, RoPE spelled the old or the new way.
+
+    Fields that change only training (dropout) or storage are ignored.
+
+    Raises:
+        NestlingError: naming the field and the value that the elastic class cannot hold exactly.
+
+    >>> config_from_hugging_face({"model_type": "gpt2"})
+    Traceback (most recent call last):
+    models.base.errors.NestlingError: model_type='gpt2' is not supported; llama, mistral, qwen2 and
+    qwen3 are
+    """
+    model_type = str(fields.get("model_type"))
+    if model_type not in ARCHITECTURES:
+        *first, last = ARCHITECTURES
+        raise NestlingError(
+            f"model_type={fields.get('model_type')!r} is not supported; {', '.join(first)} and {last} are"
+        )
+    fields = {**_DEFAULTS["all"], **_DEFAULTS[model_type], **fields}
+    sizes = {name: _integer(fields, name) for name in _SIZES}
+    for name, value, allowed in _unsupported(model_type, fields):
+        raise NestlingError(f"{name}={value!r} is not supported for {model_type}; {allowed}")
+    heads = sizes["num_attention_heads"]
+    return ElasticConfig(
+        **sizes,
+        num_key_value_heads=_integer(fields, "num_key_value_heads", default=heads),
+        head_dim=_integer(fields, "head_dim", default=0),
+        rope_theta=_rope_theta(fields),
+        rms_norm_eps=_number(fields, "rms_norm_eps"),
+        initializer_range=_number(fields, "initializer_range"),
+        tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
+        attention_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        bos_token_id=_token(fields, "bos_token_id"),
+        eos_token_id=_token(fields, "eos_token_id"),
+    )
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_SAME = (
+    *_SIZES,
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+)
+# What transformers assumes when a file leaves a field out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "all": {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+    },
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+    },
+}
+
+
+def _model_type(config: ElasticConfig) -> str:
+    if config.qk_norm and config.attention_bias:
+        raise NestlingError(
+            "model: qk_norm=true with attention_bias=true has no stock architecture "
+            "(Qwen3 would also bias o_proj); choose one of them"
+        )
+    if config.qk_norm:
+        return "qwen3"
+    if config.attention_bias:
+        return "qwen2"
+    # LlamaConfig refuses it; Mistral's class computes the same and does not mind.
+    return "mistral" if config.hidden_size % config.num_attention_heads else "llama"
+
+
+def _unsupported(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[str, Any, str]]:
+    """Every (field, value, remedy) that would change the function that the weights compute."""
+    architectures = fields.get("architectures")
+    if architectures and architectures != [ARCHITECTURES[model_type]]:
+        yield "architectures", architectures, f"only {ARCHITECTURES[model_type]} is"
+    if fields.get("quantization_config"):
+        yield "quantization_config", fields["quantization_config"], "save the weights unquantized"
+    if fields["hidden_act"] not in ("silu", "swish"):
+        yield "hidden_act", fields["hidden_act"], "only silu is"
+    if model_type in ("llama", "qwen3") and _flag(fields, "attention_bias"):
+        yield "attention_bias", True, "it also biases o_proj; a bias on q, k and v alone (qwen2) is"
+    if model_type == "llama" and _flag(fields, "mlp_bias"):
+        yield "mlp_bias", True, "only false is"
+    if model_type != "llama":
+        yield from _sliding(model_type, fields)
+    yield from _scaled_rope(fields)
+
+
+def _sliding(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[str, Any, str]]:
+    kinds = fields.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        yield "layer_types", kinds, "only full_attention is"
+    window = fields.get("sliding_window")
+    active = model_type == "mistral" or _flag(fields, "use_sliding_window")
+    # A window that no context outgrows hides nothing.
+    if (
+        active
+        and window is not None
+        and _integer(fields, "sliding_window") < _integer(fields, "max_position_embeddings")
+    ):
+        remedy = f"only null or at least max_position_embeddings={fields['max_position_embeddings']} is"
+        yield "sliding_window", window, remedy
+
+
+def _scaled_rope(fields: Mapping[str, Any]) -> Iterable[tuple[str, Any, str]]:
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(name)
+        if rope is not None and (
+            not isinstance(rope, Mapping)
+            or rope.get("rope_type", rope.get("type", "default")) != "default"
+            or any(isinstance(value, Mapping) for value in rope.values())
+        ):
+            yield name, rope, "only the default rope_type is"
+
+
+def _rope_theta(fields: Mapping[str, Any]) -> float:
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    return _number({"rope_theta": fields.get("rope_theta", 10000.0), **rope}, "rope_theta")
+
+
+def _integer(fields: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
+    value = fields.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise NestlingError(f"{name}={value!r} is not a whole number; give the one that the weights have")
+    return value
+
+
+def _number(fields: Mapping[str, Any], name: str) -> float:
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise NestlingError(f"{name}={value!r} is not a number; give the one that the weights were made with")
+    return float(value)
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields[name]
+    if not isinstance(value, bool):
+        raise NestlingError(f"{name}={value!r} is not true or false; give what the weights were made with")
+    return value
+
+
+def _token(fields: Mapping[str, Any], name: str) -> int | None:
+    value = fields.get(name)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        raise NestlingError(f"{name}={value!r} lists several tokens; keep one in config.json")
+    return None if value is None else _integer({name: value}, name)

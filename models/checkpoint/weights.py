@@ -1,0 +1,177 @@
+"""The weights of an elastic model as named tensors: read, check, adopt.
+
+Names are Hugging Face's. A tied vocabulary head is the embedding matrix and is stored once.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.base.errors import NestlingError
+from models.base.files import read_json
+from models.elastic.config import ElasticConfig
+from models.elastic.layers import Rotary
+from models.elastic.model import ElasticLM
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def weights_of(model: ElasticLM) -> dict[str, Tensor]:
+    """Every tensor once, detached, sharing the model's memory."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def dtype_name(model: ElasticLM) -> str:
+    """The dtype of the weights, as a configuration spells it."""
+    return str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+
+
+def count_tensors(model: ElasticLM) -> int:
+    """How many numbers the tensors hold."""
+    return sum(tensor.numel() for tensor in weights_of(model).values())
+
+
+def model_from(
+    config: ElasticConfig, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> ElasticLM:
+    """An elastic model that holds copies of `tensors`.
+
+    Args:
+        config: the shape.
+        tensors: by Hugging Face name; a tied head may be there if it equals the embedding.
+        dtype: of the model; None keeps the embedding's.
+
+    Raises:
+        NestlingError: naming tensors that are missing, unknown, of another shape or not numbers.
+    """
+    with torch.device("meta"):  # a model without memory: its initial weights would be thrown away
+        model = ElasticLM(config)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    tensors = _check(expected, tensors)
+    dtype = dtype or tensors[EMBEDDING].dtype
+    copies = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+    model.load_state_dict(copies, assign=True, strict=False)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.rotary = Rotary(config).to(copies[EMBEDDING].device)  # its tables are computed, not stored
+    return model
+
+
+def write_weights(folder: Path, model: ElasticLM) -> None:
+    """Write `model.safetensors`.
+
+    Raises:
+        NestlingError: if the disk refuses.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in weights_of(model).items()}
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise NestlingError(f"cannot write {folder / WEIGHTS}: {error}; free some space") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read `model.safetensors`, or the shards that its index lists.
+
+    Raises:
+        NestlingError: naming the file that is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(folder):
+        tensors |= _read(file)
+    return tensors
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 of `model.safetensors`, or of all shards, one after the other.
+
+    Raises:
+        NestlingError: naming the file that is missing.
+    """
+    digest = hashlib.sha256()
+    for file in _files(folder):
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        if pickles:
+            raise NestlingError(
+                f"{folder} keeps its weights as a pickle ({pickles[0]}), which can run code when "
+                f"opened; save it again with transformers (save_pretrained writes {WEIGHTS})"
+            )
+        raise NestlingError(f"{folder} has no {WEIGHTS}; restore it, or write the folder again")
+    return [folder / shard for shard in _shards(folder / INDEX)]
+
+
+def _shards(index: Path) -> list[str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise NestlingError(f"{index} has no weight_map of names to files; restore it")
+    shards = sorted(set(places.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise NestlingError(f"{index} points outside its folder: {outside[0]!r}; restore it")
+    return shards
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise NestlingError(f"{path} is missing; restore it, or write the folder again") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise NestlingError(f"{path} is damaged ({error}); restore it, or write the folder again") from None
+
+
+def _check(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a model of the expected shapes takes, and nothing else."""
+    # Old releases of transformers stored the rotary frequencies, which the configuration gives.
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if HEAD not in expected and HEAD in found:
+        head, embedding = found.pop(HEAD), found.get(EMBEDDING)
+        if embedding is not None and not torch.equal(head, embedding):
+            raise NestlingError(
+                f"{HEAD} differs from {EMBEDDING} though tie_word_embeddings is true; set it to false"
+            )
+    problems = [
+        *_named("missing", [name for name in expected if name not in found]),
+        *_named("not of this model", [name for name in found if name not in expected]),
+        *_named(
+            "of another shape",
+            [
+                f"{name} {list(found[name].shape)} instead of {list(shape)}"
+                for name, shape in expected.items()
+                if name in found and found[name].shape != shape
+            ],
+        ),
+        *_named(
+            "not floating point",
+            [f"{name} ({tensor.dtype})" for name, tensor in found.items() if not tensor.is_floating_point()],
+        ),
+    ]
+    if problems:
+        raise NestlingError(
+            f"weights do not fit the configuration: {'; '.join(problems)}; "
+            "use the config.json that was saved with them"
+        )
+    return found
+
+
+def _named(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"]

@@ -1,0 +1,165 @@
+"""Drafts propose the tokens that the target verifies. Any draft is safe; a good one is fast.
+
+    NestedDraft   a member of the target, in place: no weights, no prefill and no cache of its own
+                  (or packed in another precision: models/packed/quantize.py; the weights are then a copy)
+    ModelDraft    a model of its own, or a member that reads its own keys and values
+
+A nested draft reads the target's keys and values of the settled positions. Its own, for the few
+tokens of this round, go into the tail of the same store, where verification writes next:
+
+    position          0 1 2 3 4 | 5        6   7
+    token             settled   | pending  d1  d2  -> d3
+    keys and values   target's  | draft's             <- the target's pass overwrites them
+
+p target, q draft.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from models.base.errors import UsageError
+from models.decode.engine.lookup import LookupDraft
+from models.decode.engine.scheduler import Pass, Steps
+from models.decode.engine.state import Model, Scorer, State, elastic_model, granularity_of, new_cache
+from models.decode.engine.trimmed_head import FewTokens
+from models.decode.sampling.samplers import Chooser, Proposal
+from models.elastic.cache import KVCache
+from models.elastic.count import count_parameters
+from models.elastic.view import View
+
+
+class Draft(Protocol):
+    """Proposes tokens that may follow a state."""
+
+    def check(self, target: Model) -> None:
+        """Whether this can draft for the target.
+
+        Raises:
+            UsageError: if it cannot, or if it would be of no use.
+        """
+        ...
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        """At most `num_tokens` tokens after the pending one; what is settled stays as it is.
+
+        How many there are may depend on the state, never on the values of the proposed tokens: to
+        drop a token because of what it is would bend the output law.
+        """
+        ...
+
+
+class NestedDraft:
+    """A member of the target's own weights that shares the target's key/value store.
+
+    Args:
+        view: the member, of the target or of a packed copy of it.
+        vocabulary: ids of the tokens that it may draft; None means all.
+
+    Raises:
+        UsageError: if these are no token ids of the model.
+    """
+
+    def __init__(self, view: View, vocabulary: Tensor | None = None) -> None:
+        self.view = view
+        self.scorer: Scorer = view if vocabulary is None else FewTokens(view, vocabulary)
+
+    def check(self, target: Model) -> None:
+        """See `Draft`."""
+        whole = elastic_model(target)
+        ours, theirs = self.view.model.model.embed_tokens.weight, whole.model.embed_tokens.weight
+        assert ours is theirs, "a nested draft is a view of its target's weights, or of a packed copy"
+        granularity = granularity_of(target)
+        if not granularity.resolve(whole.config).contains(self.view.plan):
+            raise UsageError(
+                f"--draft {self.view.granularity} is larger than its target {granularity}: "
+                "it must be a part of it"
+            )
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        """See `Draft`."""
+        return (yield from propose(self.scorer, state, state.cache.view(), num_tokens, chooser))
+
+
+class ModelDraft:
+    """A model of its own with the target's vocabulary; its cache follows what was settled."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._max_positions = elastic_model(model).config.max_position_embeddings
+        self._cache: KVCache | None = None
+        self._cached_ids: list[int] = []
+
+    def check(self, target: Model) -> None:
+        """See `Draft`."""
+        ours, theirs = elastic_model(self.model).config, elastic_model(target).config
+        if ours.vocab_size != theirs.vocab_size:
+            raise UsageError(
+                f"--draft has a vocabulary of {ours.vocab_size} tokens and its target one of "
+                f"{theirs.vocab_size}: both must come from the same tokenizer"
+            )
+        if _num_parameters(self.model) > _num_parameters(target):
+            raise UsageError(
+                f"--draft has {_num_parameters(self.model):,} parameters, more than its target's "
+                f"{_num_parameters(target):,}: choose a smaller draft"
+            )
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        """See `Draft`; beyond the draft's own context it proposes nothing."""
+        num_tokens = min(num_tokens, self._max_positions - len(state.ids) + 1)
+        if num_tokens < 1:
+            return Proposal(state.ids)
+        proposal = yield from propose(self.model, state, self._rewound(state), num_tokens, chooser)
+        self._cached_ids = [*state.ids, *proposal.ids[:-1]]
+        return proposal
+
+    def _rewound(self, state: State) -> KVCache:
+        """The cache, cut back to the tokens that hold; the pending one is always fed (again)."""
+        num_positions = min(state.cache.num_positions, self._max_positions)
+        if self._cache is None or self._cache.num_positions < num_positions:
+            self._cache, self._cached_ids = new_cache(self.model, num_positions), []
+        self._cache.rewind(_num_shared(self._cached_ids, state.ids[:-1]))
+        return self._cache
+
+
+def renewed(draft: Draft) -> Draft:
+    """The draft for another request: one that remembers a text must not be shared."""
+    if isinstance(draft, ModelDraft):
+        return ModelDraft(draft.model)
+    return LookupDraft() if isinstance(draft, LookupDraft) else draft
+
+
+def propose(
+    model: Scorer, state: State, cache: KVCache, num_tokens: int, chooser: Chooser
+) -> Steps[Proposal]:
+    """Draft token by token, after the settled tokens that the cache lacks (at least the pending one)."""
+    proposal, ids = Proposal(state.ids), state.ids[cache.length :]
+    draws = None
+    if model.chooses:
+        draws = chooser.draws(proposal, num_tokens, elastic_model(model).config.vocab_size)
+    if draws is not None:
+        rows_TV = yield Pass(model, ids, cache, num_last=1, draws=draws)
+        cache.commit(len(ids) + draws.num_read)
+        proposal.add(draws, rows_TV)
+        return proposal
+    while len(proposal.ids) < num_tokens:
+        logits_TV = yield Pass(model, ids, cache, num_last=1)
+        cache.commit(len(ids))
+        ids = [chooser.draft(logits_TV[0], proposal)]
+    return proposal
+
+
+def _num_shared(ours: list[int], theirs: list[int]) -> int:
+    """Length of the common prefix; cheap when only the last few tokens differ.
+
+    >>> _num_shared([1, 2, 3, 4], [1, 2, 9])
+    2
+    """
+    length = min(len(ours), len(theirs))
+    while ours[:length] != theirs[:length]:
+        length -= 1
+    return length
+
+
+def _num_parameters(model: Model) -> int:
+    return count_parameters(elastic_model(model).config, granularity_of(model))

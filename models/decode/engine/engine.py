@@ -1,0 +1,322 @@
+"""The decoding engine: plain and speculative are one loop, and plain is the one without a draft.
+
+    prefill   the target reads the prompt; its last logits give the first token
+    choose    a policy says who drafts this round and how many tokens gamma (models/decode/engine/policy.py)
+    propose   the draft proposes up to gamma tokens after the pending one
+    verify    the target scores [pending, d1 .. d_gamma] in one pass and decides which of them stay
+    commit    what stays is settled: the cache's length grows, nothing is copied or cropped
+
+A step asks for its passes and is sent their logits (models/decode/engine/scheduler.py), so that one request
+runs alone, and many share their passes, by the same code. The output follows the target's law whatever the
+draft is (https://arxiv.org/abs/2211.17192, https://arxiv.org/abs/2302.01318). Greedy output equals plain
+decoding's token by token.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple, TypedDict
+
+from models.base.errors import UsageError
+from models.decode.engine.draft import Draft
+from models.decode.engine.policy import NO_DRAFT, Fixed, Plan, Policy, Round
+from models.decode.engine.report import Report
+from models.decode.engine.scheduler import Events, Pass, Steps, Together, alone
+from models.decode.engine.state import Model, State, elastic_model, new_cache
+from models.decode.sampling.params import SamplingParams
+from models.decode.sampling.rng import Random, SeededRandom
+from models.decode.sampling.samplers import Chooser, Proposal, Verdict, make_chooser
+from models.decode.sampling.verifiers import Verifier
+
+GREEDY = SamplingParams()
+
+
+class Token(NamedTuple):
+    """One token of the output."""
+
+    id: int
+    drafted: bool
+    """Whether the draft proposed it."""
+
+
+class Options(TypedDict, total=False):
+    """What `stream` takes besides the prompt and the random choices; see there."""
+
+    draft: Draft | None
+    gamma: int
+    policy: Policy | None
+    params: SamplingParams
+    max_new_tokens: int
+    eos_token_ids: Collection[int] | None
+    verifier: str | Verifier
+
+
+class BatchOptions(TypedDict, total=False):
+    """What `stream_batch` takes besides the prompts and the random choices; see there."""
+
+    new_policy: Callable[[], Policy]
+    params: SamplingParams
+    max_new_tokens: int
+    eos_token_ids: Collection[int] | None
+    verifier: str | Verifier
+
+
+class _Settled(NamedTuple):
+    """A token, and what the report needs to know of it once it is taken."""
+
+    token: Token
+    position: int
+    """In its round."""
+    finish_reason: str
+
+
+class Stream(Iterator[Token]):
+    """Tokens as they are decided, a round at a time; to cancel, stop taking them, or `close` it."""
+
+    def __init__(self, settled: Iterator[_Settled], report: Report, cancel: Callable[[], None]) -> None:
+        self._settled = settled
+        self.report = report
+        self._cancel = cancel
+
+    def __next__(self) -> Token:
+        """The next token; the report already counts it."""
+        token, position, finish_reason = next(self._settled)
+        self.report.count_token(position if token.drafted else None)
+        self.report.finish_reason = finish_reason
+        return token
+
+    def close(self) -> None:
+        """Decode no further; a batch goes on without this request."""
+        self._cancel()
+        self._settled = iter(())
+
+
+def stream(
+    target: Model,
+    prompt_ids: Sequence[int],
+    *,
+    draft: Draft | None = None,
+    gamma: int = 4,
+    policy: Policy | None = None,
+    params: SamplingParams = GREEDY,
+    max_new_tokens: int = 128,
+    eos_token_ids: Collection[int] | None = None,
+    random: Random | None = None,
+    verifier: str | Verifier = "block",
+) -> Stream:
+    """Decode one prompt.
+
+    Args:
+        target: the model whose law the output follows.
+        prompt_ids: at least one token.
+        draft: what proposes tokens; None decodes plainly.
+        gamma: drafted tokens a round.
+        policy: decides round by round instead of `draft` and `gamma`; one that learns serves one request.
+        params: how tokens are chosen.
+        max_new_tokens: the most tokens to give; the context's end may come first.
+        eos_token_ids: tokens that end the output (and are its last token); None means the model's.
+        random: the random choices; None is `SeededRandom(0)`.
+        verifier: `token`, `block`, `coupled` or a function like the first two; greedy decoding has no use
+            for it.
+
+    Raises:
+        UsageError: if the prompt leaves no room in the context, the draft does not fit the target,
+            or a number makes no sense.
+    """
+    request = _request(
+        target,
+        prompt_ids,
+        policy or Fixed(draft, gamma),
+        make_chooser(params, random or SeededRandom(0), verifier),
+        max_new_tokens,
+        eos_token_ids,
+    )
+    events = _decode(request)
+    return Stream(alone(events), request.report, events.close)
+
+
+def stream_batch(
+    target: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_policy: Callable[[], Policy] = lambda: Fixed(None, 0),
+    params: SamplingParams = GREEDY,
+    max_new_tokens: int = 128,
+    eos_token_ids: Collection[int] | None = None,
+    randoms: Sequence[Random] | None = None,
+    verifier: str | Verifier = "block",
+) -> list[Stream]:
+    """Decode several prompts, whose passes share the reading of the weights.
+
+    The streams may be taken in any order, best in turn: taking from one lets all go on. Each gives what
+    it would give alone, apart from the rounding of products with more rows: it has a cache, random
+    choices and a policy of its own.
+
+    Args:
+        target: as `stream`, like everything that is not told here.
+        prompts: token ids of each.
+        new_policy: called for each prompt; drafts that remember a text must not be shared.
+        params: of all.
+        max_new_tokens: for each.
+        eos_token_ids: of all.
+        randoms: the random choices of each; None is `SeededRandom(0, row)`.
+        verifier: of all.
+
+    Raises:
+        UsageError: as `stream`, for any of the prompts.
+    """
+    randoms = randoms or [SeededRandom(0, row) for row in range(len(prompts))]
+    requests = [
+        _request(
+            target,
+            prompt_ids,
+            new_policy(),
+            make_chooser(params, random, verifier),
+            max_new_tokens,
+            eos_token_ids,
+        )
+        for prompt_ids, random in zip(prompts, randoms, strict=True)
+    ]
+    together = Together([_decode(request) for request in requests], target)
+    lines: list[deque[_Settled]] = [deque() for _ in requests]
+
+    def taken(number: int) -> Iterator[_Settled]:
+        while True:
+            while not lines[number]:
+                event = next(together, None)
+                if event is None:
+                    return
+                lines[event[0]].append(event[1])
+            yield lines[number].popleft()
+
+    def cancel(number: int) -> Callable[[], None]:
+        return lambda: together.cancel(number)
+
+    return [Stream(taken(row), one.report, cancel(row)) for row, one in enumerate(requests)]
+
+
+def _request(
+    target: Model,
+    prompt_ids: Sequence[int],
+    policy: Policy,
+    chooser: Chooser,
+    max_new_tokens: int,
+    eos_token_ids: Collection[int] | None,
+) -> "_Request":
+    limit = _num_new_tokens(target, prompt_ids, max_new_tokens)
+    policy.check(target)
+    if eos_token_ids is None:
+        eos = elastic_model(target).config.eos_token_id
+        eos_token_ids = () if eos is None else (eos,)
+    cache = new_cache(target, len(prompt_ids) + limit)
+    return _Request(
+        target=target,
+        policy=policy,
+        chooser=chooser,
+        limit=limit,
+        eos_token_ids=frozenset(eos_token_ids),
+        state=State(list(prompt_ids), cache),
+        report=Report(kv_bytes=cache.num_bytes, known_costs=policy.costs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    target: Model
+    policy: Policy
+    chooser: Chooser
+    limit: int
+    eos_token_ids: frozenset[int]
+    state: State
+    report: Report
+
+
+def _decode(request: _Request) -> Events[_Settled]:
+    report, room = request.report, request.limit
+    started = perf_counter()
+    kept = yield from prefill(request)
+    report.prefill_seconds = perf_counter() - started
+    while True:
+        room -= len(kept)
+        ended = "eos" if kept[-1].id in request.eos_token_ids else "length" if room == 0 else ""
+        *first, last = (_Settled(token, position, "") for position, token in enumerate(kept))
+        yield [*first, last._replace(finish_reason=ended)]
+        if ended:
+            return
+        started = perf_counter()
+        # A round gives one token more than it drafts at most: this also keeps it inside the cache.
+        plan = request.policy.choose(request.state, room - 1)
+        proposal = yield from propose(request, plan)
+        drafted = perf_counter() if proposal.ids else started
+        verdict = yield from verify(request, proposal)
+        kept = commit(request, verdict)
+        verified = perf_counter()
+        done = Round(
+            draft=plan.name if proposal.ids else NO_DRAFT,
+            num_drafted=len(proposal.ids),
+            num_accepted=sum(token.drafted for token in kept),
+            draft_seconds=drafted - started,
+            target_seconds=verified - drafted,
+            overlaps=tuple(verdict.overlaps[: len(kept)]),
+        )
+        request.policy.observe(done)
+        report.count_round(done)
+        report.decode_seconds += perf_counter() - started
+
+
+def prefill(request: _Request) -> Steps[list[Token]]:
+    """Read the prompt and settle the first token."""
+    state = request.state
+    logits_TV = yield Pass(request.target, state.ids, state.cache, num_last=1)
+    # commit() counts one position for each token kept; here the rest of the prompt comes on top.
+    state.cache.commit(len(state.ids) - 1)
+    return commit(request, request.chooser.verify(logits_TV, Proposal(state.ids)))
+
+
+def propose(request: _Request, plan: Plan) -> Steps[Proposal]:
+    """Let the chosen draft propose tokens; none without a draft."""
+    if plan.draft is None:
+        return Proposal(request.state.ids)
+    return (yield from plan.draft.propose(request.state, plan.gamma, request.chooser))
+
+
+def verify(request: _Request, proposal: Proposal) -> Steps[Verdict]:
+    """Score the pending token and the proposal in one pass, and decide what stays.
+
+    The pass writes the target's keys and values over whatever a draft left in the cache's tail.
+    """
+    state = request.state
+    block = [state.ids[-1], *proposal.ids]
+    logits_TV = yield Pass(request.target, block, state.cache, num_last=len(block))
+    return request.chooser.verify(logits_TV, proposal)
+
+
+def commit(request: _Request, verdict: Verdict) -> list[Token]:
+    """Settle what was kept, up to the end of the text, and return it.
+
+    The pending token and all kept ones but the last enter the cache; the last is pending now.
+    """
+    num_accepted = len(verdict.kept) - 1
+    tokens = []
+    for position, token in enumerate(verdict.kept):
+        tokens.append(Token(token, drafted=position < num_accepted))
+        if token in request.eos_token_ids:
+            break
+    request.state.cache.commit(len(tokens))
+    request.state.ids += [token.id for token in tokens]
+    return tokens
+
+
+def _num_new_tokens(target: Model, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
+    context = elastic_model(target).config.max_position_embeddings
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if not prompt_ids:
+        raise UsageError("--prompt is empty: give at least one token to continue")
+    if len(prompt_ids) >= context:
+        raise UsageError(
+            f"--prompt has {len(prompt_ids)} tokens, but the model's context holds {context} and "
+            f"needs room for a new one: shorten the prompt to at most {context - 1} tokens"
+        )
+    return min(max_new_tokens, context - len(prompt_ids))

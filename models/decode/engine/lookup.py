@@ -1,0 +1,69 @@
+"""Prompt lookup: a draft without a model, which copies what followed the last few tokens before.
+
+The longest ending of the text that occurred in it before is looked up, at its latest occurrence, and what
+stood behind it is proposed. A copy may run into itself, so that a text that repeats itself is continued
+for as long as one likes:
+
+    a b c a b c a b | c a b c ...      the last tokens `c a b` occurred 3 places before
+
+Its tokens are certain, no draw: q is a point mass at each, which every verifier takes like any other
+law (https://github.com/apoorvumang/prompt-lookup-decoding).
+"""
+
+from models.decode.engine.scheduler import Steps
+from models.decode.engine.state import Model, State
+from models.decode.sampling.samplers import Chooser, Proposal
+
+
+class LookupDraft:
+    """Copies from the settled text; made for one request at a time, another one starts it anew.
+
+    Args:
+        longest: the most tokens that are looked up.
+        shortest: the fewest; a single token says little about what follows it.
+    """
+
+    def __init__(self, *, longest: int = 4, shortest: int = 2) -> None:
+        self._longest, self._shortest = longest, shortest
+        self._ids: list[int] = []
+        self._num_indexed = 0
+        self._ends: dict[tuple[int, ...], int] = {}
+
+    def check(self, target: Model) -> None:
+        """See `Draft`; a text can always be copied."""
+
+    def room(self, state: State) -> int:
+        """How many tokens it could propose: none where the last tokens are new, else without end.
+
+        It depends on settled tokens only, so that a policy may ask before it decides.
+        """
+        return 0 if self._source(state) is None else state.cache.num_positions
+
+    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        """See `Draft`; the proposal keeps no laws, since nothing was drawn."""
+        yield from ()  # no pass is needed
+        source = self._source(state)
+        if source is None:
+            return Proposal(state.ids)
+        distance = len(state.ids) - source
+        # A copy longer than the distance goes on with its own first tokens.
+        period = state.ids[source : source + num_tokens]
+        return Proposal(state.ids, [period[place % distance] for place in range(num_tokens)])
+
+    def _source(self, state: State) -> int | None:
+        """Where the copy starts: after the latest earlier occurrence of the longest known ending."""
+        self._index(state.ids)
+        for length in range(min(self._longest, len(state.ids)), self._shortest - 1, -1):
+            end = self._ends.get(tuple(state.ids[-length:]))
+            if end is not None:
+                return end
+        return None
+
+    def _index(self, ids: list[int]) -> None:
+        """Note what ends before each token but the first; only tokens settled since the last time are new."""
+        if ids is not self._ids or len(ids) < self._num_indexed:
+            self._ids, self._num_indexed, self._ends = ids, 0, {}
+        for end in range(self._num_indexed + 1, len(ids)):
+            for length in range(self._shortest, min(self._longest, end) + 1):
+                self._ends[tuple(ids[end - length : end])] = end
+        self._num_indexed = max(len(ids) - 1, 0)

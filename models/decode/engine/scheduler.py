@@ -1,0 +1,161 @@
+"""Passes of a model that decoding asks for, and who runs them: each alone, or those of a batch together.
+
+A request decodes in steps: a generator that yields every pass it needs, is sent its logits, and yields
+each token that it has decided. Who drives it decides how the passes run:
+
+    alone      at once, one after another
+    together   the passes of many requests through the same model become one, in which their tokens
+               share the reading of the weights and nothing else (`models.elastic.cache.Batch`)
+
+So a batch is a way to run requests, not a way to write them: a request in a batch makes the choices
+that it makes alone, whatever its companions, their lengths, their drafts and when they end.
+
+T positions, V vocabulary.
+"""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from models.decode.engine.state import Model, Scorer, elastic_model, granularity_of, score, score_together
+from models.decode.engine.trimmed_head import FewTokens
+from models.elastic.cache import KVCache
+from models.elastic.granularity import Granularity
+from models.kernels.sample import Draws
+from models.packed.decode_step import Tokens
+
+Result = TypeVar("Result")
+Event = TypeVar("Event")
+
+
+class Pass(NamedTuple):
+    """A pass over tokens that follow what a cache has committed."""
+
+    model: Scorer
+    ids: list[int]
+    cache: KVCache
+    num_last: int
+    """How many of the last positions are scored."""
+    draws: Draws | None = None
+    """More tokens that the pass chooses and, but for the last, reads; only of a model that `chooses`."""
+
+
+Steps: TypeAlias = Generator[Pass, Tensor, Result]
+"""Yields passes, is sent their rows (see `run`), and returns a result."""
+
+Events: TypeAlias = Generator[Pass | list[Event], Tensor | None, None]
+"""Yields passes and, between them, what it has to tell, to which None is sent."""
+
+
+def alone(events: Events[Event]) -> Iterator[Event]:
+    """Run each pass at once; give what is told."""
+    while (told := _run_until_told(events)) is not None:
+        yield from told
+
+
+def settle(steps: Steps[Result]) -> Result:
+    """Run steps to their end, each pass at once, and give their result."""
+    with torch.inference_mode():
+        try:
+            one = next(steps)
+            while True:
+                one = steps.send(run([one])[0])
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+class Together(Iterator[tuple[int, Event]]):
+    """Run many requests' passes together; gives (number of the request, what it told).
+
+    Passes through any model but the target's go first, so that the target scores the drafts of all.
+
+    Args:
+        requests: what is run.
+        target: of all of them.
+    """
+
+    def __init__(self, requests: Sequence[Events[Event]], target: Model) -> None:
+        self._requests = list(requests)
+        self._target = _identity(target)
+        self._waiting: dict[int, Pass] = {}
+        self._events = self._run()
+
+    def __next__(self) -> tuple[int, Event]:
+        """What comes next, of whichever request."""
+        return next(self._events)
+
+    def cancel(self, number: int) -> None:
+        """End a request; the others go on."""
+        self._requests[number].close()
+        self._waiting.pop(number, None)
+
+    def _run(self) -> Iterator[tuple[int, Event]]:
+        for number in range(len(self._requests)):
+            yield from self._advance(number, None)
+        while self._waiting:
+            group = _next_group(self._waiting, self._target)
+            with torch.inference_mode():
+                logits = run([self._waiting.pop(number) for number in group])
+            for number, logits_TV in zip(group, logits, strict=True):
+                yield from self._advance(number, logits_TV)
+
+    def _advance(self, number: int, logits_TV: Tensor | None) -> Iterator[tuple[int, Event]]:
+        """Let a request go on to its next pass."""
+        event = _send(self._requests[number], logits_TV)
+        while event is not None and not isinstance(event, Pass):
+            for one in event:
+                yield number, one
+            event = _send(self._requests[number], None)
+        if isinstance(event, Pass):
+            self._waiting[number] = event
+
+
+def run(passes: Sequence[Pass]) -> list[Tensor]:
+    """Logits [T, V] of each of some passes through the same model, made in one pass.
+
+    T are the last positions, `num_last` of them, and the drawn tokens but for the last. What a token was
+    drawn from is a law. Gradients are off where this is called: turning them off once more takes time.
+    """
+    model, ids, cache, num_last, draws = passes[0]
+    if len(passes) == 1 and draws is None:
+        return [score(model, ids, cache, num_last=num_last)]
+    requests = [Tokens(*one[1:]) for one in passes]
+    return list(score_together(model, requests).split([one.num_rows for one in requests]))
+
+
+@torch.inference_mode()
+def _run_until_told(events: Events[Event]) -> list[Event] | None:
+    """Run passes until there is something to tell; None at the end."""
+    logits_TV = None
+    try:
+        while True:
+            event = events.send(logits_TV)
+            if not isinstance(event, Pass):
+                return event
+            logits_TV = run([event])[0]
+    except StopIteration:
+        return None
+
+
+@torch.inference_mode()
+def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | list[Event] | None:
+    """Go on to the next event; None at the end."""
+    try:
+        return events.send(logits_TV)
+    except StopIteration:
+        return None
+
+
+def _next_group(waiting: Mapping[int, Pass], target: tuple[int, Granularity]) -> list[int]:
+    """Requests that wait for the same model: for a draft while any do, since the others wait for them."""
+    groups: dict[tuple[int, Granularity], list[int]] = {}
+    for number, one in waiting.items():
+        groups.setdefault(_identity(one.model), []).append(number)
+    return max(groups.items(), key=lambda group: (group[0] != target, len(group[1])))[1]
+
+
+def _identity(model: Scorer) -> tuple[int, Granularity]:
+    return id(model if isinstance(model, FewTokens) else elastic_model(model)), granularity_of(model)

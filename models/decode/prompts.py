@@ -1,0 +1,119 @@
+"""What the engines continue: a few Python headings, or prompts from a file of JSON lines."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.base.errors import NestlingError, UsageError
+from models.decode.detokenize import Tokenizer
+
+PROMPT_TOKENS = 32
+"""Taken of a document."""
+PROMPT_CHARS = 4096
+"""Enough text for these: a document may be a book."""
+FIELDS = ("prompt", "turns", "text")
+
+HEADINGS = (
+    'def read_config(path, encoding="utf-8"):\n    """Read a configuration file into a dictionary."""\n',
+    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self, items=()):\n',
+    "def merge_sorted(left, right):\n    result = []\n    while left and right:\n",
+    'def parse_header(line):\n    """Split a header line into its name and its value."""\n',
+    'class Node:\n    def __init__(self, value, parent=None):\n        """Make a node of a tree."""\n',
+    'def find_files(root, pattern="*"):\n    """Yield the files below root whose names match."""\n',
+    "def main(argv=None):\n    parser = argparse.ArgumentParser(description=__doc__)\n",
+    "def test_round_trip(self):\n    for value in (0, 1, -1):\n        with self.subTest(value=value):\n",
+)
+"""Written for this project; for a model of code such as the demo's."""
+
+
+def read_prompts(path: Path, num_prompts: int | None = None) -> list[str]:
+    """Prompts of a file, or the first ones: of each line's object `prompt`, the first of `turns`, or `text`.
+
+    Raises:
+        NestlingError: naming the line that holds no prompt, or the file if it is empty.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            prompts = list(itertools.islice(_prompts(file, path), num_prompts))
+    except UnicodeDecodeError as error:
+        raise NestlingError(f"--prompts {path} is not UTF-8 text ({error.reason}); encode it so") from None
+    if not prompts:
+        raise NestlingError(f"--prompts {path} is empty; give one JSON object a line")
+    return prompts
+
+
+def beginnings(documents: Iterable[str], tokenizer: Tokenizer, num_prompts: int) -> list[list[int]]:
+    """The first tokens of the first documents that are longer, and so leave something to continue.
+
+    Raises:
+        NestlingError: if there is no such document.
+    """
+    found: list[list[int]] = []
+    for text in documents:
+        ids = tokenizer.encode(text[:PROMPT_CHARS]).ids
+        if len(ids) > PROMPT_TOKENS:
+            found.append(ids[:PROMPT_TOKENS])
+        if len(found) == num_prompts:
+            break
+    if not found:
+        raise NestlingError(
+            f"--data: no document has more than {PROMPT_TOKENS} tokens; give shorter ones as --prompts"
+        )
+    return found
+
+
+def encode_prompts(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each text.
+
+    Raises:
+        NestlingError: if a text has no tokens.
+    """
+    prompts = [tokenizer.encode(text).ids for text in texts]
+    for number, ids in enumerate(prompts, 1):
+        if not ids:
+            raise NestlingError(f"prompt {number} is empty; give at least one token to continue")
+    return prompts
+
+
+def check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, context: int) -> None:
+    """Check that every continuation fits into the context: engines differ in what they do beyond it.
+
+    Raises:
+        UsageError: naming the longest prompt.
+    """
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+    room = context - len(prompts[longest])
+    if max_new_tokens > room:
+        remedy = f"give at most {room}" if room > 1 else "shorten the prompt"
+        raise UsageError(
+            f"--max-new-tokens {max_new_tokens}: prompt {longest + 1} has {len(prompts[longest])} tokens "
+            f"and the model's context holds {context}; {remedy}"
+        )
+
+
+def _prompts(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"--prompts {path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise NestlingError(f"{where} is not JSON ({error.msg}); repair the line") from None
+        yield _prompt(record, where)
+
+
+def _prompt(record: Any, where: str) -> str:
+    names = [name for name in FIELDS if isinstance(record, dict) and name in record]
+    if not names:
+        raise NestlingError(f"{where} has none of the fields {', '.join(FIELDS)}; name the prompt so")
+    value = record[names[0]]
+    if isinstance(value, list) and value:  # a dialogue: what its user says first
+        value = value[0]
+    if not isinstance(value, str):
+        raise NestlingError(
+            f"{where}: {names[0]} holds {type(value).__name__}, not text; put the prompt there"
+        )
+    return value

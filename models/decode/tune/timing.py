@@ -1,0 +1,222 @@
+"""Times the parts of a round of decoding: drafted tokens, the target's pass, and what the host does besides.
+
+The host makes laws of the target's logits, compares, draws and keeps the books, which the speed-up formula
+of speculative decoding leaves out. It depends on the law, the verifier and the vocabulary, not on the
+draft. Drafted tokens are timed with the choice of each, as decoding makes it: in the pass or after it.
+
+Times are medians of a few runs in turn: decoding pays the typical price, and the luckiest run of a small
+draft is luckier than that of a large target. Each part is timed after the one that comes before it in
+decoding: weights and programs that a pass has driven out of the processor's caches are not there. A
+plain pass is one of many in a row: where the weights just fit into the caches it takes ten to get there.
+
+V vocabulary, T tokens of a pass.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from models.base.stopwatch import Clock, Work, alternate
+from models.decode.engine.costs import DraftCosts, HostCosts
+from models.decode.engine.draft import propose
+from models.decode.engine.engine import Options, Token, stream
+from models.decode.engine.scheduler import settle
+from models.decode.engine.state import Scorer, State, new_cache, score
+from models.decode.sampling.params import SamplingParams
+from models.decode.sampling.rng import SeededRandom
+from models.decode.sampling.samplers import Proposal, make_chooser
+from models.elastic.cache import KVCache
+from models.elastic.model import ElasticLM
+
+PLAIN_PASSES = 8
+"""In a row, after as many that are not timed."""
+NUM_POSITIONS = 64
+"""Committed while timing: about the middle of a short text."""
+HOST_GAMMAS = (0, 1, 4, 16)
+MOST_DRAFTED = 8
+"""In a round of a draft that is timed."""
+SPREAD = 3.0  # of the logits: laws neither flat nor certain
+
+
+def time_target(target: ElasticLM, most_tokens: int, *, budget: float, clock: Clock) -> dict[int, float]:
+    """Seconds of a pass on 1, 2, ... tokens, as far as the context has room; more tokens take no less."""
+    cache = filled_cache(target, most_tokens)
+    tokens = range(1, cache.num_positions - cache.length + 1)
+    cells = {m: one_pass(target, cache, m) for m in tokens} | {1: _plain(target, cache)}
+    seconds = alternate(cells, budget=budget, clock=clock, before=cells).median
+    one = seconds.pop(1) / PLAIN_PASSES
+    return {1: one} | dict(zip(seconds, rising(seconds.values()), strict=True))
+
+
+def rising(values: Iterable[float]) -> list[float]:
+    """The nearest numbers, by least squares, that never fall: one busy moment does not bend them.
+
+    Neighbours that fall are pooled into their mean.
+
+    >>> rising([1.0, 4.0, 2.0, 3.0, 5.0])
+    [1.0, 3.0, 3.0, 3.0, 5.0]
+    """
+    pools: list[tuple[float, int]] = []  # the mean, and of how many
+    for value in values:
+        count = 1
+        while pools and pools[-1][0] > value:
+            mean, others = pools.pop()
+            value, count = (value * count + mean * others) / (count + others), count + others
+        pools.append((value, count))
+    return [mean for mean, count in pools for _ in range(count)]
+
+
+def time_drafts(
+    target: ElasticLM,
+    drafts: Mapping[str, Scorer],
+    params: SamplingParams,
+    verifier: str = "block",
+    *,
+    budget: float,
+    clock: Clock,
+) -> dict[str, DraftCosts]:
+    """The cost of a drafted token of each draft, its choice included, beside the target's passes.
+
+    Timed are one token and several, each time after a pass of the target.
+
+    Args:
+        target: what judges.
+        drafts: by name.
+        params: how tokens are chosen.
+        verifier: see `make_chooser`.
+        budget: seconds.
+        clock: tells seconds.
+    """
+    cache = filled_cache(target, MOST_DRAFTED + 1)
+    most = min(MOST_DRAFTED, cache.num_positions - cache.length - 1)
+    seeds = itertools.count()  # the noise of a seed may be kept
+    verdicts = {gamma: one_pass(target, cache, gamma + 1) for gamma in (1, most)}
+    cells: dict[tuple[str, int], Work] = {("", 0): _plain(target, cache)}
+    before = dict(cells)
+    for name, draft in drafts.items():
+        for gamma in (1, most):
+            cells[name, gamma] = _proposal(draft, cache, gamma, params, verifier, seeds.__next__)
+            before[name, gamma] = verdicts[gamma]
+    seconds = alternate(cells, budget=budget, clock=clock, before=before).median
+    one = seconds["", 0] / PLAIN_PASSES
+    found = {}
+    for name in drafts:
+        first, all_of_them = seconds[name, 1] / one, seconds[name, most] / one
+        more = max(0.0, all_of_them - first) / (most - 1) if most > 1 else first
+        found[name] = DraftCosts(first, more)
+    return found
+
+
+def time_hosts(
+    target: ElasticLM,
+    kinds: Iterable[tuple[SamplingParams, str]],
+    *,
+    budget: float,
+    clock: Clock,
+) -> dict[tuple[SamplingParams, str], HostCosts]:
+    """For each (law, verifier) what the host takes in a round, after the target's pass."""
+    kinds = list(kinds)
+    cache = filled_cache(target, max(HOST_GAMMAS) + 1)
+    gammas = [gamma for gamma in HOST_GAMMAS if gamma < cache.num_positions - cache.length]
+    cells: dict[Any, Work] = {"pass": _plain(target, cache)}
+    before = dict(cells)
+    for params, verifier in kinds:
+        plain = _PlainDecoding(target, params, verifier)
+        cells[params, verifier], before[params, verifier] = plain.go_on, plain.begin
+        for gamma in gammas:
+            cells[params, verifier, gamma] = _verdict(target, params, verifier, gamma)
+            before[params, verifier, gamma] = one_pass(target, cache, gamma + 1)
+    seconds = alternate(cells, budget=budget, clock=clock, before=before).median
+    found = {}
+    for kind in kinds:
+        # What a plain token takes besides its pass and verdict, any round does.
+        rest = (seconds[kind] - seconds["pass"]) / PLAIN_PASSES - seconds[*kind, 0]
+        found[kind] = HostCosts({gamma: seconds[*kind, gamma] + max(0.0, rest) for gamma in gammas})
+    return found
+
+
+def filled_cache(target: ElasticLM, num_tokens: int) -> KVCache:
+    """A cache as in the middle of a text, with room for so many tokens or as many as the context has."""
+    context = target.config.max_position_embeddings
+    num_tokens = min(num_tokens, context)
+    cache = new_cache(target, min(NUM_POSITIONS + num_tokens, context))
+    cache.commit(cache.num_positions - num_tokens)
+    return cache
+
+
+def one_pass(model: Scorer, cache: KVCache, num_tokens: int) -> Work:
+    """A pass on so many tokens, until its logits are there."""
+
+    @torch.inference_mode()
+    def work() -> None:
+        logits_TV = score(model, [0] * num_tokens, cache, num_last=num_tokens)
+        logits_TV[-1, 0].item()  # a GPU has only been told so far
+
+    return work
+
+
+def _plain(model: Scorer, cache: KVCache) -> Work:
+    one = one_pass(model, cache, 1)
+
+    def work() -> None:
+        for _ in range(PLAIN_PASSES):
+            one()
+
+    return work
+
+
+def _proposal(
+    draft: Scorer,
+    cache: KVCache,
+    num_tokens: int,
+    params: SamplingParams,
+    verifier: str,
+    new_seed: Callable[[], int],
+) -> Work:
+    """So many drafted tokens, every time by other random numbers."""
+    state = State([0] * (cache.length + 1), cache)
+
+    def work() -> None:
+        chooser = make_chooser(params, SeededRandom(new_seed()), verifier)
+        settle(propose(draft, state, cache.view(), num_tokens, chooser))
+
+    return work
+
+
+class _PlainDecoding:
+    """The engine itself, some tokens into a text."""
+
+    def __init__(self, target: ElasticLM, params: SamplingParams, verifier: str) -> None:
+        self.target, self.options = target, Options(params=params, verifier=verifier, eos_token_ids=())
+        self.tokens: Iterator[Token] = iter(())
+
+    def begin(self) -> None:
+        context = self.target.config.max_position_embeddings
+        prompt_ids = [0] * max(1, min(NUM_POSITIONS, context - 2 * PLAIN_PASSES - 1))
+        self.tokens = stream(self.target, prompt_ids, **self.options)
+        for _ in range(1 + PLAIN_PASSES):
+            next(self.tokens, None)
+
+    def go_on(self) -> None:
+        for _ in range(PLAIN_PASSES):
+            next(self.tokens, None)
+
+
+def _verdict(target: ElasticLM, params: SamplingParams, verifier: str, gamma: int) -> Work:
+    """Judge a proposal, each time one position further on: the noise of all others is there by then."""
+    logits_TV = (torch.randn(gamma + 1, target.config.vocab_size) * SPREAD).to(target.lm_head.weight)
+    chooser = make_chooser(params, SeededRandom(0), verifier)
+    drafted = Proposal([0] * NUM_POSITIONS)
+    with torch.inference_mode():
+        for logits_V in logits_TV[:gamma]:
+            chooser.draft(logits_V, drafted)
+    prefix = [0] * NUM_POSITIONS
+
+    @torch.inference_mode()
+    def work() -> None:
+        prefix.append(0)
+        chooser.verify(logits_TV, Proposal(prefix, drafted.ids, drafted.laws))
+
+    return work

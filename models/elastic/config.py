@@ -1,0 +1,89 @@
+"""The shape of an elastic model, in Hugging Face's field names.
+
+One class covers Llama, Mistral, Qwen2 (`attention_bias`) and Qwen3 (`qk_norm`);
+models/checkpoint/huggingface.py maps to and from their configurations.
+"""
+
+from dataclasses import dataclass
+
+from models.base.errors import NestlingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticConfig:
+    """Shape of the full model.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the residual stream.
+        intermediate_size: hidden neurons of a layer's feed-forward part.
+        num_hidden_layers: number of layers.
+        num_attention_heads: query heads per layer.
+        num_key_value_heads: key/value heads (groups) per layer; divides `num_attention_heads`.
+        head_dim: width of one head, even; 0 means `hidden_size // num_attention_heads`.
+        max_position_embeddings: the longest context, in tokens.
+        rope_theta: base of the rotary frequencies.
+        rms_norm_eps: epsilon of every RMSNorm.
+        tie_word_embeddings: whether the vocabulary head is the embedding matrix.
+        attention_bias: bias on the q, k and v projections (Qwen2).
+        qk_norm: RMSNorm on each query and key head (Qwen3).
+        initializer_range: standard deviation of the initial weights.
+        bos_token_id: token that starts a text, if any.
+        eos_token_id: token that ends a text, if any.
+
+    Raises:
+        NestlingError: listing every field that cannot be.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int = 0
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    qk_norm: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)} must be at least 1"
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "max_position_embeddings",
+            )
+            if getattr(self, name) < 1
+        ]
+        if not problems and self.head_dim == 0:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            if self.hidden_size % self.num_attention_heads:
+                problems.append(
+                    f"num_attention_heads={self.num_attention_heads} does not divide "
+                    f"hidden_size={self.hidden_size}; choose one that does, or set head_dim"
+                )
+        if not problems and self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if not problems and (self.head_dim < 2 or self.head_dim % 2):
+            problems.append(f"head_dim={self.head_dim} must be even and at least 2")
+        if problems:
+            raise NestlingError("model: " + "; ".join(problems))
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads

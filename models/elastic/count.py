@@ -1,0 +1,253 @@
+"""Parameters, operations and bytes of a member: pure arithmetic of a shape and a granularity.
+
+Operations are those of the matrix products, 2 per multiply-add, as `torch.utils.flop_counter` counts
+them: projections, feed-forward, vocabulary head, and both products of attention over the whole
+rectangle of new and read positions. Norms, rotations, softmax and the embedding look-up are left out.
+
+>>> from models.elastic.config import ElasticConfig
+>>> from models.elastic.granularity import Granularity
+>>> config = ElasticConfig(
+...     vocab_size=1000,
+...     hidden_size=64,
+...     intermediate_size=256,
+...     num_hidden_layers=4,
+...     num_attention_heads=4,
+...     num_key_value_heads=2,
+... )
+>>> count_parameters(config), count_parameters(config, Granularity.parse("ffn=0.25,layers=0-1"))
+(310336, 113472)
+>>> count_flops(config), count_flops(config, num_cached=100)
+(620544, 722944)
+>>> count_kv_bytes(config, num_positions=1024, dtype_bytes=2)
+524288
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity, LayerPlan
+
+
+def count_parameters(config: ElasticConfig, granularity: Granularity = FULL) -> int:
+    """Numbers that the member's extraction holds; a tied vocabulary head is its embedding, counted once.
+
+    Raises:
+        UsageError: if the granularity does not fit (so do all functions here).
+    """
+    layers = granularity.resolve(config).layers
+    return count_ends(config) + sum(_layer_weights(config, layer) for layer in layers)
+
+
+def count_flops(
+    config: ElasticConfig,
+    granularity: Granularity = FULL,
+    *,
+    num_tokens: int = 1,
+    num_cached: int = 0,
+    num_scored: int | None = None,
+) -> int:
+    """Operations of one forward pass over one row.
+
+    Args:
+        config: the full model's shape.
+        granularity: the member.
+        num_tokens: new tokens.
+        num_cached: earlier positions, whose keys and values are read from a cache.
+        num_scored: positions that the vocabulary head scores; all new tokens if None.
+    """
+    layers = granularity.resolve(config).layers
+    matrices = sum(_matrix_weights(config, layer) for layer in layers)
+    heads = sum(layer.groups * config.heads_per_group for layer in layers)
+    # Each head's scores, and the values that they mix.
+    attention = 2 * heads * config.head_dim * (num_cached + num_tokens)
+    head = config.hidden_size * config.vocab_size
+    return 2 * (
+        num_tokens * (matrices + attention) + (num_tokens if num_scored is None else num_scored) * head
+    )
+
+
+def count_weight_bytes(config: ElasticConfig, granularity: Granularity = FULL, *, dtype_bytes: int) -> int:
+    """Bytes of the member's weights."""
+    return count_parameters(config, granularity) * dtype_bytes
+
+
+def count_kv_bytes(
+    config: ElasticConfig, granularity: Granularity = FULL, *, num_positions: int, dtype_bytes: int
+) -> int:
+    """Bytes of one row's keys and values."""
+    groups = sum(layer.groups for layer in granularity.resolve(config).layers)
+    return 2 * groups * config.head_dim * num_positions * dtype_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBytes:
+    """An estimate of the memory of a training step, by what takes it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it, as if it were alive at once."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate_training_bytes(
+    config: ElasticConfig,
+    *,
+    batch_tokens: int,
+    activation_bytes: int = 4,
+    members: Iterable[tuple[Granularity, float]] = (),
+    shards: int = 1,
+    scored_at_once: int | None = None,
+    compiled: bool = False,
+) -> TrainingBytes:
+    """Estimate the memory of a step with AdamW and fp32 weights; no checkpointing of activations.
+
+    What autograd keeps per token and layer is counted; temporaries, fragmentation and the libraries
+    are not, and nothing is assumed to be freed before the step ends.
+
+    Args:
+        config: the full model's shape.
+        batch_tokens: tokens of one backward pass, over all its rows.
+        activation_bytes: per number, 2 under autocast to bf16, which also keeps a cast of the weights.
+        members: members that train too, each with the share of the tokens on which it does. Prefixes
+            of the layers cost a head only: the full pass's states are theirs.
+        shards: processes that share out weights, gradients and moments. Beside its part each holds the
+            gathered embedding, norm and head with their gradients for the whole step, one layer that
+            runs and the next one.
+        scored_at_once: tokens whose logits are held at the same time; all of them if None.
+        compiled: whether models/kernels/train_ops.py runs what lies between the products.
+    """
+    parameters = count_parameters(config)
+    layer = _layer_weights(config, FULL.resolve(config).layers[0])
+    gathered = 0 if shards == 1 else min(parameters, count_ends(config) + 2 * layer)
+    held = -(-parameters // shards)
+    scored, passes = 1.0, [(FULL, 1.0)]
+    for granularity, share in members:
+        scored += share
+        if not granularity.resolve(config).is_layer_prefix:
+            passes.append((granularity, share))
+    kept = sum(round(share * _kept_numbers(config, one, compiled=compiled)) for one, share in passes)
+    joined = sum(_joined_weights(config, one) for one, _ in passes) if compiled else 0
+    # Logits as the head gives them, then in fp32 their log-softmax and its gradient.
+    tokens_at_once = min(batch_tokens, scored_at_once or batch_tokens)
+    logits = scored * tokens_at_once * config.vocab_size * (activation_bytes + 8)
+    return TrainingBytes(
+        weights=4 * (held + gathered) + activation_bytes * (joined + (activation_bytes < 4) * parameters),
+        gradients=4 * (held + gathered),
+        optimizer=8 * held,
+        activations=kept * batch_tokens * activation_bytes,
+        logits=round(logits),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTraffic:
+    """Bytes of the tensors that the processes of a training step put together.
+
+    Args:
+        reduced: gradients added up and handed to every process.
+        gathered: weights whose parts every process gets.
+        scattered: gradients added up, of which each process gets its part.
+    """
+
+    reduced: int = 0
+    gathered: int = 0
+    scattered: int = 0
+
+    def sent(self, processes: int) -> int:
+        """Bytes that each process sends, and receives, in rings (https://arxiv.org/abs/1802.05799)."""
+        return (2 * self.reduced + self.gathered + self.scattered) * (processes - 1) // processes
+
+
+def count_step_traffic(
+    config: ElasticConfig,
+    *,
+    shared_out: bool,
+    passes: Iterable[Granularity] = (FULL,),
+    micro_batches: int = 1,
+) -> StepTraffic:
+    """Traffic of an optimizer step with fp32 weights and gradients.
+
+    Whole models (DDP) add up their gradients once a step. Shared out (FSDP2), a layer is gathered for
+    each pass that runs it, forward and backward, and what is left of it let go between; embedding,
+    norm and head are gathered once; gradients are added up after each micro-batch.
+
+    Args:
+        config: the full model's shape.
+        shared_out: whether the processes share the weights out.
+        passes: members that run a trained pass in a micro-batch, the full model among them.
+        micro_batches: of a step.
+
+    >>> from models.elastic.config import ElasticConfig
+    >>> config = ElasticConfig(
+    ...     vocab_size=1000,
+    ...     hidden_size=64,
+    ...     intermediate_size=256,
+    ...     num_hidden_layers=4,
+    ...     num_attention_heads=4,
+    ...     num_key_value_heads=2,
+    ... )
+    >>> count_step_traffic(config, shared_out=False).sent(8) // 1000, 4 * count_parameters(config) // 1000
+    (2172, 1241)
+    >>> count_step_traffic(config, shared_out=True).sent(8) // 1000
+    3034
+    """
+    parameters, ends = count_parameters(config), count_ends(config)
+    if not shared_out:
+        return StepTraffic(reduced=4 * parameters)
+    full = FULL.resolve(config).layers
+    gathered = 0
+    for granularity in passes:
+        for layer in granularity.resolve(config).layers:
+            gathered += 2 * _layer_weights(config, full[layer.index])
+    return StepTraffic(
+        gathered=4 * micro_batches * (ends + gathered), scattered=4 * micro_batches * parameters
+    )
+
+
+def count_ends(config: ElasticConfig) -> int:
+    """Numbers of the embedding, the final norm and the vocabulary head."""
+    embedding = config.vocab_size * config.hidden_size
+    return embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+
+
+def _layer_weights(config: ElasticConfig, layer: LayerPlan) -> int:
+    return _matrix_weights(config, layer) + _vector_weights(config, layer)
+
+
+def _matrix_weights(config: ElasticConfig, layer: LayerPlan) -> int:
+    """Weights that multiply each token: q and o, k and v, then gate, up and down."""
+    queries = layer.groups * config.heads_per_group * config.head_dim
+    keys = layer.groups * config.head_dim
+    return config.hidden_size * (2 * queries + 2 * keys + 3 * layer.ffn)
+
+
+def _vector_weights(config: ElasticConfig, layer: LayerPlan) -> int:
+    """Norms and biases."""
+    keys = layer.groups * config.head_dim
+    biases = keys * (config.heads_per_group + 2) if config.attention_bias else 0
+    return 2 * config.hidden_size + biases + (2 * config.head_dim if config.qk_norm else 0)
+
+
+def _joined_weights(config: ElasticConfig, granularity: Granularity) -> int:
+    """Weights of q, k and v, of which a trained pass makes one matrix a layer."""
+    groups = sum(layer.groups for layer in granularity.resolve(config).layers)
+    return config.hidden_size * groups * (config.heads_per_group + 2) * config.head_dim
+
+
+def _kept_numbers(config: ElasticConfig, granularity: Granularity, *, compiled: bool) -> int:
+    """Numbers per token that a pass keeps for its backward pass."""
+    kept = 2 * config.hidden_size  # a norm keeps its input and its output
+    for layer in granularity.resolve(config).layers:
+        keys = layer.groups * config.head_dim
+        queries = keys * config.heads_per_group
+        kept += 2 * 2 * config.hidden_size  # both norms
+        kept += 2 * queries + 2 * keys + (queries + keys if config.qk_norm else 0)  # attention
+        kept += (3 if compiled else 4) * layer.ffn  # gate, its SiLU unless it is made anew, up, their product
+    return kept

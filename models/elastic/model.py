@@ -1,0 +1,158 @@
+"""The elastic model: one set of weights, every member of the family a prefix of it.
+
+    tokens -> embedding -> [ x + attention(norm(x));  x + mlp(norm(x)) ] per layer -> norm -> head
+
+A member runs the layers that its granularity keeps, over prefixes of their heads and neurons; the
+embedding, the norms and the vocabulary head are everyone's. The state dict has Hugging Face's names,
+so extraction is slicing. Source: MatFormer, https://arxiv.org/abs/2310.07707.
+
+B batch, T positions, D model, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.elastic.attention import Attention
+from models.elastic.cache import KVCache, Memory
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
+from models.elastic.layers import MLP, RMSNorm, Rotary
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: ElasticConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_BTD: Tensor, plan: LayerPlan, rotary: tuple[Tensor, Tensor], memory: Memory | None
+    ) -> Tensor:
+        """Add attention, then the feed-forward part, to the residual stream."""
+        normed_BTD, x_BTD = self.input_layernorm.beside(x_BTD)
+        x_BTD = self.self_attn(normed_BTD, plan.groups, rotary, memory, x_BTD)
+        normed_BTD, x_BTD = self.post_attention_layernorm.beside(x_BTD)
+        y_BTD: Tensor = self.mlp(normed_BTD, plan.ffn, x_BTD)
+        return y_BTD
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm; exists so that names match Hugging Face's `model.*`."""
+
+    def __init__(self, config: ElasticConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class ElasticLM(nn.Module):
+    """A decoder-only language model whose forward pass takes a granularity as an argument."""
+
+    def __init__(self, config: ElasticConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = Rotary(config)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights; the two maps that write to the residual stream shrink with depth (GPT-2)."""
+        std = self.config.initializer_range
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual_std if writes else std, generator=generator)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a pass can choose tokens and go on by itself: where it is compiled."""
+        return False
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the keys and values that it keeps while it decodes."""
+        return self.model.embed_tokens.weight.dtype
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        granularity: Granularity = FULL,
+        memory: Memory | None = None,
+        *,
+        num_last: int | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of a member.
+
+        Args:
+            tokens_BT: token ids.
+            granularity: the member.
+            memory: what attention reads besides these tokens; a `KVCache` is written to, not committed.
+            num_last: score only the last positions (decoding needs one, training all).
+
+        Raises:
+            UsageError: if the granularity does not fit the model.
+        """
+        x_BTD = self.states(tokens_BT, granularity, memory)[-1]
+        return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:])
+
+    def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
+        """Logits [num_last, V] of tokens that follow what a cache of one row has committed.
+
+        This is a pass of decoding; see `forward`.
+
+        Args:
+            ids: the tokens.
+            granularity: the member.
+            cache: its tail is written, its length stays.
+            num_last: how many of the last tokens are scored, 1 or more.
+        """
+        tokens_BT = torch.tensor([ids], device=self.model.embed_tokens.weight.device)
+        logits_BTV: Tensor = self(tokens_BT, granularity, cache, num_last=num_last)
+        return logits_BTV[0]
+
+    def states(
+        self,
+        tokens_BT: Tensor,
+        granularity: Granularity = FULL,
+        memory: Memory | None = None,
+        *,
+        exits: Sequence[int] = (),
+    ) -> list[Tensor]:
+        """Residual streams [B, T, D] after each number of layers in `exits`, then the final one.
+
+        A member that is a prefix of the layers at full width is an exit of the full model's pass:
+        `head(states(tokens, exits=(k,))[0])` are its logits.
+        """
+        plan: Plan = granularity.resolve(self.config)
+        x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight)
+        x_BTD = x_BTD.to(self.model.norm.weight.dtype)  # of a packed copy, which shares the embedding
+        num_tokens = tokens_BT.shape[1]
+        positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
+        rotary = self.rotary(positions, x_BTD.dtype)
+        taken: dict[int, Tensor] = {}
+        for count, layer_plan in enumerate(plan.layers, start=1):
+            block = cast(Block, self.model.layers[layer_plan.index])
+            x_BTD = block(x_BTD, layer_plan, rotary, memory)
+            if count in exits:
+                taken[count] = x_BTD
+        return [*(taken[count] for count in exits), x_BTD]
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """Logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head."""
+        return cast(Tensor, self.lm_head(self.model.norm(x_BTD)))

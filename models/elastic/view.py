@@ -1,0 +1,83 @@
+"""A granularity seen in place: calls like a model, owns no memory."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from models.base.errors import UsageError
+from models.elastic.cache import KVCache, Memory
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import Granularity, Plan
+from models.elastic.model import ElasticLM
+
+
+class View:
+    """One member of an elastic model, without a copy of its weights.
+
+    Args:
+        model: the elastic model.
+        granularity: the member.
+
+    Raises:
+        UsageError: if the granularity does not fit the model.
+    """
+
+    def __init__(self, model: ElasticLM, granularity: Granularity) -> None:
+        self.model = model
+        self.granularity = granularity
+        self.plan: Plan = granularity.resolve(model.config)
+
+    def __call__(
+        self, tokens_BT: Tensor, memory: Memory | None = None, *, num_last: int | None = None
+    ) -> Tensor:
+        """Logits [B, T, V]; see `ElasticLM.forward`."""
+        logits_BTV: Tensor = self.model(tokens_BT, self.granularity, memory, num_last=num_last)
+        return logits_BTV
+
+    @property
+    def chooses(self) -> bool:
+        """See `ElasticLM.chooses`."""
+        return self.model.chooses
+
+    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
+        """Logits [num_last, V]; see `ElasticLM.score`."""
+        return self.model.score(ids, self.granularity, cache, num_last=num_last)
+
+    @property
+    def config(self) -> ElasticConfig:
+        """The shape of this member alone.
+
+        Raises:
+            UsageError: if its layers differ from each other, which no single shape describes.
+        """
+        if not self.plan.is_uniform:
+            raise UsageError(f"granularity: the layers of {self.granularity} differ in width")
+        full, layer = self.model.config, self.plan.layers[0]
+        return dataclasses.replace(
+            full,
+            num_hidden_layers=len(self.plan.layers),
+            intermediate_size=layer.ffn,
+            num_key_value_heads=layer.groups,
+            num_attention_heads=layer.groups * full.heads_per_group,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Prefix slices of the full model's tensors, layers renumbered; they share its memory."""
+        full = self.model.state_dict()
+        state = {name: tensor for name, tensor in full.items() if not name.startswith("model.layers.")}
+        for position, layer in enumerate(self.plan.layers):
+            keys = layer.groups * self.model.config.head_dim
+            queries = keys * self.model.config.heads_per_group
+            rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+            rows |= {"gate_proj": layer.ffn, "up_proj": layer.ffn}
+            columns = {"o_proj": queries, "down_proj": layer.ffn}
+            prefix = f"model.layers.{layer.index}."
+            for name in [name for name in full if name.startswith(prefix)]:
+                tensor, part = full[name], name.split(".")[-2]
+                if part in rows:
+                    tensor = tensor[: rows[part]]
+                elif part in columns:
+                    tensor = tensor[:, : columns[part]]
+                state[f"model.layers.{position}.{name.removeprefix(prefix)}"] = tensor
+        return state

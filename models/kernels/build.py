@@ -1,0 +1,102 @@
+"""What is compiled, built once for this processor by the user's own C compiler, and kept.
+
+It takes three to eight seconds, once, and needs a C compiler with OpenMP (gcc or clang; `CC` names another).
+Without one, everything runs on torch's kernels. `NESTLING_NATIVE=0` asks for that.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from models.base.errors import NestlingError
+from models.base.files import default_cache_dir, write_file
+from models.base.processor import processor_name
+
+HERE = Path(__file__).parent
+SOURCES = {"step": ("nestling_step", "decoding"), "training": ("nestling_norm", "training")}
+"""What there is to compile, step.c and training.c: one of its functions, and who calls them."""
+# Sums keep their order and small numbers their value: nothing here may be called fast-math.
+FLAGS = (
+    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-strict-aliasing"),
+    # By itself gcc writes half vectors on Intel, which then have to be waited for where a whole one is read.
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
+BUILD_SECONDS = 120
+SWITCH = "NESTLING_NATIVE"
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library(name: str = "step") -> ctypes.CDLL | None:
+    """What was compiled of a source; None where it is switched off or cannot be built, which is logged."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        path = build(name)
+        try:
+            return load(path, name)
+        except NestlingError:  # damaged: it is made again, once
+            path.unlink(missing_ok=True)
+            return load(build(name), name)
+    except (NestlingError, OSError) as error:
+        _log.warning("%s runs on torch's kernels: %s", SOURCES[name][1], error)
+        return None
+
+
+def build(name: str = "step", *, cache_dir: Path | None = None) -> Path:
+    """The library for this processor, compiled if there is none yet.
+
+    Args:
+        name: of the source, a key of `SOURCES`.
+        cache_dir: where it is kept; `default_cache_dir()` if None.
+
+    Raises:
+        NestlingError: without a compiler that can, or a place to keep what it makes.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if shutil.which(compiler[0]) is None:
+        raise NestlingError(f"there is no C compiler {compiler[0]!r}; install gcc or name another by CC")
+    source = HERE / f"{name}.c"
+    parts = (
+        *(path.read_text() for path in (*sorted(HERE.glob("*.h")), source)),
+        *compiler,
+        *FLAGS,
+        *map(str, processor_name()),
+    )
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    path = (cache_dir or default_cache_dir()) / f"{name}-{key}.so"
+    if path.exists():
+        return path
+    try:
+        with write_file(path) as partial:
+            command = [*compiler, *FLAGS, str(source), "-o", str(partial), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["it says nothing"]
+        raise NestlingError(f"{shlex.join(compiler)} cannot compile {source}: {lines[0]}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NestlingError(f"{path}: {error}") from None
+    return path
+
+
+def load(path: Path, name: str = "step") -> ctypes.CDLL:
+    """Open a library that `build` gave.
+
+    Raises:
+        NestlingError: if the system cannot load it.
+    """
+    try:
+        loaded = ctypes.CDLL(str(path))
+        getattr(loaded, SOURCES[name][0]).restype = ctypes.c_int
+    except (OSError, AttributeError) as error:
+        raise NestlingError(f"{path} cannot be loaded ({error}); remove it") from None
+    return loaded

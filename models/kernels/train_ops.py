@@ -1,0 +1,270 @@
+"""What lies between the matrix products of a layer that is trained on a CPU, compiled: see training.c.
+
+Each function does in one walk over its arguments, forward and backward, what torch's operations do in many,
+with sums in fp32. Values are in fp32 or bf16. Gradients are the same bits on any number of threads.
+
+B rows, T positions, S positions read, D model, F ffn, H query heads, G groups, K head dim.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from models.kernels.calls import pointers, run
+from models.kernels.pack import PANEL, TYPES
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """RMSNorm (https://arxiv.org/abs/1910.07467) over the last dimension, its result in `dtype`, and x.
+
+    Whoever needs x, too, takes it from here: its gradient is then added on the way.
+    """
+    both: tuple[Tensor, Tensor] = _Norm.apply(x.contiguous(), weight_D, eps, dtype)  # type: ignore[no-untyped-call]
+    return both
+
+
+def place(
+    together_BTNK: Tensor, heads: int, groups: int, cosines_TK: Tensor, sines_TK: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, T, K] and keys [B, G, T, K], rotated, and values, from all of them side by side.
+
+    Args:
+        together_BTNK: N = H + 2 G heads: queries, keys, values.
+        heads: H.
+        groups: G.
+        cosines_TK: of the positions' angles; see `models.elastic.layers.Rotary`.
+        sines_TK: with the sign of the rotation.
+    """
+    tables = (cosines_TK.float().contiguous(), sines_TK.float().contiguous())
+    placed: tuple[Tensor, Tensor, Tensor] = _Place.apply(  # type: ignore[no-untyped-call]
+        together_BTNK.contiguous(), heads, groups, *tables
+    )
+    return placed
+
+
+def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | None) -> Tensor:
+    """Softmax attention [B, H, T, K] of each query head over its group's keys.
+
+    Args:
+        q_BHTK: queries.
+        k_BGSK: keys, in the same dtype.
+        v_BGSK: values.
+        mask_TS: which keys each query reads, one at least; None: those up to its own, where S == T.
+    """
+    assert q_BHTK.dtype == k_BGSK.dtype == v_BGSK.dtype, (q_BHTK.dtype, k_BGSK.dtype, v_BGSK.dtype)
+    mixed_BHTK: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+        *map(_side_by_side, (q_BHTK, k_BGSK, v_BGSK)), mask_TS
+    )
+    return mixed_BHTK
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` (https://arxiv.org/abs/2002.05202)."""
+    assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
+    y: Tensor = _Gate.apply(gate.contiguous(), up.contiguous())  # type: ignore[no-untyped-call]
+    return y
+
+
+# ---------------------------------------------------------------- how training.c is told
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row", "head", "position")),
+    )
+
+
+class _AttentionCall(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in ("type", "rows", "groups", "heads_per_group", "num_queries", "num_keys", "size")
+        ),
+        ("bias", ctypes.c_void_p),
+        ("bias_step", ctypes.c_int64),
+        *((name, _Heads) for name in ("queries", "keys", "values", "mixed")),
+        ("log_sums", ctypes.c_void_p),
+        *((name, _Heads) for name in ("mixed_grad", "queries_grad", "keys_grad", "values_grad")),
+    )
+
+
+class _NormCall(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("type", "result_type")),
+        *((name, ctypes.c_int64) for name in ("rows", "size")),
+        ("epsilon", ctypes.c_float),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "weight", "inverse", "y", "y_grad", "other_grad", "x_grad", "weight_grad")
+        ),
+    )
+
+
+class _PlaceCall(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("type", "rows", "positions", "heads", "groups", "size")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "together")),
+        *((name, _Heads) for name in ("queries", "keys", "values")),
+    )
+
+
+class _GateCall(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int32),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "y", "y_grad", "gate_grad", "up_grad")),
+    )
+
+
+def _heads(x_BHTK: Tensor) -> _Heads:
+    return _Heads(x_BHTK.data_ptr(), *x_BHTK.stride()[:3])
+
+
+def _side_by_side(x_BHTK: Tensor) -> Tensor:
+    """With the values of a head side by side; they are read from wherever they lie otherwise."""
+    return x_BHTK if x_BHTK.stride(3) == 1 else x_BHTK.contiguous()
+
+
+def _new_heads(x_BHTK: Tensor) -> Tensor:
+    """Empty, in memory [B, T, H, K]: as the projections before and behind attention have it."""
+    return x_BHTK.new_empty(x_BHTK.transpose(1, 2).shape).transpose(1, 2)
+
+
+# ---------------------------------------------------------------- the functions
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        wide_D = weight_D.float().contiguous()
+        y, inverse = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight_D, inverse)
+        ctx.shape = (TYPES[x.dtype], TYPES[dtype], inverse.numel(), x.shape[-1], eps)
+        run("nestling_norm", _NormCall(*ctx.shape, *pointers(x, wide_D, inverse, y)))
+        return y, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_y: Tensor | None, other: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight_D, inverse = ctx.saved_tensors
+        if grad_y is None:
+            return other, None, None, None
+        wide_D, grad_y = weight_D.float().contiguous(), grad_y.contiguous()
+        other = None if other is None else other.contiguous()
+        grad_x, grad_D = torch.empty_like(x), torch.empty_like(wide_D)
+        places = (*pointers(x, wide_D, inverse), None, *pointers(grad_y, other, grad_x, grad_D))
+        run("nestling_norm", _NormCall(*ctx.shape, *places), backward=True)
+        return grad_x, grad_D.to(weight_D.dtype), None, None
+
+
+class _Place(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, together_BTNK: Tensor, heads: int, groups: int, cosines_TK: Tensor, sines_TK: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows, positions, _, size = together_BTNK.shape
+        placed = tuple(
+            together_BTNK.new_empty(rows, positions, count, size).transpose(1, 2)
+            for count in (heads, groups, groups)
+        )
+        ctx.save_for_backward(cosines_TK, sines_TK)
+        ctx.shape = (TYPES[together_BTNK.dtype], rows, positions, heads, groups, size)
+        places = pointers(cosines_TK, sines_TK, together_BTNK)
+        call = _PlaceCall(*ctx.shape, *places, *map(_heads, placed))
+        run("nestling_place", call)
+        return placed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        cosines_TK, sines_TK = ctx.saved_tensors
+        _, rows, positions, heads, groups, size = ctx.shape
+        grads = tuple(map(_side_by_side, grads))
+        together_BTNK = grads[0].new_empty(rows, positions, heads + 2 * groups, size)
+        places = pointers(cosines_TK, sines_TK, together_BTNK)
+        call = _PlaceCall(*ctx.shape, *places, *map(_heads, grads))
+        run("nestling_place", call, backward=True)
+        return together_BTNK, None, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | None) -> Tensor:
+        mixed_BHTK, log_sums_BHT = _new_heads(q_BHTK), q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
+        bias = _causal_bias(k_BGSK.shape[2]) if mask_TS is None else _bias(mask_TS)
+        ctx.causal, saved = mask_TS is None, (q_BHTK, k_BGSK, v_BGSK, mixed_BHTK, log_sums_BHT, bias)
+        ctx.save_for_backward(*saved)
+        run("nestling_attention", _Attention.call(ctx.causal, *saved))
+        return mixed_BHTK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        grad_BHTK = _side_by_side(grad_BHTK)
+        dq_BHTK, dk_BGSK, dv_BGSK = map(_new_heads, ctx.saved_tensors[:3])
+        call = _Attention.call(ctx.causal, *ctx.saved_tensors)
+        call.mixed_grad, call.queries_grad = _heads(grad_BHTK), _heads(dq_BHTK)
+        call.keys_grad, call.values_grad = _heads(dk_BGSK), _heads(dv_BGSK)
+        run("nestling_attention", call, backward=True)
+        return dq_BHTK, dk_BGSK, dv_BGSK, None
+
+    @staticmethod
+    def call(
+        causal: bool, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mixed_BHTK: Tensor,
+        log_sums_BHT: Tensor, bias: Tensor,
+    ) -> _AttentionCall:  # fmt: skip
+        rows, heads, num_queries, size = q_BHTK.shape
+        groups, num_keys = k_BGSK.shape[1:3]
+        # The bias of the causal mask is one row, of which a query reads a later part the earlier it is.
+        start, step = (len(bias) // 2 - 1, -1) if causal else (0, bias.shape[1])
+        return _AttentionCall(
+            TYPES[q_BHTK.dtype], rows, groups, heads // groups, num_queries, num_keys, size,
+            bias.data_ptr() + start * bias.element_size(), step,
+            *map(_heads, (q_BHTK, k_BGSK, v_BGSK, mixed_BHTK)), log_sums_BHT.data_ptr(),
+        )  # fmt: skip
+
+
+def _bias(mask_TS: Tensor) -> Tensor:
+    """0 for the keys that are read, minus infinity for others, in whole panels.
+
+    >>> _bias(torch.tensor([[True, False]])).shape, _bias(torch.tensor([[True, False]]))[0, :3]
+    (torch.Size([1, 32]), tensor([0., -inf, -inf]))
+    """
+    mask_TS = F.pad(mask_TS, (0, -mask_TS.shape[1] % PANEL))
+    return torch.zeros(mask_TS.shape, dtype=torch.float32).masked_fill_(~mask_TS, -torch.inf)
+
+
+@functools.lru_cache
+def _causal_bias(num_positions: int) -> Tensor:
+    """As many zeros as there are positions in whole panels, and then as many infinities."""
+    width = num_positions + -num_positions % PANEL
+    return torch.tensor([0.0, -torch.inf]).repeat_interleave(width)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        y = torch.empty_like(gate)
+        ctx.save_for_backward(gate, up)
+        run("nestling_gate", _GateCall(TYPES[gate.dtype], gate.numel(), *pointers(gate, up, y)))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad, grads = grad.contiguous(), (torch.empty_like(gate), torch.empty_like(up))
+        places = (*pointers(gate, up), None, *pointers(grad, *grads))
+        run("nestling_gate", _GateCall(TYPES[gate.dtype], gate.numel(), *places), backward=True)
+        return grads

@@ -1,0 +1,281 @@
+"""A pass of an elastic model over a few tokens, as one call of models/kernels/decode_step.c.
+
+A pass on one token reads every weight once. Run operation by operation it spends more time between the
+products than the products take in a small model, and half of it in one of 350M parameters. Here a pass is
+one call: threads go through the layers together, nothing is allocated between products, and a member of the
+family is a shorter list of layers, heads and neurons over the same packed weights.
+
+A token's result is the same bits in any pass: alone or with others, drafted, verified or prefilled. So
+greedy decoding gives the same tokens with any draft in bf16 too, as does coupled sampling.
+
+T tokens that are scored, V vocabulary, N tokens of a head that knows only some, D model.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.elastic.cache import KVCache
+from models.elastic.granularity import Granularity, LayerPlan
+from models.elastic.layers import RMSNorm
+from models.elastic.model import Block, ElasticLM
+from models.kernels.build import library
+from models.kernels.pack import TYPES, Map, Panels, make_panels
+from models.kernels.sample import Draws, Law
+
+_Floats = ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Map) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _Floats) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
+        *((name, ctypes.c_int32) for name in ("index", "groups", "ffn")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("cache", "embedding")),
+        *((name, ctypes.c_int32) for name in ("hidden", "head_dim", "heads_per_group", "query_width", "ffn")),
+        *((name, ctypes.c_int32) for name in ("num_layers", "num_outputs")),
+        ("epsilon", ctypes.c_float),
+        ("embeddings", ctypes.c_void_p),
+        ("outputs", ctypes.c_void_p),
+        *((name, _Floats) for name in ("cosines", "sines", "norm")),
+        ("head", Map),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Request(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.POINTER(ctypes.c_void_p)),
+        ("values", ctypes.POINTER(ctypes.c_void_p)),
+        ("positions", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("length", "count", "scored", "num_draws")),
+        ("law", Law),
+        ("chosen", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
+class Tokens(NamedTuple):
+    """New tokens of a request, behind what its cache has committed."""
+
+    ids: Sequence[int]
+    cache: KVCache
+    num_last: int
+    """How many of the last are scored, 1 or more."""
+    draws: Draws | None = None
+    """More tokens that are chosen and, but for the last, read and scored."""
+
+    @property
+    def are_laws(self) -> bool:
+        """Whether the rows of drawn tokens are laws, not logits."""
+        return self.draws is not None and self.draws.temperature > 0
+
+    @property
+    def num_rows(self) -> int:
+        """Of logits, or laws."""
+        return self.num_last + (0 if self.draws is None else self.draws.num_read)
+
+
+class Head(NamedTuple):
+    """What gives logits."""
+
+    map: nn.Linear
+    """From D to V, or N."""
+    ids_N: Tensor | None = None
+    """Which tokens those are; None means all."""
+
+
+class NativeStep:
+    """Runs members of one model, in one dtype of weights; `native_step` tells where there is one."""
+
+    def __init__(self, model: ElasticLM, dtype: torch.dtype, compiled: ctypes.CDLL) -> None:
+        self._model, self._dtype, self._run = model, dtype, compiled.nestling_step
+        self._panels: dict[tuple[int, str], Panels] = {}
+        self._heads: dict[nn.Linear, Panels] = {}
+        self._norms: dict[RMSNorm, Tensor] = {}
+        self._members: dict[tuple[Granularity, nn.Linear], _Member] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed weights so far."""
+        return sum(panels.num_bytes for panels in (*self._panels.values(), *self._heads.values()))
+
+    def prepare(self, granularity: Granularity) -> None:
+        """Pack a member's weights now rather than when it first runs.
+
+        Raises:
+            UsageError: if the member does not fit the model.
+        """
+        self._member(granularity, Head(self._model.lm_head))
+
+    def __call__(
+        self, requests: Sequence[Tokens], granularity: Granularity, head: Head | None = None
+    ) -> Tensor:
+        """Write the keys and values of all tokens, and give logits [all T, V or N] in fp32.
+
+        T of a request are its `num_rows`. Where a token is drawn, or runs a race, its row is a law.
+
+        Args:
+            requests: each with a cache of its own, of one row.
+            granularity: the member.
+            head: None is the model's.
+
+        Raises:
+            UsageError: if the member does not fit the model.
+            IndexError: for what is no token id.
+        """
+        head, config = head or Head(self._model.lm_head), self._model.config
+        member = self._member(granularity, head)
+        member.model.cache = TYPES[requests[0].cache.dtype]
+        given = (_Request * len(requests))()
+        for one, request in zip(given, requests, strict=True):
+            ids, cache, num_last, draws = request
+            end = cache.length + len(ids) + request.num_rows - num_last
+            assert end <= min(cache.num_positions, config.max_position_embeddings), end
+            assert cache.batch_size == 1, cache.batch_size
+            one.keys, one.values = cache.addresses
+            one.positions, one.length = cache.num_positions, cache.length
+            one.count, one.scored = len(ids), num_last
+            if draws is not None:
+                one.num_draws, one.law = draws.count, draws.as_law()
+                one.chosen = (ctypes.c_int64 * draws.count)()
+        tokens = [token for one in requests for token in one.ids]
+        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+            raise IndexError(f"token ids must be from 0 to {config.vocab_size - 1}, got {tokens}")
+        logits_TV = torch.empty(sum(one.num_rows for one in requests), head.map.out_features)
+        failed = self._run(
+            ctypes.byref(member.model),
+            given,
+            len(requests),
+            (ctypes.c_int64 * len(tokens))(*tokens),
+            torch.get_num_threads(),
+            ctypes.c_void_p(logits_TV.data_ptr()),
+        )
+        if failed:
+            raise MemoryError("a decoding step found no memory")
+        for one, request in zip(given, requests, strict=True):
+            if request.draws is not None:
+                request.draws.ids[:] = one.chosen[: request.draws.count]
+        return logits_TV
+
+    def _member(self, granularity: Granularity, head: Head) -> "_Member":
+        key = granularity, head.map
+        member = self._members.get(key)
+        if member is None:
+            member = self._members[key] = self._make(granularity, head)
+        return member
+
+    def _make(self, granularity: Granularity, head: Head) -> "_Member":
+        """All but the dtype of a cache, which comes with each pass."""
+        source, config = self._model, self._model.config
+        plans = granularity.resolve(config).layers
+        kept: list[object] = []
+        layers = (_Layer * len(plans))(*(self._layer(plan, kept) for plan in plans))
+        embedding = source.model.embed_tokens.weight.detach()  # its storage, whatever becomes of the model
+        angles = [table_TK.float().contiguous() for table_TK in (source.rotary.cos_TK, source.rotary.sin_TK)]
+        if head.map not in self._heads:
+            self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
+        outputs = None if head.ids_N is None else head.ids_N.to(torch.int64, copy=True).contiguous()
+        model = _Model(
+            embedding=TYPES[embedding.dtype],
+            hidden=config.hidden_size,
+            head_dim=config.head_dim,
+            heads_per_group=config.heads_per_group,
+            query_width=config.num_attention_heads * config.head_dim,
+            ffn=config.intermediate_size,
+            num_layers=len(plans),
+            num_outputs=head.map.out_features,
+            epsilon=config.rms_norm_eps,
+            embeddings=embedding.data_ptr(),
+            outputs=None if outputs is None else outputs.data_ptr(),
+            cosines=angles[0].data_ptr(),
+            sines=angles[1].data_ptr(),
+            norm=self._norm(source.model.norm),
+            head=_map(self._heads[head.map], kept),
+            layers=layers,
+        )
+        return _Member(model, [*kept, embedding, outputs, *angles, layers])
+
+    def _layer(self, plan: LayerPlan, kept: list[object]) -> _Layer:
+        config = self._model.config
+        block = cast(Block, self._model.model.layers[plan.index])
+        attention, mlp = block.self_attn, block.mlp
+        keys = plan.groups * config.head_dim
+        queries, hidden = keys * config.heads_per_group, config.hidden_size
+        extents = {
+            "query": (attention.q_proj, queries, hidden),
+            "key": (attention.k_proj, keys, hidden),
+            "value": (attention.v_proj, keys, hidden),
+            "output": (attention.o_proj, hidden, queries),
+            "gate": (mlp.gate_proj, plan.ffn, hidden),
+            "up": (mlp.up_proj, plan.ffn, hidden),
+            "down": (mlp.down_proj, hidden, plan.ffn),
+        }
+        maps = {
+            name: self._pack(plan.index, name, cast(nn.Linear, linear), rows, columns)
+            for name, (linear, rows, columns) in extents.items()
+        }
+        return _Layer(
+            **{name: _map(panels, kept) for name, panels in maps.items()},
+            attention_norm=self._norm(block.input_layernorm),
+            ffn_norm=self._norm(block.post_attention_layernorm),
+            query_norm=self._norm(attention.q_norm),
+            key_norm=self._norm(attention.k_norm),
+            index=plan.index,
+            groups=plan.groups,
+            ffn=plan.ffn,
+        )
+
+    def _pack(self, layer: int, name: str, linear: nn.Linear, rows: int, columns: int) -> Panels:
+        """Panels of at least this prefix; what is packed already serves smaller ones."""
+        packed = self._panels.get((layer, name))
+        if packed is None or packed.rows < rows or packed.columns < columns:
+            if packed is not None:
+                rows, columns = max(rows, packed.rows), max(columns, packed.columns)
+                self._members.clear()  # they read the old panels
+            bias_O: Tensor | None = linear.bias  # torch's stubs say that it is always there
+            packed = self._panels[layer, name] = make_panels(
+                linear.weight[:rows, :columns],
+                None if bias_O is None else bias_O[:rows],
+                dtype=self._dtype,
+                head_dim=self._model.config.head_dim if name in {"query", "key", "value"} else 0,
+            )
+        return packed
+
+    def _norm(self, norm: RMSNorm | None) -> int | None:
+        if norm is None:
+            return None
+        if norm not in self._norms:
+            self._norms[norm] = norm.weight.detach().float().contiguous()
+        return self._norms[norm].data_ptr()
+
+
+class _Member(NamedTuple):
+    model: _Model
+    kept: list[object]
+    """What the addresses in `model` point into."""
+
+
+def native_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep | None:
+    """A step for the model in a dtype of weights, int8 and int4 among them; None where there is none.
+
+    Only torch's kernels run on a GPU, in fp16 and fp64, and where nothing could be compiled.
+    """
+    weight, config = model.model.embed_tokens.weight, model.config
+    fits = dtype in TYPES and weight.dtype in (torch.float32, torch.bfloat16) and config.hidden_size % 2 == 0
+    if not fits or weight.device.type != "cpu":
+        return None
+    compiled = library()
+    return None if compiled is None else NativeStep(model, dtype, compiled)
+
+
+def _map(panels: Panels, kept: list[object]) -> Map:
+    kept.append(panels)
+    return panels.as_map()

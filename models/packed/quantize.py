@@ -1,0 +1,223 @@
+"""Precision of a member: a packed copy of its weights that runs in place of the slices.
+
+    fp32 bf16 fp16   copies in that dtype, in the layout that a product on few rows reads fastest
+    int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token; as a target
+                     it keeps its keys and values in bf16, which are finer still
+    int4             4-bit weights, one scale a row, and 8-bit activations: for drafts
+
+The copy is an `ElasticLM` that shares the source's embedding, so that any granularity runs in it and a
+draft made of it still reads and writes the target's key/value store, in the store's dtype. Weights are
+packed when they are first used, each once. A target and a draft that is a prefix of its layers use the same
+copies. Decoding runs a whole pass as one call where it can (models/packed/decode_step.py); elsewhere the
+products are models/kernels/torch_linear.py, and a layer's queries, keys and values become one.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.base.dtypes import DTYPES
+from models.base.errors import UsageError
+from models.elastic.cache import KVCache
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.layers import NestedMap, RMSNorm
+from models.elastic.model import ElasticLM
+from models.kernels.torch_linear import FOUR_BITS, Finish, Kernel, int8_kernel, linear_kernel, quantized
+from models.packed.decode_step import Tokens, native_step
+
+INT8 = "int8"
+INT4 = "int4"
+PRECISIONS = (*DTYPES, INT8, INT4)
+_CODES = {INT8: torch.int8, INT4: FOUR_BITS}
+
+
+def split_precision(text: str) -> tuple[str, str | None]:
+    """A granularity or folder, and the precision behind its last `@`, if there is one.
+
+    Raises:
+        UsageError: if what follows `@` is no precision.
+
+    >>> split_precision("ffn=0.25@int8"), split_precision("S")
+    (('ffn=0.25', 'int8'), ('S', None))
+    """
+    name, at, precision = text.rpartition("@")
+    if not at:
+        return text, None
+    if precision not in PRECISIONS:
+        raise UsageError(f"{text}: {precision!r} is no precision; choose from {', '.join(PRECISIONS)}")
+    return name, precision
+
+
+class PackedLM(ElasticLM):
+    """A model that decodes from packed copies of another's weights, which it keeps by name.
+
+    Args:
+        source: the model, packed or not.
+        precision: one of `PRECISIONS`.
+
+    Raises:
+        UsageError: if this device or processor has no kernels for it.
+    """
+
+    def __init__(self, source: ElasticLM, precision: str) -> None:
+        nn.Module.__init__(self)  # the parts are the source's
+        weight = source.model.embed_tokens.weight
+        if precision in _CODES:
+            _check_codes(precision, weight.device)
+        dtype = DTYPES.get(precision)
+        self.config, self.precision = source.config, precision
+        self.native = native_step(source, dtype or _CODES[precision])
+        shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+        # The modules are copied, the tensors are the source's.
+        for name, part in copy.deepcopy(dict(source.named_children()), shared).items():
+            self.add_module(name, part)
+        self.train(source.training)
+        if self.native is None or dtype != weight.dtype or isinstance(source, PackedLM):
+            self._pack(precision, dtype or torch.float32)
+
+    @property
+    def chooses(self) -> bool:
+        """See `ElasticLM.chooses`."""
+        return self.native is not None
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """See `ElasticLM.cache_dtype`; of a draft in place it is the target's that counts."""
+        return torch.bfloat16 if self.precision in _CODES else super().cache_dtype
+
+    def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
+        """See `ElasticLM.score`; one call where it can be."""
+        if self.native is None:
+            return super().score(ids, granularity, cache, num_last=num_last)
+        return self.native([Tokens(ids, cache, num_last)], granularity)
+
+    def _pack(self, precision: str, dtype: torch.dtype) -> None:
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PackedLinear(child, precision))
+                elif isinstance(child, RMSNorm):
+                    setattr(module, name, PackedNorm(child, dtype))
+
+
+def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> PackedLM:
+    """A copy of the model that runs in another precision, with the weights of one member packed.
+
+    It shares the source's embedding and keeps its weights by name, so it can be saved and cut like the
+    source. Where nothing says otherwise it computes in fp32 (int8, int4) or in the dtype itself.
+
+    Args:
+        model: the source, packed or not.
+        precision: one of `PRECISIONS`.
+        granularity: the member that is packed now; others are as they are used.
+
+    Raises:
+        UsageError: if this device or processor has no kernels for it, or the member does not fit.
+    """
+    packed = PackedLM(model, precision)
+    prepare(packed, granularity)
+    return packed
+
+
+def prepare(model: ElasticLM, granularity: Granularity) -> int:
+    """Pack a member's weights now rather than when it first decodes, if the model is packed at all.
+
+    Returns:
+        The bytes that it took beyond what was packed before.
+
+    Raises:
+        UsageError: if the member does not fit the model.
+    """
+    before = packed_bytes(model)
+    if isinstance(model, PackedLM) and model.native is not None:
+        model.native.prepare(granularity)
+    else:
+        device = model.model.embed_tokens.weight.device
+        with torch.inference_mode():
+            model(torch.zeros(1, 1, dtype=torch.long, device=device), granularity)
+    return packed_bytes(model) - before
+
+
+def packed_bytes(model: ElasticLM) -> int:
+    """Bytes of the packed weights so far, which come on top of the source's."""
+    native = model.native if isinstance(model, PackedLM) else None
+    packed = sum(module.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    return packed + (0 if native is None else native.num_bytes)
+
+
+class PackedLinear(nn.Linear):
+    """A linear map whose prefixes are packed copies of the source's weight."""
+
+    def __init__(self, source: nn.Linear, precision: str) -> None:
+        super().__init__(source.in_features, source.out_features, bias=False, device="meta")
+        self.weight = source.weight  # the very tensors, under the same names
+        self.register_parameter("bias", source.bias)
+        self.precision = precision
+        self.num_bytes = 0
+        self._kernels: dict[tuple[int, ...], Kernel] = {}
+
+    def prefix(
+        self, x: Tensor, *, rows: int, columns: int, finish: Finish = "none", other: Tensor | None = None
+    ) -> Tensor:
+        """See `NestedMap`."""
+        kernel = self._kernels.get((rows, columns))
+        if kernel is None:
+            kernel = self._kernels[rows, columns] = self._pack([self], [rows], columns)
+        return kernel(x, finish, other)
+
+    def beside(self, others: Sequence[NestedMap], x: Tensor, *, rows: Sequence[int]) -> Tensor:
+        """See `NestedMap`; one product serves all maps."""
+        kernel = self._kernels.get(tuple(rows))
+        if kernel is None:
+            maps = [self, *(cast(PackedLinear, other) for other in others)]
+            kernel = self._kernels[tuple(rows)] = self._pack(maps, rows, x.shape[-1])
+        return kernel(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole map, as the vocabulary's head uses it; logits come in the wider of both dtypes."""
+        y = self.prefix(x, rows=self.out_features, columns=self.in_features)
+        return y.to(torch.promote_types(y.dtype, self.weight.dtype))
+
+    def _pack(self, maps: "Sequence[PackedLinear]", rows: Sequence[int], columns: int) -> Kernel:
+        counted = list(zip(maps, rows, strict=True))
+        weight_OI = torch.cat([one.weight.detach()[:count, :columns] for one, count in counted])
+        biases: list[Tensor | None] = [one.bias for one in maps]  # torch's stubs say they are always there
+        bias_O = None
+        if biases[0] is not None:
+            bias_O = torch.cat([one.bias.detach()[:count] for one, count in counted])
+        if self.precision == INT8:
+            self.num_bytes += weight_OI.numel() + 4 * len(weight_OI)  # a byte a weight, four a scale
+            return int8_kernel(weight_OI, bias_O)
+        if self.precision == INT4:  # no product of torch's takes such weights with one scale for each output
+            codes_OI, scales_O1 = quantized(weight_OI, 4)
+            weight_OI = codes_OI * scales_O1
+        dtype = DTYPES.get(self.precision, torch.float32)
+        self.num_bytes += weight_OI.numel() * dtype.itemsize
+        return linear_kernel(weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+
+
+class PackedNorm(RMSNorm):
+    """RMSNorm in half the number of operations, which is what it costs on a few tokens.
+
+    x beside -x has mean zero and the mean square of x as its variance: a layer norm of both, one
+    kernel, is the RMSNorm of x in its first half.
+    """
+
+    def __init__(self, source: RMSNorm, dtype: torch.dtype) -> None:
+        super().__init__(len(source.weight), source.eps)
+        self.weight = nn.Parameter(source.weight.detach().to(dtype), requires_grad=False)
+        self._twice = torch.cat([self.weight.detach(), torch.zeros_like(self.weight)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `RMSNorm`."""
+        y = F.layer_norm(torch.cat([x, -x], -1), self._twice.shape, self._twice, None, self.eps)
+        return y[..., : x.shape[-1]]
+
+
+def _check_codes(precision: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise UsageError(f"{precision} runs on a CPU, and the model is on {device}; choose bf16")

@@ -1,0 +1,147 @@
+"""What drafts in the law tests, alone or chosen from: members, another model, copied text, a hostile model.
+
+A test names a draft; it is made for a target, which may hold a few of the model's tokens only, and made
+anew for each request.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+
+from models.decode.engine.costs import Costs
+from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
+from models.decode.engine.lookup import LookupDraft
+from models.decode.engine.policy import Fixed, Plan, Policy, Round
+from models.decode.engine.state import Model, State
+from models.decode.tune.controller import Controller
+from models.decode.tune.predict import MAX_GAMMA
+from models.decode.tune.resolve import make_arm
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
+from models.packed.quantize import pack
+from models.verify.restrict import restrict
+
+MakeDraft: TypeAlias = Callable[[], Draft]
+"""A new draft for each request: one of its own keeps the last request's text."""
+
+
+class Subject(NamedTuple):
+    """For what a draft is made."""
+
+    target: ElasticLM
+    view: Callable[[ElasticLM, Granularity], View]
+    """How a member of a model is seen."""
+    tokens: Sequence[int]
+    """Of the whole model, which are the target's 0, 1, ..."""
+
+
+ForModel: TypeAlias = Callable[[Subject], MakeDraft]
+Gamma: TypeAlias = int | Literal["auto"]
+
+HOSTILE, LOOKUP = "hostile", "lookup"
+AUTO: Literal["auto"] = "auto"
+ANY = "any"
+"""The controller's choice among all drafts of a test."""
+
+
+def member(granularity: Granularity, precision: str | None = None) -> ForModel:
+    """A member of the target in place, or packed in a precision."""
+
+    def of(subject: Subject) -> MakeDraft:
+        target = subject.target
+        source = target if precision is None else pack(target, precision, granularity)
+        seen = subject.view(source, granularity)
+        return lambda: NestedDraft(seen)
+
+    return of
+
+
+def separate(other: ElasticLM, precision: str | None = None) -> ForModel:
+    """Another model with the same tokens, in the target's dtype or packed in a precision."""
+
+    def of(subject: Subject) -> MakeDraft:
+        weight = subject.target.model.embed_tokens.weight
+        source = restrict(other, subject.tokens, weight.dtype).to(weight.device)
+        seen = subject.view(source if precision is None else pack(source, precision, FULL), FULL)
+        return lambda: ModelDraft(seen)
+
+    return of
+
+
+def copied(_: Subject) -> MakeDraft:
+    """Copies of earlier text."""
+    return LookupDraft
+
+
+def hostile(subject: Subject) -> MakeDraft:
+    """A very small model of its own, which knows nothing and is sure of it."""
+    theirs, weight = subject.target.config, subject.target.model.embed_tokens.weight
+    config = ElasticConfig(
+        vocab_size=theirs.vocab_size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=theirs.max_position_embeddings,
+        initializer_range=0.5,
+    )
+    stranger = ElasticLM(config)
+    stranger.init_weights(torch.Generator().manual_seed(99))
+    seen = subject.view(stranger.to(device=weight.device, dtype=weight.dtype).eval(), FULL)
+    return lambda: ModelDraft(seen)
+
+
+class Drafts:
+    """The drafts of a target, by name."""
+
+    def __init__(self, subject: Subject, drafts: Mapping[str, ForModel]) -> None:
+        self._made = {name: of(subject) for name, of in drafts.items()}
+
+    def policy(self, name: str | None, gamma: Gamma) -> Policy:
+        """Who decides on the rounds of one request.
+
+        Args:
+            name: of the draft; None for none, `ANY` for the controller's choice.
+            gamma: drafted tokens a round; `auto` leaves them to the controller too, and only to it.
+        """
+        if gamma != AUTO:
+            return Fixed(None if name is None else self._made[name](), gamma)
+        assert name == ANY, name
+        # The hostile draft is taken first, so that the controller soon has a reason to change its mind.
+        names = sorted(self._made, key=lambda each: each != HOSTILE)
+        costs = Costs({m: 1.0 + SLOPE * (m - 1) for m in range(1, MAX_GAMMA + 2)}, dict.fromkeys(names, STEP))
+        return Steady(Controller([make_arm(each, self._made[each]()) for each in names], costs), costs)
+
+
+STEP, SLOPE = 0.1, 0.02
+"""A draft's step, and each further token of a target pass, in plain steps: what makes drafting pay."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Steady:
+    """A controller whose clock is arithmetic: rounds take what was foretold, so that a run can be repeated.
+
+    A walk through all branches needs that, and a seed that is to give the same test again.
+    """
+
+    controller: Controller
+    costs: Costs
+
+    def check(self, target: Model) -> None:
+        """See `Policy`."""
+        self.controller.check(target)
+
+    def choose(self, state: State, most: int) -> Plan:
+        """See `Policy`."""
+        return self.controller.choose(state, most)
+
+    def observe(self, done: Round) -> None:
+        """See `Policy`."""
+        drafting = done.num_drafted * self.costs.drafts.get(done.draft, 0.0)
+        passing = self.costs.target[done.num_drafted + 1]
+        self.controller.observe(done._replace(draft_seconds=drafting, target_seconds=passing))

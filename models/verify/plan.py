@@ -1,0 +1,138 @@
+"""The law tests on a user's own model: what it writes with a draft is what it writes without one.
+
+    exact     the engine's law over a few tokens (models/verify/tiny_vocab.py), in float64, by walking through
+              every branch of its choices; against full passes over everything before each token
+    dtype     the same walk in the dtype that decodes, against plain decoding in that dtype
+    counts    texts drawn with the shipped random numbers, against the law that a walk gave
+    coupled   the whole model: a seed's tokens with a draft and without one
+    greedy    the whole model: the same for the likeliest tokens
+
+Drafts take part one by one (members, other models, copied text, a hostile one); by the choice of the
+controller of `--gamma auto`, whose clock is arithmetic here; and in batches, where each text has another.
+
+Walks draw nothing and cannot fail by chance. Counts can: all of them together do so with a probability
+below FALSE_ALARM. Identities allow a first difference between two tokens that are as good as tied: passes
+on one token and on several add in different orders.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from models.decode.sampling.samplers import COUPLED
+from models.elastic.model import ElasticLM
+from models.elastic.view import View
+from models.packed.quantize import pack
+from models.verify.checks import (
+    COUNTED_GAMMA,
+    GREEDY,
+    LAWS,
+    PLAIN,
+    Case,
+    Check,
+    check_counts,
+    check_dtype,
+    check_exact,
+)
+from models.verify.drafts import (
+    ANY,
+    AUTO,
+    HOSTILE,
+    LOOKUP,
+    Drafts,
+    ForModel,
+    Gamma,
+    Subject,
+    copied,
+    hostile,
+)
+from models.verify.identity import GAMMAS, Whole, check_batch, check_identity
+from models.verify.restrict import likeliest_tokens, restrict
+from models.verify.tiny_vocab import Few
+
+FALSE_ALARM = 1e-6
+"""Of all counts of a command. They share a tenth of it: Pearson's statistic only nears its law, and at 1e-5
+is already exceeded up to 1.8 times as often as it should be, with cells of 8 expected counts."""
+NUM_TOKENS = {1: 5, 2: 4, 3: 2}
+"""By gamma: the branches of a walk grow faster than tokens ** (gamma + 2)."""
+
+
+def plan_checks(
+    model: ElasticLM,
+    *,
+    dtype: str,
+    drafts: Mapping[str, ForModel],
+    verifiers: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    num_trials: int,
+    length: int,
+    seed: int = 0,
+) -> list[Callable[[], Check]]:
+    """Every test of a model, to be run in turn.
+
+    Args:
+        model: in the dtype that decodes, packed or not.
+        dtype: its name, one of `PRECISIONS`.
+        drafts: by name, at least one; a hostile one and copied text come on top.
+        verifiers: names in `VERIFIER_NAMES`. Greedy decoding, which has no use for them, is always tested.
+        prompts: token ids, at least one. The few tokens are the likeliest after them; identities go on
+            from them.
+        num_trials: texts drawn for each test of counts.
+        length: tokens of each continuation.
+        seed: of what is drawn.
+    """
+    first, drafts = next(iter(drafts)), {**drafts, HOSTILE: hostile, LOOKUP: copied}
+    vocab_size, walked = model.config.vocab_size, [one for one in verifiers if one != COUPLED]
+    tokens = likeliest_tokens(model, prompts, min(vocab_size, max(NUM_TOKENS.values())))
+    restricted = {gamma: restrict(model, tokens[:number]) for gamma, number in NUM_TOKENS.items()}
+    precise = {gamma: Few(one.double(), drafts, tokens=tokens) for gamma, one in restricted.items()}
+    own = Few(pack(restrict(model, tokens[: NUM_TOKENS[COUNTED_GAMMA]]), dtype), drafts, tokens=tokens)
+    jobs = [job for verifier in walked for job in _exact(precise, verifier, list(drafts), first)]
+    if walked:
+        alone = {name: drafts[name] for name in (first, HOSTILE)}
+        small = Few(restricted[3].double(), alone, tokens=tokens, remember=False)
+        small_own = Few(pack(restricted[3], dtype), alone, tokens=tokens, remember=False)
+        for verifier in walked:
+            case = Case(verifier, first, 1)
+            jobs.append(partial(check_exact, small, case, beside=True))
+            jobs.append(partial(check_dtype, small_own, small, case, dtype=dtype, beside=True))
+    counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, HOSTILE, LOOKUP)]
+    jobs += [partial(check_dtype, own, precise[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
+    if COUPLED in verifiers:
+        counted.append(Case(COUPLED, HOSTILE, COUNTED_GAMMA) if dtype == "fp32" else Case(COUPLED, None, 0))
+    count = partial(check_counts, own, dtype=dtype, num_trials=num_trials, seed=seed)
+    jobs += [partial(count, case, bound=FALSE_ALARM / 10 / len(counted)) for case in counted]
+    wholes = {"fp32": pack(restrict(model, range(vocab_size), torch.float32), "fp32"), dtype: model}
+    for name, one in wholes.items():
+        whole = Whole(model=one, dtype=name, prompts=prompts, length=length, seed=seed)
+        made = Drafts(Subject(one, View, range(vocab_size)), drafts)
+        for law_name in (GREEDY, PLAIN) if COUPLED in verifiers else (GREEDY,):
+            jobs += _identities(whole, made, list(drafts), law_name)
+    return jobs
+
+
+def _identities(
+    whole: Whole, made: Drafts, drafts: Sequence[str], law_name: str
+) -> list[Callable[[], Check]]:
+    """Every draft, the controller's choice among them, and a batch."""
+    jobs: list[Callable[[], Check]] = [
+        partial(check_identity, whole, draft, partial(made.policy, draft), law=law_name) for draft in drafts
+    ]
+    jobs.append(partial(check_identity, whole, ANY, partial(made.policy, ANY), law=law_name, gammas=[AUTO]))
+    rows: list[tuple[str, Gamma]] = [*zip((drafts[0], HOSTILE, LOOKUP), GAMMAS, strict=False), (ANY, AUTO)]
+    policies = {row: partial(made.policy, row[0]) for row in rows}
+    return [*jobs, partial(check_batch, whole, policies, law=law_name)]
+
+
+def _exact(
+    few: Mapping[int, Few], verifier: str, drafts: Iterable[str], first: str
+) -> list[Callable[[], Check]]:
+    """Every draft for one token, every law for two, the longest block, a controller, an end of text."""
+    jobs: list[Callable[[], Check]] = []
+    jobs += [partial(check_exact, few[1], Case(verifier, draft, 1)) for draft in drafts]
+    sampled = [name for name, params in LAWS.items() if not params.is_greedy]
+    jobs += [partial(check_exact, few[2], Case(verifier, first, 2, name)) for name in sampled]
+    jobs += [partial(check_exact, few[3], Case(verifier, draft, 3)) for draft in (first, HOSTILE)]
+    jobs.append(partial(check_exact, few[3], Case(verifier, ANY, AUTO)))
+    return [*jobs, partial(check_exact, few[2], Case(verifier, HOSTILE, 2), ends=True)]

@@ -1,0 +1,40 @@
+"""A model over a few of its tokens: every weight is its own but the rows of the embedding and of the head."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from models.checkpoint.weights import EMBEDDING, HEAD, model_from, weights_of
+from models.elastic.model import ElasticLM
+
+
+def likeliest_tokens(model: ElasticLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[int]:
+    """The tokens [num_tokens] that are likeliest after the prompts, on average; the likeliest first."""
+    device = model.model.embed_tokens.weight.device
+    with torch.inference_mode():
+        ends = [model(torch.tensor([list(ids)], device=device), num_last=1)[0, -1] for ids in prompts]
+        mean_V = torch.stack([logits_V.float().softmax(-1) for logits_V in ends]).mean(0)
+        tokens: list[int] = mean_V.topk(num_tokens).indices.tolist()
+    return tokens
+
+
+def restrict(model: ElasticLM, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> ElasticLM:
+    """A copy whose token i is the model's `token_ids[i]`; its laws are the model's, given these tokens.
+
+    No token ends its texts. A packed model gives a plain one, of the weights that it was packed from.
+
+    Args:
+        model: any elastic model.
+        token_ids: of the model, each once.
+        dtype: of the copy; None keeps the embedding's.
+    """
+    config = dataclasses.replace(
+        model.config, vocab_size=len(token_ids), bos_token_id=None, eos_token_id=None
+    )
+    rows = torch.tensor(list(token_ids), device=model.model.embed_tokens.weight.device)
+    tensors = {
+        name: tensor[rows] if name in {EMBEDDING, HEAD} else tensor
+        for name, tensor in weights_of(model).items()
+    }
+    return model_from(config, tensors, dtype=dtype).eval()

@@ -1,0 +1,55 @@
+"""Parts of a block whose backward pass is written out: it is the one that autograd would find."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.elastic.config import ElasticConfig
+from models.elastic.layers import RMSNorm, Rotary, rotate
+
+
+@pytest.fixture
+def norm() -> RMSNorm:
+    norm = RMSNorm(12, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    return norm
+
+
+def test_a_norm_trains_like_torchs(norm: RMSNorm) -> None:
+    norm = norm.double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    ours, theirs = norm(x), F.rms_norm(x, (12,), norm.weight, norm.eps)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(x)
+    inputs = (x, norm.weight)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_under_autocast_gives_what_a_product_reads(norm: RMSNorm, dtype: torch.dtype) -> None:
+    """One cast instead of one for each product, and the same numbers."""
+    x = torch.randn(2, 5, 12).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    expected = F.rms_norm(x.detach().float(), (12,), norm.weight, norm.eps).bfloat16()
+    torch.testing.assert_close(y, expected, rtol=0.008, atol=0)  # a last place of bf16
+    grads = torch.autograd.grad(y.float().sum(), (x, norm.weight))
+    assert [grad.dtype for grad in grads] == [dtype, torch.float32]
+
+
+def test_a_norm_of_zeros_has_finite_gradients(norm: RMSNorm) -> None:
+    x = torch.zeros(1, 12, requires_grad=True)
+    (grad,) = torch.autograd.grad(norm(x).sum(), x)
+    assert grad.isfinite().all()
+
+
+def test_a_rotation_under_autocast_is_rounded_once(tiny_config: ElasticConfig) -> None:
+    """Tables in fp32 and vectors in bf16: as if the vectors had been fp32, with a gradient in bf16."""
+    tables = Rotary(tiny_config)(slice(5), torch.float32)
+    x_BTHK = torch.randn(2, 5, 2, tiny_config.head_dim).bfloat16().requires_grad_()
+    turned = rotate(x_BTHK, *tables)
+    assert torch.equal(turned, rotate(x_BTHK.float(), *tables))
+    assert torch.autograd.grad(turned.sum(), x_BTHK)[0].dtype == torch.bfloat16

@@ -1,0 +1,278 @@
+"""Each compiled part of a training step is torch's, forward and backward, in fp32 and bf16."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.elastic.cache import Recording, SharedPrefix, block_starts
+from models.elastic.config import ElasticConfig
+from models.elastic.layers import Rotary, rotate
+from models.kernels.calls import training_dtype
+from models.kernels.train_losses import cross_entropy, overlap
+from models.kernels.train_ops import attention, place, rms_norm, swiglu
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Of an error's norm in that of the result. What lies between is in fp32: bf16 rounds results, not sums."""
+CAUSAL = "causal"
+MASKS = [CAUSAL, "shared", "window", "some"]
+
+
+def make(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
+    x = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return x.to(dtype).requires_grad_()
+
+
+def with_gradients(function: Callable[..., Any], *arguments: Tensor) -> list[Tensor]:
+    """Results and gradients, for gradients of the results that are drawn alike each time."""
+    leaves = [x.detach().clone().requires_grad_() for x in arguments]
+    results = function(*leaves)
+    results = list(results) if isinstance(results, tuple) else [results]
+    grads = [make(*y.shape, dtype=torch.float32, seed=9).detach().to(y.dtype) for y in results]
+    torch.autograd.backward(results, grads)
+    return [*(y.detach() for y in results), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def check_against(
+    expected: Callable[..., Any], function: Callable[..., Any], *arguments: Tensor, dtype: torch.dtype
+) -> None:
+    """The function in `dtype` against the other one on the same numbers in fp64."""
+    ours = with_gradients(function, *arguments)
+    exact = with_gradients(expected, *(x.double() for x in arguments))
+    assert len(ours) == len(exact)
+    for number, (own, other) in enumerate(zip(ours, exact, strict=True)):
+        error = (own.double() - other).norm() / other.norm().clamp_min(1.0)
+        assert error < TOLERANCE[dtype], (number, error)
+
+
+def make_mask(kind: str, num_positions: int) -> Tensor | None:
+    """Which of S keys each position reads; None is causal."""
+    places = torch.arange(num_positions)
+    apart = places[:, None] - places
+    if kind == "shared":
+        return SharedPrefix(Recording(), block_starts(num_positions, 5, 2)).mask_TS
+    if kind == "window":
+        return (apart >= 0) & (apart < 7)
+    if kind == "some":
+        mask_TS = torch.rand(num_positions, 70, generator=torch.Generator().manual_seed(1)) < 0.1
+        mask_TS[:, 69] = True
+        return mask_TS
+    return None
+
+
+def plain_attention(mask_TS: Tensor | None) -> Callable[..., Tensor]:
+    def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BGSK, v_BGSK, attn_mask=mask_TS, is_causal=mask_TS is None, enable_gqa=True
+        )
+
+    return attend
+
+
+def make_heads(
+    mask_TS: Tensor | None, num_positions: int, groups: int, size: int, dtype: torch.dtype
+) -> list[Tensor]:
+    num_keys = num_positions if mask_TS is None else mask_TS.shape[1]
+    shapes = [(3, 4, num_positions, size), (3, groups, num_keys, size), (3, groups, num_keys, size)]
+    return [make(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("groups", "size"), [(1, 16), (2, 8), (4, 40), (2, 64)])
+@pytest.mark.parametrize("num_positions", [1, 15, 32, 33, 100])
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention(kind: str, num_positions: int, groups: int, size: int, dtype: torch.dtype) -> None:
+    mask_TS = make_mask(kind, num_positions)
+    tensors = make_heads(mask_TS, num_positions, groups, size, dtype)
+    check_against(
+        plain_attention(mask_TS), lambda q, k, v: attention(q, k, v, mask_TS), *tensors, dtype=dtype
+    )
+
+
+def test_attention_to_large_scores_is_exact() -> None:
+    """Scores of several hundreds: nothing overflows, and what is far below the largest is 0."""
+    tensors = [make(2, 2, 70, 32, dtype=torch.float32, seed=seed, scale=6.0) for seed in range(3)]
+    check_against(
+        plain_attention(None), lambda q, k, v: attention(q, k, v, None), *tensors, dtype=torch.float32
+    )
+
+
+def test_heads_are_read_where_they_lie() -> None:
+    """Queries, keys and values side by side in memory, and values of a head that are not."""
+    together_BTNK = make(2, 40, 8, 16, dtype=torch.float32).detach()
+    q, k, v = (part.transpose(1, 2) for part in together_BTNK.split((4, 2, 2), dim=2))
+    expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), None)
+    assert torch.equal(attention(q, k, v, None), expected)
+    assert torch.equal(attention(q, k.mT.contiguous().mT, v, None), expected)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 48), (5, 77), (300, 256)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Its gradient and that of x as it is, for whoever reads x, too."""
+    size = shape[-1]
+
+    def expected(x: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+        return F.rms_norm(x, (size,), weight_D, 1e-5), 1.0 * x
+
+    def ours(x: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, weight_D, 1e-5, dtype)
+
+    check_against(expected, ours, make(*shape, dtype=dtype), make(size, dtype=dtype, seed=1), dtype=dtype)
+
+
+def test_a_norm_in_another_precision_than_its_input() -> None:
+    """As under autocast: states in fp32, and what the products read in bf16."""
+    x, weight_D = make(4, 64, dtype=torch.float32), make(64, dtype=torch.float32, seed=1)
+    y, _ = rms_norm(x, weight_D, 1e-5, torch.bfloat16)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, rms_norm(x, weight_D, 1e-5, torch.float32)[0].bfloat16())
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_norm_of_which_one_result_is_used(only: int) -> None:
+    x, weight_D = make(4, 32, dtype=torch.float32), make(32, dtype=torch.float32, seed=1)
+    rms_norm(x, weight_D, 1e-5, torch.float32)[only].sum().backward()
+    expected = make(4, 32, dtype=torch.float32)
+    (F.rms_norm(expected, (32,), weight_D.detach(), 1e-5), expected)[only].sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 10), (2, 2, 64)])
+def test_place(heads: int, groups: int, size: int, dtype: torch.dtype, tiny_config: ElasticConfig) -> None:
+    config = ElasticConfig(**{**vars(tiny_config), "head_dim": size})
+    table = Rotary(config)(slice(21), torch.float32)
+
+    def expected(together_BTNK: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = together_BTNK.split((heads, groups, groups), dim=2)
+        rotary = [part.double() for part in table]
+        return tuple(x.transpose(1, 2) for x in (rotate(q, *rotary), rotate(k, *rotary), v))
+
+    def ours(together_BTNK: Tensor) -> tuple[Tensor, ...]:
+        return place(together_BTNK, heads, groups, *(part.squeeze(1) for part in table))
+
+    together_BTNK = make(2, 21, heads + 2 * groups, size, dtype=dtype)
+    check_against(expected, ours, together_BTNK, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1,), (3, 31), (4, 64), (7, 33, 5)])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_swiglu(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:
+    gate, up = make(*shape, dtype=dtype, scale=scale), make(*shape, dtype=dtype, seed=1)
+    check_against(lambda gate, up: F.silu(gate) * up, swiglu, gate, up, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 33), (40, 512)])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_cross_entropy(shape: tuple[int, int], scale: float, dtype: torch.dtype) -> None:
+    """Labels below 0 count for nothing; the loss is in fp32 whatever the logits are in."""
+    labels_N = torch.arange(shape[0]) % shape[1]
+    labels_N[1::3] = -100
+
+    def expected(logits_NV: Tensor) -> Tensor:
+        return F.cross_entropy(logits_NV, labels_N, reduction="none")
+
+    def ours(logits_NV: Tensor) -> Tensor:
+        return cross_entropy(logits_NV, labels_N)
+
+    check_against(expected, ours, make(*shape, dtype=dtype, scale=scale), dtype=dtype)
+    assert cross_entropy(make(*shape, dtype=dtype), labels_N).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("target_dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 33), (40, 512)])
+@pytest.mark.parametrize(("scale", "temperature"), [(1.0, 1.0), (3.0, 0.5), (50.0, 2.0)])
+def test_overlap(
+    shape: tuple[int, int], scale: float, temperature: float, target_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Sum of min(p, q) and its gradient, which goes to the draft alone."""
+    target_NV = make(*shape, dtype=target_dtype, scale=scale, seed=1)
+
+    def expected(draft_NV: Tensor) -> Tensor:
+        p_NV, q_NV = ((x.double() / temperature).softmax(-1) for x in (target_NV.detach(), draft_NV))
+        return torch.minimum(p_NV, q_NV).sum(-1)
+
+    def ours(draft_NV: Tensor) -> Tensor:
+        return overlap(target_NV, draft_NV, temperature)
+
+    check_against(expected, ours, make(*shape, dtype=dtype, scale=scale), dtype=dtype)
+    assert target_NV.grad is None
+    assert ours(make(*shape, dtype=dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_equal_laws_overlap_entirely(dtype: torch.dtype) -> None:
+    """Whatever is rounded; and where a law is 0 in places, and where they share nothing."""
+    x_NV = make(40, 77, dtype=dtype, scale=5.0)
+    assert torch.equal(overlap(x_NV, x_NV, 0.7), torch.ones(40))
+    some = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=dtype).requires_grad_()
+    other = torch.tensor([[-torch.inf, 0.0, -torch.inf]], dtype=dtype)
+    assert overlap(some, some, 1.0).item() == 1
+    value = overlap(other, some, 1.0)
+    value.backward()
+    assert value.item() == 0
+    torch.testing.assert_close(some.grad, torch.zeros_like(some))
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
+    "attention": (lambda q, k, v: attention(q, k, v, None), [(3, 4, 70, 16), (3, 2, 70, 16), (3, 2, 70, 16)]),
+    "norm": (lambda x, w: rms_norm(x, w, 1e-5, torch.float32)[0], [(70, 48), (48,)]),
+    "swiglu": (swiglu, [(70, 48), (70, 48)]),
+    "cross-entropy": (lambda x: cross_entropy(x, torch.arange(70) % 48), [(70, 48)]),
+    "overlap": (lambda q: overlap(make(70, 48, dtype=torch.float32, seed=3), q, 1.0), [(70, 48)]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    tensors = [make(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes)]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(with_gradients(function, *tensors))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_not_finite_is_not_hidden(name: str, value: float) -> None:
+    """Or a step with a broken loss would not be skipped."""
+    function, shapes = FUNCTIONS[name]
+    tensors = [make(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes)]
+    with torch.no_grad():
+        tensors[0].view(-1)[5] = value
+    result, *grads = with_gradients(function, *tensors)
+    assert not result.isfinite().all()
+    assert not grads[0].isfinite().all()
+
+
+def test_it_runs_where_one_trains_on_a_cpu_in_fp32_or_bf16() -> None:
+    x = make(2, 4, dtype=torch.float32)
+    assert training_dtype(x) == torch.float32
+    assert training_dtype(x.bfloat16()) == torch.bfloat16
+    assert training_dtype(x.double()) is None
+    assert training_dtype(x.detach()) is None
+    with torch.no_grad():
+        assert training_dtype(x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert training_dtype(x) == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert training_dtype(x) is None

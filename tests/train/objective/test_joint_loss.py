@@ -1,0 +1,297 @@
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.elastic.cache import Recording
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from train.data.batch import Batch
+from train.objective import joint_loss as objective
+from train.objective.joint_loss import joint_loss
+from train.objective.losses import DIVERGENCES, cross_entropy, member_loss
+from train.objective.sampler import StepPlan, Turn, plan_step
+from train.recipe.recipe import LossConfig, SamplerConfig
+
+MEMBERS = {
+    "S": Granularity.parse("ffn=0.125"),
+    "L": Granularity.parse("ffn=0.5,heads=0.5"),
+    "D": Granularity.parse("layers=0-1"),
+    "XL": FULL,
+}
+RAMPED = LossConfig(divergence="neg_log_alpha", ramp_start=0, ramp_steps=2)
+SUM_ORDER = 1e-6
+"""Relative to the largest gradient: fp32 sums in another order."""
+
+
+def make_batch(num_rows: int = 8, *, step: int = 5) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    rows_BT = torch.randint(0, 64, (num_rows, 13), generator=generator)
+    labels_BT = rows_BT[:, 1:].clone()
+    labels_BT[1, 4:] = -100  # rows have different numbers of valid tokens
+    labels_BT[6, 9:] = -100
+    return Batch(
+        tokens_BT=rows_BT[:, :-1],
+        labels_BT=labels_BT,
+        step=step,
+        first_row=0,
+        num_rows=num_rows,
+        num_valid=int((labels_BT != -100).sum()),
+    )
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    size = batch.num_rows // parts
+    return [
+        batch._replace(
+            tokens_BT=batch.tokens_BT[first : first + size],
+            labels_BT=batch.labels_BT[first : first + size],
+            first_row=first,
+        )
+        for first in range(0, batch.num_rows, size)
+    ]
+
+
+def share(batch: Batch, processes: int) -> list[Batch]:
+    return [
+        batch._replace(
+            tokens_BT=batch.tokens_BT[rank::processes],
+            labels_BT=batch.labels_BT[rank::processes],
+            first_row=rank,
+            stride=processes,
+        )
+        for rank in range(processes)
+    ]
+
+
+def gradients(
+    model: ElasticLM,
+    batches: list[Batch],
+    plan: StepPlan,
+    config: LossConfig = RAMPED,
+    teacher: ElasticLM | None = None,
+) -> dict[str, Tensor]:
+    model.zero_grad()
+    for batch in batches:
+        joint_loss(model, MEMBERS, batch, plan, config, block=3, teacher=teacher).total.backward()
+    return {
+        name: parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    largest = max(float(tensor.abs().max()) for tensor in theirs.values())
+    assert largest > 0
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=SUM_ORDER * largest * 10, rtol=0)
+
+
+@pytest.fixture
+def teacher(tiny_config: ElasticConfig) -> ElasticLM:
+    """A larger model of the same vocabulary."""
+    model = ElasticLM(dataclasses.replace(tiny_config, hidden_size=48, num_hidden_layers=5))
+    model.init_weights(torch.Generator().manual_seed(1))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("taught", [False, True])
+def test_micro_batches_of_any_number_give_the_gradient_of_the_whole_step(
+    tiny_model: ElasticLM, teacher: ElasticLM, kind: Any, parts: int, taught: bool
+) -> None:
+    """Law 6: one divisor, the valid tokens of the step, though rows hold different numbers of them."""
+    plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
+    config = SamplerConfig(kind=kind, share=0.5, shared_cache=0.5, exit_every=4)
+    batch = make_batch()
+    for step in range(3):
+        plan = plan_step(plans, config, seed=0, step=step, num_rows=8)
+        by = teacher if taught else None
+        whole = gradients(tiny_model, [batch], plan, teacher=by)
+        assert_same(gradients(tiny_model, split(batch, parts), plan, teacher=by), whole)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("divergence", ["neg_log_alpha", "forward_kl"])
+def test_the_full_model_learns_from_its_teacher_as_if_by_whole_logits(
+    tiny_model: ElasticLM, teacher: ElasticLM, monkeypatch: pytest.MonkeyPatch, step: int, divergence: Any
+) -> None:
+    """Before, amid and after the ramp; the exit still learns from the full model."""
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 7)
+    config = LossConfig(divergence=divergence, temperature=1.5, weight=0.7, ramp_start=0, ramp_steps=2)
+    batch = make_batch()._replace(step=step)
+    plan = StepPlan(full=True, exits=("D",), turns=())
+    ours = gradients(tiny_model, [batch], plan, config, teacher)
+
+    tiny_model.zero_grad()
+    labels_N, share = batch.labels_BT.flatten(), step / 2
+    valid_N = labels_N != -100
+    full_NV = tiny_model(batch.tokens_BT).flatten(0, 1)[valid_N]
+    exit_NV = tiny_model(batch.tokens_BT, MEMBERS["D"]).flatten(0, 1)[valid_N]
+    pairs = ((teacher(batch.tokens_BT).flatten(0, 1)[valid_N], full_NV), (full_NV.detach(), exit_NV))
+    for target_NV, learner_NV in pairs:
+        text = F.cross_entropy(learner_NV, labels_N[valid_N])
+        apart = DIVERGENCES[divergence](target_NV, learner_NV, 1.5).mean()
+        ((1 - share) * text + share * 0.7 * apart).backward()
+    theirs = {name: one.grad for name, one in tiny_model.named_parameters() if one.grad is not None}
+    assert_same(ours, theirs)
+
+
+def test_a_teacher_gets_no_gradient_and_scores_a_piece_at_a_time(
+    tiny_model: ElasticLM, teacher: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 10)
+    teacher.requires_grad_(True)  # even if nobody has frozen it
+    seen: list[int] = []
+    kept: list[bool] = []
+    teacher.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[0]))
+    for part in (*teacher.model.layers, teacher.lm_head):
+        part.register_forward_hook(lambda *call: kept.append(call[2].requires_grad))
+    gradients(tiny_model, [make_batch()], StepPlan(full=True, exits=(), turns=()), teacher=teacher)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(kept), "nothing is kept for a backward pass"
+    assert (max(seen), sum(seen)) == (10, make_batch().tokens_BT.numel())
+
+
+def test_a_teacher_that_has_nothing_to_say_runs_no_pass(tiny_model: ElasticLM, teacher: ElasticLM) -> None:
+    """Before the ramp, and in a step that does not train the full model."""
+    batch, everyone = make_batch(), StepPlan(full=True, exits=("D",), turns=())
+    alone = StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),))
+    teacher.lm_head.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    later = LossConfig(ramp_start=batch.step)
+    for plan, config in ((everyone, later), (alone, RAMPED)):
+        assert_same(
+            gradients(tiny_model, [batch], plan, config, teacher),
+            gradients(tiny_model, [batch], plan, config),
+        )
+
+
+def test_an_exit_trains_like_a_pass_of_its_own(tiny_model: ElasticLM) -> None:
+    """The full pass's states after k layers are the member's own: same gradients, for the price of a head."""
+    batch = make_batch()
+    from_states = gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), turns=()))
+    own_pass = gradients(tiny_model, [batch], StepPlan(full=True, exits=(), turns=(Turn("D", range(8)),)))
+    assert_same(from_states, own_pass)
+
+
+def test_an_exit_learns_at_its_positions_only(tiny_model: ElasticLM) -> None:
+    """One position of four, in every row: as if no other had a label."""
+    batch = make_batch()
+    some = StepPlan(full=False, exits=("D",), turns=(), exit_every=4, exit_offset=2, exit_weight=3.0)
+    labels_N = torch.full_like(batch.labels_BT.flatten(), -100)
+    labels_N[2::4] = batch.labels_BT.flatten()[2::4]
+    only = batch._replace(labels_BT=labels_N.view_as(batch.labels_BT))
+    ours = joint_loss(tiny_model, MEMBERS, batch, some, RAMPED, block=3).terms
+    everywhere = StepPlan(full=False, exits=("D",), turns=())
+    theirs = joint_loss(tiny_model, MEMBERS, only, everywhere, RAMPED, block=3).terms
+    assert set(ours) == {"D"}
+    torch.testing.assert_close(ours["D"], 3 * theirs["D"])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 1000])
+def test_the_size_of_a_piece_of_logits_changes_nothing(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    batch = make_batch()
+    turns = (Turn("S", range(1, 3)), Turn("L", range(3, 8), 2.0, shift=1))
+    plan = StepPlan(full=True, exits=("D",), turns=turns, exit_every=4, exit_offset=3)
+    whole = gradients(tiny_model, [batch], plan)
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: rows)
+    assert_same(gradients(tiny_model, [batch], plan), whole)
+
+
+def test_no_logits_of_all_positions_are_ever_held(
+    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 10)
+    seen: list[int] = []
+
+    def linear(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        seen.append(len(x_ND))
+        return F.linear(x_ND, weight_VD)
+
+    monkeypatch.setattr(objective, "F", SimpleNamespace(linear=linear))
+    batch = make_batch()
+    gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), turns=(Turn("S", range(2)),)))
+    assert max(seen) == 3 * 10  # those of a piece, of all three learners at once
+
+
+def test_the_teacher_is_not_taught(tiny_model: ElasticLM) -> None:
+    """A member's loss moves only the member's weights: here the layers that the exit does not run."""
+    late = "model.layers.3.mlp.up_proj.weight"
+    batch = make_batch()
+    alone = gradients(tiny_model, [batch], StepPlan(full=True, exits=(), turns=()))
+    joint = gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), turns=()))
+    assert torch.equal(alone[late], joint[late])
+    early = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(alone[early], joint[early])
+
+
+def test_terms_are_weighted_sums_over_the_valid_tokens_of_the_step(tiny_model: ElasticLM) -> None:
+    """A member on every row: its term is the plain mean of its per-token loss over valid tokens."""
+    batch = make_batch()
+    plan = StepPlan(full=True, exits=("D",), turns=(Turn("S", range(8)), Turn("L", range(3), 8 / 3)))
+    losses = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=3).terms
+    labels_N, valid_N = batch.labels_BT.flatten(), batch.labels_BT.flatten() != -100
+    target_NV = tiny_model(batch.tokens_BT).flatten(0, 1)
+    assert torch.allclose(losses["XL"], cross_entropy(target_NV, labels_N)[valid_N].mean())
+    for name in ("S", "D"):
+        draft_NV = tiny_model(batch.tokens_BT, MEMBERS[name]).flatten(0, 1)
+        value_N = member_loss(draft_NV, labels_N, target_NV, RAMPED, batch.step)
+        torch.testing.assert_close(losses[name], value_N[valid_N].mean())
+    rows_NV = tiny_model(batch.tokens_BT[:3], MEMBERS["L"]).flatten(0, 1)
+    value_N = member_loss(rows_NV, batch.labels_BT[:3].flatten(), target_NV[: len(rows_NV)], RAMPED, 5)
+    torch.testing.assert_close(losses["L"], value_N.sum() * (8 / 3) / batch.num_valid)
+
+
+def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -> None:
+    batch = make_batch()
+    own = gradients(tiny_model, [batch], StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),)))
+    shared = gradients(
+        tiny_model, [batch], StepPlan(full=False, exits=(), turns=(Turn("S", range(8), shift=1),))
+    )
+    assert not torch.allclose(
+        own["model.layers.2.mlp.up_proj.weight"], shared["model.layers.2.mlp.up_proj.weight"]
+    )
+    # With blocks as long as the text nothing is read from the full pass, and both are one.
+    plan = StepPlan(full=False, exits=(), turns=(Turn("S", range(8), shift=0),))
+    tiny_model.zero_grad()
+    loss = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=99).terms["S"]
+    plain = joint_loss(
+        tiny_model,
+        MEMBERS,
+        batch,
+        StepPlan(full=False, exits=(), turns=(Turn("S", range(8)),)),
+        RAMPED,
+        block=3,
+    ).terms["S"]
+    torch.testing.assert_close(loss, plain)
+
+
+def test_recording_keeps_the_rows_of_its_turn(tiny_model: ElasticLM) -> None:
+    batch = make_batch()
+    recording = Recording()
+    tiny_model(batch.tokens_BT, FULL, recording)
+    part = recording.rows(slice(2, 5))
+    assert torch.equal(part.layers[1][0], recording.layers[1][0][2:5])
+
+
+@pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_processes_share_the_gradient_of_a_step_and_all_run_the_same_members(
+    tiny_model: ElasticLM, kind: Any, processes: int
+) -> None:
+    plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
+    batch = make_batch()
+    plan = plan_step(plans, SamplerConfig(kind=kind, share=0.5), seed=0, step=5, num_rows=8)
+    parts = share(batch, processes)
+
+    assert_same(gradients(tiny_model, parts, plan), gradients(tiny_model, [batch], plan))
+    names = [list(joint_loss(tiny_model, MEMBERS, part, plan, RAMPED, block=3).terms) for part in parts]
+    assert all(one == names[0] for one in names), "FSDP's processes would wait for each other for ever"

@@ -1,0 +1,263 @@
+"""What `nestling bench` compares: a model in each dtype, or a random one; prompts; the cells of its table."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from models.base.errors import NestlingError, UsageError
+from models.base.processor import busy_now, free_memory_bytes
+from models.bench import llama
+from models.bench.contenders import Cell, DraftChoice, Target, make_cells
+from models.bench.random_models import (
+    SHAPES,
+    RandomModel,
+    check_exit,
+    check_memory,
+    random_model,
+    random_prompts,
+)
+from models.checkpoint.folder import ModelFolder, save_model
+from models.decode.engine.draft import renewed
+from models.decode.engine.lookup import LookupDraft
+from models.decode.engine.policy import Policy
+from models.decode.open import open_for_decoding
+from models.decode.prompts import (
+    HEADINGS,
+    PROMPT_TOKENS,
+    beginnings,
+    check_room,
+    encode_prompts,
+    read_prompts,
+)
+from models.decode.sampling.params import SamplingParams
+from models.decode.tune.resolve import (
+    AUTO,
+    DEFAULT_GAMMA,
+    DEFAULT_VERIFIER,
+    LOOKUP,
+    Drafting,
+    choose_drafting,
+    make_policy,
+)
+from models.elastic.count import count_parameters
+from models.elastic.granularity import Granularity
+from models.machine.card import machine_card, resolve_dtype
+from models.packed.quantize import INT8, split_precision
+from train.data.corpus import open_corpus
+
+DEFAULT_EXIT = "layers=0-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asked for, whatever the model."""
+
+    drafts: Sequence[str]
+    gamma: int | Literal["auto"] | None
+    num_prompts: int
+    max_new_tokens: int
+    laws: Sequence[SamplingParams]
+    dtypes: Sequence[str]
+    compiled: bool
+    engines: Collection[str]
+    """Beside ours."""
+    scratch: Path
+    """A folder for extractions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """All that is settled before the clock starts."""
+
+    targets: Sequence[Target]
+    prompt_ids: Sequence[Sequence[int]]
+    cells: Sequence[Cell]
+    notes: list[str]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the results that say what was decoded."""
+
+
+def folder_contest(model: Path, options: Options, *, prompts: Path | None, data: str | None) -> Contest:
+    """A model folder in each dtype, over prompts from the file `prompts`, from `data`, or our own.
+
+    Raises:
+        UsageError: for a dtype or draft that is none, if there is no model or no `data`, or if a
+            continuation does not fit into the context.
+        NestlingError: if the folder has no tokenizer or cannot be opened, or a file holds no prompt.
+    """
+    targets = _open_targets(model, options)
+    prompt_ids = _open_prompts(targets[0].folder, prompts, data, options)
+    about = {"model": str(model), "prompts": str(prompts or data or "headings"), "random": None}
+    return _contest(targets, prompt_ids, options, about)
+
+
+def random_contest(
+    size: str, alpha: float, options: Options, *, progress: Callable[[], None] | None = None
+) -> Contest:
+    """A random model of a published shape, whose exit drafts with acceptance `alpha`.
+
+    Raises:
+        UsageError: if there is no such shape, the draft is no exit, memory is short, or more than one
+            dtype, temperature or draft was asked for.
+    """
+    config = SHAPES.get(size)
+    if config is None:
+        raise UsageError(f"--random {size} is not a size; choose from {', '.join(SHAPES)}")
+    dtype: str = _only("--dtype", options.dtypes)
+    params: SamplingParams = _only("--temperature", options.laws)
+    exit_ = Granularity.parse(split_precision(_only("--draft", options.drafts))[0], {})
+    check_exit(config, exit_)
+    stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, machine_card(), purpose="decoding")
+    check_memory(size, stored, free_memory_bytes())
+    made = random_model(config, exit_, alpha=alpha, params=params, progress=progress)
+    about = {"model": f"random {size}", "prompts": "random tokens", "random": _describe(size, alpha, made)}
+    path = save_model(options.scratch / f"random-{size}", made.model, family={})
+    measured = made.alpha
+    del made  # opened again as any folder is, in its dtype
+    target = _target(*open_for_decoding(path, dtype), options)
+    prompt_ids = random_prompts(config, num_prompts=options.num_prompts, num_tokens=PROMPT_TOKENS)
+    check_room(prompt_ids, max_new_tokens=options.max_new_tokens, context=config.max_position_embeddings)
+    contest = _contest([target], prompt_ids, options, about)
+    note = (
+        f"the weights are random, of the shape {size}, scaled so that {measured:.3f} of the "
+        "drafted tokens are expected to stay: this is about speed at that size, not about a trained model"
+    )
+    return dataclasses.replace(contest, notes=[note, *contest.notes])
+
+
+def _only(flag: str, values: Sequence[Any]) -> Any:
+    if len(values) != 1:
+        raise UsageError(f"--random takes one {flag}, got {len(values)}; the weights are made for it")
+    return values[0]
+
+
+def _describe(size: str, alpha: float, made: RandomModel) -> dict[str, Any]:
+    parameters = count_parameters(made.model.config)
+    measured = {"alpha": made.alpha, "factor": made.factor}
+    return {"size": size, "parameters": parameters, "alpha_asked": alpha, **measured}
+
+
+def _contest(
+    targets: Sequence[Target],
+    prompt_ids: Sequence[Sequence[int]],
+    options: Options,
+    about: Mapping[str, Any],
+) -> Contest:
+    cells: list[Cell] = []
+    notes: list[str] = []
+    num_positions = max(map(len, prompt_ids)) + options.max_new_tokens
+    for target in targets:
+        torch.set_num_threads(target.num_threads)  # the choice of a draft is timed
+        for params in options.laws:
+            chosen = _drafts(target, params, options, notes)
+            cells += make_cells(
+                target,
+                params,
+                chosen,
+                num_positions=num_positions,
+                compiled=options.compiled,
+                engines=options.engines,
+            )
+            if "llama.cpp" in options.engines and not target.runs_in_llama:
+                notes.append(llama.MISSING)
+            if "transformers" not in options.engines:
+                continue
+            if target.dtype == INT8:
+                notes.append(
+                    "int8 is a model of its own: transformers, which would run another, is left out; that of "
+                    "llama.cpp is its Q8_0"
+                )
+                continue
+            notes += [
+                f"{choice.name} has unequal layers, which no stock model holds: transformers has no assistant"
+                for choice in chosen
+                if target.assistant(choice) is None and not isinstance(choice.draft, LookupDraft)
+            ]
+    return Contest(
+        targets=targets,
+        prompt_ids=prompt_ids,
+        cells=cells,
+        notes=list(dict.fromkeys(notes)),
+        about=about,
+    )
+
+
+def _open_targets(model: Path, options: Options) -> list[Target]:
+    """The model in each dtype, once, with the threads that `nestling generate` would take for it."""
+    targets: dict[str, Target] = {}
+    for asked in dict.fromkeys(options.dtypes):
+        folder, name = open_for_decoding(model, asked)
+        if folder.tokenizer is None:
+            raise NestlingError(f"{model} has no tokenizer.json; put the one it was trained with there")
+        if name not in targets:
+            targets[name] = _target(folder, name, options)
+    return list(targets.values())
+
+
+def _target(folder: ModelFolder, dtype: str, options: Options) -> Target:
+    return Target(
+        folder,
+        dtype=dtype,
+        num_threads=torch.get_num_threads(),
+        # Threads wait for each other where others are busy: nothing can be told then, and all take as many.
+        most_threads=torch.get_num_threads() if busy_now() else machine_card().cores,
+        scratch=options.scratch,
+    )
+
+
+def _open_prompts(
+    folder: ModelFolder, prompts: Path | None, data: str | None, options: Options
+) -> list[list[int]]:
+    assert folder.tokenizer is not None
+    num_prompts = options.num_prompts
+    if data:
+        ids = beginnings(open_corpus(data, key="--data").documents(), folder.tokenizer, num_prompts)
+    else:
+        texts = read_prompts(prompts, num_prompts) if prompts else HEADINGS[:num_prompts]
+        ids = encode_prompts(texts, folder.tokenizer)
+    context = folder.model.config.max_position_embeddings
+    check_room(ids, max_new_tokens=options.max_new_tokens, context=context)
+    return ids
+
+
+def _drafts(target: Target, params: SamplingParams, options: Options, notes: list[str]) -> list[DraftChoice]:
+    chosen = []
+    adapts = options.gamma == AUTO
+    number = options.gamma if isinstance(options.gamma, int) else None
+    for text in dict.fromkeys(options.drafts):
+        drafting = choose_drafting(
+            target.folder, text, number, params, dtype=target.dtype, verifier=DEFAULT_VERIFIER
+        )
+        copies = adapts and text == AUTO  # as in `nestling generate`
+        if drafting.note:
+            about = f"--draft {text} ({target.dtype}, T={params.temperature:g})"
+            notes.append(f"{about} is {drafting.name}{' or lookup' * copies}: {drafting.note}")
+        new_controller = partial(_controller, target, drafting, params, copies=copies) if adapts else None
+        if drafting.draft is not None:
+            chosen.append(
+                DraftChoice(
+                    name=drafting.name,
+                    draft=drafting.draft,
+                    gamma=drafting.gamma,
+                    new_controller=new_controller,
+                )
+            )
+        elif copies:
+            chosen.append(
+                DraftChoice(
+                    name=LOOKUP, draft=LookupDraft(), gamma=DEFAULT_GAMMA, new_controller=new_controller
+                )
+            )
+    return chosen
+
+
+def _controller(target: Target, drafting: Drafting, params: SamplingParams, *, copies: bool) -> Policy:
+    """Of one prompt, which no draft may know from before."""
+    renew = None if drafting.draft is None else renewed(drafting.draft)
+    drafting = dataclasses.replace(drafting, draft=renew)
+    return make_policy(target.folder, drafting, params, adapts=True, copies=copies)

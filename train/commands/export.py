@@ -1,0 +1,137 @@
+"""Cut a member out and prove it.
+
+A stock folder is equal in transformers to the member in place, a GGUF file is equal when it is read back.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from models.base.errors import NestlingError, UsageError
+from models.base.files import finite, naming, write_file
+from models.checkpoint.extract import Parity, cut, extract, provenance, verify_extraction
+from models.checkpoint.folder import ModelFolder
+from models.checkpoint.gguf import OURS, check_gguf, holds, is_ours, write_gguf
+from models.checkpoint.gguf_tokenizer import differs_on, read_chat_template, tokenizer_keys
+from models.checkpoint.weights import count_tensors, dtype_name
+from models.elastic.count import count_parameters
+from models.elastic.granularity import Granularity
+
+NUM_NEW_TOKENS = 32
+_STORED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufFile:
+    """A GGUF file that was written and read back.
+
+    Args:
+        dtype: of its matrices.
+        parameters: how many numbers its tensors hold.
+        bytes: of the file.
+        tensors: how many were compared, bit for bit.
+        pre: llama.cpp's name of the pattern that cuts words.
+    """
+
+    dtype: str
+    parameters: int
+    bytes: int
+    tensors: int
+    pre: str
+
+
+def extract_and_prove(folder: ModelFolder, granularity: Granularity, out: Path, console: Console) -> Parity:
+    """Write the member to `out`, open it in transformers, compare, and say how it went.
+
+    Raises:
+        UsageError: if the granularity does not fit, its layers differ, or `out` cannot be replaced.
+        NestlingError: if the disk refuses, or the two differ, which is a bug of ours.
+    """
+    extract(folder, granularity, out)
+    config = folder.model.config
+    num_new_tokens = min(NUM_NEW_TOKENS, config.max_position_embeddings // 2)
+    with console.status("comparing it with stock transformers"):
+        parity = verify_extraction(folder, granularity, out, num_new_tokens=num_new_tokens)
+    if not parity.holds:
+        raise NestlingError(
+            f"{out} differs from the member in place (greedy ids equal: {parity.ids_equal}, logits "
+            f"differ by {parity.difference:.1e} of the largest); do not use it, and please report this"
+        )
+    parameters, full = count_parameters(config, granularity), count_parameters(config)
+    console.print(f"{out}: {granularity}, {parameters:,} of {full:,} parameters", markup=False)
+    console.print(
+        f"equal in stock transformers: {parity.num_tokens} greedy tokens identical, "
+        f"logits differ by {parity.difference:.1g} of the largest"
+    )
+    return parity
+
+
+def extract_gguf(
+    folder: ModelFolder, granularity: Granularity, out: Path, console: Console, *, dtype: str | None = None
+) -> GgufFile:
+    """Write the member and its tokenizer as one file of llama.cpp, read it back, and say what it holds.
+
+    Args:
+        folder: the family, with its tokenizer.
+        granularity: the member; its layers must be equal.
+        out: the file; it may replace one that was written here, and nothing else.
+        console: where to say it.
+        dtype: of the matrices, a key of `models.checkpoint.gguf.DTYPES`; None keeps the one on disk.
+
+    Raises:
+        UsageError: if the granularity or the dtype does not fit, or `out` cannot be replaced.
+        NestlingError: if llama.cpp would cut text into other tokens, the disk refuses, or the file reads
+            back otherwise.
+    """
+    check_file_replaceable(out)
+    model = cut(folder, granularity)
+    dtype = dtype or _STORED[dtype_name(model)]
+    if not holds(model.config, dtype):
+        raise UsageError(
+            f"--dtype {dtype} packs 32 numbers at a time, and a width of {granularity} is no multiple of 32; "
+            "choose fp16 or another granularity"
+        )
+    if folder.tokenizer is None:
+        raise NestlingError(f"{folder.path} has no tokenizer.json, which a GGUF file holds; add it")
+    template = read_chat_template(folder.path)
+    with naming(folder.path):
+        tokenizer = tokenizer_keys(folder.tokenizer, model.config, chat_template=template)
+    parameters = count_tensors(model)
+    metadata = {
+        "general.name": out.stem,
+        OURS: str(granularity),
+        "nestling.provenance": json.dumps(finite(provenance(folder, granularity, parameters))),
+        **tokenizer,
+    }
+    with console.status("writing the file and reading it back"), write_file(out) as partial:
+        write_gguf(model, partial, dtype=dtype, metadata=metadata)
+        tensors = check_gguf(model, partial, dtype=dtype, metadata=metadata)
+    written = GgufFile(
+        dtype=dtype,
+        parameters=parameters,
+        bytes=out.stat().st_size,
+        tensors=tensors,
+        pre=tokenizer["tokenizer.ggml.pre"],
+    )
+    full = count_parameters(folder.model.config)
+    console.print(
+        f"{out}: {granularity}, {parameters:,} of {full:,} parameters in {dtype}, {written.bytes:,} bytes",
+        markup=False,
+    )
+    console.print(f"read back equal: {tensors} tensors, {model.config.vocab_size:,} tokens")
+    if (texts := differs_on(folder.tokenizer)) is not None:
+        console.print(f"llama.cpp does not normalise: {texts} has other tokens there")
+    return written
+
+
+def check_file_replaceable(out: Path) -> None:
+    """Raise UsageError unless `out` is free, or a GGUF file that was written here."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; give the name of a file, such as {out / 'model.gguf'}")
+    if out.exists() and not is_ours(out):
+        raise UsageError(f"--out {out} exists and is not ours to replace; choose another place")
+    ancestor = next(parent for parent in out.absolute().parents if parent.exists())
+    if not ancestor.is_dir():
+        raise UsageError(f"--out {out} cannot be: {ancestor} is not a folder; choose another place")

@@ -1,0 +1,256 @@
+"""Divergences from the target's law p to the draft's law q, per token.
+
+Each is a pure function of logits and gives one value per token, in fp32 and in nats, without a
+reduction. Law 6: it is 0 at p = q, never negative, and finite, with finite gradients, where logits are
+-inf on either side. A row needs at least one finite logit; a probability below `TINY` counts as `TINY`
+where its logarithm is taken, which caps a KL at about 87 nats.
+
+Temperature divides both sides' logits. No value is multiplied by its square: that factor restores the
+gradient's scale for KL alone (https://arxiv.org/abs/1503.02531, section 2) and would be wrong for total
+variation. Nothing is detached here: a caller who trains only q detaches p.
+
+Legend: N tokens, V vocabulary, p target, q draft.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.kernels.calls import training_dtype
+from models.kernels.pack import TYPES
+from models.kernels.train_losses import overlap
+
+TINY = torch.finfo(torch.float32).tiny
+LOG_TINY = math.log(TINY)
+
+Divergence = Callable[..., Tensor]
+"""`(target_logits_NV, draft_logits_NV, temperature=1.0, **its own settings) -> value_N`."""
+
+
+def forward_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p, q), nats: what distillation usually minimises; q must cover all of p.
+
+    >>> p, q = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]])
+    >>> forward_kl(p, p), forward_kl(q, p)
+    (tensor([0.]), tensor([0.6931]))
+    """
+    return _kl(_log_law(target_logits_NV, temperature), _log_law(draft_logits_NV, temperature))
+
+
+def reverse_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(q, p), nats: q may leave parts of p out (MiniLLM, https://arxiv.org/abs/2306.08543)."""
+    return forward_kl(draft_logits_NV, target_logits_NV, temperature)
+
+
+def jensen_shannon(
+    target_logits_NV: Tensor,
+    draft_logits_NV: Tensor,
+    temperature: float = 1.0,
+    *,
+    beta: float = 0.5,
+) -> Tensor:
+    """`beta KL(p, m) + (1 - beta) KL(q, m)` with `m = beta p + (1 - beta) q`, nats.
+
+    Generalised Jensen-Shannon of GKD (https://arxiv.org/abs/2306.13649, eq. 1), 0 < beta < 1. Divided by
+    beta it tends to the forward KL as beta tends to 0; divided by 1 - beta, to the reverse KL as it
+    tends to 1.
+
+    >>> p, q = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])
+    >>> jensen_shannon(p, q)  # log 2: laws that share nothing
+    tensor([0.6931])
+    """
+    log_p_NV = _log_law(target_logits_NV, temperature)
+    log_q_NV = _log_law(draft_logits_NV, temperature)
+    to_p_N = _kl_to_mixture(log_p_NV, log_q_NV, share=beta)
+    return beta * to_p_N + (1 - beta) * _kl_to_mixture(log_q_NV, log_p_NV, share=1 - beta)
+
+
+def skew_kl(
+    target_logits_NV: Tensor,
+    draft_logits_NV: Tensor,
+    temperature: float = 1.0,
+    *,
+    skew: float = 0.1,
+) -> Tensor:
+    """`KL(p, skew p + (1 - skew) q)`, nats, at most -log skew (DistiLLM, https://arxiv.org/abs/2402.03898).
+
+    A skew of 0 is the forward KL; towards 1 it vanishes.
+
+    >>> p, q = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])
+    >>> skew_kl(p, q, skew=0.1)
+    tensor([2.3026])
+    """
+    log_p_NV = _log_law(target_logits_NV, temperature)
+    log_q_NV = _log_law(draft_logits_NV, temperature)
+    return _kl_to_mixture(log_p_NV, log_q_NV, share=skew)
+
+
+def total_variation(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Half the sum of |p - q|, between 0 and 1: the chance that a drafted token is refused, 1 - alpha.
+
+    >>> total_variation(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
+    tensor([0.5000])
+    """
+    p_NV, q_NV = _law(target_logits_NV, temperature), _law(draft_logits_NV, temperature)
+    return _variation(p_NV, q_NV)
+
+
+def neg_log_alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """-log of the acceptance alpha = sum of min(p, q), nats (LK losses, https://arxiv.org/abs/2602.23881).
+
+    Its gradient is total variation's divided by alpha: a draft that is rarely accepted still learns.
+
+    >>> neg_log_alpha(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
+    tensor([0.6931])
+    """
+    overlap_N = _overlap(target_logits_NV, draft_logits_NV, temperature)
+    return 0.0 - overlap_N.clamp_min(TINY).log()  # a plain minus would give -0.0 at p = q
+
+
+def kl_tv(
+    target_logits_NV: Tensor,
+    draft_logits_NV: Tensor,
+    temperature: float = 1.0,
+    *,
+    eta: float = 3.0,
+) -> Tensor:
+    """`lambda KL(p, q) + (1 - lambda) TV(p, q)` with `lambda = exp(-eta alpha)`, alpha held constant.
+
+    The adaptive hybrid of LK losses (https://arxiv.org/abs/2602.23881; eta = 3 is the paper's best): KL while
+    the draft is far, total variation once it is near. The paper takes alpha as a mean over the batch;
+    here each token has its own, so that a token's loss does not depend on its companions and gradients
+    stay equal under any accumulation. An eta of 0 is the forward KL, a large one total variation.
+
+    >>> p, q = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    >>> torch.equal(kl_tv(p, q, eta=0.0), forward_kl(p, q))
+    True
+    """
+    log_p_NV = _log_law(target_logits_NV, temperature)
+    log_q_NV = _log_law(draft_logits_NV, temperature)
+    variation_N = _variation(log_p_NV.exp(), log_q_NV.exp())
+    share_N = torch.exp(-eta * (1 - variation_N.detach()))
+    return share_N * _kl(log_p_NV, log_q_NV) + (1 - share_N) * variation_N
+
+
+DIVERGENCES: Mapping[str, Divergence] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "total_variation": total_variation,
+    "skew_kl": skew_kl,
+    "neg_log_alpha": neg_log_alpha,
+    "kl_tv": kl_tv,
+}
+
+SETTINGS: Mapping[str, str] = {"jensen_shannon": "beta", "skew_kl": "skew", "kl_tv": "eta"}
+"""The divergences with a setting of their own, and its name."""
+
+
+@torch.no_grad()
+def alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Expected acceptance of one drafted token, sum of min(p, q), in [0, 1]; for measuring.
+
+    >>> alpha(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
+    tensor([0.5000])
+    """
+    return _overlap(target_logits_NV, draft_logits_NV, temperature)
+
+
+@torch.no_grad()
+def greedy_match(target_logits_NV: Tensor, draft_logits_NV: Tensor) -> Tensor:
+    """Whether both sides' most likely token is the same, bool; for measuring.
+
+    >>> greedy_match(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[2.0, 3.0], [2.0, 3.0]]))
+    tensor([ True, False])
+    """
+    return target_logits_NV.argmax(-1) == draft_logits_NV.argmax(-1)
+
+
+def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p, q); with both logarithms capped, 0 * inf and inf - inf cannot arise, nor in the gradient."""
+    gap_NV = log_p_NV.clamp_min(LOG_TINY) - log_q_NV.clamp_min(LOG_TINY)
+    return (log_p_NV.exp() * gap_NV).sum(-1).clamp_min(0.0)  # rounding can reach below 0
+
+
+def _kl_to_mixture(log_p_NV: Tensor, log_q_NV: Tensor, share: float) -> Tensor:
+    """KL(p, share p + (1 - share) q), from log(m / p) = log(1 + (1 - share) (q / p - 1)).
+
+    Written so it is exactly 0 at p = q, and q / p stays below the largest fp32 number.
+    """
+    if share == 0:
+        return _kl(log_p_NV, log_q_NV)
+    gap_NV = log_q_NV.clamp_min(LOG_TINY) - log_p_NV.clamp_min(LOG_TINY)
+    # rounding must not bring the argument to -1, where a tiny share would be lost altogether
+    excess_NV = ((1 - share) * torch.expm1(gap_NV)).clamp_min(-1 + torch.finfo(torch.float32).eps)
+    return -(log_p_NV.exp() * torch.log1p(excess_NV)).sum(-1).clamp_max(0.0)
+
+
+def _variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    return 0.5 * (p_NV - q_NV).abs().sum(-1)
+
+
+def _overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+    draft_alone = not target_logits_NV.requires_grad and target_logits_NV.dtype in TYPES
+    if draft_alone and training_dtype(draft_logits_NV) is not None:
+        return overlap(target_logits_NV, draft_logits_NV, temperature)
+    overlap_N: Tensor = _Overlap.apply(target_logits_NV, draft_logits_NV, temperature)  # type: ignore[no-untyped-call]
+    return overlap_N
+
+
+class _Overlap(torch.autograd.Function):
+    """Sum of min(p, q), with its backward pass written out: autograd's takes several times as long on a CPU.
+
+    `q_j ([q_j < p_j] - sum of q where q < p)` for a logit of q, and the same with p and q exchanged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+        p_NV, q_NV = _law(target_logits_NV, temperature), _law(draft_logits_NV, temperature)
+        ctx.save_for_backward(p_NV, q_NV)
+        ctx.temperature, ctx.dtypes = temperature, (target_logits_NV.dtype, draft_logits_NV.dtype)
+        # Over the sum of p, which is 1 but for rounding, so that it is 1 at p = q.
+        return torch.minimum(p_NV, q_NV).sum(-1) / p_NV.sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        p_NV, q_NV = ctx.saved_tensors
+        scale_N1 = grad_N.unsqueeze(-1) / ctx.temperature
+        sides = zip((p_NV, q_NV), (q_NV, p_NV), ctx.needs_input_grad, ctx.dtypes, strict=False)
+        to_p, to_q = (
+            _overlap_gradient(own_NV, other_NV, scale_N1).to(dtype) if wanted else None
+            for own_NV, other_NV, wanted, dtype in sides
+        )
+        return to_p, to_q, None
+
+
+def _overlap_gradient(own_NV: Tensor, other_NV: Tensor, scale_N1: Tensor) -> Tensor:
+    is_smaller_NV = torch.lt(own_NV, other_NV, out=torch.empty_like(own_NV))  # a bool is slow to multiply
+    smaller_NV = is_smaller_NV.mul_(own_NV)
+    return smaller_NV.addcmul_(own_NV, smaller_NV.sum(-1, keepdim=True), value=-1).mul_(scale_N1)
+
+
+def _law(logits_NV: Tensor, temperature: float) -> Tensor:
+    dtype = at_least_fp32(logits_NV.dtype)
+    if temperature == 1:
+        return logits_NV.softmax(-1, dtype=dtype)  # which reads half precision as it is
+    return _tempered(logits_NV, temperature).softmax(-1)
+
+
+def _log_law(logits_NV: Tensor, temperature: float) -> Tensor:
+    return _tempered(logits_NV, temperature).log_softmax(-1)
+
+
+def _tempered(logits_NV: Tensor, temperature: float) -> Tensor:
+    assert temperature > 0, temperature
+    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
+    return logits_NV if temperature == 1 else logits_NV / temperature
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: half precision is raised to fp32."""
+    return torch.promote_types(dtype, torch.float32)

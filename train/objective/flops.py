@@ -1,0 +1,51 @@
+"""Operations of an optimizer step, counted over the sampler's own plans."""
+
+import statistics
+
+from models.elastic.config import ElasticConfig
+from models.elastic.count import count_flops
+from train.objective.sampler import StepPlan, plan_step
+from train.recipe.recipe import FULL_NAME, Recipe
+
+# A random sampler's plans differ from step to step.
+NUM_PLANS = 64
+
+
+def first_plans(recipe: Recipe, config: ElasticConfig) -> list[StepPlan]:
+    """What the sampler does in the first steps."""
+    members = {name: one.resolve(config) for name, one in recipe.granularities.items()}
+    num_rows = recipe.trainer.rows_per_step
+    return [
+        plan_step(members, recipe.sampler, seed=recipe.seed, step=step, num_rows=num_rows)
+        for step in range(NUM_PLANS)
+    ]
+
+
+def count_step_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticConfig | None = None) -> float:
+    """Operations of a step, forward and backward, members and teacher included: the mean over the plans."""
+    own = statistics.fmean(_plan_flops(plan, recipe, config) for plan in first_plans(recipe, config))
+    return own + count_teacher_flops(recipe, config, teacher)
+
+
+def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticConfig | None) -> float:
+    """Operations of a frozen teacher's forward passes in a step: on all rows where the full model trains."""
+    if teacher is None:
+        return 0.0
+    taught = statistics.fmean(plan.full for plan in first_plans(recipe, config))
+    num_tokens = recipe.data.sequence_length
+    return taught * recipe.trainer.rows_per_step * count_flops(teacher, num_tokens=num_tokens)
+
+
+def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:
+    """A pass that is trained costs three, one that only teaches a single one."""
+    members, length = recipe.granularities, recipe.data.sequence_length
+    num_rows = recipe.trainer.rows_per_step
+
+    def forward(name: str) -> int:
+        return count_flops(config, members[name], num_tokens=length)
+
+    # An exit costs the vocabulary head; the pass under it is the full model's own.
+    head = 2 * config.hidden_size * config.vocab_size * length
+    full = num_rows * forward(FULL_NAME) * (3 if plan.full else 1)
+    exits = 3 * num_rows * head * len(plan.exits) // plan.exit_every
+    return full + exits + sum(3 * len(turn.rows) * forward(turn.name) for turn in plan.turns)

@@ -1,0 +1,115 @@
+"""What a member is trained on: cross-entropy that ramps to a divergence from its teacher, the full model.
+
+One value per token, in fp32 and in nats, without a reduction: the caller sums and divides once by the
+global number of valid tokens, so that the gradient is the same under any accumulation.
+
+Legend: N tokens, V vocabulary.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.kernels.calls import training_dtype
+from models.kernels.train_losses import cross_entropy as compiled_cross_entropy
+from train.objective.divergences import DIVERGENCES, SETTINGS, alpha, at_least_fp32, greedy_match
+from train.recipe.recipe import LossConfig
+
+__all__ = [
+    "DIVERGENCES",
+    "IGNORE",
+    "alpha",
+    "cross_entropy",
+    "divergence",
+    "fade",
+    "greedy_match",
+    "member_loss",
+    "ramp",
+]
+
+IGNORE = -100
+"""The label of a position that carries no loss (Hugging Face's and PyTorch's convention)."""
+
+
+def member_loss(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    target_logits_NV: Tensor,
+    config: LossConfig,
+    step: int,
+) -> Tensor:
+    """The loss of a model that has a teacher: cross-entropy that ramps to the divergence.
+
+    A member's teacher is the full model; that of the full model, if it has one, is another model.
+
+    `(1 - r) * cross_entropy + r * weight * divergence`, with `r = ramp(step, config)`. Distillation
+    from the first step on would drag the weights that the full model shares. A part with no share is
+    not computed.
+
+    Args:
+        logits_NV: the learner's.
+        labels_N: next tokens; `IGNORE` gives 0, for the divergence too.
+        target_logits_NV: the teacher's, detached by the caller.
+        config: the recipe's `loss` section.
+        step: the absolute optimizer step, from 0.
+    """
+    share = ramp(step, config)
+    loss_N = logits_NV.new_zeros(len(labels_N), dtype=at_least_fp32(logits_NV.dtype))
+    if share < 1:
+        loss_N = loss_N + (1 - share) * cross_entropy(logits_NV, labels_N)
+    if share > 0:
+        divergence_N = divergence(target_logits_NV, logits_NV, config)
+        loss_N = loss_N + share * config.weight * divergence_N
+    return loss_N.masked_fill(labels_N == IGNORE, 0.0)
+
+
+def ramp(step: int, config: LossConfig) -> float:
+    """Share of the divergence at a step: 0 up to `ramp_start`, 1 from `ramp_steps` later on.
+
+    Always 0 for a member that learns from the text alone.
+
+    >>> [ramp(step, LossConfig(ramp_start=10, ramp_steps=4)) for step in (0, 10, 11, 14, 99)]
+    [0.0, 0.0, 0.25, 1.0, 1.0]
+    >>> [ramp(step, LossConfig(ramp_start=10, ramp_steps=0)) for step in (9, 10)]
+    [0.0, 1.0]
+    """
+    if config.divergence == "cross_entropy":
+        return 0.0
+    if config.ramp_steps == 0:
+        return float(step >= config.ramp_start)
+    return min(1.0, max(0.0, (step - config.ramp_start) / config.ramp_steps))
+
+
+def fade(step: int, config: LossConfig, num_steps: int) -> float:
+    """What is left of the members' weight at a step of so many.
+
+    While the learning rate falls to its end the weights settle where the losses then pull them: so the
+    full model comes close to where it would be alone, and the members, close by, lose little.
+
+    >>> config = LossConfig(fade_from=0.5, fade_to=0.2)
+    >>> [round(fade(step, config, 100), 2) for step in (0, 50, 75, 99)]
+    [1.0, 1.0, 0.6, 0.22]
+    """
+    begin = config.fade_from * num_steps
+    if step <= begin:
+        return 1.0
+    return 1.0 - (1.0 - config.fade_to) * (step - begin) / (num_steps - begin)
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Negative log-likelihood of each label, in nats; 0 where the label is `IGNORE`.
+
+    >>> import torch
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
+    tensor([1.3863, 0.0000])
+    """
+    if training_dtype(logits_NV) is not None:
+        return compiled_cross_entropy(logits_NV, labels_N)
+    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
+    return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE)
+
+
+def divergence(target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossConfig) -> Tensor:
+    """The divergence that a recipe names, with its temperature and its own setting; value_N."""
+    name = config.divergence
+    own = {SETTINGS[name]: getattr(config, SETTINGS[name])} if name in SETTINGS else {}
+    return DIVERGENCES[name](target_logits_NV, draft_logits_NV, config.temperature, **own)

@@ -1,0 +1,161 @@
+"""Which members train on which rows of a step: a pure function of (seed, step).
+
+    rows      one full pass; exits train from its states at one position of a few, the other members
+              divide a share of the rows among themselves
+    all       every member on every row, the sum of losses (MatFormer, 2310.07707, section 3.2)
+    random    one member a step, drawn with given probabilities
+    sandwich  the full model, the smallest member and some random ones (https://arxiv.org/abs/1903.05134)
+
+Rows and positions are counted over the whole optimizer step, so that splitting it into micro-batches or
+over processes changes nothing. An exit is a member that is a prefix of the layers at full width.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from models.elastic.granularity import Plan
+from train.recipe.recipe import SamplerConfig
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One member's part of a step.
+
+    Args:
+        name: the member.
+        rows: the rows of the step that it trains on.
+        weight: factor of its summed loss.
+        shift: None to read its own keys and values; else it trains on the shared cache, in blocks
+            whose first one is this many positions short.
+    """
+
+    name: str
+    rows: range
+    weight: float = 1.0
+    shift: int | None = None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one optimizer step trains.
+
+    Args:
+        full: whether the full model's own loss is trained.
+        exits: members that train from the full pass's states.
+        turns: members that run a pass of their own.
+        exit_every: exits train at one position of so many in every row; it divides the row.
+        exit_offset: the first of these positions.
+        exit_weight: factor of an exit's summed loss.
+    """
+
+    full: bool
+    exits: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    exit_every: int = 1
+    exit_offset: int = 0
+    exit_weight: float = 1.0
+
+
+def plan_step(
+    members: Mapping[str, Plan],
+    config: SamplerConfig,
+    *,
+    seed: int,
+    step: int,
+    num_rows: int,
+    weight: float = 1.0,
+) -> StepPlan:
+    """Plan a step for the members (the full model among them), whose losses but its have a common weight.
+
+    >>> from models.elastic.config import ElasticConfig
+    >>> from models.elastic.granularity import Granularity
+    >>> shape = ElasticConfig(
+    ...     vocab_size=8,
+    ...     hidden_size=16,
+    ...     intermediate_size=32,
+    ...     num_hidden_layers=4,
+    ...     num_attention_heads=4,
+    ...     num_key_value_heads=2,
+    ... )
+    >>> texts = {"S": "ffn=0.25", "D": "layers=0-1", "XL": "full"}
+    >>> plans = {name: Granularity.parse(text).resolve(shape) for name, text in texts.items()}
+    >>> config = SamplerConfig(kind="rows", share=0.5, reweight=0.5, shared_cache=0.0, exit_every=4)
+    >>> plan = plan_step(plans, config, seed=0, step=0, num_rows=8)
+    >>> plan.turns
+    (Turn(name='S', rows=range(0, 4), weight=1.4142135623730951, shift=None),)
+    >>> plan.exits, plan.exit_every, plan.exit_weight
+    (('D',), 4, 2.0)
+    """
+    rng = random.Random(f"members {seed} {step}")
+    full = next(name for name, plan in members.items() if plan.is_full)
+    others = [name for name, plan in members.items() if not plan.is_full]
+    everyone = range(num_rows)
+    if config.kind == "random":
+        names = [*others, full]
+        weights = [(config.probabilities or {}).get(name, 0.0) for name in names]
+        chosen = rng.choices(names, weights if any(weights) else None)[0]
+        if chosen == full:
+            return StepPlan(full=True, exits=(), turns=())
+        return StepPlan(full=False, exits=(), turns=(_turn(chosen, everyone, num_rows, config, rng, weight),))
+    if config.kind == "sandwich":
+        others.sort(key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
+        picked = rng.sample(others[1:], min(config.num_random, len(others[1:])))
+        others = others[:1] + picked
+    exits = tuple(name for name in others if members[name].is_layer_prefix)
+    narrow = [name for name in others if name not in exits]
+    shares = dict.fromkeys(narrow, everyone)
+    if config.kind == "rows":
+        size = min(config.rows_per_turn, num_rows)
+        takers = _whose_turn(narrow, config.share * num_rows / size, seed, step)
+        shares = _divide(takers, size, num_rows)
+    turns = tuple(_turn(name, rows, num_rows, config, rng, weight) for name, rows in shares.items())
+    every = config.exit_every if config.kind == "rows" else 1
+    return StepPlan(
+        full=True,
+        exits=exits,
+        turns=turns,
+        exit_every=every,
+        exit_offset=rng.randrange(every),
+        exit_weight=weight * every**config.reweight,
+    )
+
+
+def _whose_turn(names: list[str], turns_per_step: float, seed: int, step: int) -> list[str]:
+    """The members whose turn comes in a step, one name for each turn; with less than one a step, often none.
+
+    Of as many turns as there are members each has one, in an order that is drawn anew every time: in a
+    fixed one, every n-th step, which the log tells of, might show the same member for ever.
+    """
+    first, last = (math.floor(count * turns_per_step) for count in (step, step + 1))
+    found = []
+    for number in range(first, last if names else first):
+        cycle, place = divmod(number, len(names))
+        found.append(random.Random(f"turns {seed} {cycle}").sample(names, len(names))[place])
+    return found
+
+
+def _divide(takers: list[str], size: int, num_rows: int) -> dict[str, range]:
+    """Hand out the step's rows, `size` a turn and those of a member side by side."""
+    shares, first = {}, 0
+    for name, count in Counter(takers).items():
+        shares[name] = range(first, min(first + count * size, num_rows))
+        first += count * size
+    return shares
+
+
+def _turn(
+    name: str, rows: range, num_rows: int, config: SamplerConfig, rng: random.Random, weight: float
+) -> Turn:
+    """Weigh a member's rows and draw how it reads.
+
+    The sum over n of N rows has 1/N of a full sum's gradient noise for each row, so a factor of
+    sqrt(N/n) lets every member add as much noise as the full model does; N/n, its mean, would let
+    a member on few rows drown it.
+    """
+    shared = rng.random() < config.shared_cache
+    shift = rng.randrange(config.block)
+    weight *= (num_rows / len(rows)) ** config.reweight
+    return Turn(name, rows, weight, shift if shared else None)

@@ -1,0 +1,62 @@
+"""A progress bar on a terminal; elsewhere one line at every tenth of the run."""
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.run.callbacks.metrics import Metrics
+from train.run.callbacks.step import StepCallback
+from train.run.module import JointModule
+
+
+class ProgressBar(StepCallback):
+    """Shows steps, the full model's loss, tokens per second and the time that remains.
+
+    Args:
+        console: where to write.
+        metrics: read for the latest line.
+        max_steps: steps of the whole run.
+    """
+
+    def __init__(self, console: Console, metrics: Metrics, *, max_steps: int) -> None:
+        super().__init__(every=1)
+        self.console, self.metrics, self.max_steps = console, metrics, max_steps
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self.bar.add_task("training", total=max_steps, status="")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar; a resumed run starts where it left off."""
+        assert isinstance(pl_module, JointModule)
+        self.bar.update(self._task, completed=pl_module.first_step)
+        self.bar.start()
+
+    def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
+        """Advance."""
+        latest = self.metrics.latest
+        loss = next((value for key, value in latest.items() if key.startswith("loss/")), None)
+        status = ""
+        if loss is not None:
+            status = f"loss {loss:.3f} · {latest['tokens_per_second']:,.0f} tokens/s"
+        if latest.get("skipped"):
+            status += f" · {latest['skipped']:.0f} skipped"
+        self.bar.update(self._task, completed=module.step, status=status)
+        tenth = max(1, self.max_steps // 10)
+        if not self.console.is_terminal and module.step % tenth == 0:
+            self.console.print(f"step {module.step}/{self.max_steps} {status}", highlight=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the terminal as it was."""
+        self.bar.stop()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the terminal as it was."""
+        self.bar.stop()

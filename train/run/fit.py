@@ -1,0 +1,272 @@
+"""From a recipe to a trained family on disk: data, model, callbacks, then Lightning's `Trainer.fit`.
+
+The folder of a run, and which of its states it goes on from, is train/run/run_folder.py.
+"""
+
+import contextlib
+import logging
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+
+from models.checkpoint.folder import Member, save_model
+from models.elastic.config import ElasticConfig
+from models.elastic.model import ElasticLM
+from models.machine.card import known_card, machine_card, training_dtype
+from models.machine.provenance import make_card
+from models.measure.consistency import evaluate_family
+from train.data.module import TextData
+from train.objective.flops import count_step_flops
+from train.recipe.recipe import Recipe
+from train.run.callbacks.checkpoint import Checkpoint
+from train.run.callbacks.consistency import Consistency
+from train.run.callbacks.gradients import Gradients
+from train.run.callbacks.metrics import Metrics
+from train.run.callbacks.progress import ProgressBar
+from train.run.callbacks.samples import Samples
+from train.run.callbacks.signals import Signals
+from train.run.callbacks.skip_steps import Stability
+from train.run.distributed import check_agreed, make_fabric, make_strategy, side_by_side
+from train.run.fsdp import whole_model
+from train.run.malloc import keep_freed_memory
+from train.run.metrics import MetricsLog
+from train.run.module import JointModule
+from train.run.run_folder import earlier_state, find_state, open_run
+from train.run.state import TrainingState
+from train.run.teacher import Teacher, check_teacher, open_teacher
+from train.run.tracking import make_loggers
+
+OUR_OWN: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+"""What Lightning's Trainer leaves to us."""
+
+
+def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) -> Path:
+    """Train a family, or go on training it.
+
+    Args:
+        recipe: the resolved recipe.
+        out: the run folder.
+        resume: `auto` goes on from the newest good state, `never` starts anew, a path names a state.
+        console: for progress.
+
+    Returns:
+        The model folder, `out/model`.
+
+    Raises:
+        UsageError: if the recipe, the run folder or the state do not fit together.
+        NestlingError: if data or disk fail, or the run goes astray from every state.
+        SystemExit: 130 or 143 after a signal or `max_time`; the state is saved. 0 in every process but the
+            first, when the training is over: the first alone writes the model and goes on.
+    """
+    _quieten()
+    keep_freed_memory()
+    fabric = make_fabric(recipe.trainer)
+    console = console if fabric.is_global_zero else Console(quiet=True)
+    with Signals(max_seconds=recipe.trainer.max_seconds) as signals:
+        precision = training_precision(recipe.dtype)
+        with console.status("reading the teacher") if recipe.loss.teacher else contextlib.nullcontext():
+            teacher = open_teacher(recipe, precision)
+        state = find_state(recipe, out, resume, console, teacher) if fabric.is_global_zero else None
+        torch.manual_seed(recipe.seed)
+        data = TextData(recipe).prepare(console)
+        exit_code = None
+        with side_by_side(fabric):
+            check_agreed(fabric, "dtype=auto", precision)
+            check_agreed(fabric, "loss.teacher", str(teacher and teacher.record))
+            state = fabric.broadcast(state)
+            module = make_module(recipe, data, state, teacher)
+            if fabric.is_global_zero:
+                open_run(recipe, out, state, teacher, anew=resume == "never")
+            returns: list[int] = []
+            while module.first_step < recipe.trainer.max_steps:
+                exit_code = train(module, data, out, state, signals, fabric, console)
+                if exit_code is not None or not module.guard.diverged:
+                    break
+                if fabric.is_global_zero:
+                    state = earlier_state(module, data, out / "steps", returns, console)
+                state = fabric.broadcast(state)
+                module = make_module(recipe, data, state, teacher)
+        if exit_code is not None:
+            console.print(f"stopped after step {module.step}; the same command goes on from there")
+            raise SystemExit(exit_code)
+        return finish(module, data, out, console, teacher)
+
+
+def _quieten() -> None:
+    # Lightning 2.6 uses what torch 2.13 deprecates; nothing that a user could mend
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def make_config(recipe: Recipe, data: TextData) -> ElasticConfig:
+    """The full model's shape; its vocabulary is the tokenizer's, or as wide as the teacher's."""
+    teacher = check_teacher(recipe)
+    return recipe.elastic_config(teacher.vocab_size if teacher else data.vocab_size, data.eos_token_id)
+
+
+def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
+    """A model with seeded initial weights."""
+    model = ElasticLM(make_config(recipe, data))
+    model.init_weights(torch.Generator().manual_seed(recipe.seed))
+    return model
+
+
+def make_module(
+    recipe: Recipe, data: TextData, state: TrainingState | None, teacher: Teacher | None
+) -> JointModule:
+    """A new model or a state's, and the data from that step on."""
+    model = make_model(recipe, data)
+    if state is not None:
+        state.restore_weights(model)
+        data.first_step, data.offset = state.step, state.data_offset
+    return JointModule(
+        model,
+        recipe.granularities,
+        recipe,
+        first_step=state.step if state else 0,
+        guard=state.guard if state else None,
+        teacher=teacher.model if teacher else None,
+    )
+
+
+def train(
+    module: JointModule,
+    data: TextData,
+    out: Path,
+    state: TrainingState | None,
+    signals: Signals,
+    fabric: Fabric,
+    console: Console,
+) -> int | None:
+    """Run Lightning's Trainer for the steps that remain; the model is whole in the first process after.
+
+    Returns:
+        The exit code, the same in every process, if a signal or `max_time` ended it.
+    """
+    recipe, settings = module.recipe, module.recipe.trainer
+    log = MetricsLog(None)
+    if fabric.is_global_zero:
+        loggers = make_loggers(recipe.tracking, out, module.members, asdict(recipe))
+        log = MetricsLog(out / "metrics.jsonl", loggers, first_step=module.first_step)
+    callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
+    trainer = pl.Trainer(
+        max_steps=settings.max_steps - module.first_step,
+        max_epochs=-1,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=make_strategy(recipe, fabric.world_size),
+        precision="bf16-mixed" if training_precision(recipe.dtype) == "bf16" else "32-true",
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val,
+        callbacks=callbacks,
+        **OUR_OWN,
+        default_root_dir=out,
+    )
+    trainer.fit(module, datamodule=data)
+    log.close()
+    module.model = whole_model(module.model, wanted=fabric.is_global_zero) or module.model
+    return signals.training_ended()
+
+
+def training_precision(dtype: str) -> str:
+    """What `dtype` means on this machine: `auto` follows the measured machine card."""
+    return training_dtype(machine_card()) if dtype == "auto" else dtype
+
+
+def full_speed(recipe: Recipe, config: ElasticConfig) -> float | None:
+    """Tokens per second of one device that does the step's products at the rate that it was measured at.
+
+    None if it was not measured, or while other programs were busy.
+    """
+    card = known_card()
+    if card is None:
+        return None
+    device = card.cpu if recipe.trainer.accelerator == "cpu" else card.device
+    if card.busy and device is card.cpu:
+        return None
+    rate = device.dtypes[training_precision(recipe.dtype)].product_gflops * 1e9
+    tokens = recipe.trainer.rows_per_step * recipe.data.sequence_length
+    return rate * tokens / count_step_flops(recipe, config, check_teacher(recipe))
+
+
+def make_callbacks(
+    module: JointModule,
+    data: TextData,
+    out: Path,
+    log: MetricsLog,
+    state: TrainingState | None,
+    console: Console,
+) -> list[pl.Callback]:
+    """Everything optional, in the order that it must run in."""
+    settings = module.recipe.trainer
+    metrics = Metrics(
+        log,
+        tokens=state.tokens if state else 0,
+        every=settings.log_every_n_steps,
+        full_speed=full_speed(module.recipe, module.model.config),
+    )
+    batches = data.validation_batches(settings.limit_val_batches)
+    every = settings.val_check_interval
+    callbacks: list[pl.Callback] = [metrics]
+    if batches:
+        callbacks.append(Consistency(log, metrics, module.members, batches, every=every))
+        callbacks.append(Gradients(log, metrics, module.members, batches[0], every=every))
+        row_T = batches[0][0][0]
+        prompt_ids = row_T[: min(24, 3 * len(row_T) // 4)].tolist()  # a short context needs room to answer
+        callbacks.append(Samples(log, module.members, prompt_ids, data.tokenizer, every=every))
+    callbacks.append(Stability(every=settings.log_every_n_steps))
+    callbacks.append(ProgressBar(console, metrics, max_steps=settings.max_steps))
+    callbacks.append(
+        Checkpoint(
+            out / "steps",
+            metrics,
+            every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
+            state=state,
+        )
+    )
+    return callbacks
+
+
+def finish(module: JointModule, data: TextData, out: Path, console: Console, teacher: Teacher | None) -> Path:
+    """Measure the whole family once more on more text and write the model folder."""
+    members: list[Member] = []
+    batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
+    if batches:
+        with console.status("measuring the family"):
+            members = evaluate_family(module.model, module.members, batches)
+    return save_model(
+        out / "model",
+        module.model,
+        tokenizer=data.tokenizer,
+        family=module.members,
+        members=members,
+        provenance=make_provenance(module, data, teacher),
+    )
+
+
+def make_provenance(module: JointModule, data: TextData, teacher: Teacher | None) -> dict[str, Any]:
+    """Where a model comes from: recipe, data, teacher, commit, versions, machine."""
+    return {
+        "recipe": asdict(module.recipe),
+        "steps": max(module.step, module.first_step),
+        "skipped_steps": module.guard.skipped,
+        "rollbacks": module.guard.rollbacks,
+        "data": data.provenance,
+        "teacher": None if teacher is None else teacher.record,
+        "card": make_card(dtypes={"training": training_precision(module.recipe.dtype)}),
+    }

@@ -1,0 +1,179 @@
+"""Resumable training states: `steps/<n>/`, whole or absent.
+
+    model.safetensors      weights in training precision
+    optimizer.safetensors  AdamW's moments, named like the weights
+    state.json             optimizer steps and tokens done, how far the data are ahead, the guard's counters
+    manifest.json          size and SHA-256 of each file, written last
+
+A run needs nothing else to go on: batches, members' turns and the learning rate are functions of the
+step (train/data/loader.py, train/objective/sampler.py, train/run/optim.py), and what train/run/skip_steps.py
+counts is in `state.json`. A damaged state is named and skipped for the last good one.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from models.base.errors import NestlingError, UsageError
+from models.base.files import read_json, remove_folder, write_folder, write_json
+from models.checkpoint.weights import WEIGHTS, write_weights
+from models.elastic.model import ElasticLM
+from train.run.fsdp import part_like, whole, whole_model
+
+MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A verified state on disk.
+
+    Args:
+        path: its folder.
+        step: optimizer steps done.
+        tokens: tokens trained on.
+        data_offset: step s reads the batch of step s + data_offset.
+        guard: counters of `train/run/skip_steps.py`.
+    """
+
+    path: Path
+    step: int
+    tokens: int
+    data_offset: int = 0
+    guard: Mapping[str, float] = field(default_factory=dict)
+
+    def restore_weights(self, model: ElasticLM) -> None:
+        """Put the weights into a model of the same shape."""
+        saved = load_file(self.path / WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(saved[name])
+
+    def restore_optimizer(self, model: ElasticLM, optimizer: Optimizer) -> None:
+        """Put the moments back; the learning rate is the schedule's business."""
+        saved = load_file(self.path / OPTIMIZER)
+        for name, parameter in model.named_parameters():
+            prefix = f"{name}/"
+            optimizer.state[parameter] = {
+                # AdamW keeps its step counter on the CPU unless it is fused there
+                key.removeprefix(prefix): value if value.dim() == 0 else part_like(value, parameter)
+                for key, value in saved.items()
+                if key.startswith(prefix)
+            }
+
+
+def save_state(
+    steps: Path,
+    model: ElasticLM,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    tokens: int,
+    keep: int,
+    data_offset: int = 0,
+    guard: Mapping[str, float] | None = None,
+    writes: bool = True,
+) -> Path:
+    """Write `steps/<step>/`, then drop all but the newest `keep` states up to it.
+
+    States of later steps go too: they are damaged, or of a history that this one replaces.
+
+    A state is whole, however many processes share the weights out: all of them call this, and only the
+    one that `writes` has every tensor gathered.
+
+    Raises:
+        NestlingError: if the disk refuses; the older states stay.
+    """
+    path = steps / f"{step:08d}"
+    weights = whole_model(model, wanted=writes)
+    moments = dict(_moments(model, optimizer, wanted=writes))
+    if weights is None:
+        return path
+    with write_folder(path, marker=MANIFEST) as folder:
+        write_weights(folder, weights)
+        try:
+            save_file(moments, folder / OPTIMIZER)
+        except SafetensorError as error:
+            raise NestlingError(f"cannot write {path / OPTIMIZER}: {error}; free some space") from error
+        facts = {"step": step, "tokens": tokens, "data_offset": data_offset, "guard": dict(guard or {})}
+        write_json(folder / STATE, facts)
+        write_json(folder / MANIFEST, {file.name: _seal(file) for file in sorted(folder.iterdir())})
+    for folder in _state_folders(steps):
+        if int(folder.name) > step:
+            remove_folder(folder)
+    drop_old_states(steps, step=step, keep=keep)
+    return path
+
+
+def drop_old_states(steps: Path, *, step: int, keep: int) -> None:
+    """Drop all but the newest `keep` states up to a step."""
+    for old in [folder for folder in _state_folders(steps) if int(folder.name) <= step][keep:]:
+        remove_folder(old)
+
+
+def newest_state(steps: Path, *, before: int | None = None) -> tuple[TrainingState | None, list[str]]:
+    """The newest state that verifies, and a line for each newer one that does not.
+
+    Args:
+        steps: the folder of states.
+        before: look only at those of earlier steps.
+    """
+    damaged: list[str] = []
+    for folder in _state_folders(steps):
+        if before is not None and int(folder.name) >= before:
+            continue
+        try:
+            return load_state(folder), damaged
+        except NestlingError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def load_state(folder: Path) -> TrainingState:
+    """Verify one state against its manifest.
+
+    Raises:
+        UsageError: if there is no such folder.
+        NestlingError: naming the file that is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--resume {folder}: no such folder; give one of a run's steps/<n>")
+    manifest = read_json(folder / MANIFEST)
+    for name in sorted({WEIGHTS, OPTIMIZER, STATE, *manifest}):
+        if _seal(folder / name) != manifest.get(name):
+            raise NestlingError(f"{folder / name} is missing or damaged; an older state will do")
+    state = read_json(folder / STATE)
+    return TrainingState(
+        folder, state["step"], state["tokens"], state.get("data_offset", 0), state.get("guard", {})
+    )
+
+
+def _state_folders(steps: Path) -> list[Path]:
+    """State folders, the newest first."""
+    folders = [path for path in steps.glob("[0-9]*") if path.is_dir() and path.name.isdigit()]
+    return sorted(folders, key=lambda path: int(path.name), reverse=True)
+
+
+def _moments(model: ElasticLM, optimizer: Optimizer, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = whole(value)
+            if wanted:
+                yield f"{name}/{key}", tensor.cpu().contiguous()
+
+
+def _seal(file: Path) -> str:
+    """Size and hash of a file; of one that cannot be read, a word that equals neither."""
+    try:
+        with file.open("rb") as stream:
+            return f"{file.stat().st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    except OSError as error:
+        return str(error)
