@@ -1,1 +1,1 @@
-"""Decoding's own compiled code: step.c, built where it runs, and weights laid out as it reads them."""
+"""Decoding's own compiled code: decode_step.c, built where it runs, and weights laid out as it reads them."""

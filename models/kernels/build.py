@@ -20,8 +20,8 @@ from models.base.files import default_cache_dir, write_file
 from models.base.processor import processor_name
 
 HERE = Path(__file__).parent
-SOURCES = {"step": ("nestling_step", "decoding"), "training": ("nestling_norm", "training")}
-"""What there is to compile, step.c and training.c: one of its functions, and who calls them."""
+SOURCES = {"decode_step": ("nestling_step", "decoding"), "train_ops": ("nestling_norm", "training")}
+"""What there is to compile, decode_step.c and train_ops.c: one of its functions, and who calls them."""
 # Sums keep their order and small numbers their value: nothing here may be called fast-math.
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def library(name: str = "step") -> ctypes.CDLL | None:
+def library(name: str = "decode_step") -> ctypes.CDLL | None:
     """What was compiled of a source; None where it is switched off or cannot be built, which is logged."""
     if os.environ.get(SWITCH) == "0":
         return None
@@ -52,7 +52,7 @@ def library(name: str = "step") -> ctypes.CDLL | None:
         return None
 
 
-def build(name: str = "step", *, cache_dir: Path | None = None) -> Path:
+def build(name: str = "decode_step", *, cache_dir: Path | None = None) -> Path:
     """The library for this processor, compiled if there is none yet.
 
     Args:
@@ -88,7 +88,7 @@ def build(name: str = "step", *, cache_dir: Path | None = None) -> Path:
     return path
 
 
-def load(path: Path, name: str = "step") -> ctypes.CDLL:
+def load(path: Path, name: str = "decode_step") -> ctypes.CDLL:
     """Open a library that `build` gave.
 
     Raises:

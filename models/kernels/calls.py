@@ -1,4 +1,4 @@
-"""How the compiled parts of a training step are called: see training.c."""
+"""How the compiled parts of a training step are called: see train_ops.c."""
 
 import ctypes
 
@@ -14,16 +14,16 @@ def training_dtype(x: Tensor) -> torch.dtype | None:
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     half = (torch.float32, torch.bfloat16)
-    return dtype if x.dtype in half and dtype in half and library("training") is not None else None
+    return dtype if x.dtype in half and dtype in half and library("train_ops") is not None else None
 
 
 def run(name: str, call: ctypes.Structure, *, backward: bool = False) -> None:
-    """Call a function of training.c with what it is told, by torch's number of threads.
+    """Call a function of train_ops.c with what it is told, by torch's number of threads.
 
     Raises:
         MemoryError: if it finds none for itself.
     """
-    if getattr(library("training"), name)(ctypes.byref(call), int(backward), torch.get_num_threads()):
+    if getattr(library("train_ops"), name)(ctypes.byref(call), int(backward), torch.get_num_threads()):
         raise MemoryError(f"{name} found no memory")
 
 

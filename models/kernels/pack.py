@@ -1,4 +1,4 @@
-"""Weights as step.c reads them: panels of 32 outputs, two vectors for each one, two, four or eight inputs.
+"""Weights as decode_step.c reads them: panels of 32 outputs, two vectors for each 1, 2, 4 or 8 inputs.
 
 Panels keep the order of outputs and inputs, so a member's part of a map is a prefix of its panels, and of
 each panel: one copy serves every member. A layer's heads have panels of their own, padded with zeros.
@@ -20,11 +20,11 @@ PANEL = 32
 INPUTS_PER_ENTRY = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, FOUR_BITS: 8}
 """Inputs that an entry of a panel holds, in the dtypes that there are panels for."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, FOUR_BITS: 3}
-"""What step.c calls a dtype."""
+"""What decode_step.c calls a dtype."""
 
 
 class Map(ctypes.Structure):
-    """A linear map, as step.c takes it."""
+    """A linear map, as decode_step.c takes it."""
 
     _fields_ = (
         ("panels", ctypes.c_void_p),

@@ -13,7 +13,7 @@ MOST = 2**31 - 1  # of a number of 32 bits
 
 
 class Law(ctypes.Structure):
-    """How tokens are chosen, as step.c takes it."""
+    """How tokens are chosen, as decode_step.c takes it."""
 
     _fields_ = (
         *((name, ctypes.c_float) for name in ("temperature", "top_p", "min_p")),
@@ -54,7 +54,7 @@ class Draws:
         return self.count - 1
 
     def as_law(self) -> Law:
-        """For step.c; good as long as this object is."""
+        """For decode_step.c; good as long as this object is."""
         law = Law(self.temperature, self.top_p, self.min_p, min(self.top_k, MOST))
         if self.uniforms:
             law.uniforms = (ctypes.c_double * self.count)(*self.uniforms)

@@ -1,4 +1,4 @@
-/* Numbers and vectors of them, for everything that is compiled: models/kernels/decode_step.c and training.c. */
+/* Numbers and vectors of them, for everything that is compiled: models/kernels/decode_step.c and train_ops.c. */
 
 #pragma once
 

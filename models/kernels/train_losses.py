@@ -1,4 +1,4 @@
-"""Losses of logits that are trained on a CPU, compiled: see training.c.
+"""Losses of logits that are trained on a CPU, compiled: see train_ops.c.
 
 Logits are in fp32 or bf16 and read as they are; what lies between is in fp32, which no array ever holds.
 

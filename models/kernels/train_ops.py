@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a layer that is trained on a CPU, compiled: see training.c.
+"""What lies between the matrix products of a layer that is trained on a CPU, compiled: see train_ops.c.
 
 Each function does in one walk over its arguments, forward and backward, what torch's operations do in many,
 with sums in fp32. Values are in fp32 or bf16. Gradients are the same bits on any number of threads.
@@ -70,7 +70,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-# ---------------------------------------------------------------- how training.c is told
+# ---------------------------------------------------------------- how train_ops.c is told
 
 
 class _Heads(ctypes.Structure):

@@ -110,7 +110,7 @@ def estimate_run(
         members=_largest_shares(plans, recipe),
         scored_at_once=rows_of_a_piece(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
         shards=devices if trainer.strategy == "fsdp" else 1,
-        compiled=card.gpu is None and library("training") is not None,
+        compiled=card.gpu is None and library("train_ops") is not None,
     )
     busiest = max(plans, key=lambda plan: len(plan.turns))
     traffic = count_step_traffic(
