@@ -12,6 +12,7 @@ T tokens that are scored, V vocabulary, N tokens of a head that knows only some,
 """
 
 import ctypes
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -19,12 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from models.elastic.cache import KVCache
+from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, LayerPlan
 from models.elastic.layers import RMSNorm
 from models.elastic.model import Block, ElasticLM
 from models.kernels.build import library
 from models.kernels.pack import TYPES, Map, Panels, make_panels
 from models.kernels.sample import Draws, Law
+
+COMPUTED = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps"),
+        *("tie_word_embeddings", "attention_bias", "qk_norm"),
+    }
+)
+"""Fields of a configuration that decode_step.c computes, whatever their value."""
+UNRELATED = frozenset({"initializer_range", "bos_token_id", "eos_token_id"})
+"""Fields that do not change what a pass computes."""
 
 _Floats = ctypes.c_void_p
 
@@ -266,14 +279,27 @@ class _Member(NamedTuple):
 def native_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep | None:
     """A step for the model in a dtype of weights, int8 and int4 among them; None where there is none.
 
-    Only torch's kernels run on a GPU, in fp16 and fp64, and where nothing could be compiled.
+    Only torch's kernels run on a GPU, in fp16 and fp64, where nothing could be compiled, and for
+    configurations that decode_step.c does not know.
     """
-    weight, config = model.model.embed_tokens.weight, model.config
-    fits = dtype in TYPES and weight.dtype in (torch.float32, torch.bfloat16) and config.hidden_size % 2 == 0
-    if not fits or weight.device.type != "cpu":
-        return None
-    compiled = library()
+    weight = model.model.embed_tokens.weight
+    fits = dtype in TYPES and weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
+    compiled = library() if fits and supports(model.config) else None
     return None if compiled is None else NativeStep(model, dtype, compiled)
+
+
+def supports(config: ElasticConfig) -> bool:
+    """Return whether decode_step.c computes what this configuration asks for.
+
+    A field that is on neither list is unknown to it: any value but the default, which stands for a model
+    without that feature, leaves the model to torch, so that a new field is never ignored in silence.
+    """
+    unknown = (
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in COMPUTED | UNRELATED and getattr(config, field.name) != field.default
+    )
+    return config.hidden_size % 2 == 0 and not any(unknown)
 
 
 def _map(panels: Panels, kept: list[object]) -> Map:

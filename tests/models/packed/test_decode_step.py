@@ -17,7 +17,16 @@ from models.elastic.model import ElasticLM
 from models.kernels.build import library
 from models.kernels.sample import Draws
 from models.kernels.torch_linear import FOUR_BITS, quantized
-from models.packed.decode_step import Head, NativeStep, Tokens, native_step
+from models.packed.decode_step import (
+    COMPUTED,
+    UNRELATED,
+    Head,
+    NativeStep,
+    Tokens,
+    native_step,
+    supports,
+)
+from models.packed.quantize import pack
 
 IDS = [(7 * position + 3) % 64 for position in range(60)]
 MEMBERS = ("full", "ffn=0.25", "ffn=0.3,heads=0.5,layers=0:3", "layers=0-1", "ffn=0.1:0.5:0.9:1.0")
@@ -181,6 +190,28 @@ def test_what_it_cannot_run_is_left_to_torch(
     dtype: torch.dtype, fields: dict[str, int], tiny_config: ElasticConfig
 ) -> None:
     assert native_step(make_model(tiny_config, dtype, **fields), dtype) is None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigOfTheFuture(ElasticConfig):
+    new_flag: bool = False
+
+
+def test_a_configuration_that_it_does_not_know_is_left_to_torch(tiny_config: ElasticConfig) -> None:
+    without, with_flag = (
+        ConfigOfTheFuture(**vars(tiny_config), new_flag=new_flag) for new_flag in (False, True)
+    )
+    assert supports(tiny_config)
+    assert supports(without)
+    assert not supports(with_flag)
+    model = make_model(with_flag)
+    assert native_step(model, torch.float32) is None
+    assert not pack(model, "int8").chooses
+    assert pack(make_model(without), "int8").chooses
+
+
+def test_every_field_of_a_configuration_is_known_to_it() -> None:
+    assert {field.name for field in dataclasses.fields(ElasticConfig)} == COMPUTED | UNRELATED
 
 
 @torch.inference_mode()
