@@ -1,7 +1,6 @@
-"""The README is true: its tree names every file, its recipes and commands exist, its Python runs."""
+"""The documents are true: rooms, files, commands and recipes that they name exist, and their Python runs."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,36 +10,44 @@ from train.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TREE = README.split("## The tree")[1].split("```")[1]
+ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md"]
 
 
-def tracked(pattern: str) -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [path for path in listed.stdout.split() if (ROOT / path).exists()]
+def rooms() -> list[Path]:
+    """Every folder of code in both packages."""
+    return sorted({path.parent for name in ("models", "train") for path in ROOT.glob(f"{name}/**/*.py")})
 
 
-def test_the_tree_names_every_module_or_its_folder() -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a checkout")
-    paths = [Path(path) for path in tracked("models/*.py") + tracked("train/*.py")]
-    folders_told_as_one = {"commands", "data", "report", "callbacks"}
-    for path in paths:
-        if path.name == "__init__.py":
-            continue
-        name = path.parent.name if path.parent.name in folders_told_as_one else path.name
-        assert re.search(rf"\b{re.escape(name)}", TREE), f"README's tree lacks {path}"
+def tree() -> dict[str, str]:
+    """The rooms as the page draws them: path -> what stands beside it."""
+    lines, above = {}, [""]
+    block = next(part for part in ARCHITECTURE.split("```") if part.startswith("\nmodels/"))
+    for indent, name, text in re.findall(r"^( *)(\w+)/ *(.*)$", block, re.MULTILINE):
+        above = [*above[: len(indent) // 2], f"{name}/"]
+        lines["".join(above).rstrip("/")] = text
+    return lines
 
 
-def test_the_tree_names_nothing_that_is_gone() -> None:
-    names = {path.name for path in ROOT.glob("*/**/*.*") if ".venv" not in path.parts}
-    for name in re.findall(r"[\w-]+\.(?:py|yaml)\b", TREE):
-        assert name in names, f"README's tree names {name}, which is gone"
+@pytest.mark.parametrize("room", rooms(), ids=lambda room: str(room.relative_to(ROOT)))
+def test_every_room_has_its_line(room: Path) -> None:
+    assert str(room.relative_to(ROOT)) in tree()
+
+
+def test_the_tree_names_no_room_and_no_file_that_is_gone() -> None:
+    for room, text in tree().items():
+        names = re.findall(r"[\w-]+\.(?:py|c|h)\b", text)
+        assert [name for name in ["", *names] if not (ROOT / room / name).exists()] == [], room
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_that_a_document_names_exists(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:models|train|tests|docs|configs)/[\w./-]+)`", text)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    missing += [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
+    assert missing == []
 
 
 def test_every_command_of_the_readme_exists_and_every_command_is_told() -> None:
