@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from models.base.errors import NestlingError
+from models.checkpoint.huggingface_rope import rope_from_hugging_face, rope_to_hugging_face
 from models.elastic.config import ElasticConfig
 
 ARCHITECTURES = {
@@ -52,7 +53,7 @@ def config_to_hugging_face(config: ElasticConfig, *, dtype: str = "float32") -> 
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope_to_hugging_face(config),
         # Readers older than rope_parameters would assume 10000 without this one.
         "rope_theta": config.rope_theta,
         "dtype": dtype,
@@ -92,12 +93,14 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
     sizes = {name: _integer(fields, name) for name in _SIZES}
     for name, value, allowed in _unsupported(model_type, fields):
         raise NestlingError(f"{name}={value!r} is not supported for {model_type}; {allowed}")
+    theta, scaling = rope_from_hugging_face(fields)
     heads = sizes["num_attention_heads"]
     return ElasticConfig(
         **sizes,
         num_key_value_heads=_integer(fields, "num_key_value_heads", default=heads),
         head_dim=_integer(fields, "head_dim", default=0),
-        rope_theta=_rope_theta(fields),
+        rope_theta=theta,
+        rope_scaling=scaling,
         rms_norm_eps=_number(fields, "rms_norm_eps"),
         initializer_range=_number(fields, "initializer_range"),
         tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
@@ -184,7 +187,6 @@ def _unsupported(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[s
         yield "mlp_bias", True, "only false is"
     if model_type != "llama":
         yield from _sliding(model_type, fields)
-    yield from _scaled_rope(fields)
 
 
 def _sliding(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[str, Any, str]]:
@@ -201,22 +203,6 @@ def _sliding(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[str, 
     ):
         remedy = f"only null or at least max_position_embeddings={fields['max_position_embeddings']} is"
         yield "sliding_window", window, remedy
-
-
-def _scaled_rope(fields: Mapping[str, Any]) -> Iterable[tuple[str, Any, str]]:
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = fields.get(name)
-        if rope is not None and (
-            not isinstance(rope, Mapping)
-            or rope.get("rope_type", rope.get("type", "default")) != "default"
-            or any(isinstance(value, Mapping) for value in rope.values())
-        ):
-            yield name, rope, "only the default rope_type is"
-
-
-def _rope_theta(fields: Mapping[str, Any]) -> float:
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    return _number({"rope_theta": fields.get("rope_theta", 10000.0), **rope}, "rope_theta")
 
 
 def _integer(fields: Mapping[str, Any], name: str, *, default: int | None = None) -> int:

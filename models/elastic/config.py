@@ -7,6 +7,7 @@ models/checkpoint/huggingface.py maps to and from their configurations.
 from dataclasses import dataclass
 
 from models.base.errors import NestlingError
+from models.elastic.rope import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class ElasticConfig:
         head_dim: width of one head, even; 0 means `hidden_size // num_attention_heads`.
         max_position_embeddings: the longest context, in tokens.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how those were stretched to longer contexts; None leaves them as they are.
         rms_norm_eps: epsilon of every RMSNorm.
         tie_word_embeddings: whether the vocabulary head is the embedding matrix.
         attention_bias: bias on the q, k and v projections (Qwen2).
@@ -44,6 +46,7 @@ class ElasticConfig:
     head_dim: int = 0
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     attention_bias: bool = False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.elastic.config import ElasticConfig
+from models.elastic.rope import rope_frequencies
 from models.kernels.calls import training_dtype
 from models.kernels.torch_linear import Finish, finished
 from models.kernels.train_ops import rms_norm, swiglu
@@ -116,13 +117,13 @@ class Rotary(nn.Module):
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__()
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        frequencies = 1.0 / config.rope_theta**exponents
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
         positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
         angles_TK = torch.outer(positions, frequencies).repeat(1, 2)
-        self.register_buffer("cos_TK", angles_TK.cos(), persistent=False)
-        sign_K = torch.ones(config.head_dim)
-        sign_K[: config.head_dim // 2] = -1  # folds the minus of rotate_half into the table
+        self.register_buffer("cos_TK", angles_TK.cos() * scale, persistent=False)
+        sign_K = torch.full((config.head_dim,), scale)
+        sign_K[: config.head_dim // 2] *= -1  # folds the minus of rotate_half into the table
         self.register_buffer("sin_TK", angles_TK.sin() * sign_K, persistent=False)
 
     def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,18 @@ from models.checkpoint.huggingface import (
 )
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
+from models.elastic.rope import RopeScaling
 
 SUM_ORDER = 1e-5
 """fp32 logits relative to the largest: stock attention and norms add in another order."""
+
+SCALINGS = {
+    "linear": RopeScaling(rope_type="linear", factor=4.0),
+    "llama3": RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=24),
+    "yarn": RopeScaling(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.1
+    ),
+}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -28,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True, "head_dim": 16},
     "mistral": {"num_attention_heads": 6, "rope_theta": 500000.0},
     "one group a head": {"num_key_value_heads": 4},
+    **{name: {"rope_scaling": scaling} for name, scaling in SCALINGS.items()},
 }
 
 
@@ -161,9 +171,11 @@ def test_a_window_that_no_context_outgrows_is_no_window() -> None:
         ({"model_type": None}, "model_type=None"),
         ({"model_type": ["llama"]}, r"model_type=\['llama'\]"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling={'rope_type': 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling={'type': 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters={'rope_type': 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_type='longrope'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor='two'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "beta_slow=1.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters="),
         ({"rope_parameters": "default"}, "rope_parameters='default'"),
         ({"attention_bias": True}, "attention_bias=True"),
@@ -199,3 +211,39 @@ def test_a_stock_model_with_a_biased_output_projection_is_refused() -> None:
     config = AutoConfig.for_model(**LLAMA, num_key_value_heads=2, attention_bias=True)
     with pytest.raises(NestlingError, match="attention_bias=True"):
         from_hugging_face(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"type": "linear", "factor": 3},
+        {
+            "rope_type": "llama3",
+            "factor": 8,
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 40,
+        },
+        YARN,
+        YARN | {"mscale": 0.7, "mscale_all_dim": 0.5},
+        YARN | {"truncate": False, "beta_fast": 16, "beta_slow": 2},
+        {"rope_type": "yarn", "factor": 4.0},
+    ],
+)
+@torch.no_grad()
+def test_stretched_positions_are_those_of_transformers(rope: dict[str, Any]) -> None:
+    fields = LLAMA | {
+        "hidden_size": 32,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+        "rope_scaling": rope,
+    }
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()  # type: ignore[no-untyped-call]
+    ours = from_hugging_face(theirs)
+    assert ours.config == config_from_hugging_face(fields)
+    assert_logits_equal(ours(tokens()), theirs(tokens()).logits)
+    again = AutoConfig.for_model(**config_to_hugging_face(ours.config))
+    assert config_from_hugging_face(again.to_dict()) == ours.config
