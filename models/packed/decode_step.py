@@ -31,7 +31,8 @@ from models.kernels.sample import Draws, Law
 COMPUTED = frozenset(
     {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
-        *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
+        *("rope_theta", "rope_scaling"),  # whose tables it is given
         *("tie_word_embeddings", "attention_bias", "qk_norm"),
     }
 )

@@ -14,6 +14,7 @@ from models.elastic.cache import KVCache
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.rope import RopeScaling
 from models.kernels.build import library
 from models.kernels.sample import Draws
 from models.kernels.torch_linear import FOUR_BITS, quantized
@@ -36,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases and head norms": {"attention_bias": True, "qk_norm": True},
     "one group": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 40, "intermediate_size": 83},
+    "stretched": {"rope_scaling": RopeScaling(rope_type="linear", factor=3.0)},
 }
 # Of the norm; the others have 8 bits, or 4 in which torch's model has them, too.
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.int8: 0.06, FOUR_BITS: 0.06}
