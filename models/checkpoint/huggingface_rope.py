@@ -10,7 +10,7 @@ from typing import Any
 
 from models.base.errors import NestlingError
 from models.elastic.config import ElasticConfig
-from models.elastic.rope import RopeScaling, RopeType, yarn_attention_factor
+from models.elastic.rope_scaling import RopeScaling, RopeType, yarn_attention_factor
 
 _USED = {
     "linear": (),

@@ -7,7 +7,7 @@ models/checkpoint/huggingface.py maps to and from their configurations.
 from dataclasses import dataclass
 
 from models.base.errors import NestlingError
-from models.elastic.rope import RopeScaling
+from models.elastic.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from models.checkpoint.huggingface import (
 )
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
-from models.elastic.rope import RopeScaling
+from models.elastic.rope_scaling import RopeScaling
 
 SUM_ORDER = 1e-5
 """fp32 logits relative to the largest: stock attention and norms add in another order."""

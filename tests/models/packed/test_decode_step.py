@@ -14,7 +14,7 @@ from models.elastic.cache import KVCache
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.rope import RopeScaling
+from models.elastic.rope_scaling import RopeScaling
 from models.kernels.build import library
 from models.kernels.sample import Draws
 from models.kernels.torch_linear import FOUR_BITS, quantized
