@@ -1,4 +1,4 @@
-"""How the rotary frequencies of a model were stretched to longer contexts: the settings; see models/elastic/rope.py.
+"""The settings of stretched rotary positions; models/elastic/rope.py computes their frequencies.
 
 The fields carry Hugging Face's names, so that a `config.json` is read and written field by field.
 """
