@@ -170,7 +170,7 @@ class Target:
         return self._in_place(load_stock(extract(load_model(self.folder.path), draft.view.granularity, out)))
 
     def _in_place(self, stock: Any) -> Stock:
-        device = self.model.model.embed_tokens.weight.device
+        device = self.model.device
         return cast("Stock", stock.to(device=device, dtype=DTYPES[self.dtype]))
 
 

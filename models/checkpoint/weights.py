@@ -31,7 +31,7 @@ def weights_of(model: ElasticLM) -> dict[str, Tensor]:
 
 def dtype_name(model: ElasticLM) -> str:
     """The dtype of the weights, as a configuration spells it."""
-    return str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")
 
 
 def count_tensors(model: ElasticLM) -> int:

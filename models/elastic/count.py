@@ -22,6 +22,7 @@ rectangle of new and read positions. Norms, rotations, softmax and the embedding
 524288
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -58,9 +59,9 @@ def count_flops(
     """
     layers = granularity.resolve(config).layers
     matrices = sum(_matrix_weights(config, layer) for layer in layers)
-    heads = sum(layer.groups * config.heads_per_group for layer in layers)
+    queries = sum(_rows(config, layer, "q") for layer in layers)
     # Each head's scores, and the values that they mix.
-    attention = 2 * heads * config.head_dim * (num_cached + num_tokens)
+    attention = 2 * queries * (num_cached + num_tokens)
     head = config.hidden_size * config.vocab_size
     return 2 * (
         num_tokens * (matrices + attention) + (num_tokens if num_scored is None else num_scored) * head
@@ -76,8 +77,8 @@ def count_kv_bytes(
     config: ElasticConfig, granularity: Granularity = FULL, *, num_positions: int, dtype_bytes: int
 ) -> int:
     """Bytes of one row's keys and values."""
-    groups = sum(layer.groups for layer in granularity.resolve(config).layers)
-    return 2 * groups * config.head_dim * num_positions * dtype_bytes
+    keys = sum(_rows(config, layer, "k") for layer in granularity.resolve(config).layers)
+    return 2 * keys * num_positions * dtype_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,35 +219,30 @@ def count_ends(config: ElasticConfig) -> int:
 
 
 def _layer_weights(config: ElasticConfig, layer: LayerPlan) -> int:
-    return _matrix_weights(config, layer) + _vector_weights(config, layer)
+    return sum(map(math.prod, layer.shapes(config).values()))
 
 
 def _matrix_weights(config: ElasticConfig, layer: LayerPlan) -> int:
-    """Weights that multiply each token: q and o, k and v, then gate, up and down."""
-    queries = layer.groups * config.heads_per_group * config.head_dim
-    keys = layer.groups * config.head_dim
-    return config.hidden_size * (2 * queries + 2 * keys + 3 * layer.ffn)
+    """Weights that multiply each token: all but norms and biases."""
+    return sum(math.prod(shape) for shape in layer.shapes(config).values() if len(shape) == 2)
 
 
-def _vector_weights(config: ElasticConfig, layer: LayerPlan) -> int:
-    """Norms and biases."""
-    keys = layer.groups * config.head_dim
-    biases = keys * (config.heads_per_group + 2) if config.attention_bias else 0
-    return 2 * config.hidden_size + biases + (2 * config.head_dim if config.qk_norm else 0)
+def _rows(config: ElasticConfig, layer: LayerPlan, name: str) -> int:
+    """Outputs of the layer's q, k or v projection."""
+    return layer.shapes(config)[f"self_attn.{name}_proj.weight"][0]
 
 
 def _joined_weights(config: ElasticConfig, granularity: Granularity) -> int:
     """Weights of q, k and v, of which a trained pass makes one matrix a layer."""
-    groups = sum(layer.groups for layer in granularity.resolve(config).layers)
-    return config.hidden_size * groups * (config.heads_per_group + 2) * config.head_dim
+    layers = granularity.resolve(config).layers
+    return config.hidden_size * sum(_rows(config, layer, name) for layer in layers for name in "qkv")
 
 
 def _kept_numbers(config: ElasticConfig, granularity: Granularity, *, compiled: bool) -> int:
     """Numbers per token that a pass keeps for its backward pass."""
     kept = 2 * config.hidden_size  # a norm keeps its input and its output
     for layer in granularity.resolve(config).layers:
-        keys = layer.groups * config.head_dim
-        queries = keys * config.heads_per_group
+        queries, keys = (_rows(config, layer, name) for name in "qk")
         kept += 2 * 2 * config.hidden_size  # both norms
         kept += 2 * queries + 2 * keys + (queries + keys if config.qk_norm else 0)  # attention
         kept += (3 if compiled else 4) * layer.ffn  # gate, its SiLU unless it is made anew, up, their product

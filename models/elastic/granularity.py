@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from models.base.errors import UsageError
+from models.elastic.config import ElasticConfig
 
 
 class Shape(Protocol):
@@ -43,6 +44,38 @@ class LayerPlan:
     index: int
     ffn: int
     groups: int
+
+    def shapes(self, config: ElasticConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of the layer by name: its part of the full model's is the prefix.
+
+        This table is the one place that says which part of a layer a member has.
+
+        >>> config = ElasticConfig(
+        ...     vocab_size=8,
+        ...     hidden_size=16,
+        ...     intermediate_size=32,
+        ...     num_hidden_layers=4,
+        ...     num_attention_heads=4,
+        ...     num_key_value_heads=2,
+        ... )
+        >>> shapes = LayerPlan(index=3, ffn=8, groups=1).shapes(config)
+        >>> shapes["self_attn.q_proj.weight"], shapes["mlp.down_proj.weight"]
+        ((8, 16), (16, 8))
+        """
+        size, head = config.hidden_size, config.head_dim
+        keys = self.groups * head
+        queries = keys * config.heads_per_group
+        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (size,)}
+        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"self_attn.{name}_proj.weight"] = (rows, size)
+            if config.attention_bias:
+                shapes[f"self_attn.{name}_proj.bias"] = (rows,)
+        shapes["self_attn.o_proj.weight"] = (size, queries)
+        if config.qk_norm:
+            shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
+        shapes["post_attention_layernorm.weight"] = (size,)
+        shapes |= {f"mlp.{name}_proj.weight": (self.ffn, size) for name in ("gate", "up")}
+        return shapes | {"mlp.down_proj.weight": (size, self.ffn)}
 
 
 @dataclass(frozen=True)
@@ -183,8 +216,7 @@ class Granularity:
         Raises:
             UsageError: if the layers or heads do not fit the model.
 
-        >>> from models.elastic.config import ElasticConfig
-        >>> shape = ElasticConfig(
+        >>> config = ElasticConfig(
         ...     vocab_size=8,
         ...     hidden_size=16,
         ...     intermediate_size=32,
@@ -192,7 +224,7 @@ class Granularity:
         ...     num_attention_heads=4,
         ...     num_key_value_heads=2,
         ... )
-        >>> Granularity.parse("ffn=0.5,layers=0:3").resolve(shape).layers
+        >>> Granularity.parse("ffn=0.5,layers=0:3").resolve(config).layers
         (LayerPlan(index=0, ffn=16, groups=2), LayerPlan(index=3, ffn=16, groups=2))
         """
         return _resolve(self, shape.num_hidden_layers, shape.intermediate_size, shape.num_key_value_heads)

@@ -85,9 +85,19 @@ class ElasticLM(nn.Module):
         return False
 
     @property
-    def cache_dtype(self) -> torch.dtype:
-        """Of the keys and values that it keeps while it decodes."""
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the weights are stored."""
         return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the keys and values that it keeps while it decodes."""
+        return self.dtype
 
     def forward(
         self,
@@ -122,7 +132,7 @@ class ElasticLM(nn.Module):
             cache: its tail is written, its length stays.
             num_last: how many of the last tokens are scored, 1 or more.
         """
-        tokens_BT = torch.tensor([ids], device=self.model.embed_tokens.weight.device)
+        tokens_BT = torch.tensor([ids], device=self.device)
         logits_BTV: Tensor = self(tokens_BT, granularity, cache, num_last=num_last)
         return logits_BTV[0]
 
@@ -153,6 +163,10 @@ class ElasticLM(nn.Module):
                 taken[count] = x_BTD
         return [*(taken[count] for count in exits), x_BTD]
 
+    def norm(self, x_BTD: Tensor) -> Tensor:
+        """Return what the vocabulary head reads of residual streams [..., D]."""
+        return cast(Tensor, self.model.norm(x_BTD))
+
     def head(self, x_BTD: Tensor) -> Tensor:
-        """Logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head."""
-        return cast(Tensor, self.lm_head(self.model.norm(x_BTD)))
+        """Return logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head."""
+        return cast(Tensor, self.lm_head(self.norm(x_BTD)))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from models.base.errors import UsageError
@@ -36,6 +37,24 @@ class View:
         return logits_BTV
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the weights are stored."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.model.device
+
+    def norm(self, x_BTD: Tensor) -> Tensor:
+        """See `ElasticLM.norm`."""
+        return self.model.norm(x_BTD)
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """See `ElasticLM.head`."""
+        return self.model.head(x_BTD)
+
+    @property
     def chooses(self) -> bool:
         """See `ElasticLM.chooses`."""
         return self.model.chooses
@@ -67,17 +86,7 @@ class View:
         full = self.model.state_dict()
         state = {name: tensor for name, tensor in full.items() if not name.startswith("model.layers.")}
         for position, layer in enumerate(self.plan.layers):
-            keys = layer.groups * self.model.config.head_dim
-            queries = keys * self.model.config.heads_per_group
-            rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-            rows |= {"gate_proj": layer.ffn, "up_proj": layer.ffn}
-            columns = {"o_proj": queries, "down_proj": layer.ffn}
-            prefix = f"model.layers.{layer.index}."
-            for name in [name for name in full if name.startswith(prefix)]:
-                tensor, part = full[name], name.split(".")[-2]
-                if part in rows:
-                    tensor = tensor[: rows[part]]
-                elif part in columns:
-                    tensor = tensor[:, : columns[part]]
-                state[f"model.layers.{position}.{name.removeprefix(prefix)}"] = tensor
+            for name, shape in layer.shapes(self.model.config).items():
+                tensor = full[f"model.layers.{layer.index}.{name}"]
+                state[f"model.layers.{position}.{name}"] = tensor[tuple(map(slice, shape))]
         return state

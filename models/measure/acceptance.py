@@ -111,17 +111,16 @@ def continue_rows(
     """
     generator = torch.Generator().manual_seed(seed)
     tokens_RT = prompts_RP
-    weight = model.model.embed_tokens.weight
     cache = KVCache(
         model.config,
         batch_size=len(prompts_RP),
         num_positions=prompts_RP.shape[1] + num_tokens,
         dtype=model.cache_dtype,
-        device=weight.device,
+        device=model.device,
     )
     for _ in range(num_tokens):
         new_RT = tokens_RT[:, cache.length :]
-        logits_RV = model(new_RT.to(weight.device), memory=cache, num_last=1)[:, -1]
+        logits_RV = model(new_RT.to(model.device), memory=cache, num_last=1)[:, -1]
         cache.commit(new_RT.shape[1])
         probs_RV = law(logits_RV, params).cpu()
         next_R1 = torch.multinomial(probs_RV, 1, generator=generator)
@@ -176,7 +175,7 @@ def _compare(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each draft's three values at the new tokens of some rows, a chunk of places at a time: [3, places]."""
     views = {id(view): view for view in map(_view, drafts.values())}  # few or all tokens: one pass
-    device = target.lm_head.weight.device
+    device = target.device
     states = draft_states(target, list(views.values()), rows_RT[:, :-1].to(device), shared_block=block)
     p_ND, *q_NDs = (x_RTD[:, num_prompt - 1 :].flatten(0, 1) for x_RTD in states)
     by_view = dict(zip(views, q_NDs, strict=True))

@@ -43,9 +43,20 @@ UNRELATED = frozenset({"initializer_range", "bos_token_id", "eos_token_id"})
 _Floats = ctypes.c_void_p
 
 
+_MAPS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, Map) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, Map) for name in _MAPS),
         *((name, _Floats) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
         *((name, ctypes.c_int32) for name in ("index", "groups", "ffn")),
     ]
@@ -218,30 +229,20 @@ class NativeStep:
         return _Member(model, [*kept, embedding, outputs, *angles, layers])
 
     def _layer(self, plan: LayerPlan, kept: list[object]) -> _Layer:
-        config = self._model.config
         block = cast(Block, self._model.model.layers[plan.index])
-        attention, mlp = block.self_attn, block.mlp
-        keys = plan.groups * config.head_dim
-        queries, hidden = keys * config.heads_per_group, config.hidden_size
-        extents = {
-            "query": (attention.q_proj, queries, hidden),
-            "key": (attention.k_proj, keys, hidden),
-            "value": (attention.v_proj, keys, hidden),
-            "output": (attention.o_proj, hidden, queries),
-            "gate": (mlp.gate_proj, plan.ffn, hidden),
-            "up": (mlp.up_proj, plan.ffn, hidden),
-            "down": (mlp.down_proj, hidden, plan.ffn),
-        }
+        shapes = plan.shapes(self._model.config)
         maps = {
-            name: self._pack(plan.index, name, cast(nn.Linear, linear), rows, columns)
-            for name, (linear, rows, columns) in extents.items()
+            name: self._pack(
+                plan.index, name, cast(nn.Linear, block.get_submodule(path)), *shapes[f"{path}.weight"]
+            )
+            for name, path in _MAPS.items()
         }
         return _Layer(
             **{name: _map(panels, kept) for name, panels in maps.items()},
             attention_norm=self._norm(block.input_layernorm),
             ffn_norm=self._norm(block.post_attention_layernorm),
-            query_norm=self._norm(attention.q_norm),
-            key_norm=self._norm(attention.k_norm),
+            query_norm=self._norm(block.self_attn.q_norm),
+            key_norm=self._norm(block.self_attn.k_norm),
             index=plan.index,
             groups=plan.groups,
             ffn=plan.ffn,
@@ -283,8 +284,8 @@ def native_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep | None:
     Only torch's kernels run on a GPU, in fp16 and fp64, where nothing could be compiled, and for
     configurations that decode_step.c does not know.
     """
-    weight = model.model.embed_tokens.weight
-    fits = dtype in TYPES and weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
+    stored = (torch.float32, torch.bfloat16)
+    fits = dtype in TYPES and model.dtype in stored and model.device.type == "cpu"
     compiled = library() if fits and supports(model.config) else None
     return None if compiled is None else NativeStep(model, dtype, compiled)
 

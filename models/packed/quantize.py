@@ -65,9 +65,8 @@ class PackedLM(ElasticLM):
 
     def __init__(self, source: ElasticLM, precision: str) -> None:
         nn.Module.__init__(self)  # the parts are the source's
-        weight = source.model.embed_tokens.weight
         if precision in _CODES:
-            _check_codes(precision, weight.device)
+            _check_codes(precision, source.device)
         dtype = DTYPES.get(precision)
         self.config, self.precision = source.config, precision
         self.native = native_step(source, dtype or _CODES[precision])
@@ -76,7 +75,7 @@ class PackedLM(ElasticLM):
         for name, part in copy.deepcopy(dict(source.named_children()), shared).items():
             self.add_module(name, part)
         self.train(source.training)
-        if self.native is None or dtype != weight.dtype or isinstance(source, PackedLM):
+        if self.native is None or dtype != source.dtype or isinstance(source, PackedLM):
             self._pack(precision, dtype or torch.float32)
 
     @property
@@ -136,7 +135,7 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
     if isinstance(model, PackedLM) and model.native is not None:
         model.native.prepare(granularity)
     else:
-        device = model.model.embed_tokens.weight.device
+        device = model.device
         with torch.inference_mode():
             model(torch.zeros(1, 1, dtype=torch.long, device=device), granularity)
     return packed_bytes(model) - before

@@ -64,8 +64,8 @@ def separate(other: ElasticLM, precision: str | None = None) -> ForModel:
     """Another model with the same tokens, in the target's dtype or packed in a precision."""
 
     def of(subject: Subject) -> MakeDraft:
-        weight = subject.target.model.embed_tokens.weight
-        source = restrict(other, subject.tokens, weight.dtype).to(weight.device)
+        target = subject.target
+        source = restrict(other, subject.tokens, target.dtype).to(target.device)
         seen = subject.view(source if precision is None else pack(source, precision, FULL), FULL)
         return lambda: ModelDraft(seen)
 
@@ -79,20 +79,20 @@ def copied(_: Subject) -> MakeDraft:
 
 def hostile(subject: Subject) -> MakeDraft:
     """A very small model of its own, which knows nothing and is sure of it."""
-    theirs, weight = subject.target.config, subject.target.model.embed_tokens.weight
+    target = subject.target
     config = ElasticConfig(
-        vocab_size=theirs.vocab_size,
+        vocab_size=target.config.vocab_size,
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=1,
         num_key_value_heads=1,
-        max_position_embeddings=theirs.max_position_embeddings,
+        max_position_embeddings=target.config.max_position_embeddings,
         initializer_range=0.5,
     )
     stranger = ElasticLM(config)
     stranger.init_weights(torch.Generator().manual_seed(99))
-    seen = subject.view(stranger.to(device=weight.device, dtype=weight.dtype).eval(), FULL)
+    seen = subject.view(stranger.to(device=target.device, dtype=target.dtype).eval(), FULL)
     return lambda: ModelDraft(seen)
 
 

@@ -157,7 +157,7 @@ def gap_between(
     whole: Whole, ids: Sequence[int], tokens: tuple[int, int], params: SamplingParams
 ) -> tuple[float, float]:
     """By how much what is compared after `ids` tells two tokens apart, and how much is still a tie."""
-    device = whole.model.model.embed_tokens.weight.device
+    device = whole.model.device
     logits_V: Tensor = whole.model(torch.tensor([list(ids)], device=device), num_last=1)[0, -1]
     tie = NEAR_TIE * _rounding(whole.dtype) * float(logits_V.abs().max())
     keys_V = penalise(logits_V.double().cpu().unsqueeze(0), params, ids)[0]

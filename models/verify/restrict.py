@@ -11,7 +11,7 @@ from models.elastic.model import ElasticLM
 
 def likeliest_tokens(model: ElasticLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[int]:
     """The tokens [num_tokens] that are likeliest after the prompts, on average; the likeliest first."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     with torch.inference_mode():
         ends = [model(torch.tensor([list(ids)], device=device), num_last=1)[0, -1] for ids in prompts]
         mean_V = torch.stack([logits_V.float().softmax(-1) for logits_V in ends]).mean(0)
@@ -32,7 +32,7 @@ def restrict(model: ElasticLM, token_ids: Sequence[int], dtype: torch.dtype | No
     config = dataclasses.replace(
         model.config, vocab_size=len(token_ids), bos_token_id=None, eos_token_id=None
     )
-    rows = torch.tensor(list(token_ids), device=model.model.embed_tokens.weight.device)
+    rows = torch.tensor(list(token_ids), device=model.device)
     tensors = {
         name: tensor[rows] if name in {EMBEDDING, HEAD} else tensor
         for name, tensor in weights_of(model).items()

@@ -130,7 +130,7 @@ def _score(
     spans = [range(start, min(start + size, len(labels_N))) for start in range(0, len(labels_N), size)]
     shares = [[_overlap(learner.places, span) for learner in learners] for span in spans]
     columns = [
-        model.model.norm(learner.states_ND).split([len(places) for places in column])
+        model.norm(learner.states_ND).split([len(places) for places in column])
         for learner, column in zip(learners, zip(*shares, strict=True), strict=True)
     ]
     weight_VD = model.lm_head.weight

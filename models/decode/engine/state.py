@@ -47,8 +47,7 @@ def granularity_of(model: Scorer) -> Granularity:
 def new_cache(model: Model, num_positions: int) -> KVCache:
     """An empty cache for one row, in the model's dtype for it and on its device."""
     whole = elastic_model(model)
-    device = whole.model.embed_tokens.weight.device
-    return KVCache(whole.config, num_positions=num_positions, dtype=whole.cache_dtype, device=device)
+    return KVCache(whole.config, num_positions=num_positions, dtype=whole.cache_dtype, device=whole.device)
 
 
 def score(model: Scorer, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
@@ -72,7 +71,7 @@ def score_together(model: Scorer, requests: Sequence[Tokens]) -> Tensor:
             return rows_TN
         return few.among_all(rows_TN, laws=_are_laws(requests))
     ids, counts = [token for one in requests for token in one.ids], [len(one.ids) for one in requests]
-    tokens_BT = torch.tensor([ids], device=whole.model.embed_tokens.weight.device)
+    tokens_BT = torch.tensor([ids], device=whole.device)
     memory = Batch([one.cache for one in requests], counts)
     parts = whole.states(tokens_BT, granularity, memory)[-1][0].split(counts)
     scored_TD = torch.cat([part_TD[-one.num_last :] for part_TD, one in zip(parts, requests, strict=True)])

@@ -64,7 +64,7 @@ class FewTokens:
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """Logits [..., V] of residual streams [..., D]."""
-        few_BTN: Tensor = self.few(self.model.model.norm(x_BTD))
+        few_BTN: Tensor = self.few(self.view.norm(x_BTD))
         return self.among_all(few_BTN)
 
     def among_all(self, few_BTN: Tensor, *, laws: bool = False) -> Tensor:

@@ -124,7 +124,7 @@ def open_separate(folder: ModelFolder, path: str) -> ModelFolder:
         UsageError: if it means other texts by its tokens.
         NestlingError: if it cannot be opened.
     """
-    other = load_model(path, dtype=folder.model.model.embed_tokens.weight.dtype)
+    other = load_model(path, dtype=folder.model.dtype)
     _check_same_tokens(folder, other)
     return other
 
