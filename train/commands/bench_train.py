@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from models.base.errors import UsageError
-from train.commands.common import JsonOption, check_file, check_json
+from train.commands.common import ConfigOption, JsonOption, check_file, check_json
 from train.commands.console import make_console
 from train.commands.train import check_sources
 
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 def bench_train(
     context: typer.Context,
     *,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A recipe; later ones override earlier ones."),
-    ] = None,
+    config: ConfigOption = None,
     rounds: Annotated[int, typer.Option(help="Times that everybody trains; figures are medians.")] = 3,
     steps: Annotated[int, typer.Option(help="Timed optimizer steps of each in a round.")] = 8,
     json: JsonOption = None,

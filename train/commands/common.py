@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from models.base.errors import UsageError
+from train.recipe.shipped import find_recipe
 
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
@@ -23,6 +24,22 @@ DtypeOption = Annotated[
     typer.Option(
         metavar="auto|fp32|bf16|int8",
         help="Of the weights; auto takes the fastest of fp32 and bf16 here, int8 is another model.",
+    ),
+]
+
+
+def find_recipes(paths: list[Path] | None) -> list[Path] | None:
+    """Take a recipe's name for the recipe of that name that comes with the package."""
+    return paths and [find_recipe(path) for path in paths]
+
+
+ConfigOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        callback=find_recipes,
+        help="A recipe, or the name of one that comes with the package; later ones override earlier ones.",
     ),
 ]
 

@@ -25,10 +25,11 @@ from models.elastic.view import View
 from train.commands.console import family_table
 from train.commands.export import extract_and_prove
 from train.recipe.recipe import Recipe, load_recipe
+from train.recipe.shipped import CONFIGS
 from train.run.fit import fit
 from train.run.run_folder import RECIPE_FILE
 
-RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
+RECIPE = CONFIGS / "demo.yaml"
 MEMBER = "S"
 # No line break at its end: a token holds the break and the indent that follows.
 PROMPT = 'def read_config(path, encoding="utf-8"):'

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from models.base.errors import UsageError
-from train.commands.train import ConfigOption, DryRunOption, OutOption, ResumeOption, run_training
+from train.commands.common import ConfigOption
+from train.commands.train import DryRunOption, OutOption, ResumeOption, run_training
 
 
 def distill(

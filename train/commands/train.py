@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from models.base.errors import UsageError
-from train.commands.common import check_file
+from train.commands.common import ConfigOption, check_file
 from train.commands.console import family_table, make_console
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ class TrainCommand(typer.core.TyperCommand):
 
 # Whatever is no flag of ours is a recipe key.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-ConfigOption = Annotated[
-    list[Path] | None,
-    typer.Option("--config", metavar="FILE", help="A recipe; later ones override earlier ones."),
-]
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The run folder. Default: checkpoints/ and the recipe's name."),

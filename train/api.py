@@ -1,0 +1,77 @@
+"""What the commands do, as functions; `import nestling` gives them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.checkpoint import extract as extraction
+from models.checkpoint.family import Member
+from models.checkpoint.folder import load_model
+from models.elastic.granularity import Granularity
+from models.measure.consistency import evaluate_family
+from train.commands.common import open_for_measuring
+from train.commands.console import make_console
+from train.commands.evaluate import MAX_SEQUENCE_LENGTH, choose_members, take_batches
+from train.data.tokenizer import load_tokenizer
+from train.data.tokens import load_rows
+from train.recipe.recipe import load_recipe
+from train.recipe.shipped import find_recipe
+from train.run.fit import fit
+
+
+def train(*configs: str | Path, overrides: Sequence[str] = (), out: str | Path, resume: str = "auto") -> Path:
+    """Train a family as `nestling train` does.
+
+    Args:
+        configs: recipe files, or names of recipes of the package; later ones override earlier ones.
+        overrides: recipe keys, such as "trainer.max_steps=100".
+        out: the run folder.
+        resume: `auto`, `never`, or the folder of a state to go on from.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        UsageError: if the recipe or the run folder cannot be.
+        SystemExit: after a signal or `trainer.max_time`; the state is saved.
+    """
+    recipe = load_recipe([find_recipe(Path(config)) for config in configs], overrides)
+    return fit(recipe, Path(out), resume=resume, console=make_console())
+
+
+def evaluate(
+    model: str | Path,
+    data: str,
+    *,
+    granularities: Sequence[str] = (),
+    max_tokens: int = 100_000,
+    dtype: str = "fp32",
+) -> list[Member]:
+    """Measure the members of a model folder on text as `nestling evaluate` does: loss, match, KL, alpha.
+
+    Args:
+        model: the model folder.
+        data: a .txt, .jsonl or .parquet file, or "stdlib".
+        granularities: members to measure besides the family, trained or not.
+        max_tokens: measure about this many tokens; 0 means all.
+        dtype: dtype of the weights: auto, fp32, bf16 or int8.
+
+    Returns:
+        One entry per member, the largest last.
+    """
+    folder, _ = open_for_measuring(Path(model), dtype)
+    length = min(folder.model.config.max_position_embeddings, MAX_SEQUENCE_LENGTH)
+    rows = load_rows(data, load_tokenizer(str(model), key="model"), sequence_length=length)
+    batches = list(take_batches(rows, max_tokens or rows.num_labels))
+    return list(evaluate_family(folder.model, choose_members(folder, list(granularities)), batches))
+
+
+def extract(model: str | Path, granularity: str, out: str | Path) -> Path:
+    """Cut a member out as a stock Hugging Face folder, as `nestling extract` does; return the folder.
+
+    Args:
+        model: the model folder.
+        granularity: a name of the family, or written out: "ffn=0.25,heads=0.5,layers=0:3:5".
+        out: the new folder.
+    """
+    folder = load_model(model)
+    return extraction.extract(folder, Granularity.parse(granularity, folder.family), out)
