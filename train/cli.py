@@ -1,7 +1,8 @@
-"""The one door: `nestling <command>`. See DESIGN's words in the README; `nestling --help` lists the commands.
+"""The command line: `nestling <command>`; `nestling --help` lists the commands.
 
 Each command lives in train/commands/ and imports what it needs when it runs, so that `--help` is instant.
-Whatever a user gets wrong ends in one line on stderr and an exit code:
+Whatever a user gets wrong ends in one line on stderr and an exit code; so does a defect of ours, whose
+traceback goes to a file:
 
     0 done    1 failed    2 wrong usage    130/143 stopped
 """
@@ -18,6 +19,12 @@ from train.commands.demo import demo
 from train.commands.distill import distill
 from train.commands.evaluate import evaluate
 from train.commands.extract import extract
+from train.commands.failure import (
+    describe_defect,
+    describe_environment,
+    fail,
+    replace_what_cannot_be_encoded,
+)
 from train.commands.generate import generate
 from train.commands.machine import machine
 from train.commands.report import report
@@ -45,20 +52,18 @@ app.command(context_settings=PASS_ON)(demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code, and raises only for bugs of ours."""
+    """Run one command and return the exit code."""
+    replace_what_cannot_be_encoded()
     arguments = _named(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
     run = typer.main.get_command(app)
     try:
         code = run(arguments, prog_name="nestling", standalone_mode=False)
     except NestlingError as error:
-        return _fail(str(error), error.exit_code)
+        return fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _fail(_wrong_flag(error, arguments), error.exit_code)
-    except (OSError, MemoryError, RuntimeError) as error:
-        message = _environment(error)
-        if message is None:
-            raise
-        return _fail(message, 1)
+        return fail(_wrong_flag(error, arguments), error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the outermost handler: no user meets a traceback
+        return fail(describe_environment(error) or describe_defect(error, arguments), 1)
     if code == INTERRUPTED:
         print("nestling: stopped", file=sys.stderr)
     return code or 0
@@ -89,20 +94,3 @@ def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:
 
 def _commands() -> set[str]:
     return {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
-
-
-def _environment(error: Exception) -> str | None:
-    """One line for what the machine refuses; None for what is a bug."""
-    if isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return " ".join(text.split())
-    text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
-        return f"out of memory ({' '.join(text.split())[:100]}); choose a smaller model, batch or context"
-    return None
-
-
-def _fail(message: str, code: int) -> int:
-    for line in message.splitlines():
-        print(f"nestling: error: {line}", file=sys.stderr)
-    return code

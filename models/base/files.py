@@ -2,7 +2,8 @@
 
 A folder is written beside its final place, forced to disk, then renamed: a reader never meets half
 of it, and a run that dies leaves only a hidden `.name.*.partial`, or what it was about to replace under
-`.name.*.replaced`; `sweep` removes the one and puts back the other.
+`.name.*.replaced`; `sweep` removes the one and puts back the other. A device or a pipe is written to, a link
+is followed.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all; its folder must exist."""
-    write_bytes(path, text.encode("utf-8"))
+    r"""Write a text file, whole or not at all; its folder must exist.
+
+    A byte of a path that is not UTF-8 becomes an escape such as `\udce9`, from which JSON and YAML read the
+    same path back.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -92,15 +98,60 @@ def write_file(path: str | Path) -> Iterator[Path]:
     Raises:
         NestlingError: if the disk refuses: no space, no permission.
     """
-    final = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
+    path = Path(path)
     with _naming_refusal(path):
-        make_folder(final.parent)
-        with _beside(final) as partial:
+        if not is_stream(path):
+            make_folder(Path(os.path.realpath(path)).parent)
+        with _beside(path) as partial:
             yield partial
+
+
+def check_output(flag: str, path: Path) -> None:
+    """Say before the work, not after it, that a file could not be written.
+
+    Raises:
+        UsageError: naming the flag, the path and the reason.
+    """
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder; give the path of a file")
+    place = path if is_stream(path) else Path(os.path.realpath(path)).parent
+    if not place.exists():
+        raise UsageError(f"{flag} {path}: the folder {place} does not exist; make it first")
+    if not os.access(place, os.W_OK):
+        raise UsageError(f"{flag} {path}: {place} cannot be written to; choose another place")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path means a device, a pipe, a socket or an open file of a process.
+
+    >>> is_stream(Path("/dev/null")), is_stream(Path("/dev/stdout")), is_stream(Path("results.json"))
+    (True, True, False)
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return True
+    for _ in range(_MOST_LINKS):
+        if not path.is_symlink():
+            return False
+        folder = path.parent.resolve()
+        if folder.name == "fd" and folder.is_relative_to("/proc"):
+            return True
+        path = path.parent / path.readlink()
+    return False
+
+
+_MOST_LINKS = 40
+"""As the system follows: https://man7.org/linux/man-pages/man7/path_resolution.7.html"""
 
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "content"
+            with path.open("ab", buffering=0) as stream:  # what an open file holds already stays
+                stream.write((Path(folder) / "content").read_bytes())
+        return
+    path = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
@@ -129,8 +180,15 @@ def remove_folder(path: Path) -> None:
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/nestling`, or `~/.cache/nestling`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestling"
+    """Return `$XDG_CACHE_HOME/nestling`, or `~/.cache/nestling`.
+
+    Raises:
+        NestlingError: if this user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nestling"
+    except RuntimeError:
+        raise NestlingError("this user has no home folder; set XDG_CACHE_HOME to a folder") from None
 
 
 def sweep(folder: Path) -> None:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from models.base.errors import NestlingError
+from models.base.errors import NestlingError, UsageError
 from models.base.files import default_cache_dir, write_file
 from models.base.processor import processor_name
 
@@ -38,7 +38,10 @@ _log = logging.getLogger(__name__)
 @functools.cache
 def library(name: str = "decode_step") -> ctypes.CDLL | None:
     """What was compiled of a source; None where it is switched off or cannot be built, which is logged."""
-    if os.environ.get(SWITCH) == "0":
+    switch = os.environ.get(SWITCH) or "1"
+    if switch not in ("0", "1"):
+        raise UsageError(f"{SWITCH}={switch} is neither 0 (torch's kernels) nor 1; set one of them")
+    if switch == "0":
         return None
     try:
         path = build(name)

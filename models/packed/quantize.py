@@ -39,7 +39,7 @@ def split_precision(text: str) -> tuple[str, str | None]:
     """A granularity or folder, and the precision behind its last `@`, if there is one.
 
     Raises:
-        UsageError: if what follows `@` is no precision.
+        UsageError: if what follows `@` is no precision, or nothing stands before it.
 
     >>> split_precision("ffn=0.25@int8"), split_precision("S")
     (('ffn=0.25', 'int8'), ('S', None))
@@ -47,8 +47,11 @@ def split_precision(text: str) -> tuple[str, str | None]:
     name, at, precision = text.rpartition("@")
     if not at:
         return text, None
+    problems = [] if name else ["nothing stands before the @; name a member or a folder, as in S@int8"]
     if precision not in PRECISIONS:
-        raise UsageError(f"{text}: {precision!r} is no precision; choose from {', '.join(PRECISIONS)}")
+        problems.append(f"{precision!r} is no precision; choose from {', '.join(PRECISIONS)}")
+    if problems:
+        raise UsageError(f"--draft {text}: {'. '.join(problems)}")
     return name, precision
 
 

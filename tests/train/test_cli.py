@@ -1,6 +1,7 @@
 """The door itself: help, flags, overrides, exit codes; no model is opened here."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,11 +108,51 @@ def test_what_the_machine_refuses_is_one_line(
         assert named in capsys.readouterr().err.splitlines()[0]
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    for bug in (KeyError("ours"), RuntimeError("shapes differ"), ValueError("ours")):
-        monkeypatch.setattr("models.checkpoint.folder.load_model", raiser(bug))
-        with pytest.raises(type(bug)):
-            main(["extract", "m", "--granularity", "S", "--out", "x"])
+EXTRACT = ["extract", "m", "--granularity", "S", "--out", "x"]
+
+
+@pytest.mark.parametrize("defect", [KeyError("ours"), RuntimeError("ours"), ValueError("two\nlines")])
+def test_a_defect_of_ours_is_one_line_and_its_traceback_lies_in_a_file(
+    defect: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.checkpoint.folder.load_model", raiser(defect))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    line = fails(capsys, *EXTRACT, code=1)
+    assert f"this is a defect of nestling ({type(defect).__name__} at test_cli.py:" in line
+    (report,) = tmp_path.iterdir()
+    assert line.endswith(f"please report it with the traceback in {report}")
+    text = report.read_text()
+    assert text.startswith("nestling extract m")
+    assert "Traceback (most recent call last)" in text
+
+
+def test_a_traceback_that_cannot_be_kept_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.checkpoint.folder.load_model", raiser(KeyError("ours")))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert main(EXTRACT) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "report it with the traceback above" in err.splitlines()[-1]
+
+
+PRINT = "from train.cli import main; import models.checkpoint.folder as f\n"
+PRINT += "def say(_): print('caf\\u00e9 \\u201cx\\u201d caf\\udce9'); raise SystemExit(0)\n"
+PRINT += f"f.load_model = say; main({EXTRACT!r})"
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "caf? ?x? caf?"), ("utf-8", "café “x” caf?")])
+def test_what_the_terminal_cannot_show_is_replaced(encoding: str, shown: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", PRINT], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode(encoding).strip() == shown
+
+
+def test_a_closed_stdout_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["machine", "--help"]) == 0
 
 
 def test_an_interrupted_command_says_so_and_exits_with_130(

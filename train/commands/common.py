@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from models.base.errors import UsageError
+from models.base.files import check_output
 from train.recipe.shipped import find_recipe
 
 if TYPE_CHECKING:
@@ -69,28 +70,20 @@ def check_gamma(text: str | None, *, least: int) -> int | Literal["auto"] | None
 
 def check_json(path: Path | None) -> None:
     """Say before the work, not after it, that the results could not be written."""
-    _check_output("--json", path)
+    if path is not None:
+        check_output("--json", path)
 
 
 def check_plot(path: Path | None) -> None:
-    """The same for a picture, whose kind its name tells."""
-    _check_output("--plot", path)
-    if path is not None and path.suffix not in PLOTS:
+    """Say the same of a picture, whose kind its name tells."""
+    if path is None:
+        return
+    check_output("--plot", path)
+    if path.suffix not in PLOTS:
         raise UsageError(f"--plot {path} has no known ending; choose from {', '.join(PLOTS)}")
 
 
 PLOTS = (".svg", ".png", ".html")
-
-
-def _check_output(flag: str, path: Path | None) -> None:
-    if path is None:
-        return
-    if path.is_dir():
-        raise UsageError(f"{flag} {path} is a folder; give the path of a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{flag} {path}: the folder {path.parent} cannot be written to; choose another")
 
 
 def open_for_measuring(path: Path, dtype: str) -> "tuple[ModelFolder, str]":

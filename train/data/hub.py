@@ -51,6 +51,8 @@ class HubDataset:
 
         quiet_datasets()
         path, config, split = parse_name(name)
+        if not path or name.endswith((":", "@")):
+            raise UsageError(f"{key}={name!r}: a part of it is empty; write owner/name[:config][@split]")
         try:
             table = load_dataset(path, config, split=split, cache_dir=datasets_folder(cache_dir))
         except (ConnectionError, DatasetGenerationError) as error:

@@ -74,7 +74,17 @@ def pair_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
                 raise UsageError(f"{word}: has no value; write {word}=VALUE")
         elif not key or not equals:
             raise UsageError(f"{word}: is not an override; write KEY=VALUE, as in seed=1")
+        if not _is_utf8(key + text):
+            raise UsageError(f"{key}={text!r}: is not UTF-8, as a recipe must be; give a path through a link")
         yield key, text
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _make(

@@ -43,12 +43,12 @@ def make_loggers(
         UsageError: if a logger's package is not installed or Lightning knows none of that name.
     """
     loggers: list[Logger] = []
-    mode = config.wandb
+    mode: str = config.wandb
     if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     if mode != "disabled":
         try:
-            loggers.append(_wandb(config, run, members, settings, offline=mode == "offline"))
+            loggers.append(_wandb(config, run, members, settings, offline=mode in ("offline", "dryrun")))
         except Exception as error:  # noqa: BLE001 - the mirror may fail in any way, the run goes on
             warnings.warn(f"wandb failed and is dropped: {error}", stacklevel=2)
     if config.tensorboard and importlib.util.find_spec("tensorboard"):

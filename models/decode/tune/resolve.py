@@ -103,14 +103,14 @@ def other_folder(folder: ModelFolder, text: str) -> tuple[str, str | None] | Non
     Raises:
         UsageError: if it means neither.
     """
-    if Path(text).is_dir() and text not in folder.family:
+    if text and Path(text).is_dir() and text not in folder.family:
         return text, None  # a folder's name may hold anything
     name, precision = split_precision(text)
     if name in folder.family or name == "full" or "=" in name:
         return None
-    if not Path(name).is_dir():
+    if not name or not Path(name).is_dir():
         raise UsageError(
-            f"--draft {text} is neither a member of the family nor a folder; choose from "
+            f"--draft {text or repr(text)} is neither a member of the family nor a folder; choose from "
             f"{', '.join(folder.family)}, auto, lookup and none, write a granularity out as in ffn=0.25, "
             "or give a model folder; each may carry a precision, as in S@int8"
         )

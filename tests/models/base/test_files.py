@@ -2,13 +2,17 @@
 
 import errno
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import (
+    check_output,
     check_replaceable,
+    default_cache_dir,
     make_folder,
     read_json,
     remove_folder,
@@ -16,6 +20,7 @@ from models.base.files import (
     write_file,
     write_folder,
     write_json,
+    write_text,
 )
 
 MARKER = "nestling.json"
@@ -129,6 +134,61 @@ def test_a_file_appears_complete_or_what_stood_there_stays(tmp_path: Path) -> No
         write(b"ha", FullDisk)
     assert path.read_bytes() == b"whole"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_device_is_written_to_and_never_replaced() -> None:
+    before = Path("/dev/null").stat()
+    write_json("/dev/null", {"text": "gone"})
+    with write_file("/dev/null") as partial:
+        partial.write_text("gone")
+    assert Path("/dev/null").is_char_device()
+    assert Path("/dev/null").stat().st_ino == before.st_ino
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        content = reader.submit(pipe.read_text)
+        write_json(pipe, {"text": "through"})
+        assert json.loads(content.result(timeout=10)) == {"text": "through"}
+    assert pipe.is_fifo()
+
+
+def test_an_open_file_keeps_what_it_holds(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        log.write("before\n")
+        log.flush()
+        write_text(f"/proc/self/fd/{log.fileno()}", "after\n")
+    assert (tmp_path / "log").read_text() == "before\nafter\n"
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "results.json")
+    write_json(tmp_path / "link", {"text": "new"})
+    assert (tmp_path / "link").is_symlink()
+    assert read_json(tmp_path / "results.json") == {"text": "new"}
+
+
+@pytest.mark.parametrize(("name", "named"), [("missing/x", "missing does not exist"), (".", "is a folder")])
+def test_an_output_that_cannot_be_is_named_before_the_work(name: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--json .*{named}"):
+        check_output("--json", tmp_path / name)
+    for path in (Path("/dev/null"), tmp_path / "new.json"):
+        check_output("--json", path)
+
+
+def test_a_path_that_is_not_utf8_is_written_and_read_back(tmp_path: Path) -> None:
+    path = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / path, {"path": path})
+    assert read_json(tmp_path / path) == {"path": path}
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(NestlingError, match="set XDG_CACHE_HOME"):
+        default_cache_dir()
 
 
 def test_what_json_lacks_becomes_null(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from models.base.errors import NestlingError
+from models.base.errors import NestlingError, UsageError
 from models.kernels import build as building
 from models.kernels.build import SOURCES, build, library, load
 
@@ -54,6 +54,9 @@ def test_it_can_be_switched_off_and_a_refusal_is_logged(
     monkeypatch.setenv("NESTLING_NATIVE", "0")
     assert library.__wrapped__() is None
     assert not caplog.text
+    monkeypatch.setenv("NESTLING_NATIVE", "off")
+    with pytest.raises(UsageError, match="NESTLING_NATIVE=off is neither 0"):
+        library.__wrapped__()
 
 
 def test_a_damaged_one_is_made_again(

@@ -1,6 +1,7 @@
 """`nestling train`: what is wrong is named and leaves nothing; a dry run makes nothing; a run lands whole."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +135,12 @@ def test_the_run_folder_is_named_after_the_recipe() -> None:
     assert default_out(recipe, [Path("base.yaml"), Path(TINY)]) == Path("checkpoints/tiny")
     named = load_recipe([Path(TINY)], ["tracking.name=mine"])
     assert default_out(named, [Path(TINY)]) == Path("checkpoints/mine")
+
+
+def test_a_path_of_the_data_that_is_not_utf8_is_refused_before_anything_is_made(
+    tmp_path: Path, fails: Fails
+) -> None:
+    source = f"data.source={os.fsdecode(b'caf' + bytes([0xE9]))}/text.txt"
+    line = fails("train", "--config", TINY, source, "--out", tmp_path / "run", code=2)
+    assert "data.source='caf\\udce9/text.txt': is not UTF-8" in line
+    assert not (tmp_path / "run").exists()

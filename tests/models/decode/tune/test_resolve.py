@@ -53,7 +53,15 @@ def test_another_folder_counts_all_its_weights_as_extra(folder: ModelFolder) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("S@int3", "'int3' is no precision"), ("nothing@int8", "neither a member")]
+    ("text", "told"),
+    [
+        ("S@int3", "--draft S@int3: 'int3' is no precision"),
+        ("nothing@int8", "neither a member"),
+        ("@int4", "--draft @int4: nothing stands before the @"),
+        ("@int5", "nothing stands before the @.* 'int5' is no precision"),
+        ("S@", "--draft S@: '' is no precision"),
+        ("", "--draft '' is neither a member"),
+    ],
 )
 def test_a_wrong_precision_or_member_is_named(text: str, told: str, folder: ModelFolder) -> None:
     with pytest.raises(UsageError, match=told):

@@ -1,0 +1,65 @@
+"""What is said when a command fails: one line on stderr, and a file with the traceback of a defect."""
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.base.files import write_text
+
+
+def fail(message: str, code: int) -> int:
+    """Print the message, and return the exit code."""
+    for line in message.splitlines():
+        print(f"nestling: error: {line}", file=sys.stderr)
+    return code
+
+
+def describe_environment(error: Exception) -> str | None:
+    """Return one line for what the machine refuses; None for a defect of ours."""
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _one_line(text)
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
+        return f"out of memory ({_one_line(text)[:100]}); choose a smaller model, batch or context"
+    return None
+
+
+def describe_defect(error: Exception, arguments: Sequence[str]) -> str:
+    """Name a defect of ours in one line, and write its traceback to a file that the line names."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    name = f"{type(error).__name__} at {where}: {_one_line(str(error))[:200]}"
+    return (
+        f"this is a defect of nestling ({name}); please report it with {_write_traceback(error, arguments)}"
+    )
+
+
+def replace_what_cannot_be_encoded() -> None:
+    """Let stdout and stderr show "?" for a character that their encoding lacks, and take text if closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in `nestling machine >&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - open to the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _write_traceback(error: Exception, arguments: Sequence[str]) -> str:
+    text = "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError):
+        descriptor, path = tempfile.mkstemp(prefix="nestling-", suffix=".txt")
+        os.close(descriptor)
+        write_text(path, f"nestling {' '.join(arguments)}\n\n{text}")
+        return f"the traceback in {path}"
+    print(text, file=sys.stderr)
+    return "the traceback above"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
