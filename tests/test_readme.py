@@ -30,6 +30,14 @@ def tree() -> dict[str, str]:
     return lines
 
 
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    assert len(README.split()) <= 1500
+    block = README.split("<!-- results:begin")[1].split("<!-- results:end")[0]
+    rows = [line for line in block.splitlines() if line.startswith("| ")][1:]
+    assert 0 < len(rows) <= 6
+    assert README.count("\n|---") == 1
+
+
 @pytest.mark.parametrize("room", rooms(), ids=lambda room: str(room.relative_to(ROOT)))
 def test_every_room_has_its_line(room: Path) -> None:
     assert str(room.relative_to(ROOT)) in tree()

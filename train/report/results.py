@@ -6,7 +6,7 @@
 A result is {"title", "command", "card", "members": [...], "speed": [...], "training": [...]}: what
 `evaluate --json`, `bench --json` and `bench --train --json` measure, with at least one of the lists. In
 README.md everything between `<!-- results:begin NAME -->` and `<!-- results:end -->` comes from NAME.json, so
-no number there is typed.
+no number there is typed; of a bench it shows the fastest ways only.
 """
 
 import argparse
@@ -20,7 +20,15 @@ from typing import Any
 from models.base.errors import NestlingError
 from models.base.files import read_json
 from models.checkpoint.family import Member
-from train.report.tables import NOTHING, Table, family_table, flatten, speed_table, training_table
+from train.report.tables import (
+    NOTHING,
+    Table,
+    brief_speed_table,
+    family_table,
+    flatten,
+    speed_table,
+    training_table,
+)
 from train.report.write import write_text
 
 FOLDER = Path("docs/results")
@@ -165,16 +173,26 @@ def _page(result: Result) -> str:
 
 
 def _readme_block(result: Result) -> str:
-    source = f"{result.title}: `{result.command}`{_where(result.card)}."
-    details = f"[Everything about this result]({(FOLDER / result.name).as_posix()}.md)."
-    return "\n\n".join([*_tables(result, FOLDER), f"{source} {details}"]) + "\n"
+    """The picture, one short table, and where to read on."""
+    if result.speed:
+        table = brief_speed_table(result.speed)
+    elif result.training:
+        table = training_table(result.training)
+    else:
+        table = family_table(result.members)
+    details = f"[Everything about this result]({(FOLDER / result.name).as_posix()}.md)"
+    source = f"{result.title}{_where(result.card)}. {details}."
+    return "\n\n".join([*_picture(result, FOLDER), markdown(table), source]) + "\n"
+
+
+def _picture(result: Result, folder: Path) -> list[str]:
+    picture = (folder / f"{result.name}.svg").as_posix()
+    return [f"![{result.title}: loss and alpha against parameters]({picture})"] if result.members else []
 
 
 def _tables(result: Result, folder: Path) -> list[str]:
-    parts = []
+    parts = _picture(result, folder)
     if result.members:
-        picture = (folder / f"{result.name}.svg").as_posix()
-        parts = [f"![{result.title}: loss and alpha against parameters]({picture})"]
         parts.append(markdown(family_table(result.members)))
     if result.speed:
         parts.append(markdown(speed_table(result.speed)))

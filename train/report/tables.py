@@ -64,6 +64,21 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return _table(filled, columns, num_labels=len(labels))
 
 
+def brief_speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return two rows for each engine, plain decoding and its fastest other way, in the first row's setting.
+
+    Args:
+        rows: as `speed_table` takes them; those of another dtype or temperature than the first are left out.
+    """
+    same = [row for row in rows if all(row.get(key) == rows[0].get(key) for key in ("dtype", "temperature"))]
+    best: dict[tuple[str, bool], Mapping[str, Any]] = {}
+    for row in sorted(same, key=lambda row: -row["tokens_per_second"]):
+        best.setdefault((row["engine"], row["mode"] == "plain"), row)
+    columns = ("engine", "mode", "draft", "dtype", "tokens_per_second")
+    shown = [row for row in same if any(row is one for one in best.values())]
+    return speed_table([{key: row.get(key) for key in columns} for row in shown])
+
+
 def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row for everyone that trained (fields of `bench --train`); ratios are to the first row."""
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
