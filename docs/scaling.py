@@ -27,7 +27,7 @@ from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.objective.joint_loss import joint_loss
 from train.objective.sampler import StepPlan, Turn
-from train.recipe.recipe import LossConfig
+from train.recipe.sections import LossConfig
 from train.run.fsdp import share_out
 
 PAGE = Path(__file__).with_name("scaling.md")

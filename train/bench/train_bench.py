@@ -39,7 +39,8 @@ from models.checkpoint.huggingface import to_hugging_face
 from models.elastic.model import ElasticLM
 from models.machine.card import machine_card, num_threads
 from train.data.module import TextData
-from train.recipe.recipe import Recipe, SamplerConfig
+from train.recipe.recipe import Recipe
+from train.recipe.sections import SamplerConfig
 from train.run.dryrun import estimate_run
 from train.run.fit import OUR_OWN, make_config, make_model, training_precision
 from train.run.malloc import keep_freed_memory

@@ -34,7 +34,7 @@ from train.data.batch import Batch
 from train.objective.chunked_loss import rows_of_a_piece, sum_by_pieces
 from train.objective.losses import cross_entropy, member_loss, ramp
 from train.objective.sampler import StepPlan, Turn
-from train.recipe.recipe import LossConfig
+from train.recipe.sections import LossConfig
 
 
 class JointLoss(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.kernels.calls import training_dtype
 from models.kernels.train_losses import cross_entropy as compiled_cross_entropy
 from train.objective.divergences import DIVERGENCES, SETTINGS, alpha, at_least_fp32, greedy_match
-from train.recipe.recipe import LossConfig
+from train.recipe.sections import LossConfig
 
 __all__ = [
     "DIVERGENCES",

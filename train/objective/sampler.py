@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from models.elastic.granularity import Plan
-from train.recipe.recipe import SamplerConfig
+from train.recipe.sections import SamplerConfig
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,33 @@
 """Read and write a section of settings: defaults <- YAML files, in order <- `a.b=c` overrides.
 
-Unknown keys are refused with the nearest right one, wrong values with what was expected; all of them at
-once. OmegaConf reads the YAML and resolves `${other.key}`.
+OmegaConf reads and merges them and resolves `${other.key}`, pydantic validates the result. Unknown keys are
+refused with the nearest right one, wrong values with what was expected; all of them at once.
 """
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from models.base.errors import UsageError
 from models.base.files import write_text
-from train.recipe.settings import Kind, Section, UnfitError, help_rows, kinds, show
+from train.recipe.settings import help_rows, show
 
-S = TypeVar("S", bound=Section)
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value as YAML reads it, and as it was given: in a file, or as text on the command line."""
+
+    value: Any
+    text: str
+    origin: str = ""
 
 
 def load(section: type[S], configs: Sequence[Path], overrides: Sequence[str]) -> S:
@@ -26,30 +39,31 @@ def load(section: type[S], configs: Sequence[Path], overrides: Sequence[str]) ->
     Raises:
         UsageError: one line for each key that is unknown and each value that does not fit.
     """
-    given: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for path in configs:
-        leaves = dict(_leaves(section, _read_yaml(path)))
-        given |= leaves
-        origins |= dict.fromkeys(leaves, f" in {path}")
-    for key, text in pair_overrides(overrides):
-        given.pop(key, None)  # the last word on the command line is the last to be put
-        given[key] = _parse(text, _find(section, key))
-        origins.pop(key, None)
+    from omegaconf import OmegaConf
 
-    unknown = [key for key in given if _find(section, key) is None]
-    problems = [_unknown(section, key, f"{key}={show(given[key])}{origins.get(key, '')}") for key in unknown]
-    values = dataclasses.asdict(section())
-    for key, value in given.items():
-        if key not in unknown:
-            _put(values, key, value)
-    made = _make(section, _resolve(values), problems, origins)
-    if made is None:
+    takes = {row.key: row.type for row in help_rows(section)}
+    given = _given(takes, configs, overrides)
+    unknown = [key for key in given if key not in takes and key.rpartition(".")[0] not in _tables(takes)]
+    problems = [_unknown(takes, key, given.pop(key)) for key in unknown]
+    try:
+        config = OmegaConf.create(TypeAdapter(section).dump_python(section(), mode="json"))
+        for key, one in given.items():
+            OmegaConf.update(config, key, one.value, merge=False, force_add=True)
+        made, wrong = _validate(section, OmegaConf.to_container(config, resolve=True), given)
+        texts = {key: given[key].text for key in wrong if key in given and not given[key].origin}
+        if texts:  # text needs no quotes on the command line: what YAML took for a number, say
+            for key, text in texts.items():
+                OmegaConf.update(config, key, text, merge=False)
+            made, wrong = _validate(section, OmegaConf.to_container(config, resolve=True), given)
+    except _yaml_errors() as error:
+        raise UsageError(f"recipe: {str(error).splitlines()[0]}") from None
+    problems += [line or _unfit(takes, key, given) for key, line in wrong.items()]
+    if made is None or problems:
         raise UsageError("\n".join(problems))
     return made
 
 
-def save(section: Section, path: Path) -> None:
+def save(section: Any, path: Path) -> None:
     """Write every setting as YAML that `load` reads back as an equal section; the file is whole or absent."""
     from omegaconf import OmegaConf
 
@@ -60,7 +74,7 @@ def pair_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Read `a.b=c`, `--a.b=c` and `--a.b c`.
 
     Raises:
-        UsageError: for a word that is none of these.
+        UsageError: for a word that has none of these forms.
 
     >>> list(pair_overrides(["seed=1", "--family.S=ffn=0.5", "--family.M", "ffn=0.75"]))
     [('seed', '1'), ('family.S', 'ffn=0.5'), ('family.M', 'ffn=0.75')]
@@ -79,6 +93,18 @@ def pair_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key, text
 
 
+def _given(takes: Mapping[str, str], configs: Sequence[Path], overrides: Sequence[str]) -> dict[str, Given]:
+    """What files and overrides say, by dotted key, in the order in which it is merged."""
+    given: dict[str, Given] = {}
+    for path in configs:
+        for key, value in _leaves(takes, _read_yaml(path)):
+            given[key] = Given(value, show(value), f" in {path}")
+    for key, text in pair_overrides(overrides):
+        given.pop(key, None)  # the last word on the command line is merged last
+        given[key] = Given(_parse_yaml(text), text)
+    return given
+
+
 def _is_utf8(text: str) -> bool:
     try:
         text.encode()
@@ -87,92 +113,56 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _make(
-    section: type[S], values: Mapping[str, Any], problems: list[str], origins: Mapping[str, str]
-) -> S | None:
-    """The section, or None after telling its problems."""
-    fields = _fields(section, values, "", problems, origins)
-    return None if problems else section(**fields)
-
-
-def _fields(
-    section: type[Section],
-    values: Mapping[str, Any],
-    prefix: str,
-    problems: list[str],
-    origins: Mapping[str, str],
-) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, kind in kinds(section).items():
-        key, value = f"{prefix}{name}", values[name]
-        if kind.section:
-            inner = _fields(kind.section, value, f"{key}.", problems, origins)
-            if not problems:
-                fields[name] = kind.section(**inner)
-            continue
-        try:
-            fields[name] = kind.fit(value)
-        except UnfitError:
-            problems.append(f"{key}={show(value)}{origins.get(key, '')}: expected {kind}")
-    return fields
-
-
-def _leaves(section: type[Section], loaded: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of what a file says; an empty section says nothing."""
+def _leaves(
+    takes: Mapping[str, str], loaded: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a file; an empty section says nothing."""
     for name, value in loaded.items():
-        kind = kinds(section).get(name)
-        if kind and kind.section and isinstance(value, Mapping | None):
-            yield from _leaves(kind.section, value or {}, f"{prefix}{name}.")
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping | None) and any(setting.startswith(f"{key}.") for setting in takes):
+            yield from _leaves(takes, value or {}, f"{key}.")
         else:
-            yield f"{prefix}{name}", value
+            yield key, value
 
 
-def _find(section: type[Section], key: str) -> Kind | None:
-    """What the setting at a dotted key takes; None if there is no such setting."""
-    name, _, rest = key.partition(".")
-    kind = kinds(section).get(name)
-    if kind is None:
-        return None
-    if kind.section:
-        return _find(kind.section, rest)
-    return kind.entry if rest else kind
+def _validate(
+    section: type[S], values: Any, given: Mapping[str, Given]
+) -> tuple[S | None, dict[str, str | None]]:
+    """The section, or else a line for each key that does not fit; None where only its type is wrong."""
+    try:
+        return TypeAdapter(section).validate_json(json.dumps(values)), {}  # as JSON, a list is a tuple
+    except ValidationError as error:
+        wrong: dict[str, str | None] = {}
+        for one in error.errors():
+            path = ".".join(map(str, one["loc"]))
+            keys = [key for key in given if f"{path}.".startswith(f"{key}.")]
+            contradiction = one.get("ctx", {}).get("error")  # raised by a check of ours
+            wrong[max(keys, key=len, default=path)] = contradiction and str(contradiction)
+        return None, wrong
 
 
-def _unknown(section: type[Section], key: str, shown: str) -> str:
-    known = [row.key for row in help_rows(section)]
-    inside = [row for row in known if row.startswith(f"{key}.")]
+def _unfit(takes: Mapping[str, str], key: str, given: Mapping[str, Given]) -> str:
+    expected = takes.get(key) or takes[key.rpartition(".")[0]].removeprefix("table of ")
+    return f"{key}={show(given[key].text)}{given[key].origin}: expected {expected}"
+
+
+def _unknown(takes: Mapping[str, str], key: str, given: Given) -> str:
+    shown = f"{key}={show(given.text)}{given.origin}"
+    inside = [known for known in takes if known.startswith(f"{key}.")]
     if inside:
         return f"{shown}: is a section; set its keys, as in {inside[0]}"
-    by_name = {row.rpartition(".")[2]: row for row in reversed(known)}
-    name = difflib.get_close_matches(key.rpartition(".")[2], by_name, 1)
-    near = difflib.get_close_matches(key, known, 1, 0.8) or [by_name[one] for one in name]
-    group = key.rpartition(".")[0]
-    siblings = [row.rpartition(".")[2] for row in known if group and row.startswith(f"{group}.")]
+    by_name = {known.rpartition(".")[2]: known for known in reversed(list(takes))}
+    group, _, last = key.rpartition(".")
+    name = difflib.get_close_matches(last, by_name, 1)
+    near = difflib.get_close_matches(key, takes, 1, 0.8) or [by_name[one] for one in name]
+    siblings = [known.rpartition(".")[2] for known in takes if group and known.startswith(f"{group}.")]
     others = f"{group} has {', '.join(siblings)}" if siblings else "`nestling train --help` lists all keys"
-    remedy = f"did you mean {near[0]}?" if near else others
-    return f"{shown}: is not a setting; {remedy}"
+    return f"{shown}: is not a setting; {f'did you mean {near[0]}?' if near else others}"
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        if values.get(parent) is None:  # a table that is null by default
-            values[parent] = {}
-        values = values[parent]
-    values[last] = value
-
-
-def _parse(text: str, kind: Kind | None) -> Any:
-    """An override's value: what YAML reads if that fits, else the text as it stands if that does."""
-    value = _parse_yaml(text)
-    for candidate in (value, text):
-        try:
-            if kind is not None:
-                kind.fit(candidate)
-                return candidate
-        except UnfitError:
-            continue
-    return value
+def _tables(takes: Mapping[str, str]) -> list[str]:
+    """The settings whose entries have free names."""
+    return [key for key, text in takes.items() if text.startswith("table of ")]
 
 
 def _parse_yaml(text: str) -> Any:
@@ -198,17 +188,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UsageError(f"--config {path}: is a list; a recipe has sections, as in `seed: 1`")
     return {str(key): value for key, value in loaded.items()}
-
-
-def _resolve(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace each `${other.key}` by that key's value."""
-    from omegaconf import OmegaConf
-
-    try:
-        resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
-    except _yaml_errors() as error:
-        raise UsageError(f"recipe: {str(error).splitlines()[0]}") from None
-    return dict(resolved)
 
 
 def _yaml_errors() -> tuple[type[Exception], ...]:

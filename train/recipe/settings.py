@@ -1,108 +1,26 @@
-"""Settings that check and explain themselves.
+"""What the settings of a section take and mean, in words: for its help and its error messages.
 
-A section is a frozen dataclass on top of `Section`; each field is a `setting(default, help, within=...)`.
-The field's type, help and interval are written once: they check values, word the error messages, and
-are the help of the command line. `train/recipe/overrides.py` reads sections from files and flags.
+A section is a frozen pydantic dataclass with `config=CHECKED`. A field's type and bounds are what it takes,
+and the docstring below it is its help.
 """
 
-import dataclasses
-import math
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from models.base.errors import UsageError
+from pydantic import ConfigDict
+from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic.fields import FieldInfo
 
-T = TypeVar("T")
-
-
-def setting(default: T, text: str, *, within: str = "") -> T:
-    """A field of a section.
-
-    Args:
-        default: its default; a dict is copied for each instance.
-        text: what it is, one line: the help.
-        within: for numbers, the interval that they must be in: `(0, 1]`, `[1, inf)`.
-    """
-    metadata = {"help": text, "within": within}
-    if isinstance(default, dict):
-        return typing.cast(T, field(default_factory=default.copy, metadata=metadata))
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A group of settings. However it is made, its values fit their types and intervals.
-
-    Raises:
-        UsageError: one line for each value that does not.
-    """
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name, kind in kinds(type(self)).items():
-            value = getattr(self, name)
-            try:
-                object.__setattr__(self, name, kind.fit(value))
-            except UnfitError:
-                problems.append(f"{name}={show(value)}: expected {kind}")
-        if problems:
-            raise UsageError("\n".join(problems))
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What one setting takes, and its help."""
-
-    hint: Any
-    within: str = ""
-    help: str = ""
-
-    @property
-    def section(self) -> type[Section] | None:
-        """The section that it is, if it is one."""
-        is_section = isinstance(self.hint, type) and issubclass(self.hint, Section)
-        return self.hint if is_section else None
-
-    @property
-    def entry(self) -> "Kind | None":
-        """What one entry takes, if it is a table of free names; null removes an entry."""
-        for hint in _options(self.hint):
-            if typing.get_origin(hint) is dict:
-                return Kind(typing.get_args(hint)[1] | None, self.within)
-        return None
-
-    def fit(self, value: Any) -> Any:
-        """The value in this type: 1 becomes 1.0, a list a tuple.
-
-        Raises:
-            UnfitError: if it does not fit.
-        """
-        fitted = _fit(value, self.hint)
-        if not all(is_within(number, self.within) for number in _numbers(fitted)):
-            raise UnfitError
-        return fitted
-
-    def __str__(self) -> str:
-        text = " or ".join(_describe(option) for option in _options(self.hint))
-        return f"{text} in {self.within}" if self.within else text
-
-
-class UnfitError(Exception):
-    """A value is not what a setting takes."""
-
-
-def kinds(section: type[Section]) -> dict[str, Kind]:
-    """What each field of a section takes, in the order of their definition."""
-    hints = typing.get_type_hints(section)
-    return {item.name: Kind(hints[item.name], **item.metadata) for item in dataclasses.fields(section)}
+CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+"""Nothing unknown, no text in place of a number, nothing infinite."""
 
 
 @dataclass(frozen=True)
 class SettingHelp:
-    """One row of the help: where a setting is, what it takes, its default, what it is."""
+    """One row of the help: the key of a setting, what it takes, its default, what it means."""
 
     key: str
     type: str
@@ -110,20 +28,46 @@ class SettingHelp:
     help: str
 
 
-def help_rows(section: type[Section], prefix: str = "") -> list[SettingHelp]:
-    """Every setting of a section and of those inside it, in the order of their definition."""
+def help_rows(section: type, prefix: str = "") -> list[SettingHelp]:
+    """Return every setting of a section and of those inside it, in the order of their definition."""
+    assert is_pydantic_dataclass(section)
     rows = []
-    for name, kind in kinds(section).items():
-        if kind.section:
-            rows += help_rows(kind.section, f"{prefix}{name}.")
+    for name, field in section.__pydantic_fields__.items():
+        key, default = f"{prefix}{name}", field.get_default(call_default_factory=True)
+        if is_pydantic_dataclass(type(default)):
+            rows += help_rows(type(default), f"{key}.")
         else:
-            default = show(getattr(section(), name), limit=200)
-            rows.append(SettingHelp(f"{prefix}{name}", str(kind), default, kind.help))
+            text = " ".join((field.description or "").split())
+            kind = takes(field.annotation, field.metadata)
+            rows.append(SettingHelp(key, kind, show(default, limit=200), text))
     return rows
 
 
+def takes(hint: Any, metadata: Iterable[Any] = ()) -> str:
+    """Say what values fit a type hint and its bounds.
+
+    >>> from typing import Annotated
+    >>> from pydantic import Field
+    >>> takes(Annotated[float, Field(gt=0, le=1)]), takes(Literal["a", "b"]), takes(dict[str, str] | None)
+    ('number in (0, 1]', 'one of a, b', 'table of text or null')
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return takes(arguments[0], hint.__metadata__)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(takes(one, metadata) for one in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin is dict:
+        return f"table of {takes(arguments[1])}"
+    if origin is tuple:
+        return f"list of {len(arguments)}, each a {takes(arguments[0])}"
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    return names.get(hint, "null") + _interval(metadata)
+
+
 def show(value: Any, limit: int = 60) -> str:
-    """A value as one would write it, cut to a limit.
+    """Write a value as in YAML, cut to a limit.
 
     >>> show({"S": "ffn=0.5"}), show((0.9, 0.95)), show(None), show(True), show("x" * 9, limit=6)
     ('{S: ffn=0.5}', '[0.9, 0.95]', 'null', 'true', 'xxx...')
@@ -139,72 +83,14 @@ def show(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def is_within(number: float, interval: str) -> bool:
-    """Whether a number is in an interval; an empty text is no limit.
-
-    >>> [is_within(number, "(0, 1]") for number in (0, 0.5, 1, 2)]
-    [False, True, True, False]
-    """
-    if not interval:
-        return True
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = number > low or (interval[0] == "[" and number == low)
-    return above and (number < high or (interval[-1] == "]" and number == high))
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if len(_options(hint)) > 1:
-        return _fit_first(value, arguments)
-    if origin is Literal and isinstance(value, str) and value in arguments:
-        return value
-    if origin is dict and isinstance(value, Mapping):
-        return {str(k): _fit(v, arguments[1]) for k, v in value.items() if v is not None}
-    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
-        return tuple(_fit(item, argument) for item, argument in zip(value, arguments, strict=True))
-    return _fit_scalar(value, hint)
-
-
-def _fit_first(value: Any, hints: tuple[Any, ...]) -> Any:
-    for hint in hints:
-        try:
-            return _fit(value, hint)
-        except UnfitError:
-            continue
-    raise UnfitError
-
-
-def _fit_scalar(value: Any, hint: Any) -> Any:
-    if hint in (bool, str, types.NoneType) and isinstance(value, hint):
-        return value
-    if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if hint is float and math.isfinite(value):
-            return float(value)
-        if hint is int and float(value).is_integer():  # 1e4 is a number of steps, too
-            return int(value)
-    if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, hint):
-        return value
-    raise UnfitError
-
-
-def _numbers(value: Any) -> list[float]:
-    items = list(value.values()) if isinstance(value, dict) else value
-    items = items if isinstance(items, list | tuple) else [items]
-    return [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def _describe(hint: Any) -> str:
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(arguments)}"
-    if typing.get_origin(hint) is dict:
-        return f"table of {_describe(arguments[1])}"
-    if typing.get_origin(hint) is tuple:
-        return f"list of {len(arguments)}, each a {_describe(arguments[0])}"
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-    return names.get(hint, "null")
+def _interval(metadata: Iterable[Any]) -> str:
+    """The bounds among a field's metadata; nothing if it has none."""
+    bounds: dict[str, Any] = {}
+    for one in metadata:
+        for mark in one.metadata if isinstance(one, FieldInfo) else [one]:
+            bounds |= {name: getattr(mark, name) for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)}
+    if not bounds:
+        return ""
+    low = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-inf')}"
+    high = f"{bounds['le']}]" if "le" in bounds else f"{bounds.get('lt', 'inf')})"
+    return f" in {low}, {high}"

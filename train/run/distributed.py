@@ -13,7 +13,8 @@ from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessS
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from models.base.errors import NestlingError, UsageError
-from train.recipe.recipe import Recipe, TrainerConfig
+from train.recipe.recipe import Recipe
+from train.recipe.sections import TrainerConfig
 
 
 def make_fabric(settings: TrainerConfig) -> Fabric:

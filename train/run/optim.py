@@ -10,7 +10,7 @@ import math
 from torch import nn
 from torch.optim import AdamW
 
-from train.recipe.recipe import OptimConfig
+from train.recipe.sections import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:

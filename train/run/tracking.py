@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from models.base.errors import UsageError
 from models.base.files import write_text
-from train.recipe.recipe import TrackingConfig
+from train.recipe.sections import TrackingConfig
 
 BEST = {
     "loss/{}": "min",

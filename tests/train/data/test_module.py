@@ -13,7 +13,8 @@ from train.data.batch import Batch
 from train.data.documents import is_validation
 from train.data.module import TextData, cache_folder
 from train.data.pack import NO_LABEL
-from train.recipe.recipe import DataConfig, Recipe, TrainerConfig
+from train.recipe.recipe import Recipe
+from train.recipe.sections import DataConfig, TrainerConfig
 
 
 def make_data(source: Path, first_step: int = 0, **settings: object) -> TextData:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from train.objective.divergences import DIVERGENCES, alpha, greedy_match
-from train.recipe.recipe import LossConfig
+from train.recipe.sections import DivergenceName, LossConfig
 
 NAMES = sorted(DIVERGENCES)
 INF = math.inf
@@ -31,6 +31,10 @@ def pairs(draw: st.DrawFn, lowest: float = -INF, spread: float = 40.0) -> tuple[
 
 TEMPERATURES = st.floats(0.1, 10.0)
 finite_pairs = pairs(lowest=0.0, spread=8.0)
+
+
+def test_a_recipe_may_choose_every_divergence() -> None:
+    assert {"cross_entropy", *DIVERGENCES} == set(typing.get_args(DivergenceName))
 
 
 # ---------------------------------------------------------------- law 6

@@ -16,7 +16,7 @@ from train.objective import joint_loss as objective
 from train.objective.joint_loss import joint_loss
 from train.objective.losses import DIVERGENCES, cross_entropy, member_loss
 from train.objective.sampler import StepPlan, Turn, plan_step
-from train.recipe.recipe import LossConfig, SamplerConfig
+from train.recipe.sections import LossConfig, SamplerConfig
 
 MEMBERS = {
     "S": Granularity.parse("ffn=0.125"),

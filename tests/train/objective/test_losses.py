@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from train.objective.losses import DIVERGENCES, IGNORE, cross_entropy, divergence, member_loss, ramp
-from train.recipe.recipe import LossConfig
+from train.recipe.sections import LossConfig
 
 CONFIG = LossConfig(divergence="forward_kl", weight=2.0, ramp_start=10, ramp_steps=10)
 AT_ONCE = replace(CONFIG, ramp_start=0, ramp_steps=0)

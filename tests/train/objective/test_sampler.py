@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, Plan
 from train.objective.sampler import StepPlan, plan_step
-from train.recipe.recipe import SamplerConfig
+from train.recipe.sections import SamplerConfig
 
 SHAPE = ElasticConfig(
     vocab_size=8,

@@ -21,7 +21,8 @@ from models.base.files import read_json
 from models.checkpoint.folder import load_model
 from train.data.batch import Batch
 from train.objective.joint_loss import JointLoss, joint_loss
-from train.recipe.recipe import Recipe, TrainerConfig, load_recipe, save_recipe
+from train.recipe.recipe import Recipe, load_recipe, save_recipe
+from train.recipe.sections import TrainerConfig
 from train.run.distributed import make_fabric
 from train.run.fit import fit
 from train.run.metrics import read_metrics

@@ -12,7 +12,7 @@ import torch
 
 from models.base.errors import NestlingError
 from models.elastic.model import ElasticLM
-from train.recipe.recipe import OptimConfig
+from train.recipe.sections import OptimConfig
 from train.run.optim import make_optimizer
 from train.run.state import newest_state, save_state
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from train.data.batch import Batch
-from train.recipe.recipe import LossConfig, Recipe, SamplerConfig, load_recipe
+from train.recipe.recipe import Recipe, load_recipe
+from train.recipe.sections import LossConfig, SamplerConfig
 from train.run.module import JointModule
 
 MEMBERS = {"S": Granularity(ffn=(0.5,)), "D": Granularity(layers=(0, 1)), "XL": Granularity()}

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
-from train.recipe.recipe import OptimConfig
+from train.recipe.sections import OptimConfig
 from train.run.optim import learning_rate_factor, make_optimizer
 
 CONFIG = OptimConfig(lr=0.1, weight_decay=0.5)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.recipe.recipe import OptimConfig
+from train.recipe.sections import OptimConfig
 from train.run.optim import make_optimizer
 from train.run.skip_steps import IN_A_ROW, WARM_UP, WINDOW, Guard, skip_if
 

@@ -7,7 +7,7 @@ import torch
 from models.base.errors import NestlingError, UsageError
 from models.base.files import read_json, write_json
 from models.elastic.model import ElasticLM
-from train.recipe.recipe import OptimConfig
+from train.recipe.sections import OptimConfig
 from train.run.optim import make_optimizer
 from train.run.state import load_state, newest_state, save_state
 

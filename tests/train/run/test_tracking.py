@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from models.base.errors import UsageError
-from train.recipe.recipe import TrackingConfig
+from train.recipe.sections import TrackingConfig
 from train.run.metrics import MetricsLog, read_metrics
 from train.run.tracking import Dashboard, make_loggers
 
@@ -84,7 +84,7 @@ def test_wandb_keeps_tables_and_the_best_values_and_says_nothing(tmp_path: Path)
 import json
 from pathlib import Path
 from train.run.metrics import MetricsLog
-from train.recipe.recipe import TrackingConfig
+from train.recipe.sections import TrackingConfig
 from train.run.tracking import make_loggers
 folder = Path({str(tmp_path)!r})
 settings = {{"sampler": {{"share": 0.5}}}}

@@ -17,7 +17,7 @@ from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.objective.joint_loss import joint_loss
 from train.objective.sampler import StepPlan, Turn
-from train.recipe.recipe import LossConfig
+from train.recipe.sections import LossConfig
 from train.run.callbacks.metrics import Metrics
 from train.run.callbacks.step import StepCallback
 from train.run.fsdp import whole_model

@@ -8,7 +8,7 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.objective.losses import cross_entropy
-from train.recipe.recipe import LossConfig
+from train.recipe.sections import LossConfig
 from train.run.callbacks.gradients import compare_gradients
 
 MEMBERS = {"S": Granularity.parse("ffn=0.25"), "D": Granularity.parse("layers=0-1"), "XL": FULL}

@@ -1,0 +1,259 @@
+"""The sections of a recipe: what each setting is called, takes, and means.
+
+Model and trainer settings carry Hugging Face's and Lightning's names. The docstring below a field is its
+help.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from train.recipe.settings import CHECKED
+
+
+def _whole(value: Any) -> Any:
+    """Take 1e4 for a number of steps, too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def without_nulls(table: Any) -> Any:
+    """Remove the entries that are set to null."""
+    is_table = isinstance(table, Mapping)
+    return {key: value for key, value in table.items() if value is not None} if is_table else table
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Natural = Annotated[Whole, Field(ge=0)]
+Count = Annotated[Whole, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class ModelConfig:
+    """The full model, in Hugging Face's names; the vocabulary comes from the tokenizer."""
+
+    hidden_size: Count = 256
+    """Width of the residual stream."""
+    intermediate_size: Count = 1024
+    """Hidden neurons of a feed-forward part."""
+    num_hidden_layers: Count = 6
+    """Number of layers."""
+    num_attention_heads: Count = 8
+    """Query heads of a layer."""
+    num_key_value_heads: Count = 4
+    """Key/value heads of a layer."""
+    head_dim: Natural = 0
+    """Width of a head; 0: hidden_size / num_attention_heads."""
+    max_position_embeddings: Natural = 0
+    """Longest context in tokens; 0: data.sequence_length."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary frequencies."""
+    rms_norm_eps: Positive = 1e-5
+    """Epsilon of the norms."""
+    tie_word_embeddings: bool = True
+    """Use the embedding as the vocabulary head."""
+    attention_bias: bool = False
+    """Add a bias to q, k and v, as in Qwen2."""
+    qk_norm: bool = False
+    """Normalize each query and key head, as in Qwen3."""
+    initializer_range: Positive = 0.02
+    """Standard deviation of the initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class SamplerConfig:
+    """Which members train in a step, and on what."""
+
+    kind: Literal["rows", "all", "random", "sandwich"] = "rows"
+    """rows: the full model trains on every row, members on some of them; all: every member on every row;
+    random: one member a step; sandwich: the full model, the smallest member and random ones."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.0625
+    """Fraction of a batch's rows (kind rows) that the members other than layer prefixes divide among
+    them."""
+    rows_per_turn: Count = 4
+    """Rows that such a member collects (kind rows) to train on them in one step, which is faster than one
+    row in each step."""
+    exit_every: Count = 4
+    """Distance between the positions (kind rows) at which an early exit, a member that is a prefix of the
+    layers at full width, is trained; each position costs a vocabulary head."""
+    reweight: Fraction = 0.0
+    """A member on n of N rows or positions (kind rows) counts (N/n)**reweight times: 0 sums tokens, 1 is the
+    member's mean, 0.5 lets it add as much gradient noise as the full model does."""
+    shared_cache: Fraction = 0.5
+    """Fraction of a member's rows trained on the full model's keys and values, as a draft decodes."""
+    block: Count = 5
+    """Drafted tokens of a block in shared-cache training."""
+    probabilities: Annotated[dict[str, NonNegative] | None, BeforeValidator(without_nulls)] = None
+    """Weight of each member by name (kind random); null: all alike."""
+    num_random: Natural = 1
+    """Members drawn at random (kind sandwich)."""
+
+
+DivergenceName = Literal[
+    "cross_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "total_variation",
+    "skew_kl",
+    "neg_log_alpha",
+    "kl_tv",
+]
+"""The names of the losses in train/objective/divergences.py."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class LossConfig:
+    """What a member learns from: cross-entropy that ramps to a divergence from the full model.
+
+    With a teacher the full model learns from it in the same way.
+    """
+
+    divergence: DivergenceName = "neg_log_alpha"
+    """Measure of how a member's distribution differs from the full model's; cross_entropy: the member learns
+    from text alone."""
+    weight: NonNegative = 1.0
+    """Factor of the divergence."""
+    temperature: Positive = 1.0
+    """Divisor of both sides' logits."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the full model in the mixture of jensen_shannon."""
+    skew: Decay = 0.1
+    """Weight of the full model in the mixture of skew_kl."""
+    eta: NonNegative = 3.0
+    """Speed at which KL gives way to total variation in kl_tv."""
+    ramp_start: Natural = 200
+    """Step up to which members train on text alone."""
+    ramp_steps: Natural = 800
+    """Steps from cross-entropy to the divergence."""
+    fade_from: Fraction = 0.6
+    """Fraction of the run after which members' losses lose weight, to its end."""
+    fade_to: Fraction = 0.1
+    """Fraction of that weight that is left at the end; 1: all of it."""
+    teacher: str | None = None
+    """Folder of a trained model, from which the full model learns as members learn from the full model;
+    null: it learns from text alone."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class DataConfig:
+    """The text, its tokenizer, and how it is cut into rows."""
+
+    source: str = "stdlib"
+    """Training text: stdlib (this Python's own source), a path or glob of .txt, .jsonl or .parquet files (.xz
+    too), or a Hugging Face dataset."""
+    valid: str | None = None
+    """Validation text, likewise; null: split off from source."""
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Fraction of the documents that is split off."""
+    text_field: str = "text"
+    """Field of a jsonl or parquet row that holds the text."""
+    separator: str = "<|endoftext|>"
+    """Line that ends a document in a .txt file."""
+    tokenizer: str = "bpe"
+    """Tokenizer: bpe (trained on source, or with loss.teacher the teacher's), a folder, or a Hugging Face
+    name."""
+    vocab_size: Annotated[Whole, Field(ge=2)] = 4096
+    """Number of tokens of a trained tokenizer."""
+    sequence_length: Annotated[Whole, Field(ge=2)] = 256
+    """Tokens of a row."""
+    max_documents: Count | None = None
+    """Documents to read; null: all."""
+    cache_dir: str | None = None
+    """Folder that keeps tokenized text; null: the user's cache."""
+    num_workers: Natural = 0
+    """Processes that load rows."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay of AdamW's two averages."""
+    eps: Positive = 1e-8
+    """Epsilon of AdamW."""
+    weight_decay: NonNegative = 0.1
+    """Weight decay of the matrices."""
+    warmup_steps: Natural = 100
+    """Steps of linear warm-up."""
+    min_lr_ratio: Fraction = 0.1
+    """Last learning rate / peak (cosine)."""
+    fused: bool = True
+    """Update in one kernel; without it, skip_sigma waits for the device once a step."""
+    skip_sigma: NonNegative = 6.0
+    """Skip a step whose gradient norm is not finite, or whose logarithm is this many standard deviations
+    above its running mean; after three in a row, return to the last state with new data; 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class TrainerConfig:
+    """How long and on what to train, in Lightning's names."""
+
+    max_steps: Count = 2000
+    """Optimizer steps."""
+    batch_size: Count = 16
+    """Rows of a micro-batch, over all devices, which divide them evenly: a recipe trains on the same rows in
+    the same steps on any number of devices."""
+    accumulate_grad_batches: Count = 1
+    """Micro-batches of a step."""
+    gradient_clip_val: Positive | None = 1.0
+    """Largest norm of the gradient; null: no limit."""
+    accelerator: str = "auto"
+    """Kind of device: auto, cpu, gpu, ..."""
+    devices: int | str = "auto"
+    """Devices of each machine: auto, a number, or a list as in 0,1."""
+    num_nodes: Count = 1
+    """Number of machines."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every device holds the whole model; fsdp: weights, gradients and moments are sharded (FSDP2);
+    auto: ddp if there are several devices."""
+    val_check_interval: Count = 250
+    """Steps between validations."""
+    limit_val_batches: Count = 16
+    """Batches of a validation."""
+    log_every_n_steps: Count = 10
+    """Steps between log lines."""
+    checkpoint_every: Count = 500
+    """Steps between resumable states."""
+    keep_checkpoints: Annotated[Whole, Field(ge=2)] = 2
+    """Number of resumable states to keep."""
+    max_time: str | None = None
+    """Time (DD:HH:MM:SS) after which the run saves its state and ends with code 143; null: no limit."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, over all micro-batches and devices."""
+        return self.batch_size * self.accumulate_grad_batches
+
+    @property
+    def max_seconds(self) -> float:
+        """`max_time` as a number; infinite without a limit."""
+        if self.max_time is None:
+            return math.inf
+        days, hours, minutes, seconds = map(int, self.max_time.split(":"))
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class TrackingConfig:
+    """Where the run can be watched; metrics.jsonl is always written."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Mode of Weights & Biases; auto: online when logged in, else offline."""
+    project: str = "nestling"
+    """Project in the dashboard."""
+    name: str | None = None
+    """Name of the run; null: that of its folder."""
+    tensorboard: bool = True
+    """Write TensorBoard files when it is installed."""
+    logger: str | None = None
+    """Import path of one more Lightning logger class."""
