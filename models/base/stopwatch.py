@@ -13,8 +13,6 @@ Cell = TypeVar("Cell", bound=Hashable)
 Clock: TypeAlias = Callable[[], float]
 Work: TypeAlias = Callable[[], None]
 
-# More threads must pay: fewer leave cores to others and wait less for each other.
-THREADS_MARGIN = 1.05
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 
 
@@ -27,7 +25,7 @@ class Timings(Generic[Cell]):
 
     @property
     def noise(self) -> float:
-        """How much longer than the shortest a typical run took, as a share."""
+        """Excess of a typical run over the shortest one, as a fraction of it."""
         return statistics.median(self.median[cell] / self.shortest[cell] - 1 for cell in self.shortest)
 
 
@@ -69,13 +67,3 @@ def alternate(
         shortest={cell: min(values) for cell, values in runs.items()},
         median={cell: statistics.median(values) for cell, values in runs.items()},
     )
-
-
-def fewest_threads(seconds: Mapping[int, float]) -> int:
-    """The smallest number of threads that is about as fast as the best one.
-
-    >>> fewest_threads({1: 2.0, 2: 1.0, 4: 0.99})
-    2
-    """
-    best = min(seconds.values())
-    return min(num for num, value in seconds.items() if value <= best * THREADS_MARGIN)

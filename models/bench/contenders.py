@@ -11,7 +11,7 @@ one of these in one dtype at one temperature. Another engine is one more generat
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,16 +19,13 @@ from typing import Any, Literal, cast
 from models.base.dtypes import DTYPES
 from models.bench import llama
 from models.bench.engines import Engine, OurEngine, Stock, StockEngine
-from models.bench.threads import NUM_TOKENS, fastest_threads
+from models.bench.threads import NUM_TOKENS, engine_threads
 from models.checkpoint import gguf
-from models.checkpoint.extract import extract
 from models.checkpoint.folder import ModelFolder, load_model
 from models.checkpoint.huggingface import compile_config, load_stock, to_hugging_face
 from models.checkpoint.weights import model_from
-from models.decode.engine.draft import Draft, ModelDraft, NestedDraft, renewed
-from models.decode.engine.policy import Fixed, Policy
-from models.decode.engine.state import elastic_model
 from models.decode.sampling.params import SamplingParams
+from models.decode.tune.resolve import Drafting, make_policy
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
 from models.packed.quantize import INT8
@@ -42,7 +39,7 @@ LOOKUP_TOKENS = (4, 10)
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """What a cell is; these are fields of its row."""
+    """The label of a cell; its fields are those of the row."""
 
     engine: str
     """nestling, transformers or llama.cpp."""
@@ -67,18 +64,6 @@ class Cell:
 
     label: Label
     engine: Engine
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftChoice:
-    """A draft that was asked for."""
-
-    name: str
-    draft: Draft
-    gamma: int
-    """Drafted tokens a round; of theirs alone where there is a controller."""
-    new_controller: Callable[[], Policy] | None = None
-    """For each prompt, in place of as many tokens every time."""
 
 
 class Target:
@@ -107,11 +92,11 @@ class Target:
         """The folder as transformers opens it."""
         return self._in_place(load_stock(self.folder.path))
 
-    def llamas(self, choice: DraftChoice | None, num_positions: int) -> llama.Llamas | None:
+    def llamas(self, choice: Drafting | None, num_positions: int) -> llama.Llamas | None:
         """The folder in llama.cpp, by itself or with a draft; None if the format does not hold the draft."""
         key = (None if choice is None else choice.name, num_positions)
         if key not in self._llamas:
-            draft = None if choice is None else self._draft_file(choice.draft)
+            draft = None if choice is None else self._draft_file(choice)
             if choice is not None and draft is None:
                 return None
             self._llamas[key] = llama.Llamas(self._llama_file, num_positions, draft)
@@ -122,25 +107,19 @@ class Target:
         """The number of threads that llama.cpp is fastest with."""
         context = min(2 * NUM_TOKENS, self.model.config.max_position_embeddings)
         engine = llama.LlamaEngine(llamas=llama.Llamas(self._llama_file, context), params=SamplingParams())
-        return fastest_threads(engine, self._most_threads, context=context)
+        return engine_threads(engine, self._most_threads, context=context)
 
     @functools.cached_property
     def _llama_file(self) -> Path:
         return self._gguf(load_model(self.folder.path).model)
 
-    def _draft_file(self, draft: Draft) -> Path | None:
-        if isinstance(draft, ModelDraft):
-            model = elastic_model(draft.model)
-        elif isinstance(draft, NestedDraft) and draft.view.plan.is_uniform:
-            view = View(load_model(self.folder.path).model, draft.view.granularity)
-            model = model_from(view.config, view.state_dict())
-        else:
-            return None
-        return self._gguf(model) if gguf.holds(model.config, self.dtype) else None
+    def _draft_file(self, choice: Drafting) -> Path | None:
+        model = _own_model(choice)
+        return self._gguf(model) if model is not None and gguf.holds(model.config, self.dtype) else None
 
     @property
     def runs_in_llama(self) -> bool:
-        """Whether llama.cpp is installed and holds this model."""
+        """True if llama.cpp is installed and holds this model."""
         return llama.is_installed() and gguf.holds(self.model.config, self.dtype)
 
     def _gguf(self, model: ElasticLM) -> Path:
@@ -153,37 +132,39 @@ class Target:
     def stock_threads(self) -> int:
         """The number of threads that the stock model is fastest with."""
         engine = StockEngine(model=self.stock, params=SamplingParams())
-        return fastest_threads(engine, self._most_threads, context=self.model.config.max_position_embeddings)
+        return engine_threads(engine, self._most_threads, context=self.model.config.max_position_embeddings)
 
-    def assistant(self, choice: DraftChoice) -> Stock | None:
+    def assistant(self, choice: Drafting) -> Stock | None:
         """The draft as a stock model; None if no stock architecture holds it."""
         if choice.name not in self._assistants:
-            self._assistants[choice.name] = self._make_assistant(choice.draft)
+            model = _own_model(choice)
+            self._assistants[choice.name] = None if model is None else self._in_place(to_hugging_face(model))
         return self._assistants[choice.name]
-
-    def _make_assistant(self, draft: Draft) -> Stock | None:
-        if isinstance(draft, ModelDraft):
-            return self._in_place(to_hugging_face(elastic_model(draft.model)))
-        if not (isinstance(draft, NestedDraft) and draft.view.plan.is_uniform):
-            return None
-        out = self._scratch / f"{self.dtype}-{len(self._assistants)}"
-        return self._in_place(load_stock(extract(load_model(self.folder.path), draft.view.granularity, out)))
 
     def _in_place(self, stock: Any) -> Stock:
         device = self.model.device
         return cast("Stock", stock.to(device=device, dtype=DTYPES[self.dtype]))
 
 
+def _own_model(choice: Drafting) -> ElasticLM | None:
+    """Return the draft as a model of its own; None where no stock model holds it."""
+    if choice.source is None:
+        return None
+    path, granularity = choice.source
+    view = View(load_model(path).model, granularity)
+    return model_from(view.config, view.state_dict()) if view.plan.is_uniform else None
+
+
 def make_cells(
     target: Target,
     params: SamplingParams,
-    drafts: Sequence[DraftChoice],
+    drafts: Sequence[Drafting],
     *,
     num_positions: int | None = None,
     compiled: bool = False,
     engines: Collection[str] = ENGINES,
 ) -> list[Cell]:
-    """The cells of one dtype and one temperature; ours plain is the first.
+    """Return the cells of one dtype and one temperature; ours plain is the first.
 
     Args:
         target: the model.
@@ -197,7 +178,7 @@ def make_cells(
         UsageError: if a draft does not fit the target.
     """
     for choice in drafts:
-        choice.draft.check(target.model)
+        make_policy(target.folder, choice, params).check(target.model)
     labelled = [*_ours(target, params, drafts)]
     # In int8 theirs would be another model: the weights before they were quantized.
     if "transformers" in engines and target.dtype != INT8:
@@ -213,24 +194,20 @@ def make_cells(
 _Labelled = Iterator[tuple[dict[str, Any], Engine]]
 
 
-def _ours(target: Target, params: SamplingParams, drafts: Sequence[DraftChoice]) -> _Labelled:
+def _ours(target: Target, params: SamplingParams, drafts: Sequence[Drafting]) -> _Labelled:
     common = {"engine": "nestling", "threads": target.num_threads}
     yield {**common, "mode": "plain"}, OurEngine(model=target.model, params=params)
     for choice in drafts:
-        gamma = choice.gamma if choice.new_controller is None else "auto"
+        gamma = "auto" if choice.adapts else choice.gamma
         label = {**common, "mode": "speculative", "draft": choice.name, "gamma": gamma}
-        new_policy = choice.new_controller or functools.partial(_fixed, choice)
+        new_policy = functools.partial(make_policy, target.folder, choice, params)
         yield label, OurEngine(model=target.model, params=params, new_policy=new_policy)
-
-
-def _fixed(choice: DraftChoice) -> Policy:
-    return Fixed(renewed(choice.draft), choice.gamma)
 
 
 def _theirs(
     target: Target,
     params: SamplingParams,
-    drafts: Sequence[DraftChoice],
+    drafts: Sequence[Drafting],
     num_positions: int | None,
     compiled: bool,
 ) -> _Labelled:
@@ -259,7 +236,7 @@ def _theirs(
 
 
 def _llamas(
-    target: Target, params: SamplingParams, drafts: Sequence[DraftChoice], num_positions: int
+    target: Target, params: SamplingParams, drafts: Sequence[Drafting], num_positions: int
 ) -> _Labelled:
     common = {"engine": "llama.cpp", "threads": target.llama_threads}
     longest = max([*CONSTANT_SCHEDULES, *(choice.gamma for choice in drafts)])
@@ -277,7 +254,7 @@ def _llamas(
 
 
 def _constant(gamma: int) -> dict[str, Any]:
-    """The assistant's settings under which it drafts `gamma` tokens every time."""
+    """Return the assistant's settings under which it drafts `gamma` tokens every time."""
     return {
         "num_assistant_tokens": gamma,
         "num_assistant_tokens_schedule": "constant",

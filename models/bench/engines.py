@@ -1,4 +1,4 @@
-"""What is compared: our engine and that of transformers, behind one verb and one clock.
+"""Engines to compare: ours and that of transformers, behind one verb and one clock.
 
 Both are timed from outside, from the call to the last token, with everything in between that a user
 would wait for: caches that are made, settings that are copied, a draft that reads the prompt. Both
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from models.decode.engine.engine import stream
+from models.decode.engine.generation_config import GenerationConfig
 from models.decode.engine.policy import Fixed, Policy
 from models.decode.engine.state import Model
 from models.decode.sampling.params import SamplingParams
-from models.decode.sampling.rng import SeededRandom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class Sample:
     first_tokens: int
     """Tokens that were there at once, after the first target pass."""
     first_seconds: float
-    """Until then."""
+    """Time until then."""
     seconds: float
-    """Until the last token."""
+    """Time until the last token."""
     passes: int
     """Target passes after the first."""
     overlap: float = 0.0
@@ -42,7 +42,7 @@ class Engine(Protocol):
     """Continues prompts."""
 
     def decode(self, prompt_ids: Sequence[int], *, max_new_tokens: int, seed: int) -> Sample:
-        """Exactly `max_new_tokens` tokens; the same seed gives the same ones."""
+        """Write exactly `max_new_tokens` tokens; the same seed gives the same ones."""
         ...
 
 
@@ -59,17 +59,15 @@ class OurEngine:
     def decode(self, prompt_ids: Sequence[int], *, max_new_tokens: int, seed: int) -> Sample:
         """See `Engine`."""
         policy = self.new_policy()
-        start = perf_counter()
-        tokens = stream(
-            self.model,
-            prompt_ids,
-            policy=policy,
+        config = GenerationConfig(
             params=self.params,
+            verifier=self.verifier,
             max_new_tokens=max_new_tokens,
             eos_token_ids=(),
-            random=SeededRandom(seed),
-            verifier=self.verifier,
+            seed=seed,
         )
+        start = perf_counter()
+        tokens = stream(self.model, prompt_ids, config, policy=policy)
         ids = [next(tokens).id]
         first_seconds = perf_counter() - start
         ids += [token.id for token in tokens]
@@ -91,7 +89,7 @@ class Stock(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         ...
 
     def generate(self, *args: Any, **options: Any) -> Any:
@@ -106,7 +104,7 @@ class StockEngine:
     model: Stock
     params: SamplingParams
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What else `generate` is given."""
+    """Further arguments of `generate`."""
     assistant: Stock | None = None
     schedule: Mapping[str, Any] = field(default_factory=dict)
     """Generation settings of the assistant; the library's own where none is given."""

@@ -25,7 +25,7 @@ MISSING = (
 
 
 def is_installed() -> bool:
-    """Whether both packages are there: the one that writes its files, and the one that runs them."""
+    """Return whether both packages are there: the one that writes its files, and the one that runs them."""
     return all(find_spec(name) is not None for name in ("gguf", "llama_cpp"))
 
 
@@ -44,17 +44,17 @@ class Llamas:
 
     @functools.cached_property
     def target(self) -> Any:
-        """What verifies, and writes."""
+        """The model that verifies, and writes."""
         return self._open()
 
     def forget(self) -> None:
-        """Both, all that they were given: a prompt that they knew would need no pass."""
+        """Forget all that both were given: a prompt that they knew would need no pass."""
         self.target.reset()
         if self.drafter is not None:
             self.drafter.llama.reset()
 
     def set_threads(self, count: int) -> None:
-        """Of both, for passes on one token and on several."""
+        """Set the threads of both, for passes on one token and on several."""
         import llama_cpp
 
         for one in [self.target, *([self.drafter.llama] if self.drafter else [])]:
@@ -101,7 +101,7 @@ class LlamaEngine:
 
 
 class _Drafter:
-    """What the package calls before each pass but the first."""
+    """The draft model that the package calls before each pass but the first."""
 
     def __init__(self, path: Path, num_positions: int) -> None:
         self.gamma = self.num_calls = 0
@@ -120,7 +120,7 @@ class _Drafter:
 
 
 def open_llama(path: Path, num_positions: int, drafter: Any = None, **options: Any) -> Any:
-    """A model of llama.cpp.
+    """Open a model of llama.cpp.
 
     Where the processor multiplies tiles (AMX) it keeps the weights as they are on disk: laid out for tiles,
     8-bit ones end the process (https://github.com/ggml-org/llama.cpp/issues/20824).

@@ -1,11 +1,11 @@
 """Random models of the shapes of published models: speed at sizes that nobody trained here.
 
 A pass costs the same whatever the weights are, so a random model decodes as fast as a trained one; only
-the share of drafted tokens that stay has to be set. The draft is an exit, the first layers at full width,
+the fraction of drafted tokens that stay has to be set. The draft is an exit, the first layers at full width,
 and what the further layers write to the residual stream is scaled by one factor: at 0 the full model is its
 exit, and every drafted token stays; the larger the factor, the fewer do. Bisection finds the factor at
-which the expected acceptance (sum over the vocabulary of min(p, q), under the law that tokens are drawn
-from) is the one asked for.
+which the expected acceptance (sum over the vocabulary of min(p, q), under the distribution that tokens are
+drawn from) is the one asked for.
 
     embedding -> exit's layers -> + factor * (further layers) -> norm -> head
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models.base.dtypes import DTYPES
 from models.base.errors import NestlingError, UsageError
-from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_weight_bytes
 from models.elastic.granularity import Granularity
@@ -68,10 +68,10 @@ SHAPES: Mapping[str, ElasticConfig] = {
 }
 
 TOLERANCE = 0.01
-"""Of the acceptance that was asked for."""
+"""Tolerance of the acceptance that was asked for."""
 NUM_ROWS, ROW_TOKENS = 16, 128
 """Random text that acceptance is measured on."""
-# Spread of a logit: with 32,000 tokens the entropy of their law is then 2 to 3 nats, as in trained models.
+# Spread of a logit: with 32,000 tokens their entropy is then 2 to 3 nats, as in trained models.
 LOGIT_STD = 4.0
 # Small beside what layers write, or a tied head would repeat the token that was read.
 EMBEDDING_STD = 0.01
@@ -89,7 +89,7 @@ class RandomModel:
     alpha: float
     """Measured on random text."""
     factor: float
-    """Of what the layers behind the exit write."""
+    """The factor of what the layers behind the exit write."""
 
 
 def check_exit(config: ElasticConfig, exit_: Granularity) -> int:
@@ -146,7 +146,7 @@ def random_model(
         config: the shape.
         exit_: the member that drafts.
         alpha: between 0 and 1.
-        params: the law that acceptance is of; greedy, it is the share of equal choices.
+        params: how tokens are chosen; greedily, acceptance is the fraction of equal choices.
         progress: called after each measurement.
 
     Raises:
@@ -175,7 +175,7 @@ def random_model(
 
 
 def find_factor(measure: Callable[[float], float], alpha: float) -> tuple[float, float]:
-    """The factor at which `measure`, which falls with it, gives `alpha`; and what it gives there.
+    """Return the factor at which `measure`, which falls with it, gives `alpha`; and what it gives there.
 
     Rejections grow about in proportion to a small factor, so that the next guess follows from the last;
     where it leaves the bracket, this is bisection on the logarithm.
@@ -204,11 +204,11 @@ def find_factor(measure: Callable[[float], float], alpha: float) -> tuple[float,
 
 @torch.inference_mode()
 def acceptance(model: ElasticLM, num_layers: int, tokens_BT: Tensor, params: SamplingParams) -> float:
-    """Mean over all positions of sum min(p, q): p the model's law, q that of its exit."""
+    """Return the mean over positions of sum min(p, q): p the model's distribution, q that of its exit."""
     overlaps: list[Tensor] = []
     for tokens_1T in tokens_BT.split(1):
         q_1TD, p_1TD = model.states(tokens_1T, exits=(num_layers,))
-        p_TV, q_TV = (law(model.head(states_1TD)[0], params) for states_1TD in (p_1TD, q_1TD))
+        p_TV, q_TV = (sampling_probs(model.head(states_1TD)[0], params) for states_1TD in (p_1TD, q_1TD))
         overlaps.append(torch.minimum(p_TV, q_TV).sum(-1))
     return float(torch.cat(overlaps).mean())
 
@@ -237,7 +237,7 @@ def _scale_writes(blocks: Sequence[Block], factor: float) -> None:
 
 
 def random_prompts(config: ElasticConfig, *, num_prompts: int, num_tokens: int) -> list[list[int]]:
-    """Prompts of random tokens, the same each time."""
+    """Return prompts of random tokens, the same each time."""
     generator = torch.Generator().manual_seed(2)
     ids_BT = torch.randint(config.vocab_size, (num_prompts, num_tokens), generator=generator)
     rows: list[list[int]] = ids_BT.tolist()

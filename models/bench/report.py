@@ -11,7 +11,7 @@ A row has its cell's label and:
     num_identical                       greedy: prompts whose ids are those of ours plain
     best                                whether it is the fastest of its engine and mode (same dtype,
                                         temperature), whatever cache, draft or schedule
-    mbu                                 plain: bytes read per second, as a share of the bandwidth
+    mbu                                 plain: bytes read per second, as a fraction of the bandwidth
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ OURS = ("nestling", "speculative")
 
 
 def make_rows(runs: Runs) -> list[Row]:
-    """One row for each cell; `mbu` is for `add_utilisation` to fill in."""
+    """Return one row for each cell; `mbu` is for `add_utilisation` to fill in."""
     plain = {
         (label.dtype, label.temperature): rounds
         for label, rounds in runs.samples.items()
@@ -67,7 +67,7 @@ def add_utilisation(
 
 
 def bytes_per_token(config: ElasticConfig, *, num_positions: float, dtype: str) -> float:
-    """What plain decoding reads for one token; of an embedding that is no head, only one row.
+    """Return the bytes that plain decoding reads for a token; of an embedding that is no head, one row.
 
     In int8 weights take a byte, and keys and values are in bf16.
     """
@@ -80,7 +80,7 @@ def bytes_per_token(config: ElasticConfig, *, num_positions: float, dtype: str) 
 
 
 def make_notes(rows: Sequence[Row], runs: Runs, *, num_prompts: int) -> list[str]:
-    """What a reader of the figures must know."""
+    """Return notes that a reader of the figures must know."""
     notes = [
         f"{_name(row)}: greedy ids equal those of nestling plain on {row['num_identical']} of {num_prompts} "
         "prompts only; a near-tie of two logits can do that, a bug as well"
@@ -102,7 +102,7 @@ def describe(rows: Sequence[Row], *, num_prompts: int) -> list[tuple[str, ...]]:
 
 
 def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where the figures come from, in words: rows of name and value.
+    """Return where the figures come from, in words: rows of name and value.
 
     Args:
         results: what was run, and how.
@@ -210,7 +210,7 @@ def _speed(samples: Sequence[Sample]) -> float:
 
 
 def _decode_speed(samples: Sequence[Sample]) -> float | None:
-    """None where the first target pass gave all tokens, as it can where a draft comes before it."""
+    """Return None where the first target pass gave all tokens, as it can where a draft comes before it."""
     seconds = sum(sample.seconds - sample.first_seconds for sample in samples)
     return (_num_decoded(samples) / seconds) or None
 

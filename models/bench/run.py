@@ -22,9 +22,9 @@ class Runs:
     """All that was timed."""
 
     samples: dict[Label, list[list[Sample]]]
-    """For each cell, by round, by prompt."""
+    """Samples of each cell, by round, by prompt."""
     busy: list[bool] = field(default_factory=list)
-    """By round: whether other programs kept the machine busy."""
+    """Whether other programs kept the machine busy, by round."""
 
 
 def run_cells(

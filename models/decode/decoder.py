@@ -3,23 +3,22 @@
     decoder = open_decoder("checkpoints/demo/model", draft="auto")
     decoder.generate("def main(").text
 
-Who drafts depends on the law (greedy, or sampled how), which is therefore settled here, once.
+Who drafts depends on how tokens are chosen (greedily, or sampled how), which is therefore set here, once.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
 from models.base.errors import NestlingError, UsageError
 from models.checkpoint.folder import ModelFolder
-from models.decode.engine.draft import renewed
-from models.decode.engine.engine import GREEDY
-from models.decode.engine.policy import Fixed, Policy
+from models.decode.engine.generation_config import GenerationConfig
+from models.decode.engine.policy import NO_DRAFT
 from models.decode.open import open_for_decoding
-from models.decode.sampling.params import SamplingParams
+from models.decode.sampling.params import GREEDY, SamplingParams
 from models.decode.sampling.samplers import COUPLED, check_verifier
 from models.decode.text import GenerationResult, TextStream, generate_batch, stream_text
 from models.decode.tune.resolve import AUTO, Drafting, choose_drafting, make_policy
@@ -27,93 +26,48 @@ from models.decode.tune.resolve import AUTO, Drafting, choose_drafting, make_pol
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """Continues texts by one law and draft; see `open_decoder`."""
+    """Continues texts with one draft and one way of choosing tokens; see `open_decoder`."""
 
     folder: ModelFolder
     tokenizer: Tokenizer
     dtype: str
-    """That the model runs in."""
-    params: SamplingParams
+    """The dtype that the model runs in."""
+    config: GenerationConfig
+    """The settings of every text, unless a call says otherwise."""
     drafting: Drafting
-    adapts: bool
-    """Whether the number of drafted tokens follows what a text measures; in a batch it never does."""
-    copies: bool
-    """Whether earlier text is one more draft, in a text that adapts."""
 
-    def stream(
-        self, prompt: str, *, max_new_tokens: int = 128, stop: Collection[str] = (), seed: int = 0
-    ) -> TextStream:
+    def stream(self, prompt: str, **changes: Any) -> TextStream:
         """Continue a prompt, piece by piece; `.result()` is what was taken so far, with its report.
 
         Args:
             prompt: the text to continue; if empty, the model's start (or end) token stands for it.
-            max_new_tokens: the most tokens to write; the context's end may come first.
-            stop: texts that end the output, and are no part of it.
-            seed: of every random choice.
+            changes: fields of `GenerationConfig` for this text, such as max_new_tokens, stop and seed.
 
         Raises:
             UsageError: if the prompt leaves no room in the context, or is empty without a start token.
         """
-        return stream_text(
-            self.folder.model,
-            self.tokenizer,
-            prompt,
-            policy=self._new_policy(),
-            **self._options(max_new_tokens, stop, seed),
-        )
+        policy = make_policy(self.folder, self.drafting, self.config.params)
+        return stream_text(self.folder.model, self.tokenizer, prompt, self.config, policy=policy, **changes)
 
-    def generate(
-        self, prompt: str, *, max_new_tokens: int = 128, stop: Collection[str] = (), seed: int = 0
-    ) -> GenerationResult:
+    def generate(self, prompt: str, **changes: Any) -> GenerationResult:
         """Continue a prompt; the arguments are those of `stream`."""
-        pieces = self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, seed=seed)
-        for _ in pieces:
-            pass
-        return pieces.result()
+        return self.stream(prompt, **changes).finish()
 
-    def generate_batch(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        stop: Collection[str] = (),
-        seed: int = 0,
-    ) -> list[GenerationResult]:
+    def generate_batch(self, prompts: Sequence[str], **changes: Any) -> list[GenerationResult]:
         """Continue several prompts, whose passes share the reading of the weights; see `stream`.
 
         Rounds take as long as their companions', and a clock tells nothing of a draft: every text drafts
         `drafting.gamma` tokens a round.
         """
-        drafting = self.drafting
+        drafting = replace(self.drafting, adapts=False, costs=None)
         return generate_batch(
             self.folder.model,
             self.tokenizer,
             prompts,
-            new_policy=lambda: Fixed(
-                drafting.draft and renewed(drafting.draft), drafting.gamma, drafting.name
-            ),
-            **self._options(max_new_tokens, stop, seed),
+            self.config,
+            new_policy=lambda: make_policy(self.folder, drafting, self.config.params),
+            **changes,
         )
-
-    def _new_policy(self) -> Policy:
-        return make_policy(self.folder, self.drafting, self.params, adapts=self.adapts, copies=self.copies)
-
-    def _options(self, max_new_tokens: int, stop: Collection[str], seed: int) -> "_Options":
-        return {
-            "params": self.params,
-            "max_new_tokens": max_new_tokens,
-            "stop": stop,
-            "seed": seed,
-            "verifier": self.drafting.verifier,
-        }
-
-
-class _Options(TypedDict):
-    params: SamplingParams
-    max_new_tokens: int
-    stop: Collection[str]
-    seed: int
-    verifier: str
 
 
 def open_decoder(
@@ -151,13 +105,16 @@ def open_decoder(
     if folder.tokenizer is None:
         raise NestlingError(f"{path} has no tokenizer.json; put the one it was trained with there")
     repeats = params.is_greedy or verifier == COUPLED  # the text does not depend on who drafts
-    draft = draft or (AUTO if repeats else "none")
+    draft = draft or (AUTO if repeats else NO_DRAFT)
+    drafting = choose_drafting(folder, draft, number, params, dtype=dtype, verifier=verifier)
     return Decoder(
         folder=folder,
         tokenizer=folder.tokenizer,
         dtype=dtype,
-        params=params,
-        drafting=choose_drafting(folder, draft, number, params, dtype=dtype, verifier=verifier),
-        adapts=number is None and draft != "none" and (AUTO in (gamma, draft) or repeats),
-        copies=draft == AUTO and number is None,
+        config=GenerationConfig(params=params, verifier=drafting.verifier),
+        drafting=replace(
+            drafting,
+            adapts=number is None and draft != NO_DRAFT and (AUTO in (gamma, draft) or repeats),
+            copies=draft == AUTO and number is None,
+        ),
     )

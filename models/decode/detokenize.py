@@ -15,7 +15,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Encoded(Protocol):
-    """What encoding gives."""
+    """The result of encoding."""
 
     @property
     def ids(self) -> list[int]:
@@ -27,11 +27,11 @@ class Tokenizer(Protocol):
     """The part of `tokenizers.Tokenizer` that decoding needs."""
 
     def encode(self, sequence: str, /) -> Encoded:
-        """Text to tokens."""
+        """Turn text into tokens."""
         ...
 
     def decode(self, ids: Sequence[int], /) -> str:
-        """Tokens to text, special tokens left out."""
+        """Turn tokens into text without the special ones."""
         ...
 
 
@@ -44,13 +44,13 @@ class Detokenizer:
         self._num_shown = len(self._window)
 
     def add(self, token: int) -> str:
-        """The characters that this token completes."""
+        """Return the characters that this token completes."""
         self._window.append(token)
         text = self._new_text()
         return "" if text.endswith(UNFINISHED) else self._show(text)
 
     def flush(self) -> str:
-        """The rest, an unfinished character as U+FFFD."""
+        """Return the rest; an unfinished character becomes U+FFFD."""
         return self._show(self._new_text())
 
     def _new_text(self) -> str:
@@ -81,7 +81,7 @@ class StopStrings:
         self.stopped = False
 
     def add(self, text: str) -> str:
-        """What is certainly before any stop string; nothing once one has been found."""
+        """Return the text that is certainly before any stop string; nothing once one has been found."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -95,7 +95,7 @@ class StopStrings:
         return text[: len(text) - num_held]
 
     def flush(self) -> str:
-        """What was held back, when no more text comes."""
+        """Return the text that was held back, when no more comes."""
         text, self._held = self._held, ""
         return text
 

@@ -37,7 +37,7 @@ def open_for_decoding(path: str | Path, dtype: str = "auto") -> tuple[ModelFolde
 def open_in_dtype(path: str | Path, dtype: str) -> tuple[ModelFolder, str]:
     """Open a model folder in a dtype, on the GPU if there is one.
 
-    An int8 model runs packed, on the CPU: its rows are scaled one by one, so that it has a law of its own.
+    An int8 model runs packed, on the CPU: its rows are scaled one by one, and it is a target of its own.
 
     Args:
         path: the folder.

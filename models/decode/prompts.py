@@ -1,4 +1,4 @@
-"""What the engines continue: a few Python headings, or prompts from a file of JSON lines."""
+"""Prompts: a few Python headings, or those of a file of JSON lines."""
 
 import itertools
 import json
@@ -10,9 +10,9 @@ from models.base.errors import NestlingError, UsageError
 from models.decode.detokenize import Tokenizer
 
 PROMPT_TOKENS = 32
-"""Taken of a document."""
+"""Tokens of a document that make a prompt."""
 PROMPT_CHARS = 4096
-"""Enough text for these: a document may be a book."""
+"""Characters of a document that are read for its prompt: it may be a book."""
 FIELDS = ("prompt", "turns", "text")
 
 HEADINGS = (
@@ -29,7 +29,7 @@ HEADINGS = (
 
 
 def read_prompts(path: Path, num_prompts: int | None = None) -> list[str]:
-    """Prompts of a file, or the first ones: of each line's object `prompt`, the first of `turns`, or `text`.
+    """Read the prompts of a file, or the first ones: each line's `prompt`, first of `turns`, or `text`.
 
     Raises:
         NestlingError: naming the line that holds no prompt, or the file if it is empty.
@@ -45,7 +45,7 @@ def read_prompts(path: Path, num_prompts: int | None = None) -> list[str]:
 
 
 def beginnings(documents: Iterable[str], tokenizer: Tokenizer, num_prompts: int) -> list[list[int]]:
-    """The first tokens of the first documents that are longer, and so leave something to continue.
+    """Return the first tokens of the first documents that leave something to continue.
 
     Raises:
         NestlingError: if there is no such document.
@@ -65,7 +65,7 @@ def beginnings(documents: Iterable[str], tokenizer: Tokenizer, num_prompts: int)
 
 
 def encode_prompts(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text.
+    """Return the token ids of each text.
 
     Raises:
         NestlingError: if a text has no tokens.

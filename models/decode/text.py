@@ -1,19 +1,21 @@
 """Text from a prompt: the engine's tokens as pieces of text, and the end at a stop string.
 
 What follows a stop string, the rest of the block included, is neither shown nor counted: the output
-is plain decoding's. `generate` gives the whole text, `stream_text` the pieces as they come.
+is plain decoding's.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Unpack
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from models.base.errors import UsageError
 from models.decode.detokenize import Detokenizer, StopStrings, Tokenizer
-from models.decode.engine.engine import BatchOptions, Options, Stream, stream, stream_batch
+from models.decode.engine.draft import Draft
+from models.decode.engine.engine import Stream, stream, stream_batch
+from models.decode.engine.generation_config import DEFAULT, GenerationConfig
+from models.decode.engine.policy import Policy
 from models.decode.engine.report import Report
 from models.decode.engine.state import Model, elastic_model
-from models.decode.sampling.rng import SeededRandom
 
 
 @dataclass(frozen=True)
@@ -27,98 +29,85 @@ class GenerationResult:
     report: Report
 
     def as_dict(self) -> dict[str, object]:
-        """Everything, for JSON: `text`, `ids` and the report's fields."""
+        """Return everything, for JSON: `text`, `ids` and the report's fields."""
         return {"text": self.text, "ids": self.ids} | self.report.as_dict()
 
 
 class Piece(NamedTuple):
-    """Some more of the text."""
+    """A further piece of the text."""
 
     text: str
     drafted: bool
-    """Whether the token that completed it was drafted."""
-
-
-def generate(
-    target: Model,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    stop: Collection[str] = (),
-    seed: int = 0,
-    **options: Unpack[Options],
-) -> GenerationResult:
-    """Continue a prompt; the arguments are those of `stream_text`."""
-    pieces = stream_text(target, tokenizer, prompt, stop=stop, seed=seed, **options)
-    for _ in pieces:
-        pass
-    return pieces.result()
-
-
-def generate_batch(
-    target: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    *,
-    stop: Collection[str] = (),
-    seed: int = 0,
-    **options: Unpack[BatchOptions],
-) -> list[GenerationResult]:
-    """Continue several prompts, whose passes share the reading of the weights.
-
-    Each text is what `stream_text` writes for it alone with `SeededRandom(seed, row)`, apart from rounding.
-
-    Args:
-        target: as `stream_text`, like everything that is not told here.
-        tokenizer: the model's.
-        prompts: the texts to continue.
-        stop: texts that end an output; the others go on.
-        seed: of every random choice; each row makes its own.
-        options: `new_policy`, `params`, `max_new_tokens`, `eos_token_ids` and `verifier`, as
-            `engine.stream_batch` takes them.
-
-    Raises:
-        UsageError: as `stream_text`, for any of the prompts.
-    """
-    prompt_ids = [tokenizer.encode(prompt).ids or _start_of_text(target) for prompt in prompts]
-    randoms = [SeededRandom(seed, row) for row in range(len(prompts))]
-    streams = stream_batch(target, prompt_ids, randoms=randoms, **options)
-    texts = [
-        TextStream(tokens, Detokenizer(tokenizer, ids), StopStrings(stop))
-        for tokens, ids in zip(streams, prompt_ids, strict=True)
-    ]
-    going = list(texts)
-    while going:  # in turn, so that none is decoded far beyond its stop string
-        going = [text for text in going if next(text, None) is not None]
-    return [text.result() for text in texts]
+    """True if the token that completed it was drafted."""
 
 
 def stream_text(
     target: Model,
     tokenizer: Tokenizer,
     prompt: str,
+    config: GenerationConfig = DEFAULT,
     *,
-    stop: Collection[str] = (),
-    seed: int = 0,
-    **options: Unpack[Options],
+    draft: Draft | None = None,
+    gamma: int = 4,
+    policy: Policy | None = None,
+    **changes: Any,
 ) -> "TextStream":
     """Continue a prompt, piece by piece.
 
     Args:
-        target: the model whose law the output follows.
+        target: the model whose distribution the output follows.
         tokenizer: the model's.
         prompt: the text to continue; if empty, the model's start (or end) token stands for it.
-        stop: texts that end the output, wherever they begin or end; they are not part of it.
-        seed: of every random choice.
-        options: `draft`, `gamma`, `policy`, `params`, `max_new_tokens`, `eos_token_ids` and `verifier`,
-            as `engine.stream` takes them.
+        config: how it is continued.
+        draft: who drafts, as in `engine.stream`, like the next two.
+        gamma: drafted tokens a round.
+        policy: decides round by round.
+        changes: fields of the config that are other than there.
 
     Raises:
         UsageError: as `engine.stream`, and for an empty prompt without a start token.
     """
+    config = replace(config, **changes)
     prompt_ids = tokenizer.encode(prompt).ids or _start_of_text(target)
-    tokens = stream(target, prompt_ids, random=SeededRandom(seed), **options)
-    return TextStream(tokens, Detokenizer(tokenizer, prompt_ids), StopStrings(stop))
+    tokens = stream(target, prompt_ids, config, draft=draft, gamma=gamma, policy=policy)
+    return TextStream(tokens, Detokenizer(tokenizer, prompt_ids), StopStrings(config.stop))
+
+
+def generate_batch(
+    target: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: GenerationConfig = DEFAULT,
+    *,
+    new_policy: Callable[[], Policy],
+    **changes: Any,
+) -> list[GenerationResult]:
+    """Continue several prompts, whose passes share the reading of the weights.
+
+    Each text is what `stream_text` writes for it alone with `SeededRandom(seed, row)`, apart from rounding.
+
+    Args:
+        target: the model, as in `stream_text`.
+        tokenizer: the model's.
+        prompts: the texts to continue.
+        config: how each is continued; where one meets a stop string, the others go on.
+        new_policy: called for each prompt.
+        changes: fields of the config that are other than there.
+
+    Raises:
+        UsageError: as `stream_text`, for any of the prompts.
+    """
+    config = replace(config, **changes)
+    prompt_ids = [tokenizer.encode(prompt).ids or _start_of_text(target) for prompt in prompts]
+    streams = stream_batch(target, prompt_ids, config, new_policy=new_policy)
+    texts = [
+        TextStream(tokens, Detokenizer(tokenizer, ids), StopStrings(config.stop))
+        for tokens, ids in zip(streams, prompt_ids, strict=True)
+    ]
+    going = list(texts)
+    while going:  # in turn, so that none is decoded far beyond its stop string
+        going = [text for text in going if next(text, None) is not None]
+    return [text.result() for text in texts]
 
 
 class TextStream(Iterator[Piece]):
@@ -131,13 +120,19 @@ class TextStream(Iterator[Piece]):
         self._pieces = (piece for piece in self._decode() if piece.text)
 
     def __next__(self) -> Piece:
-        """The next piece."""
+        """Return the next piece."""
         piece = next(self._pieces)
         self._texts.append(piece.text)
         return piece
 
+    def finish(self) -> GenerationResult:
+        """Take all that is left, and return the whole."""
+        for _ in self:
+            pass
+        return self.result()
+
     def result(self) -> GenerationResult:
-        """Text, tokens and report up to here."""
+        """Return text, tokens and report up to here."""
         return GenerationResult("".join(self._texts), list(self._ids), self._tokens.report)
 
     def _decode(self) -> Iterator[Piece]:

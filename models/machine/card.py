@@ -31,6 +31,7 @@ from models.base.processor import Load, busy_now, memory_bytes, processor_name, 
 from models.base.stopwatch import Clock
 from models.kernels.build import library
 from models.machine.probe import DeviceRates, DtypeRates, measure_device
+from models.machine.threads import thread_counts
 
 Purpose: TypeAlias = Literal["training", "decoding"]
 
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What identifies a kind of machine, as far as speed goes."""
+    """The identity of a kind of machine, as far as speed goes."""
 
     cpu: str
     features: tuple[str, ...]
@@ -53,7 +54,7 @@ class Machine:
     """Cores that this process may use."""
     torch_version: str
     compiled: bool
-    """Whether decoding runs on the compiled step: other kernels, other costs."""
+    """True if decoding runs on the compiled step: other kernels, other costs."""
     gpu: str | None
 
     @property
@@ -73,7 +74,7 @@ class MachineCard:
     measured: str
     """When, as an ISO date and time in UTC."""
     busy: bool
-    """Whether other programs were at work: the rates are one thread's and lower than they could be."""
+    """True if other programs were at work: the rates are one thread's and lower than they could be."""
     cpu: DeviceRates
     gpu: DeviceRates | None
 
@@ -265,15 +266,6 @@ def _measure_cpu(machine: Machine, num_matrices: int, budget: float) -> tuple[De
         if not before.is_busy(Load.now()):
             return rates, False
     return measure([1], time.thread_time), True
-
-
-def thread_counts(cores: int) -> list[int]:
-    """The numbers of threads to try: powers of two, and all cores.
-
-    >>> thread_counts(6)
-    [1, 2, 4, 6]
-    """
-    return sorted({2**power for power in range(cores.bit_length())} | {cores})
 
 
 def _path(machine: Machine, cache_dir: Path | None) -> Path:

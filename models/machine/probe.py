@@ -14,21 +14,22 @@ import torch
 import torch.nn.functional as F
 
 from models.base.dtypes import DTYPES
-from models.base.stopwatch import Clock, Work, alternate, fewest_threads
+from models.base.stopwatch import Clock, Work, alternate
 from models.kernels.matmul import compiled_kernel, compiles
 from models.kernels.torch_linear import linear_kernel
+from models.machine.threads import fastest_threads, threaded
 
 PASS_TOKENS = (1, 2, 4, 8, 16)
 # Decoding scores one token, verifying a few: the number of threads is chosen for both.
 DECODE_TOKENS = (1, 4)
-# A dtype whose product is slower than this share of fp32's has no kernels of torch's here; without one of
+# A dtype whose product is slower than this fraction of fp32's has no kernels of torch's here; without one of
 # ours timing its passes could take seconds and would tell nothing.
-HOPELESS_SHARE = 0.25
+HOPELESS_FRACTION = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class DtypeRates:
-    """What a device does in one dtype."""
+    """Rates of a device in one dtype."""
 
     product_gflops: float
     """Rate of a large square matrix product, in 1e9 operations per second (2 per multiply-add)."""
@@ -46,7 +47,7 @@ class DtypeRates:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRates:
-    """What a device was measured to do."""
+    """Measured rates of a device."""
 
     name: str
     memory_bytes: int
@@ -54,7 +55,7 @@ class DeviceRates:
     """Read bandwidth of its memory, in 1e9 bytes per second."""
     dtypes: dict[str, DtypeRates]
     noise: float
-    """How much longer than the shortest a typical run took, as a share."""
+    """Excess of a typical run over the shortest one, as a fraction of it."""
 
 
 def measure_device(
@@ -105,7 +106,7 @@ class _Bench:
         self.useful = [
             dtype
             for dtype in DTYPES
-            if rates[dtype] >= HOPELESS_SHARE * rates["fp32"] or compiles(DTYPES[dtype], device)
+            if rates[dtype] >= HOPELESS_FRACTION * rates["fp32"] or compiles(DTYPES[dtype], device)
         ]
         # One matrix, repeated: random numbers for all of them would take longer than the timing.
         matrix_OI = torch.randn(3072, 768, device=device)
@@ -123,24 +124,20 @@ class _Bench:
         """The best number of threads, out of `counts`, for each (dtype, "product" or "decode")."""
         cells = {(dtype, "product"): work for dtype, (_, work) in self.products.items()}
         cells |= {(dtype, "decode"): self._weights_pass(dtype, *DECODE_TOKENS) for dtype in self.useful}
-        if len(counts) == 1:
-            return dict.fromkeys(cells, counts[0])
-        grid = {(cell, num): _threaded(work, num) for num in counts for cell, work in cells.items()}
-        seconds = alternate(grid, budget=budget, clock=self.clock).shortest
-        return {cell: fewest_threads({num: seconds[cell, num] for num in counts}) for cell in cells}
+        return fastest_threads(cells, counts, budget=budget, clock=self.clock)
 
     def cells(self, threads: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], Work]:
         """All that is timed. Neighbours read different weights: none finds its own in a cache."""
         cells = {
-            (dtype, "product"): _threaded(work, threads[dtype, "product"])
+            (dtype, "product"): threaded(work, threads[dtype, "product"])
             for dtype, (_, work) in self.products.items()
         }
         cells |= {
-            (dtype, str(num)): _threaded(self._weights_pass(dtype, num), threads[dtype, "decode"])
+            (dtype, str(num)): threaded(self._weights_pass(dtype, num), threads[dtype, "decode"])
             for num in PASS_TOKENS
             for dtype in self.useful
         }
-        return cells | {("fp32", "read"): _threaded(self._read, max(threads.values()))}
+        return cells | {("fp32", "read"): threaded(self._read, max(threads.values()))}
 
     def rates(
         self,
@@ -148,7 +145,7 @@ class _Bench:
         threads: Mapping[tuple[str, str], int],
         seconds: Mapping[tuple[str, str], float],
     ) -> DtypeRates:
-        """What the timings of `cells` say about one dtype."""
+        """Return what the timings of `cells` say about one dtype."""
         tokens = PASS_TOKENS if dtype in self.useful else ()
         return DtypeRates(
             product_gflops=2e-9 * self.products[dtype][0] ** 3 / seconds[dtype, "product"],
@@ -196,11 +193,3 @@ class _Bench:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a launch returns before its work is done
-
-
-def _threaded(work: Work, num_threads: int) -> Work:
-    def threaded() -> None:
-        torch.set_num_threads(num_threads)
-        work()
-
-    return threaded

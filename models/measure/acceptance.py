@@ -1,9 +1,9 @@
-"""How many drafted tokens each verifier keeps, measured on text that the target writes itself.
+"""Acceptance: how many drafted tokens each verifier keeps, on text that the target writes itself.
 
-Alpha alone does not tell: hard places come together, a verifier may keep a token for the sake of its
+Alpha alone does not tell: hard positions come together, a verifier may keep a token for the sake of its
 neighbours, and decoding meets its own text and not that of a corpus. So the target continues prompts
-under the law in question, and each draft is compared with it on these very tokens x. Given the text,
-the chance that a round which starts at some place has its first k drafted tokens kept is
+under the distribution in question, and each draft is compared with it on these very tokens x. Given the text,
+the chance that a round which starts at some position has its first k drafted tokens kept is
 
     token     prod min(1, q/p)(x_i)              (https://arxiv.org/abs/2211.17192)
     block     min over j <= k of prod (q/p)(x_i)   (https://arxiv.org/abs/2403.10444: its E q r, seen from x)
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.decode.engine.trimmed_head import FewTokens
-from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.decode.sampling.samplers import COUPLED
 from models.elastic.cache import KVCache
 from models.elastic.model import ElasticLM
@@ -42,7 +42,7 @@ LARGEST_RATIO = 1e6  # products of a round's must stay finite
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Acceptance:
-    """What a draft's law does at each token that the target wrote, [R, N] in reading order."""
+    """A draft's probabilities at each token that the target wrote, [R, N] in reading order."""
 
     overlap_RN: Floats
     """sum over v of min(p, q): the chance that one drafted token is kept."""
@@ -53,11 +53,11 @@ class Acceptance:
 
     @property
     def alpha(self) -> float:
-        """Expected acceptance of one drafted token; greedy: the share of equal tokens."""
+        """Expected acceptance of one drafted token; greedy: the fraction of equal tokens."""
         return float(self.overlap_RN.mean())
 
     def tokens_per_round(self, verifier: str, gammas: Sequence[int]) -> dict[int, float]:
-        """Gamma -> tokens that a round gives, the target's own one included, if it drafts so many.
+        """Return gamma -> tokens that a round gives if it drafts gamma, the target's own one included.
 
         Rounds that could reach beyond the last token are left out.
         """
@@ -66,7 +66,7 @@ class Acceptance:
         return {gamma: _mean_round(kept_RNK[:, :, : gamma + 1]) for gamma in gammas}
 
     def _kept(self, verifier: str, longest: int) -> Floats:
-        """The chance that a round's first k = 0 .. longest tokens are kept, by its start: [R, N, K+1]."""
+        """Return the chance that a round from each start keeps its first k = 0 .. longest: [R, N, K+1]."""
         if verifier == COUPLED:
             one_RN = self.coupled_RN
         else:
@@ -81,7 +81,7 @@ class Acceptance:
 
 
 def _mean_round(kept_RNK: Floats) -> float:
-    """Tokens per round, by following every way that rounds can take through the text.
+    """Return the tokens per round, by following every way that rounds can take through the text.
 
     >>> _mean_round(np.array([[[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]]))
     2.0
@@ -105,7 +105,7 @@ def _mean_round(kept_RNK: Floats) -> float:
 def continue_rows(
     model: ElasticLM, prompts_RP: Tensor, num_tokens: int, params: SamplingParams, *, seed: int = 0
 ) -> Tensor:
-    """The prompts with so many more tokens each, [R, T], as plain decoding under this law continues them.
+    """Return the prompts, each continued by `num_tokens` tokens of plain sampling: [R, T].
 
     A row is independent of its companions, and an end of text does not end it.
     """
@@ -122,7 +122,7 @@ def continue_rows(
         new_RT = tokens_RT[:, cache.length :]
         logits_RV = model(new_RT.to(model.device), memory=cache, num_last=1)[:, -1]
         cache.commit(new_RT.shape[1])
-        probs_RV = law(logits_RV, params).cpu()
+        probs_RV = sampling_probs(logits_RV, params).cpu()
         next_R1 = torch.multinomial(probs_RV, 1, generator=generator)
         tokens_RT = torch.cat([tokens_RT, next_R1], dim=1)
     return tokens_RT
@@ -144,8 +144,8 @@ def measure_acceptance(
     Args:
         target: the model that wrote it.
         drafts: by name; views of the target or of packed copies of it, for all tokens or a few.
-        tokens_RT: of `continue_rows`, under the same law.
-        params: the law.
+        tokens_RT: of `continue_rows`, under the same distribution.
+        params: how tokens are chosen.
         num_prompt: P, tokens of each row that the target did not write.
         block: drafted tokens of a round, as far as it matters to what a draft reads; see
             `evaluate_shared_alpha`.
@@ -173,7 +173,7 @@ def _compare(
     num_prompt: int,
     block: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each draft's three values at the new tokens of some rows, a chunk of places at a time: [3, places]."""
+    """Yield each draft's three values at the new tokens of some rows, chunk by chunk: [3, N]."""
     views = {id(view): view for view in map(_view, drafts.values())}  # few or all tokens: one pass
     device = target.device
     states = draft_states(target, list(views.values()), rows_RT[:, :-1].to(device), shared_block=block)
@@ -181,15 +181,17 @@ def _compare(
     by_view = dict(zip(views, q_NDs, strict=True))
     chosen_N1 = rows_RT[:, num_prompt:].reshape(-1, 1).to(device)
     for rows in row_chunks(len(chosen_N1), target.config.vocab_size):
-        p_NV = law(target.head(p_ND[rows]), params)
+        p_NV = sampling_probs(target.head(p_ND[rows]), params)
         for name, draft in drafts.items():
             x_ND = by_view[id(_view(draft))][rows]
-            q_NV = law(draft.head(x_ND) if isinstance(draft, FewTokens) else draft.model.head(x_ND), params)
+            q_NV = sampling_probs(
+                draft.head(x_ND) if isinstance(draft, FewTokens) else draft.model.head(x_ND), params
+            )
             yield name, _values(p_NV, q_NV, chosen_N1[rows], is_greedy=params.is_greedy)
 
 
 def _values(p_NV: Tensor, q_NV: Tensor, chosen_N1: Tensor, *, is_greedy: bool) -> Tensor:
-    """Overlap, ratio and coupled chance of each place, [3, N] in float64."""
+    """Return overlap, ratio and coupled chance of each position, [3, N] in float64."""
     q_N = q_NV.gather(1, chosen_N1)[:, 0]
     if is_greedy:  # the text is the target's choice, whatever rounding makes of it in this pass
         return torch.stack([q_N, q_N, q_N]).double().cpu()

@@ -1,4 +1,4 @@
-"""How close each member of a family is to the full model, and how well it predicts the text.
+"""Consistency: how close each member is to the full model, and how well it predicts the text.
 
 The full model runs once per batch and serves every member: it is the p of match, KL and alpha, and a
 member that is a prefix of its layers is an exit of that very pass. Any granularity can be measured,
@@ -80,7 +80,7 @@ def evaluate_shared_alpha(
     block: int = 4,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Alpha of each draft in place, which reads the full model's keys and values.
+    """Measure alpha of each draft in place, which reads the full model's keys and values.
 
     Positions are cut into blocks of `block`, as if each were a round of decoding that drafts so many
     tokens: a position reads the full model's cache before its block and the draft's own within it.
@@ -102,7 +102,7 @@ def evaluate_shared_alpha(
 def draft_states(
     model: ElasticLM, views: Sequence[View], tokens_BT: Tensor, *, shared_block: int | None
 ) -> list[Tensor]:
-    """Final residual streams [B, T, D] of the full model, then of each member of it or of a copy.
+    """Return final residual streams [B, T, D] of the full model, then of each member of it or of a copy.
 
     A prefix of the model's own layers is an exit of the full model's pass; every other member has a
     pass of its own.
@@ -143,7 +143,7 @@ def compare_views(
     *,
     shared_block: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Name -> measure (loss, match, KL, alpha) -> mean over valid positions, match as a fraction.
+    """Return name -> measure (loss, match, KL, alpha) -> mean over valid positions, match as a fraction.
 
     Args:
         model: the target.
@@ -177,7 +177,7 @@ def compare_views(
 
 
 def _measures(log_p_NV: Tensor, log_q_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Loss, match, KL and alpha of each position, [4, N]."""
+    """Return loss, match, KL and alpha of each position, [4, N]."""
     p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
     # A token that p never gives adds nothing, though its log-ratio may be infinite or undefined.
     ratio_NV = (log_p_NV - log_q_NV).masked_fill_(p_NV == 0, 0.0)

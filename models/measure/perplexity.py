@@ -17,22 +17,22 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models.base.errors import NestlingError
+from models.base.labels import IGNORE_INDEX
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 
 Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
-"""Token ids and labels, both [B, T]; the label of a position is the next token, or `IGNORED`."""
+"""Token ids and labels, both [B, T]; the label of a position is the next token, or `IGNORE_INDEX`."""
 Progress: TypeAlias = Callable[[], object]
 """Called after each batch."""
 
-IGNORED = -100
 CHUNK_NUMBERS = 2**22
 """Numbers in the largest [N, V] tensor; several of that size live at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What a member's predictions cost."""
+    """The loss of a member on text."""
 
     loss: float
     """Nats per token."""
@@ -52,7 +52,7 @@ def evaluate_loss(
     *,
     progress: Progress | None = None,
 ) -> Loss:
-    """The mean negative log-likelihood of the labels.
+    """Return the mean negative log-likelihood of the labels.
 
     Raises:
         UsageError: if the granularity does not fit the model.
@@ -75,19 +75,19 @@ def evaluate_loss(
 
 
 def exact_logits(model: ElasticLM, x_ND: Tensor) -> Tensor:
-    """Logits [N, V] in fp32 or better, whatever the model runs in."""
+    """Return logits [N, V] in fp32 or better, whatever the model runs in."""
     logits_NV = model.head(x_ND)
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
 
 def select_valid(labels_BT: Tensor, states: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Labels [N] of the positions that have one, and each of the states [B, T, D] there: [N, D]."""
-    is_valid_BT = labels_BT != IGNORED
+    """Return the labels [N] of positions that have one, and each of the states [B, T, D] there: [N, D]."""
+    is_valid_BT = labels_BT != IGNORE_INDEX
     return labels_BT[is_valid_BT], [x_BTD[is_valid_BT] for x_BTD in states]
 
 
 def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices that cover the rows; each has a bounded number of logits.
+    """Return slices that cover the rows; each has a bounded number of logits.
 
     >>> list(row_chunks(5, CHUNK_NUMBERS // 2))
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
@@ -97,7 +97,7 @@ def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
 
 
 def to_perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it.
+    """Return exp(loss), infinite where a float cannot hold it.
 
     >>> to_perplexity(0.0), to_perplexity(1e4)
     (1.0, inf)
@@ -109,7 +109,7 @@ def to_perplexity(loss: float) -> float:
 
 
 def check_some(num_tokens: int) -> int:
-    """The number of tokens, if there are any.
+    """Return the number of tokens, if there are any.
 
     Raises:
         NestlingError: if there is nothing to divide by.

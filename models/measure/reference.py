@@ -1,4 +1,4 @@
-"""The slow, obvious decoders, for tests to compare to: no cache, a full pass for every law.
+"""The slow, obvious decoders, for tests to compare to: no cache, a full pass for every distribution.
 
 Leviathan et al. (https://arxiv.org/abs/2211.17192), algorithm 1, written down as it stands there.
 p target, q draft; V vocabulary.
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from models.decode.engine.state import Model
-from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.decode.sampling.rng import Random
 
-Law = Callable[[list[int]], Tensor]
-"""Tokens so far -> the law [V] of the next one."""
+NextProbs = Callable[[list[int]], Tensor]
+"""Tokens so far -> the distribution [V] of the next one."""
 
 
-def full_pass_law(model: Model, params: SamplingParams) -> Law:
-    """The law of the next token by a pass over everything before it."""
+def full_pass_probs(model: Model, params: SamplingParams) -> NextProbs:
+    """Return the distribution of the next token by a pass over everything before it."""
 
     @torch.inference_mode()
     def next_token(ids: list[int]) -> Tensor:
@@ -26,20 +26,20 @@ def full_pass_law(model: Model, params: SamplingParams) -> Law:
         for token in set(ids):
             positive, penalty = bool(logits_V[token] > 0), params.repetition_penalty
             logits_V[token] *= 1 / penalty if positive else penalty
-        return law(logits_V, params)
+        return sampling_probs(logits_V, params)
 
     return next_token
 
 
 def plain_decode(
-    p: Law,
+    p: NextProbs,
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
     random: Random,
     eos_token_ids: Collection[int] = (),
 ) -> list[int]:
-    """New tokens, one pass each."""
+    """Return new tokens, one pass each."""
     output: list[int] = []
     while len(output) < max_new_tokens:
         output.append(random.target(p(prompt_ids + output)))
@@ -49,8 +49,8 @@ def plain_decode(
 
 
 def speculative_decode(
-    p: Law,
-    q: Law,
+    p: NextProbs,
+    q: NextProbs,
     prompt_ids: list[int],
     *,
     gamma: int,
@@ -58,7 +58,7 @@ def speculative_decode(
     random: Random,
     eos_token_ids: Collection[int] = (),
 ) -> list[int]:
-    """New tokens by token verification; the first one is the target's own, as after a prefill."""
+    """Return new tokens by token verification; the first one is the target's own, as after a prefill."""
     output = [random.target(p(prompt_ids))]
     while len(output) < max_new_tokens and output[-1] not in eos_token_ids:
         num_tokens = min(gamma, max_new_tokens - len(output) - 1)
@@ -69,7 +69,7 @@ def speculative_decode(
     return output
 
 
-def _round(p: Law, q: Law, ids: list[int], gamma: int, random: Random) -> list[int]:
+def _round(p: NextProbs, q: NextProbs, ids: list[int], gamma: int, random: Random) -> list[int]:
     drafted: list[int] = []
     for _ in range(gamma):
         drafted.append(random.draft(q(ids + drafted)))

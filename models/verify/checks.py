@@ -1,4 +1,4 @@
-"""Law tests over a few tokens, and what a test tells: see models/verify/plan.py."""
+"""Distribution tests over a few tokens, and the outcome of a test: see models/verify/plan.py."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from models.decode.sampling.samplers import COUPLED
 from models.decode.sampling.verifiers import Verifier
 from models.verify.drafts import AUTO, Gamma
 from models.verify.exact import Output, chi_square, total_variation
-from models.verify.tiny_vocab import Few
+from models.verify.tiny_vocab import TinyVocab
 
 EXACT = 1e-12
 """Total variation that rounding in float64 explains: about 1e-15 for each token."""
-DTYPE_SHARE, DTYPE_FLOOR = 4.0, 1e-5
-"""A draft may move a dtype's law by so many times what the dtype itself moves it, or by the floor."""
-PLAIN, GREEDY = "T=1", "greedy"
-LAWS: Mapping[str, SamplingParams] = {
-    PLAIN: SamplingParams(temperature=1.0),
+DTYPE_FACTOR, DTYPE_FLOOR = 4.0, 1e-5
+"""A draft may move a distribution by this multiple of what the dtype itself moves it, or by the floor."""
+UNCHANGED, GREEDY = "T=1", "greedy"
+SAMPLINGS: Mapping[str, SamplingParams] = {
+    UNCHANGED: SamplingParams(temperature=1.0),
     "T=0.7": SamplingParams(temperature=0.7),
     "T=1.5 top-k=2": SamplingParams(temperature=1.5, top_k=2),
     "T=1.5 top-p=0.8": SamplingParams(temperature=1.5, top_p=0.8),
@@ -34,12 +34,12 @@ COUNTED_GAMMA = 2
 
 @dataclass(frozen=True)
 class Case:
-    """What is decoded and how."""
+    """A case of decoding: who drafts how much, verified how, from which sampling."""
 
     verifier: str | Verifier
     draft: str | None
     gamma: Gamma
-    law: str = PLAIN
+    sampling: str = UNCHANGED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class Check:
     draft: str
     """`any`: the controller's choice among all; with commas where the texts of a batch have one each."""
     gamma: str
-    """Likewise; with commas where prompts take turns."""
-    law: str
-    """How tokens are chosen."""
+    """The drafted tokens a round; with commas where prompts take turns."""
+    sampling: str
+    """A name in `SAMPLINGS`."""
     dtype: str
     batch: int
     """Texts that were decoded together; 1: alone."""
@@ -66,8 +66,8 @@ class Check:
     passed: bool
 
 
-def check_exact(few: Few, case: Case, *, ends: bool = False, beside: bool = False) -> Check:
-    """The joint law of a few tokens: the prefill's, a whole round's, and what its cache leads to.
+def check_exact(few: TinyVocab, case: Case, *, ends: bool = False, beside: bool = False) -> Check:
+    """Compare the joint distribution of a few tokens: the prefill's, a round's, and what its cache leads to.
 
     Args:
         few: in float64.
@@ -77,9 +77,11 @@ def check_exact(few: Few, case: Case, *, ends: bool = False, beside: bool = Fals
     """
     eos = {few.num_tokens - 1} if ends else set()
     length = (COUNTED_GAMMA if case.gamma == AUTO else case.gamma) + 2
-    options: dict[str, Any] = {"length": length, "params": LAWS[case.law], "eos_token_ids": eos}
+    options: dict[str, Any] = {"length": length, "params": SAMPLINGS[case.sampling], "eos_token_ids": eos}
     theirs = few.reference(**options)
-    ours = few.law(draft=case.draft, gamma=case.gamma, verifier=case.verifier, beside=beside, **options)
+    ours = few.distribution(
+        draft=case.draft, gamma=case.gamma, verifier=case.verifier, beside=beside, **options
+    )
     distance = total_variation(ours, theirs)
     return _check(
         "exact",
@@ -93,18 +95,22 @@ def check_exact(few: Few, case: Case, *, ends: bool = False, beside: bool = Fals
     )
 
 
-def check_dtype(few: Few, precise: Few, case: Case, *, dtype: str, beside: bool = False) -> Check:
-    """The law in the dtype that decodes, in which passes on one token and on several round differently.
+def check_dtype(few: TinyVocab, precise: TinyVocab, case: Case, *, dtype: str, beside: bool = False) -> Check:
+    """Compare distributions in the dtype that decodes, where a pass rounds by its number of tokens.
 
     The yardstick is how far plain decoding is from that of `precise`, the same model in float64.
     """
     assert case.gamma != AUTO, case
-    options: dict[str, Any] = {"length": case.gamma + 2, "params": LAWS[case.law], "eos_token_ids": ()}
-    plain = few.law(draft=None, **options)
+    options: dict[str, Any] = {
+        "length": case.gamma + 2,
+        "params": SAMPLINGS[case.sampling],
+        "eos_token_ids": (),
+    }
+    plain = few.distribution(draft=None, **options)
     of_dtype = total_variation(plain, precise.reference(**options))
     drafted = {"draft": case.draft, "gamma": case.gamma, "verifier": case.verifier}
-    ours = few.law(**drafted, beside=beside, **options)
-    distance, bound = total_variation(ours, plain), max(DTYPE_FLOOR, DTYPE_SHARE * of_dtype)
+    ours = few.distribution(**drafted, beside=beside, **options)
+    distance, bound = total_variation(ours, plain), max(DTYPE_FLOOR, DTYPE_FACTOR * of_dtype)
     return _check(
         "dtype",
         case,
@@ -117,17 +123,23 @@ def check_dtype(few: Few, precise: Few, case: Case, *, dtype: str, beside: bool 
     )
 
 
-def check_counts(few: Few, case: Case, *, dtype: str, num_trials: int, bound: float, seed: int = 0) -> Check:
-    """Texts drawn by the shipped random numbers, and the chance of such counts under the target's law.
+def check_counts(
+    few: TinyVocab, case: Case, *, dtype: str, num_trials: int, bound: float, seed: int = 0
+) -> Check:
+    """Draw texts by the shipped random numbers, and judge their counts under the target's distribution.
 
-    That law is plain decoding's, walked through in fp32. In other dtypes, where a draft may move it by
-    rounding (`check_dtype`), counts are compared with what the walk gives for this draft.
+    That distribution is plain decoding's, walked through in fp32. In other dtypes, where a draft may move it
+    by rounding (`check_dtype`), counts are compared with what the walk gives for this draft.
     """
-    options: dict[str, Any] = {"params": LAWS[case.law], "length": COUNTED_GAMMA + 2, "eos_token_ids": ()}
+    options: dict[str, Any] = {
+        "params": SAMPLINGS[case.sampling],
+        "length": COUNTED_GAMMA + 2,
+        "eos_token_ids": (),
+    }
     drafted = {**options, "draft": case.draft, "gamma": case.gamma, "verifier": case.verifier}
     # The noise of `coupled` cannot be walked through; without a draft it has no rounding of its own.
     plainly = dtype == "fp32" or case.verifier == COUPLED
-    theirs = few.law(**options, draft=None) if plainly else few.law(**drafted)
+    theirs = few.distribution(**options, draft=None) if plainly else few.distribution(**drafted)
     counts: Counter[Output] = Counter(
         tuple(few.decode(SeededRandom(seed * num_trials + trial), **drafted)) for trial in range(num_trials)
     )
@@ -149,7 +161,7 @@ def _check(test: str, case: Case, *, batch: int = 1, **outcome: Any) -> Check:
         verifier=case.verifier if isinstance(case.verifier, str) else "of the caller",
         draft=case.draft or "none",
         gamma=str(case.gamma),
-        law=case.law,
+        sampling=case.sampling,
         batch=batch,
         **outcome,
     )

@@ -1,23 +1,23 @@
-"""What drafts in the law tests, alone or chosen from: members, another model, copied text, a hostile model.
+"""Drafts of the distribution tests: members, another model, copied text, a hostile model.
 
-A test names a draft; it is made for a target, which may hold a few of the model's tokens only, and made
-anew for each request.
+A test names a draft. It is made for a target, which may hold a few of the model's tokens only, and is new
+for each request.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
 from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
-from models.decode.engine.lookup import LookupDraft
+from models.decode.engine.drafters import DRAFTERS
 from models.decode.engine.policy import Fixed, Plan, Policy, Round
 from models.decode.engine.state import Model, State
 from models.decode.tune.controller import Controller
 from models.decode.tune.predict import MAX_GAMMA
-from models.decode.tune.resolve import make_arm
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -30,19 +30,19 @@ MakeDraft: TypeAlias = Callable[[], Draft]
 
 
 class Subject(NamedTuple):
-    """For what a draft is made."""
+    """The subject of a test: the target that a draft is made for."""
 
     target: ElasticLM
     view: Callable[[ElasticLM, Granularity], View]
-    """How a member of a model is seen."""
+    """Makes the view of a member of a model."""
     tokens: Sequence[int]
-    """Of the whole model, which are the target's 0, 1, ..."""
+    """Tokens of the whole model that are the target's 0, 1, ..."""
 
 
 ForModel: TypeAlias = Callable[[Subject], MakeDraft]
 Gamma: TypeAlias = int | Literal["auto"]
 
-HOSTILE, LOOKUP = "hostile", "lookup"
+HOSTILE = "hostile"
 AUTO: Literal["auto"] = "auto"
 ANY = "any"
 """The controller's choice among all drafts of a test."""
@@ -72,9 +72,9 @@ def separate(other: ElasticLM, precision: str | None = None) -> ForModel:
     return of
 
 
-def copied(_: Subject) -> MakeDraft:
-    """Copies of earlier text."""
-    return LookupDraft
+def registered(name: str) -> ForModel:
+    """Return what makes one of `DRAFTERS`, such as copies of earlier text."""
+    return lambda subject: partial(DRAFTERS[name], subject.target)
 
 
 def hostile(subject: Subject) -> MakeDraft:
@@ -103,7 +103,7 @@ class Drafts:
         self._made = {name: of(subject) for name, of in drafts.items()}
 
     def policy(self, name: str | None, gamma: Gamma) -> Policy:
-        """Who decides on the rounds of one request.
+        """Return who decides on the rounds of one request.
 
         Args:
             name: of the draft; None for none, `ANY` for the controller's choice.
@@ -115,7 +115,7 @@ class Drafts:
         # The hostile draft is taken first, so that the controller soon has a reason to change its mind.
         names = sorted(self._made, key=lambda each: each != HOSTILE)
         costs = Costs({m: 1.0 + SLOPE * (m - 1) for m in range(1, MAX_GAMMA + 2)}, dict.fromkeys(names, STEP))
-        return Steady(Controller([make_arm(each, self._made[each]()) for each in names], costs), costs)
+        return Steady(Controller({each: self._made[each]() for each in names}, costs), costs)
 
 
 STEP, SLOPE = 0.1, 0.02

@@ -1,8 +1,8 @@
-"""Output laws without sampling, and how far two laws are apart.
+"""Exact output distributions without sampling, and the distance of two of them.
 
 A decoder takes its random choices from a `Random`. Given one that follows a script and knows the
 weight of its branch, it is run once for every branch; the weights of equal outputs add up to the exact
-law of what it returns. Nothing is drawn, so nothing can fail by chance.
+distribution of what it returns. Nothing is drawn, so nothing can fail by chance.
 
 Where choices cannot be walked through (the noise of `coupled`), `chi_square` judges counts instead.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 from models.decode.sampling.rng import Random
 
 Output: TypeAlias = tuple[int, ...]
-Law: TypeAlias = Mapping[Output, float]
+Distribution: TypeAlias = Mapping[Output, float]
 """The probability of each output that is possible."""
 Run: TypeAlias = Callable[[Random], Sequence[int]]
 """Decodes with these random choices."""
 
-WEIGHTS_SUM_ATOL = 1e-6  # one minus the branches' total: the rounding of the laws' own dtype
+WEIGHTS_SUM_ATOL = 1e-6  # one minus the branches' total: the rounding of the distributions' own dtype
 # Rarer outputs are counted together: chi-square is no good approximation for a handful of counts.
 MIN_EXPECTED = 8.0
 
@@ -41,7 +41,7 @@ class ScriptedRandom:
         return self._take(probs_V.tolist())
 
     def uniforms(self, count: int) -> None:
-        """Not by numbers: see `draft`."""
+        """Return None: choices are scripted, see `draft`."""
 
     def accept(self, probability: float) -> bool:
         """See `Random`."""
@@ -72,24 +72,26 @@ class ScriptedRandom:
         return [*(taken for taken, _ in trail[:-1]), trail[-1][0] + 1] if trail else None
 
 
-def exact_law(run: Run) -> Law:
-    """The law of what `run` returns, by walking through every branch of its choices.
+def exact_distribution(run: Run) -> Distribution:
+    """Return the distribution of what `run` returns, by walking through every branch of its choices.
 
-    >>> exact_law(lambda random: [random.target(torch.tensor([0.25, 0.75])), int(random.accept(1.0))])
+    >>> exact_distribution(
+    ...     lambda random: [random.target(torch.tensor([0.25, 0.75])), int(random.accept(1.0))]
+    ... )
     {(0, 1): 0.25, (1, 1): 0.75}
     """
-    law: dict[Output, float] = defaultdict(float)
+    distribution: dict[Output, float] = defaultdict(float)
     script: list[int] | None = []
     while script is not None:
         random = ScriptedRandom(script)
-        law[tuple(run(random))] += random.weight
+        distribution[tuple(run(random))] += random.weight
         script = random.next_script()
-    assert math.isclose(sum(law.values()), 1.0, abs_tol=WEIGHTS_SUM_ATOL), sum(law.values())
-    return dict(law)
+    assert math.isclose(sum(distribution.values()), 1.0, abs_tol=WEIGHTS_SUM_ATOL), sum(distribution.values())
+    return dict(distribution)
 
 
-def total_variation(ours: Law, theirs: Law) -> float:
-    """The largest difference that two laws make for any set of outputs.
+def total_variation(ours: Distribution, theirs: Distribution) -> float:
+    """Return the largest difference of two distributions for any set of outputs.
 
     >>> total_variation({(0,): 0.5, (1,): 0.5}, {(0,): 0.75, (2,): 0.25})
     0.5
@@ -98,8 +100,8 @@ def total_variation(ours: Law, theirs: Law) -> float:
     return sum(abs(ours.get(key, 0.0) - theirs.get(key, 0.0)) for key in keys) / 2
 
 
-def chi_square(counts: Mapping[Output, int], law: Law) -> float:
-    """The chance of counts at least as odd as these, if the law is true (Pearson's test).
+def chi_square(counts: Mapping[Output, int], distribution: Distribution) -> float:
+    """Return the chance of counts at least as odd as these, if the distribution is true (Pearson's test).
 
     Outputs that are too rare for the approximation are counted as one; an impossible output that
     came up gives 0.
@@ -110,10 +112,10 @@ def chi_square(counts: Mapping[Output, int], law: Law) -> float:
     True
     """
     num_trials = sum(counts.values())
-    if any(count and law.get(output, 0.0) <= 0.0 for output, count in counts.items()):
+    if any(count and distribution.get(output, 0.0) <= 0.0 for output, count in counts.items()):
         return 0.0
     cells, rest = [], [0.0, 0.0]
-    for output, probability in law.items():
+    for output, probability in distribution.items():
         cell = (counts.get(output, 0), probability * num_trials)
         if cell[1] >= MIN_EXPECTED:
             cells.append(cell)

@@ -1,9 +1,9 @@
-"""The law tests on a user's own model: what it writes with a draft is what it writes without one.
+"""The distribution tests on a user's own model: what it writes with a draft is what it writes without one.
 
-    exact     the engine's law over a few tokens (models/verify/tiny_vocab.py), in float64, by walking through
-              every branch of its choices; against full passes over everything before each token
+    exact     the engine's distribution over a few tokens (models/verify/tiny_vocab.py), in float64, by
+              walking through every branch of its choices; against full passes over all that is before
     dtype     the same walk in the dtype that decodes, against plain decoding in that dtype
-    counts    texts drawn with the shipped random numbers, against the law that a walk gave
+    counts    texts drawn with the shipped random numbers, against the distribution that a walk gave
     coupled   the whole model: a seed's tokens with a draft and without one
     greedy    the whole model: the same for the likeliest tokens
 
@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 
+from models.decode.engine.drafters import DRAFTERS
 from models.decode.sampling.samplers import COUPLED
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
@@ -27,8 +28,8 @@ from models.packed.quantize import pack
 from models.verify.checks import (
     COUNTED_GAMMA,
     GREEDY,
-    LAWS,
-    PLAIN,
+    SAMPLINGS,
+    UNCHANGED,
     Case,
     Check,
     check_counts,
@@ -39,23 +40,22 @@ from models.verify.drafts import (
     ANY,
     AUTO,
     HOSTILE,
-    LOOKUP,
     Drafts,
     ForModel,
     Gamma,
     Subject,
-    copied,
     hostile,
+    registered,
 )
 from models.verify.identity import GAMMAS, Whole, check_batch, check_identity
 from models.verify.restrict import likeliest_tokens, restrict
-from models.verify.tiny_vocab import Few
+from models.verify.tiny_vocab import TinyVocab
 
 FALSE_ALARM = 1e-6
-"""Of all counts of a command. They share a tenth of it: Pearson's statistic only nears its law, and at 1e-5
-is already exceeded up to 1.8 times as often as it should be, with cells of 8 expected counts."""
+"""Chance of a false alarm in all counts of a command. They share a tenth of it: Pearson's statistic only
+nears its distribution, and with cells of 8 expected counts exceeds 1e-5 up to 1.8 times as often."""
 NUM_TOKENS = {1: 5, 2: 4, 3: 2}
-"""By gamma: the branches of a walk grow faster than tokens ** (gamma + 2)."""
+"""Tokens of a walk by gamma: its branches grow faster than tokens ** (gamma + 2)."""
 
 
 def plan_checks(
@@ -80,24 +80,25 @@ def plan_checks(
             from them.
         num_trials: texts drawn for each test of counts.
         length: tokens of each continuation.
-        seed: of what is drawn.
+        seed: random seed.
     """
-    first, drafts = next(iter(drafts)), {**drafts, HOSTILE: hostile, LOOKUP: copied}
+    first = next(iter(drafts))
+    drafts = {**drafts, HOSTILE: hostile, **{name: registered(name) for name in DRAFTERS}}
     vocab_size, walked = model.config.vocab_size, [one for one in verifiers if one != COUPLED]
     tokens = likeliest_tokens(model, prompts, min(vocab_size, max(NUM_TOKENS.values())))
     restricted = {gamma: restrict(model, tokens[:number]) for gamma, number in NUM_TOKENS.items()}
-    precise = {gamma: Few(one.double(), drafts, tokens=tokens) for gamma, one in restricted.items()}
-    own = Few(pack(restrict(model, tokens[: NUM_TOKENS[COUNTED_GAMMA]]), dtype), drafts, tokens=tokens)
+    precise = {gamma: TinyVocab(one.double(), drafts, tokens=tokens) for gamma, one in restricted.items()}
+    own = TinyVocab(pack(restrict(model, tokens[: NUM_TOKENS[COUNTED_GAMMA]]), dtype), drafts, tokens=tokens)
     jobs = [job for verifier in walked for job in _exact(precise, verifier, list(drafts), first)]
     if walked:
         alone = {name: drafts[name] for name in (first, HOSTILE)}
-        small = Few(restricted[3].double(), alone, tokens=tokens, remember=False)
-        small_own = Few(pack(restricted[3], dtype), alone, tokens=tokens, remember=False)
+        small = TinyVocab(restricted[3].double(), alone, tokens=tokens, remember=False)
+        small_own = TinyVocab(pack(restricted[3], dtype), alone, tokens=tokens, remember=False)
         for verifier in walked:
             case = Case(verifier, first, 1)
             jobs.append(partial(check_exact, small, case, beside=True))
             jobs.append(partial(check_dtype, small_own, small, case, dtype=dtype, beside=True))
-    counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, HOSTILE, LOOKUP)]
+    counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, HOSTILE, *DRAFTERS)]
     jobs += [partial(check_dtype, own, precise[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
     if COUPLED in verifiers:
         counted.append(Case(COUPLED, HOSTILE, COUNTED_GAMMA) if dtype == "fp32" else Case(COUPLED, None, 0))
@@ -107,31 +108,34 @@ def plan_checks(
     for name, one in wholes.items():
         whole = Whole(model=one, dtype=name, prompts=prompts, length=length, seed=seed)
         made = Drafts(Subject(one, View, range(vocab_size)), drafts)
-        for law_name in (GREEDY, PLAIN) if COUPLED in verifiers else (GREEDY,):
-            jobs += _identities(whole, made, list(drafts), law_name)
+        for sampling in (GREEDY, UNCHANGED) if COUPLED in verifiers else (GREEDY,):
+            jobs += _identities(whole, made, list(drafts), sampling)
     return jobs
 
 
 def _identities(
-    whole: Whole, made: Drafts, drafts: Sequence[str], law_name: str
+    whole: Whole, made: Drafts, drafts: Sequence[str], sampling: str
 ) -> list[Callable[[], Check]]:
     """Every draft, the controller's choice among them, and a batch."""
     jobs: list[Callable[[], Check]] = [
-        partial(check_identity, whole, draft, partial(made.policy, draft), law=law_name) for draft in drafts
+        partial(check_identity, whole, draft, partial(made.policy, draft), sampling=sampling)
+        for draft in drafts
     ]
-    jobs.append(partial(check_identity, whole, ANY, partial(made.policy, ANY), law=law_name, gammas=[AUTO]))
-    rows: list[tuple[str, Gamma]] = [*zip((drafts[0], HOSTILE, LOOKUP), GAMMAS, strict=False), (ANY, AUTO)]
+    jobs.append(
+        partial(check_identity, whole, ANY, partial(made.policy, ANY), sampling=sampling, gammas=[AUTO])
+    )
+    rows: list[tuple[str, Gamma]] = [*zip((drafts[0], HOSTILE, *DRAFTERS), GAMMAS, strict=False), (ANY, AUTO)]
     policies = {row: partial(made.policy, row[0]) for row in rows}
-    return [*jobs, partial(check_batch, whole, policies, law=law_name)]
+    return [*jobs, partial(check_batch, whole, policies, sampling=sampling)]
 
 
 def _exact(
-    few: Mapping[int, Few], verifier: str, drafts: Iterable[str], first: str
+    few: Mapping[int, TinyVocab], verifier: str, drafts: Iterable[str], first: str
 ) -> list[Callable[[], Check]]:
-    """Every draft for one token, every law for two, the longest block, a controller, an end of text."""
+    """List walks: each draft for one token, each sampling for two, long blocks, a controller, an end."""
     jobs: list[Callable[[], Check]] = []
     jobs += [partial(check_exact, few[1], Case(verifier, draft, 1)) for draft in drafts]
-    sampled = [name for name, params in LAWS.items() if not params.is_greedy]
+    sampled = [name for name, params in SAMPLINGS.items() if not params.is_greedy]
     jobs += [partial(check_exact, few[2], Case(verifier, first, 2, name)) for name in sampled]
     jobs += [partial(check_exact, few[3], Case(verifier, draft, 3)) for draft in (first, HOSTILE)]
     jobs.append(partial(check_exact, few[3], Case(verifier, ANY, AUTO)))

@@ -20,7 +20,7 @@ def likeliest_tokens(model: ElasticLM, prompts: Sequence[Sequence[int]], num_tok
 
 
 def restrict(model: ElasticLM, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> ElasticLM:
-    """A copy whose token i is the model's `token_ids[i]`; its laws are the model's, given these tokens.
+    """Return a copy whose token i is the model's `token_ids[i]`; other tokens have no chance.
 
     No token ends its texts. A packed model gives a plain one, of the weights that it was packed from.
 

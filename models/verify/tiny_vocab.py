@@ -1,7 +1,7 @@
 """A model over a few of its tokens: small enough to walk through all that it may write.
 
 `Passes` makes such walks cheap: the branches of a walk share most of their passes, and each is made once.
-`Few` runs the engine on it.
+`TinyVocab` runs the engine on it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,40 +18,40 @@ from models.elastic.cache import KVCache, Memory
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
-from models.measure.reference import full_pass_law, plain_decode
+from models.measure.reference import full_pass_probs, plain_decode
 from models.verify.drafts import HOSTILE, Drafts, ForModel, Gamma, Subject
-from models.verify.exact import Law, exact_law
+from models.verify.exact import Distribution, exact_distribution
 
 _Key: TypeAlias = tuple[int, Granularity, int, int | None, tuple[int, ...]]
 """Which model, which member, at which position, how many scored, on which tokens."""
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _Remembered:
     logits_TV: Tensor
     start: int
     end: int
     written: list[tuple[Tensor, Tensor]]
     """Keys and values [B, G, end - start, K] of each layer."""
-    following: "dict[_Key, _Pass]" = field(default_factory=dict)
+    following: "dict[_Key, _Remembered]" = field(default_factory=dict)
 
 
 class Passes:
-    """What the passes of a request gave, found again when another request begins with the same ones.
+    """Remembered passes of requests, found again when another request begins with the same ones.
 
     A request starts with empty stores, so that a pass is a function of those before it: of their models,
     positions and tokens. What it wrote is put into the stores before the next pass that is really made.
     """
 
     def __init__(self) -> None:
-        self._first: dict[_Key, _Pass] = {}
+        self._first: dict[_Key, _Remembered] = {}
         self._alone: dict[_Key, Tensor] = {}
         self.start()
 
     def start(self) -> None:
         """The passes from now on are those of a new request, whose stores are empty."""
         self._following = self._first
-        self._found: list[tuple[KVCache, int, _Pass]] = []
+        self._found: list[tuple[KVCache, int, _Remembered]] = []
 
     def view(self, model: ElasticLM, granularity: Granularity = FULL) -> View:
         """A member whose passes are remembered; the model must stay alive as long as this."""
@@ -77,7 +77,7 @@ class Passes:
                 (k_BGTK.clone(), v_BGTK.clone())
                 for k_BGTK, v_BGTK in _positions(cache, num_layers, start, end)
             ]
-            one = self._following[key] = _Pass(logits_TV, start, end, written)
+            one = self._following[key] = _Remembered(logits_TV, start, end, written)
         else:
             self._found.append((cache, num_layers, one))
         self._following = one.following
@@ -120,11 +120,11 @@ def _positions(memory: KVCache, num_layers: int, start: int, end: int) -> list[t
     return [(k_BGSK[:, :, start:], v_BGSK[:, :, start:]) for k_BGSK, v_BGSK in stores]
 
 
-# ------------------------------------------------------------------ whose law is walked
+# ------------------------------------------------------------------ whose distribution is walked through
 
 
-class Few:
-    """A target and its drafts over a few tokens, whose laws can be walked through.
+class TinyVocab:
+    """A target and its drafts over a few tokens, whose distributions can be walked through.
 
     Args:
         target: a restricted model, packed or not.
@@ -156,7 +156,7 @@ class Few:
     def decode(
         self, random: Random, *, draft: str | None, length: int, gamma: Gamma = 0, **options: Any
     ) -> list[int]:
-        """What the engine writes after the prompt with these choices; options are those of `stream`."""
+        """Return what the engine writes after the prompt with these choices and options of `stream`."""
         self._passes.start()
         options |= {"policy": self._drafts.policy(draft, gamma), "max_new_tokens": length, "random": random}
         return [token.id for token in stream(self._target, self.PROMPT, **options)]
@@ -175,12 +175,14 @@ class Few:
             other.close()
         return written
 
-    def law(self, *, beside: bool = False, **options: Any) -> Law:
-        """The exact law of `decode`, or of `decode_beside`."""
-        return exact_law(partial(self.decode_beside if beside else self.decode, **options))
+    def distribution(self, *, beside: bool = False, **options: Any) -> Distribution:
+        """The exact distribution of `decode`, or of `decode_beside`."""
+        return exact_distribution(partial(self.decode_beside if beside else self.decode, **options))
 
-    def reference(self, params: SamplingParams, length: int, eos_token_ids: Collection[int] = ()) -> Law:
-        """The target's law by a full pass for every token: no cache, no draft, no engine."""
-        p = full_pass_law(self._target, params)
+    def reference(
+        self, params: SamplingParams, length: int, eos_token_ids: Collection[int] = ()
+    ) -> Distribution:
+        """The target's distribution by a full pass for every token: no cache, no draft, no engine."""
+        p = full_pass_probs(self._target, params)
         options: dict[str, Any] = {"max_new_tokens": length, "eos_token_ids": eos_token_ids}
-        return exact_law(lambda random: plain_decode(p, list(self.PROMPT), random=random, **options))
+        return exact_distribution(lambda random: plain_decode(p, list(self.PROMPT), random=random, **options))

@@ -1,4 +1,4 @@
-"""What the tests of decoding and of its laws share: very small models, and bugs to be found."""
+"""What the tests of decoding and of its distributions share: very small models, and bugs to be found."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.decode.engine.draft import Draft
+from models.decode.engine.draft import Draft, Prior
 from models.decode.engine.scheduler import Steps
 from models.decode.engine.state import Model, State
-from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.decode.sampling.rng import Random
-from models.decode.sampling.samplers import Chooser, Proposal, Sampled, Verdict
+from models.decode.sampling.samplers import Proposal, Sampled, Sampler, Verification
 from models.decode.sampling.verifiers import Verifier, residual
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
@@ -65,17 +65,25 @@ def buggy_verifier(
 
 @dataclass(frozen=True)
 class DrawsByOtherRules:
-    """Reports the law that the caller asked for, and draws from another."""
+    """Reports the distribution that the caller asked for, and draws from another."""
 
     draft: Draft
     drawn: SamplingParams
 
+    prior = Prior()
+
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
-        assert isinstance(chooser, Sampled)
-        return self.draft.propose(state, num_tokens, ReportsFalsely(chooser, self.drawn))
+    def renew(self) -> Draft:
+        return self
+
+    def room(self, state: State) -> None:
+        """Any number."""
+
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
+        assert isinstance(sampler, Sampled)
+        return self.draft.propose(state, num_tokens, ReportsFalsely(sampler, self.drawn))
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,11 @@ class ReportsFalsely:
         """One by one."""
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
-        proposal.laws.append(law(logits_V, self.asked.params).unsqueeze(0))
-        proposal.ids.append(self.asked.random.draft(law(logits_V, self.drawn)))
+        proposal.probs.append(sampling_probs(logits_V, self.asked.params).unsqueeze(0))
+        proposal.ids.append(self.asked.random.draft(sampling_probs(logits_V, self.drawn)))
         return proposal.ids[-1]
 
-    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
+    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verification:
         raise NotImplementedError
 
 
@@ -101,18 +109,26 @@ class DiscardsByValue:
 
     draft: Draft
 
+    prior = Prior()
+
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
-        proposal = yield from self.draft.propose(state, num_tokens, chooser)
-        if float(proposal.laws[-1][-1][proposal.ids[-1]]) > 0.4:
+    def renew(self) -> Draft:
+        return self
+
+    def room(self, state: State) -> None:
+        """Any number."""
+
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
+        proposal = yield from self.draft.propose(state, num_tokens, sampler)
+        if float(proposal.probs[-1][-1][proposal.ids[-1]]) > 0.4:
             return proposal
-        return Proposal(proposal.prefix, proposal.ids[:-1], proposal.laws[:-1])
+        return Proposal(proposal.prefix, proposal.ids[:-1], proposal.probs[:-1])
 
 
 Bug = Callable[[Draft], dict[str, Any]]
-"""A draft -> options of `stream` that break the law."""
+"""A draft -> options of `stream` that break the distribution."""
 
 BUGS: dict[str, Bug] = {
     "residual := p": lambda _: {"verifier": buggy_verifier(rest=lambda p_V, _: p_V)},
@@ -132,7 +148,7 @@ BUGS: dict[str, Bug] = {
 
 @pytest.fixture(params=BUGS)
 def planted_bug(request: pytest.FixtureRequest) -> Bug:
-    """Each of the bugs that a law test must see; a test that uses it runs once for each."""
+    """Each of the bugs that a distribution test must see; a test that uses it runs once for each."""
     return BUGS[request.param]
 
 

@@ -1,9 +1,8 @@
-"""What `nestling bench` compares: a model in each dtype, or a random one; prompts; the cells of its table."""
+"""Contenders of `nestling bench`: a model in each dtype, or a random one; prompts; the cells of its table."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ import torch
 from models.base.errors import NestlingError, UsageError
 from models.base.processor import busy_now, free_memory_bytes
 from models.bench import llama
-from models.bench.contenders import Cell, DraftChoice, Target, make_cells
+from models.bench.contenders import Cell, Target, make_cells
 from models.bench.random_models import (
     SHAPES,
     RandomModel,
@@ -22,9 +21,7 @@ from models.bench.random_models import (
     random_prompts,
 )
 from models.checkpoint.folder import ModelFolder, save_model
-from models.decode.engine.draft import renewed
-from models.decode.engine.lookup import LookupDraft
-from models.decode.engine.policy import Policy
+from models.decode.engine.drafters import DRAFTERS
 from models.decode.open import open_for_decoding
 from models.decode.prompts import (
     HEADINGS,
@@ -39,10 +36,8 @@ from models.decode.tune.resolve import (
     AUTO,
     DEFAULT_GAMMA,
     DEFAULT_VERIFIER,
-    LOOKUP,
     Drafting,
     choose_drafting,
-    make_policy,
 )
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
@@ -54,18 +49,18 @@ DEFAULT_EXIT = "layers=0-1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user asked for, whatever the model."""
+class BenchSettings:
+    """The user's settings, whatever the model."""
 
     drafts: Sequence[str]
     gamma: int | Literal["auto"] | None
     num_prompts: int
     max_new_tokens: int
-    laws: Sequence[SamplingParams]
+    samplings: Sequence[SamplingParams]
     dtypes: Sequence[str]
     compiled: bool
     engines: Collection[str]
-    """Beside ours."""
+    """Engines beside ours."""
     scratch: Path
     """A folder for extractions."""
 
@@ -82,8 +77,8 @@ class Contest:
     """Fields of the results that say what was decoded."""
 
 
-def folder_contest(model: Path, options: Options, *, prompts: Path | None, data: str | None) -> Contest:
-    """A model folder in each dtype, over prompts from the file `prompts`, from `data`, or our own.
+def folder_contest(model: Path, options: BenchSettings, *, prompts: Path | None, data: str | None) -> Contest:
+    """Open a model folder in each dtype, over prompts from the file `prompts`, from `data`, or our own.
 
     Raises:
         UsageError: for a dtype or draft that is none, if there is no model or no `data`, or if a
@@ -97,7 +92,7 @@ def folder_contest(model: Path, options: Options, *, prompts: Path | None, data:
 
 
 def random_contest(
-    size: str, alpha: float, options: Options, *, progress: Callable[[], None] | None = None
+    size: str, alpha: float, options: BenchSettings, *, progress: Callable[[], None] | None = None
 ) -> Contest:
     """A random model of a published shape, whose exit drafts with acceptance `alpha`.
 
@@ -109,7 +104,7 @@ def random_contest(
     if config is None:
         raise UsageError(f"--random {size} is not a size; choose from {', '.join(SHAPES)}")
     dtype: str = _only("--dtype", options.dtypes)
-    params: SamplingParams = _only("--temperature", options.laws)
+    params: SamplingParams = _only("--temperature", options.samplings)
     exit_ = Granularity.parse(split_precision(_only("--draft", options.drafts))[0], {})
     check_exit(config, exit_)
     stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, machine_card(), purpose="decoding")
@@ -145,7 +140,7 @@ def _describe(size: str, alpha: float, made: RandomModel) -> dict[str, Any]:
 def _contest(
     targets: Sequence[Target],
     prompt_ids: Sequence[Sequence[int]],
-    options: Options,
+    options: BenchSettings,
     about: Mapping[str, Any],
 ) -> Contest:
     cells: list[Cell] = []
@@ -153,7 +148,7 @@ def _contest(
     num_positions = max(map(len, prompt_ids)) + options.max_new_tokens
     for target in targets:
         torch.set_num_threads(target.num_threads)  # the choice of a draft is timed
-        for params in options.laws:
+        for params in options.samplings:
             chosen = _drafts(target, params, options, notes)
             cells += make_cells(
                 target,
@@ -176,7 +171,7 @@ def _contest(
             notes += [
                 f"{choice.name} has unequal layers, which no stock model holds: transformers has no assistant"
                 for choice in chosen
-                if target.assistant(choice) is None and not isinstance(choice.draft, LookupDraft)
+                if target.assistant(choice) is None and choice.name not in DRAFTERS
             ]
     return Contest(
         targets=targets,
@@ -187,7 +182,7 @@ def _contest(
     )
 
 
-def _open_targets(model: Path, options: Options) -> list[Target]:
+def _open_targets(model: Path, options: BenchSettings) -> list[Target]:
     """The model in each dtype, once, with the threads that `nestling generate` would take for it."""
     targets: dict[str, Target] = {}
     for asked in dict.fromkeys(options.dtypes):
@@ -199,7 +194,7 @@ def _open_targets(model: Path, options: Options) -> list[Target]:
     return list(targets.values())
 
 
-def _target(folder: ModelFolder, dtype: str, options: Options) -> Target:
+def _target(folder: ModelFolder, dtype: str, options: BenchSettings) -> Target:
     return Target(
         folder,
         dtype=dtype,
@@ -211,7 +206,7 @@ def _target(folder: ModelFolder, dtype: str, options: Options) -> Target:
 
 
 def _open_prompts(
-    folder: ModelFolder, prompts: Path | None, data: str | None, options: Options
+    folder: ModelFolder, prompts: Path | None, data: str | None, options: BenchSettings
 ) -> list[list[int]]:
     assert folder.tokenizer is not None
     num_prompts = options.num_prompts
@@ -225,7 +220,9 @@ def _open_prompts(
     return ids
 
 
-def _drafts(target: Target, params: SamplingParams, options: Options, notes: list[str]) -> list[DraftChoice]:
+def _drafts(
+    target: Target, params: SamplingParams, options: BenchSettings, notes: list[str]
+) -> list[Drafting]:
     chosen = []
     adapts = options.gamma == AUTO
     number = options.gamma if isinstance(options.gamma, int) else None
@@ -236,28 +233,10 @@ def _drafts(target: Target, params: SamplingParams, options: Options, notes: lis
         copies = adapts and text == AUTO  # as in `nestling generate`
         if drafting.note:
             about = f"--draft {text} ({target.dtype}, T={params.temperature:g})"
-            notes.append(f"{about} is {drafting.name}{' or lookup' * copies}: {drafting.note}")
-        new_controller = partial(_controller, target, drafting, params, copies=copies) if adapts else None
-        if drafting.draft is not None:
-            chosen.append(
-                DraftChoice(
-                    name=drafting.name,
-                    draft=drafting.draft,
-                    gamma=drafting.gamma,
-                    new_controller=new_controller,
-                )
-            )
-        elif copies:
-            chosen.append(
-                DraftChoice(
-                    name=LOOKUP, draft=LookupDraft(), gamma=DEFAULT_GAMMA, new_controller=new_controller
-                )
-            )
+            or_copies = f" or {', '.join(DRAFTERS)}"
+            notes.append(f"{about} is {drafting.name}{or_copies * copies}: {drafting.note}")
+        if drafting.draft is None and copies:  # one row, whose controller tries what needs no model
+            drafting = dataclasses.replace(drafting, name=next(iter(DRAFTERS)), gamma=DEFAULT_GAMMA)
+        if drafting.draft is not None or copies:
+            chosen.append(dataclasses.replace(drafting, adapts=adapts, copies=copies))
     return chosen
-
-
-def _controller(target: Target, drafting: Drafting, params: SamplingParams, *, copies: bool) -> Policy:
-    """Of one prompt, which no draft may know from before."""
-    renew = None if drafting.draft is None else renewed(drafting.draft)
-    drafting = dataclasses.replace(drafting, draft=renew)
-    return make_policy(target.folder, drafting, params, adapts=True, copies=copies)

@@ -102,16 +102,16 @@ def bench(
     from models.bench.report import make_notes, make_rows
     from models.bench.run import run_cells
     from models.decode.sampling.params import SamplingParams
-    from train.bench.contenders import DEFAULT_EXIT, Options, folder_contest, random_contest
+    from train.bench.contenders import DEFAULT_EXIT, BenchSettings, folder_contest, random_contest
 
     console = make_console(stderr=True)
     with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="nestling-bench-") as scratch:
-        options = Options(
+        options = BenchSettings(
             drafts=draft or [DEFAULT_EXIT if random else "auto"],
             gamma=number,
             num_prompts=num_prompts,
             max_new_tokens=max_new_tokens,
-            laws=[SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])],
+            samplings=[SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])],
             dtypes=dtype or ["auto"],
             compiled=compiled,
             engines=_engines(engine),

@@ -16,11 +16,13 @@ from rich.table import Table
 
 from models.base.errors import NestlingError
 from models.checkpoint.folder import ModelFolder, load_model
-from models.decode.engine.draft import NestedDraft
-from models.decode.engine.engine import GREEDY
+from models.decode.engine.generation_config import GenerationConfig
+from models.decode.engine.policy import Fixed
 from models.decode.open import open_for_decoding
-from models.decode.text import GenerationResult, generate
-from models.decode.tune.predict import Choice, choose_draft, known_acceptance, measure_costs
+from models.decode.sampling.params import GREEDY
+from models.decode.text import GenerationResult, stream_text
+from models.decode.tune.predict import choose_draft, known_acceptance, measure_costs
+from models.decode.tune.resolve import Drafting, nested_drafting
 from models.elastic.view import View
 from train.commands.console import family_table
 from train.commands.export import extract_and_prove
@@ -112,29 +114,24 @@ def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
     }
 
 
-def _choose(folder: ModelFolder) -> Choice:
+def _choose(folder: ModelFolder) -> Drafting:
     """The member that drafts best here, even if plain decoding should be as fast."""
     acceptance = known_acceptance(folder.members, GREEDY)
     drafts = {name: View(folder.model, folder.family[name]) for name in acceptance}
-    choice = choose_draft(acceptance, measure_costs(folder.model, drafts, GREEDY), least=0.0)
-    assert choice is not None, "a trained family has measured members"
-    return choice
+    plan = choose_draft(acceptance, measure_costs(folder.model, drafts, GREEDY), least=0.0)
+    assert plan is not None, "a trained family has measured members"
+    assert plan.spec is not None, plan
+    return nested_drafting(folder, plan.spec, plan.gamma)
 
 
-def _complete(folder: ModelFolder, choice: Choice | None) -> GenerationResult:
+def _complete(folder: ModelFolder, choice: Drafting | None) -> GenerationResult:
     assert folder.tokenizer is not None
-    draft = None if choice is None else NestedDraft(View(folder.model, folder.family[choice.name]))
-    return generate(
-        folder.model,
-        folder.tokenizer,
-        PROMPT,
-        draft=draft,
-        gamma=0 if choice is None else choice.gamma,
-        max_new_tokens=NUM_TOKENS,
-    )
+    policy = Fixed(None, 0) if choice is None else Fixed(choice.draft, choice.gamma)
+    config = GenerationConfig(max_new_tokens=NUM_TOKENS)
+    return stream_text(folder.model, folder.tokenizer, PROMPT, config, policy=policy).finish()
 
 
-def _speed_table(choice: Choice, plain: list[GenerationResult], drafted: list[GenerationResult]) -> Table:
+def _speed_table(choice: Drafting, plain: list[GenerationResult], drafted: list[GenerationResult]) -> Table:
     table = Table()
     for column in ("decoding", "tokens/s", "tau", "alpha"):
         table.add_column(column, justify="left" if column == "decoding" else "right")

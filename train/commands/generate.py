@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -82,7 +82,7 @@ def generate(
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
 ) -> None:
-    """Continue a text; speculative decoding follows the full model's law whatever drafts."""
+    """Continue a text; speculative decoding follows the full model's distribution whatever drafts."""
     check_json(json)
     _check_texts(prompt, stop or [])
     _check_source(prompt, prompts, batch_size)
@@ -100,9 +100,9 @@ def generate(
     )
     decoder = open_decoder(model, draft=draft, gamma=number, params=params, verifier=verifier, dtype=dtype)
     drafting, dtype = decoder.drafting, decoder.dtype
-    options: _Options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
     alone = prompt is not None  # a batch neither adapts nor copies
-    gamma_shown = "auto" if decoder.adapts and alone else drafting.gamma
+    gamma_shown = "auto" if drafting.adapts and alone else drafting.gamma
     asked: dict[str, Any] = {
         **dataclasses.asdict(params),
         "verifier": drafting.verifier,
@@ -111,7 +111,7 @@ def generate(
     }
     asked |= {"draft": drafting.name, "gamma": gamma_shown, "draft_dtype": drafting.precision or dtype}
     asked |= {"draft_extra_bytes": drafting.extra_bytes}
-    who = f"{_who(drafting, gamma_shown, copies=decoder.copies and alone)} · {dtype}"
+    who = f"{_who(drafting, gamma_shown, copies=drafting.copies and alone)} · {dtype}"
     errors = make_console(stderr=True)
     if prompt is not None:
         pieces = decoder.stream(prompt, **options)
@@ -133,14 +133,8 @@ def generate(
     write_results(json, results, dtypes={"model": dtype})
 
 
-class _Options(TypedDict):
-    max_new_tokens: int
-    stop: Sequence[str]
-    seed: int
-
-
 def _continue_many(
-    decoder: "Decoder", prompts: Sequence[str], batch_size: int, options: _Options, errors: Console
+    decoder: "Decoder", prompts: Sequence[str], batch_size: int, options: dict[str, Any], errors: Console
 ) -> "list[GenerationResult]":
     """Continue each prompt, so many at a time, and show the texts of a batch when it is done."""
     results: list[GenerationResult] = []
@@ -187,7 +181,10 @@ def _show(pieces: "TextStream", console: Console) -> None:
 def _who(drafting: "Drafting", gamma: int | str, *, copies: bool) -> str:
     note = f" ({drafting.note})" if drafting.note else ""
     number = f", gamma {gamma}" if gamma else ""
-    return f"draft {drafting.name}{note}{' or lookup' if copies else ''}{number}"
+    from models.decode.engine.drafters import DRAFTERS
+
+    others = f" or {', '.join(DRAFTERS)}" if copies else ""
+    return f"draft {drafting.name}{note}{others}{number}"
 
 
 def _summary(report: "Report", who: str) -> str:

@@ -1,7 +1,6 @@
 """`nestling search`: the draft that decodes fastest on this machine; see train/search/drafts.py."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
     from models.checkpoint.folder import ModelFolder
     from models.decode.sampling.params import SamplingParams
-    from models.decode.tune.tuned import Found
+    from models.decode.tune.draft_plan import DraftPlan, DraftSpec
+    from models.decode.tune.tuned import Plans
     from train.search.confirm import Confirmed
     from train.search.drafts import Result
     from train.search.measure import Estimate, Progress, Text
@@ -65,7 +65,7 @@ def search(
     from models.elastic.granularity import Granularity
     from train.search.drafts import choices, search_drafts
 
-    laws = [SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0, 1.0])]
+    samplings = [SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0, 1.0])]
     folder, dtype = open_for_decoding(model, dtype)
     family = [
         *folder.family.values(),
@@ -75,7 +75,7 @@ def search(
         one.resolve(folder.model.config)
     with _progress_bar(make_console(stderr=True)) as progress:
         text = _open_text(
-            folder, data, laws, num_tokens=num_tokens, num_prompts=num_prompts, progress=progress
+            folder, data, samplings, num_tokens=num_tokens, num_prompts=num_prompts, progress=progress
         )
         result = search_drafts(
             folder.model,
@@ -92,9 +92,13 @@ def search(
     settings = {"model": str(model), "data": data, "dtype": dtype, "num_tokens": num_tokens}
     settings |= {"num_prompts": num_prompts, "max_new_tokens": text.num_new, "rounds": rounds}
     figures = {**_figures(result), **settings}
-    found = choices(result, text.counts_V)
+    found = choices(result)
     _keep(folder.path, found, figures, dtype, console)
-    chosen = [{**dataclasses.asdict(one), "vocabulary": _size(one)} for one in found]
+    chosen = [
+        {"temperature": temperature, **plan.as_dict(), "vocabulary": _size(plan.spec)}
+        for temperature, plans in found.items()
+        for plan in plans
+    ]
     write_results(json, {"choices": chosen, **figures}, dtypes={"model": dtype})
 
 
@@ -111,13 +115,13 @@ def _check(draft: bool, data: str, **numbers: int) -> None:
 def _open_text(
     folder: "ModelFolder",
     data: str,
-    laws: "list[SamplingParams]",
+    samplings: "list[SamplingParams]",
     *,
     num_tokens: int,
     num_prompts: int,
     progress: "Progress",
 ) -> "Text":
-    """Beginnings of a fair sample of the documents, continued by the model under each law.
+    """Beginnings of a fair sample of the documents, continued by the model under each temperature.
 
     So does `nestling bench`, and so do most who decode: within a document drafts do better, or worse. Where
     there are too few, prompts come from within.
@@ -147,19 +151,18 @@ def _open_text(
     if not len(prompts_RP):
         raise NestlingError(f"--data {data} has fewer than {num_prompt} tokens: give a longer text")
     progress("continuing the text", 0, 1)
-    return continue_text(folder.model, prompts_RP, num_new, laws, counts_V)
+    return continue_text(folder.model, prompts_RP, num_new, samplings, counts_V)
 
 
-def _keep(
-    folder: Path, found: "list[Found]", figures: "Mapping[str, Any]", dtype: str, console: "Console"
-) -> None:
+def _keep(folder: Path, found: "Plans", figures: "Mapping[str, Any]", dtype: str, console: "Console") -> None:
     """Save what was found for `--draft auto`, and say so."""
     from models.decode.tune.tuned import searched_path, write_searched
     from models.machine.provenance import make_card
 
-    for one in found:
-        law = "greedy" if one.temperature == 0 else f"T = {one.temperature:g}, {one.verifier}"
-        console.print(f"{law}: {_describe(one)}", markup=False)
+    for temperature, plans in found.items():
+        for plan in plans:
+            sampling = "greedy" if temperature == 0 else f"T = {temperature:g}, {plan.verifier}"
+            console.print(f"{sampling}: {_describe(plan)}", markup=False)
     path = searched_path(folder, dtype)
     try:
         write_searched(
@@ -171,12 +174,12 @@ def _keep(
     console.print(f"--draft auto of generate and bench will use this ({path})", markup=False)
 
 
-def _describe(one: "Found") -> str:
-    if one.gamma == 0:
+def _describe(plan: "DraftPlan") -> str:
+    if plan.spec is None:
         return "plain decoding"
-    few = "" if one.vocabulary is None else f" with the {len(one.vocabulary)} most frequent tokens"
-    speed = f"{one.predicted:.2f}x predicted" if one.measured is None else f"{one.measured:.2f}x measured"
-    return f"{one.draft}{few}, gamma {one.gamma}: {speed}"
+    size = _size(plan.spec)
+    few = "" if size is None else f" with the {size} most frequent tokens"
+    return f"{plan.spec.text}{few}, gamma {plan.gamma}: {plan.speed}"
 
 
 def _figures(result: "Result") -> dict[str, Any]:
@@ -200,22 +203,22 @@ def _result(one: "Confirmed") -> dict[str, Any]:
         "measured_tau": one.tau,
         "measured_alpha": one.alpha,
         "tokens_per_second": one.tokens_per_second,
-        "error": one.estimate.speedup / one.speedup - 1 if one.estimate else None,
+        "error": one.estimate.plan.speed.predicted / one.speedup - 1 if one.estimate else None,
     }
 
 
 def _estimate(one: "Estimate") -> dict[str, Any]:
     return {
         "temperature": one.params.temperature,
-        "verifier": one.verifier,
-        "draft": one.candidate.draft,
-        "vocabulary": one.candidate.num_tokens,
-        "gamma": one.gamma,
+        "verifier": one.plan.verifier,
+        "draft": one.spec.text,
+        "vocabulary": _size(one.spec),
+        "gamma": one.plan.gamma,
         "alpha": one.alpha,
         "c": one.c,
         "v": one.v,
         "tau": one.tau,
-        "predicted": one.speedup,
+        "predicted": one.plan.speed.predicted,
     }
 
 
@@ -240,15 +243,15 @@ def _show(result: "Result", console: "Console") -> None:
             continue
         table.add_row(
             f"{one.params.temperature:g}",
-            str(estimate.candidate),
-            "-" if one.params.is_greedy else estimate.verifier,
-            str(estimate.gamma),
+            str(estimate.spec),
+            "-" if one.params.is_greedy else estimate.plan.verifier,
+            str(estimate.plan.gamma),
             *(f"{value:.3f}" for value in (estimate.alpha, estimate.c, estimate.v)),
             f"{estimate.tau:.2f}",
             measured[0],
-            f"{estimate.speedup:.2f}",
+            f"{estimate.plan.speed.predicted:.2f}",
             measured[1],
-            f"{estimate.speedup / one.speedup - 1:+.0%}",
+            f"{estimate.plan.speed.predicted / one.speedup - 1:+.0%}",
         )
     console.print(table)
     if result.busy_rounds:
@@ -279,5 +282,5 @@ def _progress_bar(console: "Console") -> "Iterator[Progress]":
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
-def _size(one: "Found") -> int | None:
-    return None if one.vocabulary is None else len(one.vocabulary)
+def _size(spec: "DraftSpec | None") -> int | None:
+    return None if spec is None or spec.vocabulary is None else len(spec.vocabulary)

@@ -1,4 +1,4 @@
-"""`nestling verify`: the law tests on the user's own model; see models/verify/plan.py."""
+"""`nestling verify`: the distribution tests on the user's own model; see models/verify/plan.py."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def verify(
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
 ) -> None:
-    """Test on this model that speculative decoding follows the full model's law."""
+    """Test on this model that speculative decoding follows the full model's distribution."""
     check_json(json)
     for flag, value, least in (("--trials", trials, 100), ("--max-new-tokens", max_new_tokens, 1)):
         if value < least:
@@ -114,7 +114,8 @@ def choose_drafts(folder: "ModelFolder", asked: list[str]) -> "dict[str, ForMode
         NestlingError: if a folder cannot be opened.
     """
     from models.decode.engine.draft import ModelDraft
-    from models.decode.tune.resolve import AUTO, is_lookup, open_separate, other_folder
+    from models.decode.engine.drafters import DRAFTERS
+    from models.decode.tune.resolve import AUTO, is_drafter, open_separate, other_folder
     from models.elastic.granularity import Granularity
     from models.packed.quantize import split_precision
     from models.verify.drafts import member, separate
@@ -122,9 +123,10 @@ def choose_drafts(folder: "ModelFolder", asked: list[str]) -> "dict[str, ForMode
     config = folder.model.config
     smaller = [name for name, one in folder.family.items() if not one.resolve(config).is_full]
     drafts: dict[str, ForModel] = {}
-    for text in [text for text in asked if not is_lookup(folder, text)] or smaller or ["full"]:
+    for text in [text for text in asked if not is_drafter(folder, text)] or smaller or ["full"]:
         if text in (AUTO, "none") and text not in folder.family:
-            raise UsageError(f"--draft {text} is no draft to test; name a member, a folder or lookup")
+            remedy = f"name a member, a folder or {', '.join(DRAFTERS)}"
+            raise UsageError(f"--draft {text} is no draft to test; {remedy}")
         other = other_folder(folder, text)
         if other is not None:
             path, precision = other
@@ -164,7 +166,7 @@ def encode(folder: "ModelFolder", texts: list[str]) -> list[list[int]]:
 
 def _table(checks: "Sequence[Check]", title: str) -> Table:
     table = Table(title=title, title_justify="left", caption=_LEGEND, caption_justify="left")
-    for column in ("test", "verifier", "draft", "gamma", "batch", "law", "dtype"):
+    for column in ("test", "verifier", "draft", "gamma", "batch", "sampling", "dtype"):
         table.add_column(column, no_wrap=True)
     for column in ("value", "bound"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -178,7 +180,7 @@ def _table(checks: "Sequence[Check]", title: str) -> Table:
             check.draft,
             check.gamma,
             str(check.batch),
-            check.law,
+            check.sampling,
             check.dtype,
         )
         table.add_row(*words, f"{check.value:.1e}", bound, "yes" if check.passed else "NO", check.note)

@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-NO_LABEL = -100
-"""What the losses leave out, as in Hugging Face."""
+from models.base.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +53,7 @@ class Rows:
         place_BS = ids_B[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         inside_BS = place_BS < len(self.stream)
         token_BS = self.stream[np.where(inside_BS, place_BS, 0)].astype(np.int64)
-        labels_BT = np.where(inside_BS[:, 1:], token_BS[:, 1:], NO_LABEL)
+        labels_BT = np.where(inside_BS[:, 1:], token_BS[:, 1:], IGNORE_INDEX)
         return torch.from_numpy(token_BS[:, :-1].copy()), torch.from_numpy(labels_BT)
 
     def count_labels(self, ids: NDArray[np.int64]) -> int:

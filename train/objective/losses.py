@@ -9,6 +9,7 @@ Legend: N tokens, V vocabulary.
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.base.labels import IGNORE_INDEX
 from models.kernels.calls import training_dtype
 from models.kernels.train_losses import cross_entropy as compiled_cross_entropy
 from train.objective.divergences import DIVERGENCES, SETTINGS, alpha, at_least_fp32, greedy_match
@@ -16,7 +17,6 @@ from train.recipe.sections import LossConfig
 
 __all__ = [
     "DIVERGENCES",
-    "IGNORE",
     "alpha",
     "cross_entropy",
     "divergence",
@@ -25,9 +25,6 @@ __all__ = [
     "member_loss",
     "ramp",
 ]
-
-IGNORE = -100
-"""The label of a position that carries no loss (Hugging Face's and PyTorch's convention)."""
 
 
 def member_loss(
@@ -47,7 +44,7 @@ def member_loss(
 
     Args:
         logits_NV: the learner's.
-        labels_N: next tokens; `IGNORE` gives 0, for the divergence too.
+        labels_N: next tokens; `IGNORE_INDEX` gives 0, for the divergence too.
         target_logits_NV: the teacher's, detached by the caller.
         config: the recipe's `loss` section.
         step: the absolute optimizer step, from 0.
@@ -59,7 +56,7 @@ def member_loss(
     if share > 0:
         divergence_N = divergence(target_logits_NV, logits_NV, config)
         loss_N = loss_N + share * config.weight * divergence_N
-    return loss_N.masked_fill(labels_N == IGNORE, 0.0)
+    return loss_N.masked_fill(labels_N == IGNORE_INDEX, 0.0)
 
 
 def ramp(step: int, config: LossConfig) -> float:
@@ -96,7 +93,7 @@ def fade(step: int, config: LossConfig, num_steps: int) -> float:
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Negative log-likelihood of each label, in nats; 0 where the label is `IGNORE`.
+    """Negative log-likelihood of each label, in nats; 0 where the label is `IGNORE_INDEX`.
 
     >>> import torch
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
@@ -105,7 +102,7 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     if training_dtype(logits_NV) is not None:
         return compiled_cross_entropy(logits_NV, labels_N)
     logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
-    return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE)
+    return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE_INDEX)
 
 
 def divergence(target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossConfig) -> Tensor:

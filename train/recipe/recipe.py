@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from models.base.errors import NestlingError, UsageError
+from models.decode.engine.drafters import DRAFTERS
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from train.recipe.overrides import load, save
@@ -34,7 +35,7 @@ from train.recipe.settings import CHECKED, SettingHelp, help_rows, show
 
 FULL_NAME = "XL"
 """The full model's name in every family."""
-NO_NAMES = frozenset({"auto", "full", "hostile", "lookup", "none"})
+NO_NAMES = frozenset({"auto", "full", "hostile", "none", *DRAFTERS})
 """Names of drafts and granularities that no member may take."""
 
 

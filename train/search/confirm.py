@@ -1,4 +1,4 @@
-"""What real decoding makes of an estimate: the few best drafts of a search and plain, in turn, on prompts."""
+"""Confirmation by real decoding: the few best drafts of a search and plain, in turn, on prompts."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,6 @@ from models.bench.report import make_rows
 from models.bench.run import Runs, run_cells
 from models.decode.engine.draft import NestedDraft
 from models.decode.engine.policy import Fixed
-from models.decode.engine.trimmed_head import most_frequent
 from models.decode.sampling.params import SamplingParams
 from train.search.measure import Estimate, Measurements, Progress
 
@@ -29,7 +28,7 @@ class Confirmed:
     tau: float
     alpha: float | None
     tokens_per_second: float
-    """After the first token."""
+    """Speed after the first token."""
 
 
 def confirm(
@@ -40,7 +39,7 @@ def confirm(
     dtype: str,
     progress: Progress,
 ) -> tuple[list[Confirmed], Runs]:
-    """Decode plainly and with the best drafts, in turn, each law on the same prompts."""
+    """Decode plainly and with the best drafts, in turn, each temperature on the same prompts."""
     contenders = {
         _label(params, estimate, dtype): (params, estimate)
         for params, estimates in best.items()
@@ -82,21 +81,20 @@ def _label(params: SamplingParams, estimate: Estimate | None, dtype: str) -> Lab
     }
     if estimate is None:
         return Label(**common, mode="plain")
-    name = f"{estimate.candidate} by {estimate.verifier}"
-    return Label(**common, mode="speculative", draft=name, gamma=estimate.gamma)
+    name = f"{estimate.spec} by {estimate.plan.verifier}"
+    return Label(**common, mode="speculative", draft=name, gamma=estimate.plan.gamma)
 
 
 def _engine(measured: Measurements, params: SamplingParams, estimate: Estimate | None) -> Engine:
     """Decodes as an estimate says, or plainly."""
     if estimate is None:
         return OurEngine(model=measured.target, params=params)
-    candidate = estimate.candidate
-    view = measured.views[candidate.granularity, candidate.precision]
-    few = candidate.num_tokens
-    draft = NestedDraft(view, None if few is None else most_frequent(measured.text.counts_V, few))
+    plan, vocabulary = estimate.plan, estimate.spec.vocabulary
+    view = measured.views[estimate.spec.member, estimate.spec.precision]
+    draft = NestedDraft(view, None if vocabulary is None else torch.tensor(vocabulary))
     return OurEngine(
         model=measured.target,
         params=params,
-        new_policy=lambda: Fixed(draft, estimate.gamma),  # the draft has nothing to forget
-        verifier=estimate.verifier,
+        new_policy=lambda: Fixed(draft, plan.gamma),  # the draft has nothing to forget
+        verifier=plan.verifier,
     )

@@ -23,24 +23,24 @@ from models.decode.engine.costs import DraftCosts
 from models.decode.engine.trimmed_head import most_frequent
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import COUPLED
+from models.decode.tune.draft_plan import DraftPlan, DraftSpec, Speed
 from models.decode.tune.predict import LEAST_SPEEDUP, round_speedup
-from models.decode.tune.tuned import PLAIN, Found
 from models.elastic.count import count_flops
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.packed.quantize import INT4, INT8
-from train.search.candidates import NUM_CACHED, Candidate, list_candidates
+from train.search.candidates import NUM_CACHED, list_candidates
 from train.search.confirm import Confirmed, confirm
 from train.search.measure import Estimate, Measurements, Progress, Text, best_of, verifiers_of
 
 PRECISIONS = ("fp32", "bf16", INT8, INT4)
 FIRST_TOKENS = 600
-"""Of the text that every candidate is tried on."""
+"""Tokens of the text that every candidate is tried on."""
 NUM_FINALISTS = 4
 NUM_CUT = 2
-"""Drafts whose vocabulary is tried cut."""
+"""Drafts whose vocabulary is tried trimmed."""
 CHEAPER = 0.97
-"""A variant that costs more than this share of the original is no gain."""
+"""A variant that costs more than this fraction of the original is no gain."""
 COVERAGES = (0.95, 0.99)
 
 
@@ -49,16 +49,16 @@ class Result:
     """All that was found."""
 
     estimates: list[Estimate]
-    """The best gamma of each measured (draft, law, verifier), the fastest first."""
+    """The best gamma of each measured (draft, temperature, verifier), the fastest first."""
     confirmed: list[Confirmed]
-    """For each law plain decoding, then the best drafts, the fastest predicted first."""
+    """Plain decoding, then the best drafts by predicted speed, for each temperature."""
     slowdown: dict[int, float]
     """v(m) of the target's pass alone."""
     num_candidates: int
     num_tried: int
-    """Of these, the ones whose acceptance was measured."""
+    """Candidates whose acceptance was measured."""
     busy_rounds: int
-    """Of confirmation, in which other programs kept the machine busy."""
+    """Rounds of confirmation in which other programs kept the machine busy."""
 
 
 def search_drafts(
@@ -77,9 +77,9 @@ def search_drafts(
 
     Args:
         target: the model as it decodes, in its dtype and on its device.
-        text: of the model under each law to search for.
+        text: of the model under each temperature to search for.
         family: members to consider besides those of `list_candidates`.
-        num_confirmed: drafts of each law that really decode.
+        num_confirmed: drafts of each temperature that really decode.
         num_prompts: of the text's, that they continue by as many tokens as the text has.
         num_rounds: times that they do.
         dtype: the target's, for labels.
@@ -90,9 +90,11 @@ def search_drafts(
     progress("timing the target", 0, 1)
     measured = Measurements(target, text, clock)
     granularities = [
-        one for one in list_candidates(target.config, family) if _may_pay(measured, _share(measured, one))
+        one
+        for one in list_candidates(target.config, family)
+        if _may_pay(measured, _operations(measured, one))
     ]
-    _try_all(measured, [Candidate(granularity=one) for one in granularities], progress)
+    _try_all(measured, [DraftSpec(member=str(one)) for one in granularities], progress)
     num_tried = len({candidate for candidate, _ in measured.kept})
     _try_variants(measured, progress)
     # Of many drafts the one that was timed luckiest comes out first: the best are timed once more, and so is
@@ -119,7 +121,7 @@ def _ignore(what: str, done: int, total: int) -> None:
     del what, done, total
 
 
-def _try_all(measured: Measurements, candidates: Sequence[Candidate], progress: Progress) -> None:
+def _try_all(measured: Measurements, candidates: Sequence[DraftSpec], progress: Progress) -> None:
     """Time all and measure, from the cheapest on, those that could still be among the best."""
     progress("timing drafts", 0, 1)
     measured.time(candidates)
@@ -133,7 +135,7 @@ def _try_variants(measured: Measurements, progress: Progress) -> None:
     """Measure the best on all the text, and in other precisions, and the best of these with fewer tokens."""
     first = _leaders(measured, NUM_FINALISTS)
     measured.kept.clear()  # what is left out from here on is out: its figures are rough
-    whole = Candidate(granularity=FULL)
+    whole = DraftSpec(member=str(FULL))
     variants = {
         dataclasses.replace(one, precision=precision): one
         for one in (*first, whole)
@@ -144,13 +146,14 @@ def _try_variants(measured: Measurements, progress: Progress) -> None:
         measured.measure(candidate)
     _try_cheaper(measured, variants, progress, "trying precisions")
     best = _leaders(measured, NUM_CUT)
-    counts = _vocabularies(measured.text.counts_V)
-    cut = {dataclasses.replace(one, num_tokens=number): one for one in best for number in counts}
+    counts_V = measured.text.counts_V
+    vocabularies = [tuple(most_frequent(counts_V, num).tolist()) for num in _vocabulary_sizes(counts_V)]
+    cut = {dataclasses.replace(one, vocabulary=ids): one for one in best for ids in vocabularies}
     _try_cheaper(measured, cut, progress, "trying vocabularies")
 
 
 def _try_cheaper(
-    measured: Measurements, originals: Mapping[Candidate, Candidate], progress: Progress, what: str
+    measured: Measurements, originals: Mapping[DraftSpec, DraftSpec], progress: Progress, what: str
 ) -> None:
     """Time variants beside their originals, and measure those that are cheaper and could lead.
 
@@ -166,7 +169,7 @@ def _try_cheaper(
             measured.measure(variant)
 
 
-def _runs_here(measured: Measurements, candidate: Candidate) -> bool:
+def _runs_here(measured: Measurements, candidate: DraftSpec) -> bool:
     try:
         measured.scorer(candidate)
     except UsageError:  # a precision that this device has no kernels for
@@ -175,7 +178,7 @@ def _runs_here(measured: Measurements, candidate: Candidate) -> bool:
 
 
 def _bound(
-    measured: Measurements, step: DraftCosts, params: SamplingParams, like: Candidate | None = None
+    measured: Measurements, step: DraftCosts, params: SamplingParams, like: DraftSpec | None = None
 ) -> float:
     """The speed of a draft whose step costs so much, if it is perfect, or as good as another one."""
     verifier = verifiers_of(params)[0]
@@ -190,85 +193,71 @@ def _bound(
     )
 
 
-def _may_lead(measured: Measurements, candidate: Candidate, like: Candidate | None = None) -> bool:
-    """Whether it could be among the best drafts of some law."""
+def _may_lead(measured: Measurements, candidate: DraftSpec, like: DraftSpec | None = None) -> bool:
+    """Return whether it could be among the best drafts of some temperature."""
     estimates = measured.estimates()
     for params in measured.text.rows:
         leaders = best_of(estimates, params, NUM_FINALISTS)
-        least = leaders[-1].speedup if len(leaders) == NUM_FINALISTS else LEAST_SPEEDUP
+        least = leaders[-1].plan.speed.predicted if len(leaders) == NUM_FINALISTS else LEAST_SPEEDUP
         if _bound(measured, measured.steps[candidate, params, "block"], params, like) > least:
             return True
     return False
 
 
 def _may_pay(measured: Measurements, step: DraftCosts) -> bool:
-    """Whether a perfect draft of that cost would be worth it under some law."""
+    """Return whether a perfect draft of that cost would be worth it under some temperature."""
     return any(_bound(measured, step, params) >= LEAST_SPEEDUP for params in measured.text.rows)
 
 
-def _share(measured: Measurements, granularity: Granularity) -> DraftCosts:
-    """Operations of a draft's step, in target passes: it hardly ever takes less time than that."""
+def _operations(measured: Measurements, granularity: Granularity) -> DraftCosts:
+    """Return the operations of a draft's step, in target passes: it hardly ever takes less time."""
     config = measured.target.config
     ours, all_of_it = (count_flops(config, one, num_cached=NUM_CACHED) for one in (granularity, FULL))
     return DraftCosts(first=ours / all_of_it, more=ours / all_of_it)
 
 
-def _vocabularies(counts_V: Tensor) -> list[int]:
-    """How many tokens a draft may be left with: halves and quarters, and what covers most of a text."""
+def _vocabulary_sizes(counts_V: Tensor) -> list[int]:
+    """Return sizes of a trimmed vocabulary: a half, a quarter, and what covers most of a text."""
     vocab_size = len(counts_V)
     covered_V = counts_V.sort(descending=True).values.double().cumsum(0) / counts_V.sum()
     found = {vocab_size // 2, vocab_size // 4}
-    found |= {-(-(int((covered_V < share).sum()) + 1) // 64) * 64 for share in COVERAGES}
+    found |= {-(-(int((covered_V < fraction).sum()) + 1) // 64) * 64 for fraction in COVERAGES}
     return sorted(num for num in found if 0 < num <= 0.75 * vocab_size)
 
 
-def _leaders(measured: Measurements, count: int) -> list[Candidate]:
-    """The best drafts of each law, each once."""
+def _leaders(measured: Measurements, count: int) -> list[DraftSpec]:
+    """The best drafts of each temperature, each once."""
     estimates = measured.estimates()
-    found = [one.candidate for params in measured.text.rows for one in best_of(estimates, params, count)]
+    found = [one.spec for params in measured.text.rows for one in best_of(estimates, params, count)]
     return list(dict.fromkeys(found))
 
 
 def _coupled(ranked: Iterable[Estimate], params: SamplingParams) -> list[Estimate]:
     """The fastest draft for those who need text that does not depend on it."""
-    return [one for one in ranked if (one.params, one.verifier) == (params, COUPLED)][:1]
+    return [one for one in ranked if (one.params, one.plan.verifier) == (params, COUPLED)][:1]
 
 
-def choices(result: Result, counts_V: Tensor) -> list[Found]:
-    """What `--draft auto` is to take, for each law and verifier, the best verifier of a law first.
+def choices(result: Result) -> dict[float, list[DraftPlan]]:
+    """Return what `--draft auto` takes for each temperature: a plan for each verifier, the best one first.
 
-    Of confirmed drafts the fastest, else the one that should be; plain decoding where it is as fast.
-
-    Args:
-        result: of a search.
-        counts_V: of its text.
+    Of confirmed drafts it is the fastest, else the one that should be; plain decoding where it is as fast.
     """
-    found = []
-    for params in dict.fromkeys(one.params for one in result.confirmed):
-        of_law = [_choice(result, params, verifier, counts_V) for verifier in verifiers_of(params)]
-        found += sorted(of_law, key=lambda one: (one.verifier == COUPLED, -(one.measured or 0.0)))
-    return found
+    return {
+        params.temperature: sorted(
+            (_choice(result, params, verifier) for verifier in verifiers_of(params)),
+            key=lambda one: (one.verifier == COUPLED, -(one.speed.measured or 0.0)),
+        )
+        for params in dict.fromkeys(one.params for one in result.confirmed)
+    }
 
 
-def _choice(result: Result, params: SamplingParams, verifier: str, counts_V: Tensor) -> Found:
-    estimates = [one for one in result.estimates if (one.params, one.verifier) == (params, verifier)]
+def _choice(result: Result, params: SamplingParams, verifier: str) -> DraftPlan:
+    estimates = [one for one in result.estimates if (one.params, one.plan.verifier) == (params, verifier)]
     confirmed = {one.estimate: one.speedup for one in result.confirmed if one.estimate in estimates}
     best = max(confirmed, key=confirmed.__getitem__) if confirmed else next(iter(estimates), None)
-    plain = Found(
-        temperature=params.temperature, verifier=verifier, draft=PLAIN, vocabulary=None, gamma=0,
-        predicted=1.0, measured=None,
-    )  # fmt: skip
     if best is None:
-        return plain
-    measured = confirmed.get(best)
-    if (best.speedup if measured is None else measured) < LEAST_SPEEDUP:
-        return plain
-    few = best.candidate.num_tokens
-    return dataclasses.replace(
-        plain,
-        draft=best.candidate.draft,
-        vocabulary=None if few is None else tuple(most_frequent(counts_V, few).tolist()),
-        gamma=best.gamma,
-        predicted=best.speedup,
-        measured=measured,
-    )
+        return DraftPlan.plain(verifier)
+    speed = Speed(best.plan.speed.predicted, confirmed.get(best))
+    if speed.best < LEAST_SPEEDUP:
+        return DraftPlan.plain(verifier)
+    return dataclasses.replace(best.plan, speed=speed)

@@ -1,11 +1,10 @@
-"""What a search has measured so far, and the speed of each draft that follows from it by arithmetic.
+"""Measurements of a search so far, and the speed of each draft that follows by arithmetic.
 
-    costs        v(m), c of every candidate and the host's share, each timed in turn
-    (models/decode/tune/timing.py) acceptance   on text that the target writes under each law
-    (models/measure/acceptance.py)
+    costs        v(m), c of every draft and what the host does, timed in turn (models/decode/tune/timing.py)
+    acceptance   on text that the target writes at each temperature (models/measure/acceptance.py)
 
-The speed over plain decoding is that of models/decode/tune/predict.py with tokens per round as measured, c
-and v with the host's share in them.
+The speed over plain decoding is that of models/decode/tune/predict.py with tokens per round as measured, and
+with what the host does in c and v.
 """
 
 import math
@@ -14,13 +13,15 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from models.base.stopwatch import Clock
 from models.decode.engine.costs import DraftCosts
-from models.decode.engine.trimmed_head import FewTokens, most_frequent
+from models.decode.engine.trimmed_head import FewTokens
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import COUPLED, VERIFIER_NAMES
+from models.decode.tune.draft_plan import DraftPlan, DraftSpec, Speed
 from models.decode.tune.predict import DRAFT_STEPS, round_speedup
 from models.decode.tune.timing import time_drafts, time_hosts, time_target
 from models.elastic.granularity import Granularity
@@ -28,28 +29,27 @@ from models.elastic.model import ElasticLM
 from models.elastic.view import View
 from models.measure.acceptance import continue_rows, measure_acceptance
 from models.packed.quantize import pack
-from train.search.candidates import Candidate
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""What is being done, how many parts of it are done, and of how many."""
+"""Called with what is being done, the number of parts that are done, and of how many."""
 
 MOST_TOKENS = 32
 """v(m) is measured up to here."""
 GAMMAS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 23, 31)
 SECONDS = 3.0
-"""For each timing."""
+"""Budget of each timing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """What acceptance is measured on: for each law prompts, continued by the target under it."""
+    """The text that acceptance is measured on: prompts, continued by the target at each temperature."""
 
     num_prompt: int
     """P, tokens of a prompt."""
     rows: Mapping[SamplingParams, Tensor]
     """[R, T], the prompts first."""
     counts_V: Tensor
-    """How often each token comes in the whole calibration text."""
+    """Counts of each token in the whole calibration text."""
 
     @property
     def num_new(self) -> int:
@@ -57,44 +57,43 @@ class Text:
         return next(iter(self.rows.values())).shape[1] - self.num_prompt
 
     def first(self, params: SamplingParams, num_tokens: int) -> Tensor:
-        """As many rows as have so many new tokens."""
+        """Return as many rows as have `num_tokens` new tokens."""
         return self.rows[params][: math.ceil(num_tokens / self.num_new)]
 
 
 def continue_text(
-    target: ElasticLM, prompts_RP: Tensor, num_new: int, laws: Iterable[SamplingParams], counts_V: Tensor
+    target: ElasticLM, prompts_RP: Tensor, num_new: int, samplings: Iterable[SamplingParams], counts_V: Tensor
 ) -> Text:
-    """Let the target continue the prompts under each law."""
-    rows = {params: continue_rows(target, prompts_RP, num_new, params) for params in laws}
+    """Let the target continue the prompts under each temperature."""
+    rows = {params: continue_rows(target, prompts_RP, num_new, params) for params in samplings}
     return Text(num_prompt=prompts_RP.shape[1], rows=rows, counts_V=counts_V)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What arithmetic makes of the measurements: one draft under one law and verifier, at its best gamma."""
+    """The speed that the measurements predict for one draft, temperature and verifier, at the best gamma."""
 
-    candidate: Candidate
     params: SamplingParams
-    verifier: str
-    gamma: int
+    plan: DraftPlan
     alpha: float
-    """Expected acceptance of one drafted token; greedy: the share of equal tokens."""
+    """Expected acceptance of one drafted token; greedy: the fraction of equal tokens."""
     tau: float
     """Tokens per round."""
     c: float
-    """A drafted token's cost, the host's share included, in plain tokens."""
+    """Cost of a drafted token in plain tokens, what the host does included."""
     v: float
-    """A target pass on gamma + 1 tokens and its verdict, in plain tokens."""
+    """Cost of a target pass on gamma + 1 tokens and its verification, in plain tokens."""
 
     @property
-    def speedup(self) -> float:
-        """Over plain decoding."""
-        return round_speedup(self.tau, self.gamma, self.c, self.v)
+    def spec(self) -> DraftSpec:
+        """The draft."""
+        assert self.plan.spec is not None
+        return self.plan.spec
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What acceptance comes to: alpha, and for each verifier gamma -> tokens of a round."""
+    """Acceptance: alpha, and for each verifier gamma -> tokens of a round."""
 
     alpha: float
     tokens: Mapping[str, Mapping[int, float]]
@@ -111,48 +110,46 @@ class Measurements:
             gamma for gamma in GAMMAS if gamma + 1 in self.target_seconds and 2 * gamma <= text.num_new
         ]
         self.packed: dict[str, ElasticLM] = {}
-        self.views: dict[tuple[Granularity, str | None], View] = {}
-        self.steps: dict[tuple[Candidate, SamplingParams, str], DraftCosts] = {}
-        """Of each draft, under each law and verifier that it drafts for."""
-        self.kept: dict[tuple[Candidate, SamplingParams], _Kept] = {}
+        self.views: dict[tuple[str, str | None], View] = {}
+        self.steps: dict[tuple[DraftSpec, SamplingParams, str], DraftCosts] = {}
+        """Cost of each draft at each temperature and for each verifier."""
+        self.kept: dict[tuple[DraftSpec, SamplingParams], _Kept] = {}
 
     def time_target(self) -> None:
         """Time the target's passes and what the host does with them: now, whatever was measured before."""
         self.target_seconds = time_target(self.target, MOST_TOKENS, budget=SECONDS, clock=self.clock)
         self.hosts = time_hosts(self.target, self.kinds, budget=SECONDS, clock=self.clock)
 
-    def scorer(self, candidate: Candidate) -> View | FewTokens:
-        """What drafts; views of a precision share one packed copy.
+    def scorer(self, candidate: DraftSpec) -> View | FewTokens:
+        """Return what drafts; views of a precision share one packed copy.
 
         Raises:
             UsageError: if the precision does not run here.
         """
-        granularity, precision = candidate.granularity, candidate.precision
-        if (granularity, precision) not in self.views:
-            model = self.target
-            if precision is not None:
-                if precision not in self.packed:
-                    self.packed[precision] = pack(self.target, precision, granularity)
-                model = self.packed[precision]
-            self.views[granularity, precision] = View(model, granularity)
-        view = self.views[granularity, precision]
-        if candidate.num_tokens is None:
-            return view
-        return FewTokens(view, most_frequent(self.text.counts_V, candidate.num_tokens))
+        key = candidate.member, candidate.precision
+        if key not in self.views:
+            granularity, model = Granularity.parse(candidate.member), self.target
+            if candidate.precision is not None:
+                if candidate.precision not in self.packed:
+                    self.packed[candidate.precision] = pack(self.target, candidate.precision, granularity)
+                model = self.packed[candidate.precision]
+            self.views[key] = View(model, granularity)
+        view = self.views[key]
+        return view if candidate.vocabulary is None else FewTokens(view, torch.tensor(candidate.vocabulary))
 
-    def time(self, candidates: Sequence[Candidate]) -> None:
+    def time(self, candidates: Sequence[DraftSpec]) -> None:
         """Time a step of each, side by side."""
         scorers = {str(one): self.scorer(one) for one in candidates}
         for params, verifier in dict.fromkeys((params, drafts_as(name)) for params, name in self.kinds):
             steps = time_drafts(self.target, scorers, params, verifier, budget=SECONDS, clock=self.clock)
             self.steps |= {(one, params, verifier): steps[str(one)] for one in candidates}
 
-    def step(self, candidate: Candidate) -> float:
-        """What candidates are compared by: a drafted token's cost, the mean over the laws."""
+    def step(self, candidate: DraftSpec) -> float:
+        """Return the cost by which candidates are compared: a drafted token's, the mean over temperatures."""
         return mean(self.steps[candidate, params, "block"](DRAFT_STEPS) for params in self.text.rows)
 
-    def measure(self, candidate: Candidate, num_tokens: int | None = None) -> None:
-        """Measure acceptance under each law, on so many tokens or on all."""
+    def measure(self, candidate: DraftSpec, num_tokens: int | None = None) -> None:
+        """Measure acceptance under each temperature, on the first `num_tokens` or on all."""
         for params, rows_RT in self.text.rows.items():
             few_RT = rows_RT if num_tokens is None else self.text.first(params, num_tokens)
             acceptance = measure_acceptance(
@@ -166,36 +163,29 @@ class Measurements:
             self.kept[candidate, params] = _Kept(acceptance.alpha, tokens)
 
     def estimates(self) -> list[Estimate]:
-        """Of every draft that was measured, under each law and verifier, the fastest first."""
+        """Return estimates of every measured draft, temperature and verifier, the fastest first."""
         found = [
-            max(self._estimates(candidate, params, verifier), key=lambda one: one.speedup)
+            max(self._estimates(candidate, params, verifier), key=_predicted)
             for candidate, params in self.kept
             for verifier in verifiers_of(params)
         ]
-        return sorted(found, key=lambda one: -one.speedup)
+        return sorted(found, key=_predicted, reverse=True)
 
-    def _estimates(self, candidate: Candidate, params: SamplingParams, verifier: str) -> list[Estimate]:
+    def _estimates(self, candidate: DraftSpec, params: SamplingParams, verifier: str) -> list[Estimate]:
         kept = self.kept[candidate, params]
         step = self.steps[candidate, params, drafts_as(verifier)]
-        costs = {gamma: self.costs(step, gamma, params, verifier) for gamma in self.gammas}
-        return [
-            Estimate(
-                candidate=candidate,
-                params=params,
-                verifier=verifier,
-                gamma=gamma,
-                alpha=kept.alpha,
-                tau=kept.tokens[verifier][gamma],
-                c=c,
-                v=v,
-            )
-            for gamma, (c, v) in costs.items()
-        ]
+        found = []
+        for gamma in self.gammas:
+            tau, (c, v) = kept.tokens[verifier][gamma], self.costs(step, gamma, params, verifier)
+            speed = Speed(round_speedup(tau, gamma, c, v))
+            plan = DraftPlan(spec=candidate, gamma=gamma, verifier=verifier, speed=speed)
+            found.append(Estimate(params=params, plan=plan, alpha=kept.alpha, tau=tau, c=c, v=v))
+        return found
 
     def costs(
         self, step: DraftCosts, gamma: int, params: SamplingParams, verifier: str
     ) -> tuple[float, float]:
-        """C and v of a round, in plain tokens, what the host does included."""
+        """Return c and v of a round, in plain tokens, what the host does included."""
         one, host = self.target_seconds[1], self.hosts[params, verifier]
         plain = one + self.hosts[params, verifiers_of(params)[0]](0)
         return step(gamma) * one / plain, (self.target_seconds[gamma + 1] + host(gamma)) / plain
@@ -214,9 +204,13 @@ def verifiers_of(params: SamplingParams) -> tuple[str, ...]:
 
 
 def best_of(estimates: Iterable[Estimate], params: SamplingParams, count: int) -> list[Estimate]:
-    """The fastest drafts of a law, each by its best verifier but `coupled`, whose output is another."""
-    of_law = [one for one in estimates if one.params == params and one.verifier != COUPLED]
-    best: dict[Candidate, Estimate] = {}
-    for one in sorted(of_law, key=lambda one: -one.speedup):
-        best.setdefault(one.candidate, one)
+    """Return the fastest drafts of a temperature, verified by anything but `coupled` (another text)."""
+    fitting = [one for one in estimates if one.params == params and one.plan.verifier != COUPLED]
+    best: dict[DraftSpec, Estimate] = {}
+    for one in sorted(fitting, key=_predicted, reverse=True):
+        best.setdefault(one.spec, one)
     return list(best.values())[:count]
+
+
+def _predicted(one: Estimate) -> float:
+    return one.plan.speed.predicted

@@ -1,4 +1,4 @@
-"""What decoding costs here, as measured: models/decode/tune/timing.py measures it.
+"""Costs of decoding on this machine, as models/decode/tune/timing.py measures them.
 
 A round that drafts gamma tokens takes
 
@@ -26,7 +26,7 @@ class HostCosts:
     seconds: Mapping[int, float]
 
     def __call__(self, gamma: int) -> float:
-        """Seconds for any gamma; beyond the largest one measured along the last slope.
+        """Return the seconds for any gamma; beyond the largest one measured along the last slope.
 
         >>> HostCosts({0: 1.0, 1: 2.0, 4: 8.0})(2), HostCosts({0: 1.0, 1: 2.0, 4: 8.0})(6)
         (4.0, 12.0)
@@ -40,17 +40,17 @@ class HostCosts:
 
 @dataclass(frozen=True)
 class DraftCosts:
-    """What drafted tokens of a round cost, in target passes on one token.
+    """The cost of a round's drafted tokens, in target passes on one token.
 
     The first one finds the target's weights in the processor's caches, and not its own.
     """
 
     first: float
     more: float
-    """Each of the others."""
+    """The cost of each further token."""
 
     def __call__(self, gamma: int) -> float:
-        """The mean of so many.
+        """Return the mean cost of one of `gamma` drafted tokens.
 
         >>> DraftCosts(first=0.5, more=0.25)(4)
         0.3125

@@ -4,47 +4,71 @@
                   (or packed in another precision: models/packed/quantize.py; the weights are then a copy)
     ModelDraft    a model of its own, or a member that reads its own keys and values
 
-A nested draft reads the target's keys and values of the settled positions. Its own, for the few
+A nested draft reads the target's keys and values of the committed positions. Its own, for the few
 tokens of this round, go into the tail of the same store, where verification writes next:
 
     position          0 1 2 3 4 | 5        6   7
-    token             settled   | pending  d1  d2  -> d3
+    token             committed | pending  d1  d2  -> d3
     keys and values   target's  | draft's             <- the target's pass overwrites them
 
 p target, q draft.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from models.base.errors import UsageError
-from models.decode.engine.lookup import LookupDraft
 from models.decode.engine.scheduler import Pass, Steps
 from models.decode.engine.state import Model, Scorer, State, elastic_model, granularity_of, new_cache
 from models.decode.engine.trimmed_head import FewTokens
-from models.decode.sampling.samplers import Chooser, Proposal
+from models.decode.sampling.samplers import Proposal, Sampler
 from models.elastic.cache import KVCache
 from models.elastic.count import count_parameters
 from models.elastic.view import View
 
 
+class Prior(NamedTuple):
+    """A controller's assumptions about a draft before its first round, where nothing was measured."""
+
+    alpha: float = 0.8
+    """Acceptance of a drafted token: high enough that every position is tried before it is given up."""
+    step: float | None = None
+    """Cost of a drafted token in plain steps; None where only a measurement can tell."""
+
+
 class Draft(Protocol):
     """Proposes tokens that may follow a state."""
 
+    @property
+    def prior(self) -> Prior:
+        """The assumptions about it before its first round."""
+        ...
+
     def check(self, target: Model) -> None:
-        """Whether this can draft for the target.
+        """Check that this can draft for the target.
 
         Raises:
             UsageError: if it cannot, or if it would be of no use.
         """
         ...
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
-        """At most `num_tokens` tokens after the pending one; what is settled stays as it is.
+    def renew(self) -> "Draft":
+        """Return the draft for another request: a new one if it remembers a text, else itself."""
+        ...
+
+    def room(self, state: State) -> int | None:
+        """Return how many tokens it can propose after a state; None where the text sets no limit.
+
+        It depends on committed tokens only, so that a policy may ask before it decides.
+        """
+        ...
+
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
+        """Draft at most `num_tokens` tokens after the pending one; what is committed stays as it is.
 
         How many there are may depend on the state, never on the values of the proposed tokens: to
-        drop a token because of what it is would bend the output law.
+        drop a token because of what it is would bend the output distribution.
         """
         ...
 
@@ -59,6 +83,8 @@ class NestedDraft:
     Raises:
         UsageError: if these are no token ids of the model.
     """
+
+    prior = Prior()
 
     def __init__(self, view: View, vocabulary: Tensor | None = None) -> None:
         self.view = view
@@ -76,13 +102,22 @@ class NestedDraft:
                 "it must be a part of it"
             )
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+    def renew(self) -> "NestedDraft":
+        """See `Draft`; all that it knows is in the target's store."""
+        return self
+
+    def room(self, state: State) -> None:
         """See `Draft`."""
-        return (yield from propose(self.scorer, state, state.cache.view(), num_tokens, chooser))
+
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
+        """See `Draft`."""
+        return (yield from propose(self.scorer, state, state.cache.view(), num_tokens, sampler))
 
 
 class ModelDraft:
-    """A model of its own with the target's vocabulary; its cache follows what was settled."""
+    """A model of its own with the target's vocabulary; its cache follows what was committed."""
+
+    prior = Prior()
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -104,12 +139,19 @@ class ModelDraft:
                 f"{_num_parameters(target):,}: choose a smaller draft"
             )
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+    def renew(self) -> "ModelDraft":
+        """See `Draft`; the cache is not shared."""
+        return ModelDraft(self.model)
+
+    def room(self, state: State) -> None:
+        """See `Draft`."""
+
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
         """See `Draft`; beyond the draft's own context it proposes nothing."""
         num_tokens = min(num_tokens, self._max_positions - len(state.ids) + 1)
         if num_tokens < 1:
             return Proposal(state.ids)
-        proposal = yield from propose(self.model, state, self._rewound(state), num_tokens, chooser)
+        proposal = yield from propose(self.model, state, self._rewound(state), num_tokens, sampler)
         self._cached_ids = [*state.ids, *proposal.ids[:-1]]
         return proposal
 
@@ -122,21 +164,14 @@ class ModelDraft:
         return self._cache
 
 
-def renewed(draft: Draft) -> Draft:
-    """The draft for another request: one that remembers a text must not be shared."""
-    if isinstance(draft, ModelDraft):
-        return ModelDraft(draft.model)
-    return LookupDraft() if isinstance(draft, LookupDraft) else draft
-
-
 def propose(
-    model: Scorer, state: State, cache: KVCache, num_tokens: int, chooser: Chooser
+    model: Scorer, state: State, cache: KVCache, num_tokens: int, sampler: Sampler
 ) -> Steps[Proposal]:
-    """Draft token by token, after the settled tokens that the cache lacks (at least the pending one)."""
+    """Draft token by token, after the committed tokens that the cache lacks (at least the pending one)."""
     proposal, ids = Proposal(state.ids), state.ids[cache.length :]
     draws = None
     if model.chooses:
-        draws = chooser.draws(proposal, num_tokens, elastic_model(model).config.vocab_size)
+        draws = sampler.draws(proposal, num_tokens, elastic_model(model).config.vocab_size)
     if draws is not None:
         rows_TV = yield Pass(model, ids, cache, num_last=1, draws=draws)
         cache.commit(len(ids) + draws.num_read)
@@ -145,7 +180,7 @@ def propose(
     while len(proposal.ids) < num_tokens:
         logits_TV = yield Pass(model, ids, cache, num_last=1)
         cache.commit(len(ids))
-        ids = [chooser.draft(logits_TV[0], proposal)]
+        ids = [sampler.draft(logits_TV[0], proposal)]
     return proposal
 
 

@@ -4,32 +4,29 @@
     choose    a policy says who drafts this round and how many tokens gamma (models/decode/engine/policy.py)
     propose   the draft proposes up to gamma tokens after the pending one
     verify    the target scores [pending, d1 .. d_gamma] in one pass and decides which of them stay
-    commit    what stays is settled: the cache's length grows, nothing is copied or cropped
+    commit    what stays is committed: the cache's length grows, nothing is copied or cropped
 
 A step asks for its passes and is sent their logits (models/decode/engine/scheduler.py), so that one request
-runs alone, and many share their passes, by the same code. The output follows the target's law whatever the
-draft is (https://arxiv.org/abs/2211.17192, https://arxiv.org/abs/2302.01318). Greedy output equals plain
-decoding's token by token.
+runs alone, and many share their passes, by the same code. The output follows the target's distribution
+whatever the draft is (https://arxiv.org/abs/2211.17192, https://arxiv.org/abs/2302.01318). Greedy output
+equals plain decoding's token by token.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from models.base.errors import UsageError
 from models.decode.engine.draft import Draft
+from models.decode.engine.generation_config import DEFAULT, GenerationConfig
 from models.decode.engine.policy import NO_DRAFT, Fixed, Plan, Policy, Round
 from models.decode.engine.report import Report
-from models.decode.engine.scheduler import Events, Pass, Steps, Together, alone
+from models.decode.engine.scheduler import BatchScheduler, Events, Pass, Steps, run_sequentially
 from models.decode.engine.state import Model, State, elastic_model, new_cache
-from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import Random, SeededRandom
-from models.decode.sampling.samplers import Chooser, Proposal, Verdict, make_chooser
-from models.decode.sampling.verifiers import Verifier
-
-GREEDY = SamplingParams()
+from models.decode.sampling.samplers import Proposal, Sampler, Verification, make_sampler
 
 
 class Token(NamedTuple):
@@ -37,51 +34,29 @@ class Token(NamedTuple):
 
     id: int
     drafted: bool
-    """Whether the draft proposed it."""
+    """True if the draft proposed it."""
 
 
-class Options(TypedDict, total=False):
-    """What `stream` takes besides the prompt and the random choices; see there."""
-
-    draft: Draft | None
-    gamma: int
-    policy: Policy | None
-    params: SamplingParams
-    max_new_tokens: int
-    eos_token_ids: Collection[int] | None
-    verifier: str | Verifier
-
-
-class BatchOptions(TypedDict, total=False):
-    """What `stream_batch` takes besides the prompts and the random choices; see there."""
-
-    new_policy: Callable[[], Policy]
-    params: SamplingParams
-    max_new_tokens: int
-    eos_token_ids: Collection[int] | None
-    verifier: str | Verifier
-
-
-class _Settled(NamedTuple):
+class _Committed(NamedTuple):
     """A token, and what the report needs to know of it once it is taken."""
 
     token: Token
     position: int
-    """In its round."""
+    """Its position in the round."""
     finish_reason: str
 
 
 class Stream(Iterator[Token]):
     """Tokens as they are decided, a round at a time; to cancel, stop taking them, or `close` it."""
 
-    def __init__(self, settled: Iterator[_Settled], report: Report, cancel: Callable[[], None]) -> None:
-        self._settled = settled
+    def __init__(self, committed: Iterator[_Committed], report: Report, cancel: Callable[[], None]) -> None:
+        self._committed = committed
         self.report = report
         self._cancel = cancel
 
     def __next__(self) -> Token:
         """The next token; the report already counts it."""
-        token, position, finish_reason = next(self._settled)
+        token, position, finish_reason = next(self._committed)
         self.report.count_token(position if token.drafted else None)
         self.report.finish_reason = finish_reason
         return token
@@ -89,63 +64,51 @@ class Stream(Iterator[Token]):
     def close(self) -> None:
         """Decode no further; a batch goes on without this request."""
         self._cancel()
-        self._settled = iter(())
+        self._committed = iter(())
 
 
 def stream(
     target: Model,
     prompt_ids: Sequence[int],
+    config: GenerationConfig = DEFAULT,
     *,
     draft: Draft | None = None,
     gamma: int = 4,
     policy: Policy | None = None,
-    params: SamplingParams = GREEDY,
-    max_new_tokens: int = 128,
-    eos_token_ids: Collection[int] | None = None,
     random: Random | None = None,
-    verifier: str | Verifier = "block",
+    **changes: Any,
 ) -> Stream:
     """Decode one prompt.
 
     Args:
-        target: the model whose law the output follows.
+        target: the model whose distribution the output follows.
         prompt_ids: at least one token.
+        config: how it is continued; stop strings are for `models.decode.text`.
         draft: what proposes tokens; None decodes plainly.
         gamma: drafted tokens a round.
         policy: decides round by round instead of `draft` and `gamma`; one that learns serves one request.
-        params: how tokens are chosen.
-        max_new_tokens: the most tokens to give; the context's end may come first.
-        eos_token_ids: tokens that end the output (and are its last token); None means the model's.
-        random: the random choices; None is `SeededRandom(0)`.
-        verifier: `token`, `block`, `coupled` or a function like the first two; greedy decoding has no use
-            for it.
+        random: the random choices; None is `SeededRandom` of the config's seed.
+        changes: fields of the config that are other than there.
 
     Raises:
         UsageError: if the prompt leaves no room in the context, the draft does not fit the target,
             or a number makes no sense.
     """
-    request = _request(
-        target,
-        prompt_ids,
-        policy or Fixed(draft, gamma),
-        make_chooser(params, random or SeededRandom(0), verifier),
-        max_new_tokens,
-        eos_token_ids,
-    )
+    config = replace(config, **changes)
+    random = random or SeededRandom(config.seed)
+    request = _request(target, prompt_ids, policy or Fixed(draft, gamma), random, config)
     events = _decode(request)
-    return Stream(alone(events), request.report, events.close)
+    return Stream(run_sequentially(events), request.report, events.close)
 
 
 def stream_batch(
     target: Model,
     prompts: Sequence[Sequence[int]],
+    config: GenerationConfig = DEFAULT,
     *,
     new_policy: Callable[[], Policy] = lambda: Fixed(None, 0),
-    params: SamplingParams = GREEDY,
-    max_new_tokens: int = 128,
-    eos_token_ids: Collection[int] | None = None,
     randoms: Sequence[Random] | None = None,
-    verifier: str | Verifier = "block",
+    **changes: Any,
 ) -> list[Stream]:
     """Decode several prompts, whose passes share the reading of the weights.
 
@@ -154,34 +117,26 @@ def stream_batch(
     choices and a policy of its own.
 
     Args:
-        target: as `stream`, like everything that is not told here.
+        target: the model, as in `stream`.
         prompts: token ids of each.
+        config: how each is continued.
         new_policy: called for each prompt; drafts that remember a text must not be shared.
-        params: of all.
-        max_new_tokens: for each.
-        eos_token_ids: of all.
-        randoms: the random choices of each; None is `SeededRandom(0, row)`.
-        verifier: of all.
+        randoms: the random choices of each; None is `SeededRandom(seed, row)`.
+        changes: fields of the config that are other than there.
 
     Raises:
         UsageError: as `stream`, for any of the prompts.
     """
-    randoms = randoms or [SeededRandom(0, row) for row in range(len(prompts))]
+    config = replace(config, **changes)
+    randoms = randoms or [SeededRandom(config.seed, row) for row in range(len(prompts))]
     requests = [
-        _request(
-            target,
-            prompt_ids,
-            new_policy(),
-            make_chooser(params, random, verifier),
-            max_new_tokens,
-            eos_token_ids,
-        )
+        _request(target, prompt_ids, new_policy(), random, config)
         for prompt_ids, random in zip(prompts, randoms, strict=True)
     ]
-    together = Together([_decode(request) for request in requests], target)
-    lines: list[deque[_Settled]] = [deque() for _ in requests]
+    together = BatchScheduler([_decode(request) for request in requests], target)
+    lines: list[deque[_Committed]] = [deque() for _ in requests]
 
-    def taken(number: int) -> Iterator[_Settled]:
+    def taken(number: int) -> Iterator[_Committed]:
         while True:
             while not lines[number]:
                 event = next(together, None)
@@ -200,12 +155,12 @@ def _request(
     target: Model,
     prompt_ids: Sequence[int],
     policy: Policy,
-    chooser: Chooser,
-    max_new_tokens: int,
-    eos_token_ids: Collection[int] | None,
+    random: Random,
+    config: GenerationConfig,
 ) -> "_Request":
-    limit = _num_new_tokens(target, prompt_ids, max_new_tokens)
+    limit = _num_new_tokens(target, prompt_ids, config.max_new_tokens)
     policy.check(target)
+    eos_token_ids = config.eos_token_ids
     if eos_token_ids is None:
         eos = elastic_model(target).config.eos_token_id
         eos_token_ids = () if eos is None else (eos,)
@@ -213,7 +168,7 @@ def _request(
     return _Request(
         target=target,
         policy=policy,
-        chooser=chooser,
+        sampler=make_sampler(config.params, random, config.verifier),
         limit=limit,
         eos_token_ids=frozenset(eos_token_ids),
         state=State(list(prompt_ids), cache),
@@ -225,14 +180,14 @@ def _request(
 class _Request:
     target: Model
     policy: Policy
-    chooser: Chooser
+    sampler: Sampler
     limit: int
     eos_token_ids: frozenset[int]
     state: State
     report: Report
 
 
-def _decode(request: _Request) -> Events[_Settled]:
+def _decode(request: _Request) -> Events[_Committed]:
     report, room = request.report, request.limit
     started = perf_counter()
     kept = yield from prefill(request)
@@ -240,7 +195,7 @@ def _decode(request: _Request) -> Events[_Settled]:
     while True:
         room -= len(kept)
         ended = "eos" if kept[-1].id in request.eos_token_ids else "length" if room == 0 else ""
-        *first, last = (_Settled(token, position, "") for position, token in enumerate(kept))
+        *first, last = (_Committed(token, position, "") for position, token in enumerate(kept))
         yield [*first, last._replace(finish_reason=ended)]
         if ended:
             return
@@ -249,8 +204,8 @@ def _decode(request: _Request) -> Events[_Settled]:
         plan = request.policy.choose(request.state, room - 1)
         proposal = yield from propose(request, plan)
         drafted = perf_counter() if proposal.ids else started
-        verdict = yield from verify(request, proposal)
-        kept = commit(request, verdict)
+        verification = yield from verify(request, proposal)
+        kept = commit(request, verification)
         verified = perf_counter()
         done = Round(
             draft=plan.name if proposal.ids else NO_DRAFT,
@@ -258,7 +213,7 @@ def _decode(request: _Request) -> Events[_Settled]:
             num_accepted=sum(token.drafted for token in kept),
             draft_seconds=drafted - started,
             target_seconds=verified - drafted,
-            overlaps=tuple(verdict.overlaps[: len(kept)]),
+            overlaps=tuple(verification.overlaps[: len(kept)]),
         )
         request.policy.observe(done)
         report.count_round(done)
@@ -271,17 +226,17 @@ def prefill(request: _Request) -> Steps[list[Token]]:
     logits_TV = yield Pass(request.target, state.ids, state.cache, num_last=1)
     # commit() counts one position for each token kept; here the rest of the prompt comes on top.
     state.cache.commit(len(state.ids) - 1)
-    return commit(request, request.chooser.verify(logits_TV, Proposal(state.ids)))
+    return commit(request, request.sampler.verify(logits_TV, Proposal(state.ids)))
 
 
 def propose(request: _Request, plan: Plan) -> Steps[Proposal]:
     """Let the chosen draft propose tokens; none without a draft."""
     if plan.draft is None:
         return Proposal(request.state.ids)
-    return (yield from plan.draft.propose(request.state, plan.gamma, request.chooser))
+    return (yield from plan.draft.propose(request.state, plan.gamma, request.sampler))
 
 
-def verify(request: _Request, proposal: Proposal) -> Steps[Verdict]:
+def verify(request: _Request, proposal: Proposal) -> Steps[Verification]:
     """Score the pending token and the proposal in one pass, and decide what stays.
 
     The pass writes the target's keys and values over whatever a draft left in the cache's tail.
@@ -289,17 +244,17 @@ def verify(request: _Request, proposal: Proposal) -> Steps[Verdict]:
     state = request.state
     block = [state.ids[-1], *proposal.ids]
     logits_TV = yield Pass(request.target, block, state.cache, num_last=len(block))
-    return request.chooser.verify(logits_TV, proposal)
+    return request.sampler.verify(logits_TV, proposal)
 
 
-def commit(request: _Request, verdict: Verdict) -> list[Token]:
+def commit(request: _Request, verification: Verification) -> list[Token]:
     """Settle what was kept, up to the end of the text, and return it.
 
     The pending token and all kept ones but the last enter the cache; the last is pending now.
     """
-    num_accepted = len(verdict.kept) - 1
+    num_accepted = len(verification.kept) - 1
     tokens = []
-    for position, token in enumerate(verdict.kept):
+    for position, token in enumerate(verification.kept):
         tokens.append(Token(token, drafted=position < num_accepted))
         if token in request.eos_token_ids:
             break
@@ -310,8 +265,6 @@ def commit(request: _Request, verdict: Verdict) -> list[Token]:
 
 def _num_new_tokens(target: Model, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
     context = elastic_model(target).config.max_position_embeddings
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if not prompt_ids:
         raise UsageError("--prompt is empty: give at least one token to continue")
     if len(prompt_ids) >= context:

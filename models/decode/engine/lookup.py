@@ -7,21 +7,25 @@ for as long as one likes:
     a b c a b c a b | c a b c ...      the last tokens `c a b` occurred 3 places before
 
 Its tokens are certain, no draw: q is a point mass at each, which every verifier takes like any other
-law (https://github.com/apoorvumang/prompt-lookup-decoding).
+distribution (https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
+from models.decode.engine.draft import Prior
 from models.decode.engine.scheduler import Steps
 from models.decode.engine.state import Model, State
-from models.decode.sampling.samplers import Chooser, Proposal
+from models.decode.sampling.samplers import Proposal, Sampler
 
 
 class LookupDraft:
-    """Copies from the settled text; made for one request at a time, another one starts it anew.
+    """Copies from the committed text of one request; another request resets it.
 
     Args:
         longest: the most tokens that are looked up.
         shortest: the fewest; a single token says little about what follows it.
     """
+
+    # Nothing is computed; and members, whose acceptance is known, should be tried first.
+    prior = Prior(alpha=0.5, step=0.0)
 
     def __init__(self, *, longest: int = 4, shortest: int = 2) -> None:
         self._longest, self._shortest = longest, shortest
@@ -32,15 +36,16 @@ class LookupDraft:
     def check(self, target: Model) -> None:
         """See `Draft`; a text can always be copied."""
 
-    def room(self, state: State) -> int:
-        """How many tokens it could propose: none where the last tokens are new, else without end.
+    def renew(self) -> "LookupDraft":
+        """See `Draft`; a new one indexes its own text."""
+        return LookupDraft(longest=self._longest, shortest=self._shortest)
 
-        It depends on settled tokens only, so that a policy may ask before it decides.
-        """
+    def room(self, state: State) -> int:
+        """See `Draft`: none where the last tokens are new, else without end."""
         return 0 if self._source(state) is None else state.cache.num_positions
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
-        """See `Draft`; the proposal keeps no laws, since nothing was drawn."""
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
+        """See `Draft`; the proposal keeps no distributions, since nothing was drawn."""
         yield from ()  # no pass is needed
         source = self._source(state)
         if source is None:
@@ -51,7 +56,7 @@ class LookupDraft:
         return Proposal(state.ids, [period[place % distance] for place in range(num_tokens)])
 
     def _source(self, state: State) -> int | None:
-        """Where the copy starts: after the latest earlier occurrence of the longest known ending."""
+        """Return where the copy starts: after the latest earlier occurrence of the longest known ending."""
         self._index(state.ids)
         for length in range(min(self._longest, len(state.ids)), self._shortest - 1, -1):
             end = self._ends.get(tuple(state.ids[-length:]))
@@ -60,7 +65,7 @@ class LookupDraft:
         return None
 
     def _index(self, ids: list[int]) -> None:
-        """Note what ends before each token but the first; only tokens settled since the last time are new."""
+        """Note what ends before each token but the first; only newly committed tokens are read."""
         if ids is not self._ids or len(ids) < self._num_indexed:
             self._ids, self._num_indexed, self._ends = ids, 0, {}
         for end in range(self._num_indexed + 1, len(ids)):

@@ -1,8 +1,8 @@
-"""Who drafts a round and how much: decided before the round, from what is settled and from the clock.
+"""Policies decide who drafts a round and how much, before it, from committed tokens and the clock.
 
-A policy may look at settled tokens, at rounds that are over and at time. It never sees the tokens of
-the round that it decides on, so the output law does not depend on it: given all that it knew, what a
-round settles and what follows has the target's law.
+A policy may look at committed tokens, at rounds that are over and at time. It never sees the tokens of
+the round that it decides on, so the output distribution does not depend on it: given all that it knew, what a
+round commits and what follows has the target's distribution.
 """
 
 from dataclasses import dataclass
@@ -17,45 +17,45 @@ NO_DRAFT = "none"
 
 
 class Plan(NamedTuple):
-    """What one round does."""
+    """The decision on one round."""
 
     draft: Draft | None
     """None decodes plainly."""
     gamma: int
     """Drafted tokens; the draft may propose fewer."""
     name: str = "draft"
-    """Of the draft, for the report."""
+    """The draft's name, for the report."""
 
 
 PLAIN = Plan(None, 0, NO_DRAFT)
 
 
 class Round(NamedTuple):
-    """What one round did."""
+    """The outcome of one round."""
 
     draft: str
     """The draft's name; "none" where nothing was drafted."""
     num_drafted: int
     num_accepted: int
-    """Of the drafted tokens."""
+    """Number of drafted tokens that were kept."""
     draft_seconds: float
-    """Until the proposal was there, choosing who drafts included; 0 where nothing was drafted."""
+    """Time until the proposal was there, the policy's own included; 0 where nothing was drafted."""
     target_seconds: float
-    """The target's pass over the pending and the drafted tokens, and the verdict."""
+    """The target's pass over the pending and the drafted tokens, and the verification."""
     overlaps: tuple[float, ...] = ()
-    """Of the drafted positions that were reached; see `Verdict`."""
+    """Sum of min(p, q) at each drafted position that was reached; see `Verification`."""
 
 
 class Policy(Protocol):
-    """Decides before each round of one request, and is told what came of it."""
+    """Decides before each round of one request, and learns from its outcome."""
 
     @property
     def costs(self) -> Costs | None:
-        """What is known of the costs before the request began."""
+        """Costs that are known before the request begins."""
         ...
 
     def check(self, target: Model) -> None:
-        """Whether all its drafts can draft for the target.
+        """Check that all its drafts can draft for the target.
 
         Raises:
             UsageError: if one cannot.
@@ -63,7 +63,7 @@ class Policy(Protocol):
         ...
 
     def choose(self, state: State, most: int) -> Plan:
-        """The next round, with at most `most` drafted tokens (0 or more)."""
+        """Decide on the next round, with at most `most` drafted tokens (0 or more)."""
         ...
 
     def observe(self, done: Round) -> None:
@@ -73,7 +73,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same draft and as many tokens every time."""
+    """The same draft with the same number of tokens in every round."""
 
     draft: Draft | None
     gamma: int

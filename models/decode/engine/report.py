@@ -1,4 +1,4 @@
-"""What one request cost and how well its drafts did: counts, clocks, and ratios of them."""
+"""The report of a request: its costs, and how well its drafts did."""
 
 from dataclasses import dataclass, field, fields
 from statistics import median
@@ -7,7 +7,7 @@ from models.decode.engine.costs import Costs
 from models.decode.engine.policy import Round
 
 _Kind = tuple[str, int]
-"""Of rounds: the draft's name and how many tokens it drafted."""
+"""A kind of round: the draft's name and how many tokens it drafted."""
 
 
 @dataclass
@@ -35,20 +35,20 @@ class Report:
     drafted: int = 0
     """Tokens that the draft proposed."""
     accepted: int = 0
-    """Of these, the ones delivered."""
+    """Drafted tokens that were delivered."""
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
     """The same two, by position in the round."""
     overlap: float = 0.0
     """Sum of sum_v min(p, q) over the drafted positions that were reached."""
     reached: int = 0
-    """Drafted positions whose whole prefix was kept, so that p and q are laws of the output."""
+    """Drafted positions whose whole prefix was kept, so that p and q are distributions of the output."""
     prefill_seconds: float = 0.0
-    """Until the first token was known."""
+    """Time until the first token was known."""
     decode_seconds: float = 0.0
-    """In rounds; waiting for whoever takes the tokens is not counted."""
+    """Time in rounds; waiting for whoever takes the tokens is not counted."""
     kv_bytes: int = 0
-    """Of the target's store of keys and values, which drafts in place share."""
+    """Size of the target's store of keys and values, which drafts in place share."""
     finish_reason: str = ""
     """`eos`, `stop` (a stop string) or `length`; empty while unfinished or cancelled."""
     known_costs: Costs | None = None
@@ -64,7 +64,7 @@ class Report:
     def alpha(self) -> float | None:
         """Expected acceptance of a drafted token: mean of sum_v min(p, q) over reached positions.
 
-        For greedy decoding this is accepted / reached, since both laws are certain.
+        For greedy decoding this is accepted / reached, since both distributions are certain.
         """
         return self.overlap / self.reached if self.reached else None
 
@@ -90,7 +90,7 @@ class Report:
 
     @property
     def c(self) -> dict[str, float] | None:
-        """By draft, the seconds of a drafted token over those of a plain step."""
+        """Seconds of a drafted token over those of a plain step, by draft."""
         plain = self.plain_seconds
         steps: dict[str, list[float]] = {}
         for (name, num), rounds in self._kinds.items():
@@ -99,21 +99,21 @@ class Report:
 
     @property
     def v(self) -> dict[int, float] | None:
-        """By number of tokens, the seconds of a target pass over those of a plain step."""
+        """Seconds of a target pass over those of a plain step, by number of tokens."""
         plain, numbers = self.plain_seconds, sorted({num + 1 for _, num in self._kinds})
         return {m: median(self._passes(m)) / plain for m in numbers} if plain else None
 
     @property
     def speedup(self) -> float | None:
-        """Over plain decoding, whose time is as many plain steps; the first token is not counted."""
+        """Speed over plain decoding, which takes a plain step for each token after the first."""
         plain = self.plain_seconds
         return (self.num_tokens - 1) * plain / self.decode_seconds if plain and self.decode_seconds else None
 
     @property
     def predicted_speedup(self) -> float | None:
-        """What the formula of `models/decode/tune/predict.py` gives for the rounds that were.
+        """The speed-up that the formula of `models/decode/tune/predict.py` gives for these rounds.
 
-        With each draft's alpha, and the costs known before the request where they were, else its own.
+        It takes each draft's alpha, and the costs known before the request where they were, else its own.
         """
         c, v, known = self.c, self.v, self.known_costs
         if c is None or v is None:
@@ -129,7 +129,7 @@ class Report:
         return num_tokens / cost
 
     def _passes(self, num_tokens: int) -> list[float]:
-        """Seconds of the target's passes on so many tokens, whoever drafted them."""
+        """Return the seconds of the target's passes on `num_tokens` tokens, whoever drafted them."""
         kinds = ((num, rounds) for (_, num), rounds in self._kinds.items())
         return [each for num, rounds in kinds if num + 1 == num_tokens for each in rounds.target_seconds]
 
@@ -163,7 +163,7 @@ class Report:
             self.accepted_by_position[accepted_position] += 1
 
     def choices(self) -> list[dict[str, object]]:
-        """The rounds by who drafted and how many tokens: how many they were, and what they took."""
+        """Return the rounds by draft and number of tokens: how many there were, and what they took."""
         return [
             {
                 "draft": name,
@@ -177,7 +177,7 @@ class Report:
         ]
 
     def as_dict(self) -> dict[str, object]:
-        """The ratios, the rounds by kind and the counts, for JSON."""
+        """Return the ratios, the rounds by kind and the counts, for JSON."""
         counts = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NOT_SHOWN}
         return {name: getattr(self, name) for name in _RATIOS} | {"choices": self.choices()} | counts
 

@@ -1,11 +1,11 @@
-"""Passes of a model that decoding asks for, and who runs them: each alone, or those of a batch together.
+"""A scheduler of model passes: it runs a request's passes one by one, or those of a batch together.
 
 A request decodes in steps: a generator that yields every pass it needs, is sent its logits, and yields
 each token that it has decided. Who drives it decides how the passes run:
 
-    alone      at once, one after another
-    together   the passes of many requests through the same model become one, in which their tokens
-               share the reading of the weights and nothing else (`models.elastic.cache.Batch`)
+    run_sequentially   at once, one after another
+    BatchScheduler     the passes of many requests through the same model become one, in which their
+                       tokens share the reading of the weights and nothing else (`models.elastic.cache.Batch`)
 
 So a batch is a way to run requests, not a way to write them: a request in a batch makes the choices
 that it makes alone, whatever its companions, their lengths, their drafts and when they end.
@@ -37,25 +37,25 @@ class Pass(NamedTuple):
     ids: list[int]
     cache: KVCache
     num_last: int
-    """How many of the last positions are scored."""
+    """Number of last positions that are scored."""
     draws: Draws | None = None
     """More tokens that the pass chooses and, but for the last, reads; only of a model that `chooses`."""
 
 
 Steps: TypeAlias = Generator[Pass, Tensor, Result]
-"""Yields passes, is sent their rows (see `run`), and returns a result."""
+"""A coroutine: yields passes, receives their rows (see `run`), and returns a result."""
 
 Events: TypeAlias = Generator[Pass | list[Event], Tensor | None, None]
-"""Yields passes and, between them, what it has to tell, to which None is sent."""
+"""A coroutine: yields a Pass and receives its logits, or yields new events and receives None."""
 
 
-def alone(events: Events[Event]) -> Iterator[Event]:
-    """Run each pass at once; give what is told."""
-    while (told := _run_until_told(events)) is not None:
-        yield from told
+def run_sequentially(events: Events[Event]) -> Iterator[Event]:
+    """Run each pass at once; yield the events between them."""
+    while (emitted := _run_until_emitted(events)) is not None:
+        yield from emitted
 
 
-def settle(steps: Steps[Result]) -> Result:
+def run_steps(steps: Steps[Result]) -> Result:
     """Run steps to their end, each pass at once, and give their result."""
     with torch.inference_mode():
         try:
@@ -67,8 +67,8 @@ def settle(steps: Steps[Result]) -> Result:
             return result
 
 
-class Together(Iterator[tuple[int, Event]]):
-    """Run many requests' passes together; gives (number of the request, what it told).
+class BatchScheduler(Iterator[tuple[int, Event]]):
+    """Run many requests' passes together; gives (number of the request, what it emitted).
 
     Passes through any model but the target's go first, so that the target scores the drafts of all.
 
@@ -84,7 +84,7 @@ class Together(Iterator[tuple[int, Event]]):
         self._events = self._run()
 
     def __next__(self) -> tuple[int, Event]:
-        """What comes next, of whichever request."""
+        """Return the next event of any request."""
         return next(self._events)
 
     def cancel(self, number: int) -> None:
@@ -117,7 +117,8 @@ def run(passes: Sequence[Pass]) -> list[Tensor]:
     """Logits [T, V] of each of some passes through the same model, made in one pass.
 
     T are the last positions, `num_last` of them, and the drawn tokens but for the last. What a token was
-    drawn from is a law. Gradients are off where this is called: turning them off once more takes time.
+    drawn from is a distribution. Gradients are off where this is called: turning them off once more takes
+    time.
     """
     model, ids, cache, num_last, draws = passes[0]
     if len(passes) == 1 and draws is None:
@@ -127,8 +128,8 @@ def run(passes: Sequence[Pass]) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _run_until_told(events: Events[Event]) -> list[Event] | None:
-    """Run passes until there is something to tell; None at the end."""
+def _run_until_emitted(events: Events[Event]) -> list[Event] | None:
+    """Run passes until events are emitted; None at the end."""
     logits_TV = None
     try:
         while True:

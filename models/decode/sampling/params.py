@@ -1,10 +1,10 @@
-"""From logits to the law that a token is drawn from.
+"""Processors turn logits into the distribution that a token is drawn from.
 
 First the repetition penalty, then temperature, top-k, top-p and min-p: the order of transformers.
 
 The target's logits and the draft's go through the same function with the same parameters, so that p
-and q are the laws that tokens are really drawn from. Speculative decoding is exact for any q, but
-only if q is that law.
+and q are the distributions that tokens are really drawn from. Speculative decoding is exact for any q, but
+only if q is that distribution.
 
 T positions, V vocabulary.
 """
@@ -24,7 +24,7 @@ NUCLEUS_GUESS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a token is chosen from logits; the defaults are greedy.
+    """Settings of the choice of a token from logits; the defaults are greedy.
 
     >>> SamplingParams(temperature=0.8, top_k=40).is_greedy
     False
@@ -64,29 +64,32 @@ class SamplingParams:
 
     @property
     def depends_on_text(self) -> bool:
-        """Whether a law depends on more of the text than the logits do."""
+        """True if the distribution depends on more of the text than the logits do."""
         return self.repetition_penalty != 1.0
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, so that nothing is random."""
+        """True if the likeliest token is taken, so that nothing is random."""
         return self.temperature == 0.0
 
 
-def law(logits_TV: Tensor, params: SamplingParams) -> Tensor:
-    """The probabilities [T, V] that a token is drawn with, in fp32 (fp64 for fp64 logits).
+GREEDY = SamplingParams()
+
+
+def sampling_probs(logits_TV: Tensor, params: SamplingParams) -> Tensor:
+    """Return the probabilities [T, V] that a token is drawn with, in fp32 (fp64 for fp64 logits).
 
     The repetition penalty depends on the text and comes before: `penalise`. Rows sum to 1. Among
     equal logits the lower id counts as the likelier one.
 
-    >>> law(torch.tensor([[2.0, 2.0, 1.0]]), SamplingParams())
+    >>> sampling_probs(torch.tensor([[2.0, 2.0, 1.0]]), SamplingParams())
     tensor([[1., 0., 0.]])
     >>> logits_TV = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    >>> law(logits_TV, SamplingParams(temperature=1.0, top_k=2))
+    >>> sampling_probs(logits_TV, SamplingParams(temperature=1.0, top_k=2))
     tensor([[0.6250, 0.3750, 0.0000]])
-    >>> law(logits_TV, SamplingParams(temperature=1.0, top_p=0.4))
+    >>> sampling_probs(logits_TV, SamplingParams(temperature=1.0, top_p=0.4))
     tensor([[1., 0., 0.]])
-    >>> law(logits_TV, SamplingParams(temperature=1.0, min_p=0.5))
+    >>> sampling_probs(logits_TV, SamplingParams(temperature=1.0, min_p=0.5))
     tensor([[0.6250, 0.3750, 0.0000]])
     """
     x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
@@ -108,7 +111,7 @@ def law(logits_TV: Tensor, params: SamplingParams) -> Tensor:
 def penalise(
     logits_TV: Tensor, params: SamplingParams, prefix: Iterable[int], drafted: Sequence[int] = ()
 ) -> Tensor:
-    """Logits [T, V] after the repetition penalty; row t follows `prefix` and the first t of `drafted`.
+    """Apply the repetition penalty to logits [T, V]; row t follows `prefix` and the first t of `drafted`.
 
     >>> params = SamplingParams(repetition_penalty=2.0)
     >>> penalise(torch.tensor([[4.0, -1.0, 3.0]] * 2), params, prefix=[1], drafted=[0])

@@ -1,9 +1,9 @@
-"""Every random choice of decoding, behind five verbs.
+"""Random choices of decoding, behind five verbs.
 
 The draft's tokens, the acceptance and the target's tokens (residual and bonus) come from three
 separate streams: a draft that takes more or fewer numbers must not move the numbers that acceptance
 sees. `models/verify/exact.py` puts an object here that tries every choice in turn, which gives the
-engine's exact output law without sampling.
+engine's exact output distribution without sampling.
 
 The last verb is for `coupled` decoding: noise that belongs to a position of the text and not to
 who asks for it, so that draft and target choose by the same numbers.
@@ -20,29 +20,29 @@ from torch import Tensor
 
 
 class Random(Protocol):
-    """The choices of one request."""
+    """Random choices of one request."""
 
     def draft(self, probs_V: Tensor) -> int:
-        """A token from the draft's law."""
+        """Draw a token from the draft's distribution."""
         ...
 
     def uniforms(self, count: int) -> list[float] | None:
-        """The numbers in [0, 1) that would draw so many tokens from the draft's laws, one after another.
+        """Take the numbers in [0, 1) that draw the next `count` tokens of the draft, one after another.
 
         They are taken: tokens come from them or from `draft`. None if this chooses otherwise.
         """
         ...
 
     def accept(self, probability: float) -> bool:
-        """True with this probability; 1 or more is always true, 0 never."""
+        """Return True with this probability; 1 or more is always true, 0 never."""
         ...
 
     def target(self, probs_V: Tensor) -> int:
-        """A token from the target's law or from a residual of it."""
+        """Draw a token from the target's distribution or from a residual of it."""
         ...
 
     def noise(self, position: int, num_tokens: int) -> Tensor:
-        """Gumbel noise [V] of a position of the text: the same however often it is asked for."""
+        """Return the Gumbel noise [V] of a position of the text: the same every time."""
         ...
 
 
@@ -86,7 +86,7 @@ class SeededRandom:
 # The draft asks for a position's noise, then the target does: a few rounds' worth is kept.
 @lru_cache(maxsize=64)
 def gumbel_noise(seed: int, position: int, num_tokens: int, *, row: int = 0) -> Tensor:
-    """Standard Gumbel noise [num_tokens] in float64, a pure function of its arguments.
+    """Return standard Gumbel noise [num_tokens] in float64, a pure function of the arguments.
 
     Philox (Salmon et al. 2011) turns a key (seed, row) and a counter (position, index) into integers,
     the same on every machine; nothing is carried from one position to the next.
@@ -104,7 +104,7 @@ def gumbel_noise(seed: int, position: int, num_tokens: int, *, row: int = 0) -> 
 
 
 def _invert(probs_V: Tensor, uniform: float) -> int:
-    """The first token whose cumulative probability exceeds the uniform.
+    """Return the first token whose cumulative probability exceeds the uniform.
 
     That of a token without probability is its predecessor's, so it is never the first.
 

@@ -1,13 +1,13 @@
-"""How tokens are chosen from logits: greedily, drawn from a law, or by noise that both models share.
+"""Samplers choose tokens from logits: the likeliest, a draw, or by noise that draft and target share.
 
-    Greedy    compares ids and never builds a law
-    Sampled   draws from the laws, and keeps each q as it was drawn from, for verification
-    Coupled   adds the position's own Gumbel noise to the log law and takes the largest, which is a draw
-              from that law; the draft guesses what the target takes there. The output is therefore
+    Greedy    compares ids and never builds a distribution
+    Sampled   draws from the distributions, and keeps each q as it was drawn from, for verification
+    Coupled   adds the position's own Gumbel noise to the log-probabilities and takes the largest, which is a
+              draw from the distribution; the draft guesses what the target takes there. The output is so
               token for token that of plain decoding with the same seed, whatever drafts
               (Daliri, Musco and Suresh, https://arxiv.org/abs/2408.07978)
 
-All three give the same `Verdict`. T positions, V vocabulary; p target, q draft.
+All three give the same `Verification`. T positions, V vocabulary; p target, q draft.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.base.errors import UsageError
-from models.decode.sampling.params import SamplingParams, law, penalise
+from models.decode.sampling.params import SamplingParams, penalise, sampling_probs
 from models.decode.sampling.rng import Random
 from models.decode.sampling.verifiers import VERIFIERS, Verifier, match
 from models.kernels.sample import Draws
@@ -30,48 +30,48 @@ VERIFIER_NAMES = (*VERIFIERS, COUPLED)
 
 @dataclass
 class Proposal:
-    """Drafted tokens and the laws [T, V] that they were drawn from, those of some tokens at a time.
+    """Drafted tokens and the distributions [T, V] that they were drawn from, a few tokens at a time.
 
     None are kept when greedy, nor where the tokens are no draws at all but certain, as copied ones are:
-    verification then takes a point mass for the law of each.
+    verification then takes a point mass for the distribution of each.
     """
 
     prefix: Sequence[int]
-    """The settled tokens that these follow, from the first of the prompt."""
+    """The committed tokens that these follow, from the first of the prompt."""
     ids: list[int] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)
+    probs: list[Tensor] = field(default_factory=list)
 
     def add(self, draws: Draws, rows_TV: Tensor) -> None:
-        """Take over what a pass has drawn; the likeliest tokens come without laws."""
+        """Take over what a pass has drawn; the likeliest tokens come without probabilities."""
         self.ids += draws.ids
         if draws.temperature:
-            self.laws.append(rows_TV)
+            self.probs.append(rows_TV)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What one target pass decided."""
+class Verification:
+    """The result of verifying a proposal by one target pass."""
 
     kept: list[int]
     """The accepted tokens and one of the target's."""
     overlaps: list[float]
     """sum of min(p, q) at each drafted position that was reached, which means that every drafted
-    token before it was kept: there p and q are laws of the output's own prefix."""
+    token before it was kept: there p and q are distributions of the output's own prefix."""
 
 
-class Chooser(Protocol):
-    """Chooses the draft's tokens and judges them."""
+class Sampler(Protocol):
+    """Chooses the draft's tokens and verifies them."""
 
     def draws(self, proposal: Proposal, count: int, vocab_size: int) -> Draws | None:
-        """What lets a pass choose the next drafted tokens itself; None where that is for `draft` to do."""
+        """Return what lets a pass draw the next drafted tokens itself; None leaves that to `draft`."""
         ...
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
         """Choose the next drafted token, append it to the proposal and return it."""
         ...
 
-    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
-        """Judge a proposal by the target's logits at its positions and one more."""
+    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verification:
+        """Verify a proposal by the target's logits at its positions and one more."""
         ...
 
 
@@ -82,59 +82,59 @@ class Greedy:
     params: SamplingParams
 
     def draws(self, proposal: Proposal, count: int, vocab_size: int) -> Draws | None:
-        """See `Chooser`."""
+        """See `Sampler`."""
         return None if self.params.depends_on_text else Draws(count=count)
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
-        """See `Chooser`."""
+        """See `Sampler`."""
         x_V = _draft_logits(logits_V, proposal, self.params)
         proposal.ids += _likeliest(x_V.unsqueeze(0))  # a sync: the next draft step needs it
         return proposal.ids[-1]
 
-    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
-        """See `Chooser`; the overlap of two certain laws is 1 or 0."""
+    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verification:
+        """See `Sampler`; the overlap of two certain distributions is 1 or 0."""
         x_TV = penalise(logits_TV, self.params, proposal.prefix, proposal.ids)
         kept = match(_likeliest(x_TV), proposal.ids)  # the round's only sync
         num_accepted = len(kept) - 1
-        num_rejected = num_accepted < len(proposal.ids)
-        return Verdict(kept, [1.0] * num_accepted + [0.0] * num_rejected)
+        is_rejected = num_accepted < len(proposal.ids)
+        return Verification(kept, [1.0] * num_accepted + [0.0] * is_rejected)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens drawn from `law(logits, params)`, for the draft and the target alike."""
+    """Tokens drawn from `sampling_probs(logits, params)`, for the draft and the target alike."""
 
     params: SamplingParams
     random: Random
     verifier: Verifier
 
     def draws(self, proposal: Proposal, count: int, vocab_size: int) -> Draws | None:
-        """See `Chooser`; not for random choices that are made otherwise than by a number each."""
+        """See `Sampler`; not for random choices that are made otherwise than by a number each."""
         if self.params.depends_on_text:
             return None
         uniforms = self.random.uniforms(count)
         return None if uniforms is None else _draws(count, self.params, uniforms=uniforms)
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
-        """See `Chooser`."""
-        q_V = _draft_law(logits_V, proposal, self.params)
-        proposal.laws.append(q_V.unsqueeze(0))
+        """See `Sampler`."""
+        q_V = _draft_probs(logits_V, proposal, self.params)
+        proposal.probs.append(q_V.unsqueeze(0))
         proposal.ids.append(self.random.draft(q_V))
         return proposal.ids[-1]
 
-    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
-        """See `Chooser`."""
-        p_TV = _target_laws(logits_TV, proposal, self.params)
+    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verification:
+        """See `Sampler`."""
+        p_TV = _target_probs(logits_TV, proposal, self.params)
         if not proposal.ids:
-            return Verdict([self.random.target(p_TV[0])], [])
-        q_TV = _stacked_laws(p_TV, proposal)
+            return Verification([self.random.target(p_TV[0])], [])
+        q_TV = _stacked_probs(p_TV, proposal)
         kept = self.verifier(p_TV, q_TV, proposal.ids, self.random)
-        return Verdict(kept, _overlaps(p_TV, q_TV, len(kept)))
+        return Verification(kept, _overlaps(p_TV, q_TV, len(kept)))
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """The largest of log law plus noise, where the noise is a function of the position alone.
+    """The largest of log-probability plus noise, where the noise is a function of the position alone.
 
     Drafted tokens are kept while they are the target's own choice: each one at least with probability
     (1 - d) / (1 + d), where d is the total variation of p and q and `token` keeps 1 - d. That is the
@@ -145,7 +145,7 @@ class Coupled:
     random: Random
 
     def draws(self, proposal: Proposal, count: int, vocab_size: int) -> Draws | None:
-        """See `Chooser`."""
+        """See `Sampler`."""
         if self.params.depends_on_text:
             return None
         # The largest of log q + noise is that of q * e^noise.
@@ -153,23 +153,23 @@ class Coupled:
         return _draws(count, self.params, races_CV=noise_CV.exp())
 
     def draft(self, logits_V: Tensor, proposal: Proposal) -> int:
-        """See `Chooser`."""
-        q_V = _draft_law(logits_V, proposal, self.params)
+        """See `Sampler`."""
+        q_V = _draft_probs(logits_V, proposal, self.params)
         position = len(proposal.prefix) + len(proposal.ids)
-        proposal.laws.append(q_V.unsqueeze(0))
+        proposal.probs.append(q_V.unsqueeze(0))
         proposal.ids += self._choose(q_V.unsqueeze(0), position)
         return proposal.ids[-1]
 
-    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verdict:
-        """See `Chooser`."""
-        p_TV = _target_laws(logits_TV, proposal, self.params)
+    def verify(self, logits_TV: Tensor, proposal: Proposal) -> Verification:
+        """See `Sampler`."""
+        p_TV = _target_probs(logits_TV, proposal, self.params)
         kept = match(self._choose(p_TV, len(proposal.prefix)), proposal.ids)
         if not proposal.ids:
-            return Verdict(kept, [])
-        return Verdict(kept, _overlaps(p_TV, _stacked_laws(p_TV, proposal), len(kept)))
+            return Verification(kept, [])
+        return Verification(kept, _overlaps(p_TV, _stacked_probs(p_TV, proposal), len(kept)))
 
     def _choose(self, probs_TV: Tensor, position: int) -> list[int]:
-        """The tokens at this position and the next ones."""
+        """Return the tokens at this position and the next ones."""
         # float64: in float32 close values would tie, and the lower id would win too often.
         keys_TV = probs_TV.double().log() + self._noise(position, *probs_TV.shape).to(probs_TV.device)
         tokens: list[int] = keys_TV.argmax(-1).tolist()  # a sync: the host needs the tokens
@@ -179,12 +179,12 @@ class Coupled:
         return torch.stack([self.random.noise(position + t, num_tokens) for t in range(num_positions)])
 
 
-def make_chooser(params: SamplingParams, random: Random, verifier: str | Verifier) -> Chooser:
-    """The chooser for these parameters.
+def make_sampler(params: SamplingParams, random: Random, verifier: str | Verifier) -> Sampler:
+    """Return the sampler for these parameters.
 
     Args:
         params: how tokens are chosen.
-        random: the random choices.
+        random: source of the random choices.
         verifier: a name in `VERIFIER_NAMES`, or a function like those of `VERIFIERS`.
 
     Raises:
@@ -206,7 +206,7 @@ def check_verifier(name: str) -> None:
 
 
 def _likeliest(x_TV: Tensor) -> list[int]:
-    """The best token of each row, the lowest id among equals.
+    """Return the best token of each row, the lowest id among equals.
 
     >>> _likeliest(torch.tensor([[0.0, 2.0, 2.0]]))
     [1]
@@ -224,28 +224,28 @@ def _draws(count: int, params: SamplingParams, **how: Any) -> Draws:
 
 
 def _draft_logits(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
-    """What the next drafted token is chosen from: it follows the prefix and all drafted ones."""
+    """Return the logits of the next drafted token, which follows the prefix and all drafted ones."""
     return penalise(logits_V.unsqueeze(0), params, chain(proposal.prefix, proposal.ids))[0]
 
 
-def _draft_law(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
-    return law(_draft_logits(logits_V, proposal, params), params)
+def _draft_probs(logits_V: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
+    return sampling_probs(_draft_logits(logits_V, proposal, params), params)
 
 
-def _target_laws(logits_TV: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
-    return law(penalise(logits_TV, params, proposal.prefix, proposal.ids), params)
+def _target_probs(logits_TV: Tensor, proposal: Proposal, params: SamplingParams) -> Tensor:
+    return sampling_probs(penalise(logits_TV, params, proposal.prefix, proposal.ids), params)
 
 
-def _stacked_laws(p_TV: Tensor, proposal: Proposal) -> Tensor:
-    """The laws [T, V] of the drafted tokens, T of them; point masses where the tokens were certain."""
-    if proposal.laws:
-        return torch.cat(proposal.laws) if len(proposal.laws) > 1 else proposal.laws[0]
+def _stacked_probs(p_TV: Tensor, proposal: Proposal) -> Tensor:
+    """Return the probabilities [T, V] of T drafted tokens; point masses where the tokens were certain."""
+    if proposal.probs:
+        return torch.cat(proposal.probs) if len(proposal.probs) > 1 else proposal.probs[0]
     tokens_T1 = torch.tensor(proposal.ids, device=p_TV.device).unsqueeze(-1)
     return torch.zeros_like(p_TV[:-1]).scatter_(-1, tokens_T1, 1.0)
 
 
 def _overlaps(p_TV: Tensor, q_TV: Tensor, num_reached: int) -> list[float]:
-    """Sum of min(p, q) at the first drafted positions."""
+    """Return the sums of min(p, q) at the first drafted positions."""
     num_reached = min(num_reached, len(q_TV))
     overlaps: list[float] = torch.minimum(p_TV[:num_reached], q_TV[:num_reached]).sum(-1).tolist()
     return overlaps

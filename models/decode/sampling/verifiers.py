@@ -1,8 +1,8 @@
 """Verification: which drafted tokens stay, and the one token that follows them.
 
-Every verifier takes p (the target's laws at the gamma drafted positions and one more), q (the laws
-that the drafted tokens were really drawn from) and the drafted tokens. It returns the accepted
-tokens and one of the target's: 1 to gamma + 1 tokens that follow the target's law for any draft.
+Every verifier takes p (the target's distributions at the gamma drafted positions and one more), q (the
+distributions that the drafted tokens were really drawn from) and the drafted tokens. It returns the accepted
+tokens and one of the target's: 1 to gamma + 1 tokens that follow the target's distribution for any draft.
 
     token   token by token up to the first rejection (Leviathan et al., arXiv 2211.17192;
             Chen et al., arXiv 2302.01318)
@@ -26,7 +26,7 @@ Verifier = Callable[[Tensor, Tensor, Sequence[int], Random], list[int]]
 def verify_tokens(p_TV: Tensor, q_TV: Tensor, drafted: Sequence[int], random: Random) -> list[int]:
     """Accept d_t with probability min(1, p/q); the first rejection draws from the residual.
 
-    If none is rejected, the bonus token is drawn from the target's law after all of them.
+    If none is rejected, the bonus token is drawn from the target's distribution after all of them.
     """
     p_T, q_T = _probabilities(p_TV, drafted), _probabilities(q_TV, drafted)
     for t, (p, q) in enumerate(zip(p_T, q_T, strict=True)):
@@ -60,7 +60,7 @@ VERIFIERS: dict[str, Verifier] = {"token": verify_tokens, "block": verify_block}
 def match(chosen: Sequence[int], drafted: Sequence[int]) -> list[int]:
     """Keep drafted tokens while they are the ones that the target chose, then one of its own.
 
-    This is what every verifier does at temperature 0, without the laws.
+    This is what every verifier does at temperature 0, without the distributions.
 
     >>> match([5, 6, 7], drafted=[5, 9])
     [5, 6]
@@ -74,7 +74,7 @@ def match(chosen: Sequence[int], drafted: Sequence[int]) -> list[int]:
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """What the target has beyond the draft: norm(max(p - q, 0)), or p itself if that is nothing.
+    """Return the residual norm(max(p - q, 0)) of the target, or p itself where that is 0.
 
     >>> residual(torch.tensor([0.5, 0.5]), torch.tensor([0.75, 0.25]))
     tensor([0., 1.])
@@ -87,7 +87,7 @@ def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
 
 
 def _passes(ratios: list[float], p_TV: Tensor, q_TV: Tensor) -> list[float]:
-    """With which probability a prefix of 0, 1, .. tokens is kept if no longer one is (h in the paper)."""
+    """Return the chance that a prefix of 0, 1, .. tokens is kept if no longer one is (h in the paper)."""
     ratios_T1 = p_TV.new_tensor(ratios).unsqueeze(-1)
     excesses = (ratios_T1 * p_TV[: len(ratios)] - q_TV).clamp_min(0.0).sum(-1).tolist()  # a sync
     # Without excess nothing is left to draw after this prefix, so it must not be kept.
@@ -98,7 +98,7 @@ def _passes(ratios: list[float], p_TV: Tensor, q_TV: Tensor) -> list[float]:
 
 
 def _probabilities(probs_TV: Tensor, tokens: Sequence[int]) -> list[float]:
-    """Each token's probability at its own position: one gather, one sync."""
+    """Return each token's probability at its own position: one gather, one sync."""
     index_T1 = torch.tensor(tokens, dtype=torch.long, device=probs_TV.device).unsqueeze(-1)
     probs_T: list[float] = probs_TV[: len(tokens)].gather(-1, index_T1).squeeze(-1).tolist()
     return probs_T

@@ -1,4 +1,4 @@
-"""A policy that is never slower than plain decoding by more than a stated share, whatever drafts.
+"""A policy that is never slower than plain decoding by more than a stated fraction, whatever drafts.
 
 Before each round it picks the arm, which is a draft, and the number of tokens gamma with the highest
 expected speed, plain decoding (gamma = 0) among them:
@@ -18,15 +18,15 @@ ledgers in that unit keep it honest:
     explored   What looks at other choices than the best lost against it: at most LOOKS of the time.
 
 Where plain decoding is the best for long, looks that find nothing become rarer and rarer, and the rounds
-between them are settled without a thought, unless there is something to copy.
+between them are decided at once, unless there is something to copy.
 
-Only time hangs on all this: see `models/decode/engine/policy.py` for why the output law cannot.
+Only time hangs on all this: see `models/decode/engine/policy.py` for why the output distribution cannot.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import ceil
 from operator import attrgetter
+from types import MappingProxyType
 from typing import NamedTuple
 
 from models.decode.engine.costs import Costs
@@ -44,63 +44,59 @@ LEAST_REACH = 0.02
 # While plain decoding is the best choice and looks find nothing, they become ever rarer, at last after so
 # many rounds: a look drives the target's weights out of the caches, for which plain rounds after it pay.
 LONGEST_PAUSE = 64
-# Without a measurement: high enough that every position is tried before it is given up.
-PRIOR_ALPHA = 0.8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """Something that can draft."""
-
-    name: str
-    draft: Draft
-    alpha: float = PRIOR_ALPHA
-    """Its acceptance, as far as it is known before the first round."""
-    step: float | None = None
-    """What a drafted token costs in plain steps, if that is known."""
-    room: Callable[[State], int] | None = None
-    """How many tokens it could propose after a state, if there is a limit; settled tokens alone decide."""
+NOTHING_KNOWN: Mapping[str, float] = MappingProxyType({})
 
 
 class Controller:
-    """Chooses among arms and numbers of tokens for one request; the next one gets its own.
+    """Chooses among drafts and numbers of tokens for one request; the next one gets its own.
 
     Args:
-        arms: what can draft.
-        costs: measured before, of the target and of arms by name. Where both are known long drafts are
+        drafts: the arms of the bandit, by name.
+        costs: measured before, of the target and of drafts by name. Where both are known long drafts are
             trusted from the start; else gamma begins with 1 and doubles.
+        alphas: acceptance by name, where it is known before the first round.
         most: the most drafted tokens a round.
     """
 
-    def __init__(self, arms: Sequence[Arm], costs: Costs | None = None, *, most: int = MAX_GAMMA) -> None:
+    def __init__(
+        self,
+        drafts: Mapping[str, Draft],
+        costs: Costs | None = None,
+        *,
+        alphas: Mapping[str, float] = NOTHING_KNOWN,
+        most: int = MAX_GAMMA,
+    ) -> None:
         self.costs = costs
         self.purse = PURSE
         self.spent = self.explored = 0.0
-        self._arms = arms
-        self._clocks = Clocks({arm.name: arm.step for arm in arms}, costs, most)
-        self._rates = {arm.name: Rates(arm.alpha, most) for arm in arms}
+        self._drafts = drafts
+        self._clocks = Clocks({name: draft.prior.step for name, draft in drafts.items()}, costs, most)
+        self._rates = {
+            name: Rates(alphas.get(name, draft.prior.alpha), most) for name, draft in drafts.items()
+        }
         self._last_try = dict.fromkeys([NO_DRAFT, _LONGER, *self._rates], 0)
         self._num_rounds = self._last_look = 0
         self._looking_from: float | None = None  # the best choice's speed, in a round that tries another
         self._pause = 1  # rounds between looks, while plain decoding is the best
-        self._rest = 0  # plain rounds that are settled: to think costs a twentieth of a small model's pass
+        self._rest = 0  # plain rounds that are decided: to think costs a twentieth of a small model's pass
         self._rests = False
 
     def check(self, target: Model) -> None:
         """See `Policy`."""
-        for arm in self._arms:
-            arm.draft.check(target)
+        for draft in self._drafts.values():
+            draft.check(target)
 
     def choose(self, state: State, most: int) -> Plan:
         """See `Policy`."""
         self._num_rounds += 1
         self._looking_from = None
-        copies = (arm.room(state) for arm in self._arms if arm.room is not None)
-        self._rests = self._rest > 0 and not any(copies)
+        self._rests = self._rest > 0 and not any(draft.room(state) for draft in self._drafts.values())
         if self._rests or not self._clocks.ready or most < 1:
             return PLAIN
         self._rest = 0
-        ladders = [ladder for arm in self._arms if (ladder := self._ladder(arm, state, most))]
+        ladders = [ladder for name in self._drafts if (ladder := self._ladder(name, state, most))]
         tops = [_PLAIN, *(max(ladder, key=_speed) for ladder in ladders)]
         best = max(tops, key=_speed)
         ladder = next((ladder for ladder in ladders if best in ladder), [])
@@ -123,30 +119,31 @@ class Controller:
             self.explored += max(0.0, cost - num_tokens / self._looking_from)
 
     def _learn(self, done: Round) -> None:
-        """What it cost and what was kept."""
+        """Learn what the round cost and what was kept."""
         self._clocks.observe(done)
         self._last_try[done.draft] = self._num_rounds
         if done.num_drafted:
             self._rates[done.draft].observe(done.num_drafted, done.num_accepted)
             self._pause = 1 if done.num_accepted else min(2 * self._pause, LONGEST_PAUSE)
 
-    def _ladder(self, arm: Arm, state: State, most: int) -> "list[_Option]":
-        """What this arm offers after this state, by number of tokens from one on."""
-        most = min(most, self._clocks.longest[arm.name])
-        if arm.room is not None:
-            most = min(most, arm.room(state))
+    def _ladder(self, name: str, state: State, most: int) -> "list[_Option]":
+        """Return what this draft offers after this state, by number of tokens from one on."""
+        draft = self._drafts[name]
+        most = min(most, self._clocks.longest[name])
+        if (room := draft.room(state)) is not None:
+            most = min(most, room)
         ladder, tokens, reach = [], 1.0, 1.0
-        for gamma, rate in enumerate(self._rates[arm.name].values[:most], start=1):
-            cost = self._clocks.cost(arm.name, gamma)
+        for gamma, rate in enumerate(self._rates[name].values[:most], start=1):
+            cost = self._clocks.cost(name, gamma)
             reach *= rate
             tokens += reach
-            ladder.append(_Option(tokens / cost, tokens, cost, Plan(arm.draft, gamma, arm.name)))
+            ladder.append(_Option(tokens / cost, tokens, cost, Plan(draft, gamma, name)))
             if reach < LEAST_REACH:
                 break
         return ladder
 
     def _look(self, best: "_Option", looks: "list[tuple[str, _Option]]") -> "_Option":
-        """The best; or what was not tried for longest, as soon as both ledgers have room for it.
+        """Return the best; or what was not tried for longest, as soon as both ledgers have room for it.
 
         Plain decoding is looked at for its cost, another arm for its acceptance, one token more than the
         best for both. Only one is saved for at a time: cheap looks must not starve a dear one.
@@ -172,11 +169,11 @@ class Controller:
 
 class _Option(NamedTuple):
     speed: float
-    """Expected, over plain decoding's."""
+    """Expected speed over plain decoding."""
     tokens: float
-    """Expected."""
+    """Expected tokens of the round."""
     cost: float
-    """In plain steps."""
+    """Expected cost in plain steps."""
     plan: Plan
 
 

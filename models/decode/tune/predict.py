@@ -13,41 +13,27 @@ for this machine comes first: models/decode/tune/tuned.py.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from time import perf_counter
 
-import torch
-
-from models.base.stopwatch import Work, alternate
 from models.checkpoint.family import Member
 from models.decode.engine.costs import Costs
 from models.decode.engine.state import Scorer
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import COUPLED
+from models.decode.tune.draft_plan import DraftPlan, DraftSpec, Speed
 from models.decode.tune.timing import filled_cache, one_pass, time_drafts, time_hosts, time_target
 from models.elastic.model import ElasticLM
-from models.machine.card import thread_counts
+from models.machine.threads import fastest_threads, thread_counts
 
 MAX_GAMMA = 8
 DRAFT_STEPS = 4
 TIMING_BUDGET = 0.4
 # The formula leaves the host's own work out: a smaller gain than this is likely none.
 LEAST_SPEEDUP = 1.02
-# More threads must pay: fewer leave cores to others and wait less for each other.
-THREADS_MARGIN = 1.05
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A draft, its tokens a round, and the speed over plain decoding that the formula predicts."""
-
-    name: str
-    gamma: int
-    speedup: float
 
 
 def speedup(alpha: float, gamma: int, c: float, v: float) -> float:
-    """The formula above; `v` is v(gamma + 1).
+    """Return the formula above; `v` is v(gamma + 1).
 
     >>> round(speedup(0.8, 4, c=0.1, v=1.0), 2)
     2.4
@@ -58,12 +44,12 @@ def speedup(alpha: float, gamma: int, c: float, v: float) -> float:
 
 
 def round_speedup(num_tokens: float, gamma: int, c: float, v: float) -> float:
-    """The same where the tokens that a round gives are known."""
+    """Return the same where the tokens that a round gives are known."""
     return num_tokens / (gamma * c + v)
 
 
 def best_speedup(alpha: float, c: float) -> float:
-    """The formula at its best gamma, where a pass on a few tokens costs what one on one token does.
+    """Return the formula at its best gamma, where a pass on a few tokens costs what one on one token does.
 
     >>> round(best_speedup(0.8, c=0.1), 2)
     2.47
@@ -72,49 +58,57 @@ def best_speedup(alpha: float, c: float) -> float:
 
 
 def choose_draft(
-    acceptance: Mapping[str, float], costs: Costs, *, least: float = LEAST_SPEEDUP
-) -> Choice | None:
-    """The best draft and gamma; None if plain decoding should be as fast.
+    acceptance: Mapping[str, float],
+    costs: Costs,
+    *,
+    verifier: str = "block",
+    least: float = LEAST_SPEEDUP,
+) -> DraftPlan | None:
+    """Return the best draft and gamma; None if plain decoding should be as fast.
 
     Args:
-        acceptance: each candidate's chance that one drafted token is kept.
-        costs: of the target and of these candidates.
+        acceptance: each member's chance that one drafted token is kept, by name.
+        costs: of the target and of these members.
+        verifier: that judges them.
         least: the smallest predicted speed-up that is worth it.
 
     >>> costs = Costs({1: 1.0, 2: 1.1, 3: 1.2}, {"S": 0.2, "L": 0.6})
     >>> best = choose_draft({"S": 0.8, "L": 0.9}, costs)
-    >>> best.name, best.gamma, round(best.speedup, 3)
+    >>> str(best.spec), best.gamma, round(best.speed.predicted, 3)
     ('S', 2, 1.525)
     >>> choose_draft({"S": 0.1, "L": 0.1}, costs) is None
     True
     """
     one = costs.target[1]
-    choices = [
-        Choice(name, m - 1, speedup(alpha, m - 1, costs.drafts[name] / one, seconds / one))
+    speeds = {
+        (name, m - 1): speedup(alpha, m - 1, costs.drafts[name] / one, seconds / one)
         for name, alpha in acceptance.items()
         for m, seconds in costs.target.items()
         if m > 1
-    ]
-    best = max(choices, key=lambda choice: choice.speedup, default=None)
-    return best if best is not None and best.speedup >= least else None
+    }
+    best = max(speeds, key=speeds.__getitem__, default=None)
+    if best is None or speeds[best] < least:
+        return None
+    name, gamma = best
+    return DraftPlan(spec=DraftSpec(member=name), gamma=gamma, verifier=verifier, speed=Speed(speeds[best]))
 
 
 def known_acceptance(
     members: Iterable[Member], params: SamplingParams, verifier: str = "block"
 ) -> dict[str, float]:
-    """Acceptance of each measured member by name, the full model left out.
+    """Return the acceptance of each measured member by name, the full model left out.
 
     A greedy draft is kept where its token is the full model's, so `match` tells; otherwise `alpha`, of
     which `coupled` guarantees alpha / (2 - alpha) only.
     """
     known = {}
     for member in members:
-        share = member.alpha if not params.is_greedy or member.match is None else member.match / 100
-        if share is None or member.granularity == "full" or not math.isfinite(share):
+        acceptance = member.alpha if not params.is_greedy or member.match is None else member.match / 100
+        if acceptance is None or member.granularity == "full" or not math.isfinite(acceptance):
             continue
-        share = min(share, 1.0)
+        acceptance = min(acceptance, 1.0)
         is_coupled = verifier == COUPLED and not params.is_greedy
-        known[member.name] = share / (2 - share) if is_coupled else share
+        known[member.name] = acceptance / (2 - acceptance) if is_coupled else acceptance
     return known
 
 
@@ -133,26 +127,12 @@ def measure_costs(
 
 
 def best_num_threads(model: ElasticLM, most: int) -> int:
-    """The number of threads, up to `most`, that this model's own passes on a few tokens run best at.
-
-    The machine card's number is for weights that exceed the caches; a small model's passes may be
-    over before a second thread has woken up.
-    """
-    if most == 1:
-        return 1
+    """Return the number of threads, up to `most`, that this model's passes on a few tokens run best with."""
     cache = filled_cache(model, MAX_GAMMA + 1)
     passes = [one_pass(model, cache, m) for m in {1, min(4, cache.num_positions - cache.length)}]
-    before = torch.get_num_threads()
-    cells = {num: _threaded(num, passes) for num in thread_counts(most)}
-    seconds = alternate(cells, budget=TIMING_BUDGET / 2).shortest
-    torch.set_num_threads(before)
-    return min(num for num in seconds if seconds[num] <= THREADS_MARGIN * min(seconds.values()))
 
-
-def _threaded(num_threads: int, passes: list[Work]) -> Work:
     def work() -> None:
-        torch.set_num_threads(num_threads)
         for one in passes:
             one()
 
-    return work
+    return fastest_threads({"": work}, thread_counts(most), budget=TIMING_BUDGET / 2)[""]

@@ -1,11 +1,10 @@
-"""What `--draft` and `--gamma` mean: who drafts, and who decides how much.
+"""The meaning of `--draft` and `--gamma`: who drafts, and who decides how much.
 
 A draft is a member of the family, the best one on this machine, another folder, a copy of earlier text, or
 nothing. A member or folder may carry its precision, as in `S@int8`: any precision is a legal draft.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,41 +14,46 @@ from models.base.errors import UsageError
 from models.checkpoint.folder import ModelFolder, load_model
 from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
-from models.decode.engine.lookup import LookupDraft
-from models.decode.engine.policy import Fixed, Policy
+from models.decode.engine.drafters import DRAFTERS
+from models.decode.engine.policy import NO_DRAFT, Fixed, Policy
 from models.decode.engine.trimmed_head import FewTokens
 from models.decode.sampling.params import SamplingParams
-from models.decode.tune.controller import PRIOR_ALPHA, Arm, Controller
+from models.decode.tune.controller import Controller
+from models.decode.tune.draft_plan import DraftPlan, DraftSpec
 from models.decode.tune.predict import choose_draft, known_acceptance, measure_costs
-from models.decode.tune.tuned import PLAIN, find_draft
+from models.decode.tune.tuned import find_draft
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.view import View
 from models.packed.quantize import pack, packed_bytes, prepare, split_precision
 
 DEFAULT_GAMMA = 4
-AUTO, LOOKUP = "auto", "lookup"
-# Of copied tokens, before any was seen: members know theirs, and should be tried first.
-LOOKUP_ALPHA = 0.5
+AUTO = "auto"
 DEFAULT_VERIFIER = "block"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """What drafts, and how much a round."""
+    """A draft that is ready to run, and how much it drafts a round."""
 
     draft: Draft | None
     name: str
     gamma: int
     note: str = ""
-    """Why, in a few words, if it was chosen for the user; or what it costs besides time."""
+    """A reason, if it was chosen for the user; or what it costs besides time."""
     extra_bytes: int = 0
-    """Of weights that only the draft has."""
+    """Size of the weights that only the draft has."""
     precision: str | None = None
-    """That it runs in; None is the target's."""
+    """The precision that it runs in; None is the target's."""
+    source: tuple[Path, Granularity] | None = None
+    """The folder and granularity from which it is cut out as a model of its own; None for `DRAFTERS`."""
+    adapts: bool = False
+    """True if the number of tokens follows what a text measures; else it is `gamma`."""
+    copies: bool = False
+    """True if all of `DRAFTERS`, as copies of earlier text, are drafts besides, where it adapts."""
     costs: Costs | None = None
-    """Of the target and of this draft, where they were measured for the choice."""
+    """Costs of the target and of this draft, where they were measured for the choice."""
     verifier: str = DEFAULT_VERIFIER
-    """The one that was asked for, else the one that was found to be fastest with this draft."""
+    """The verifier that was asked for, else the one that was found to be fastest with this draft."""
 
 
 def choose_drafting(
@@ -67,7 +71,7 @@ def choose_drafting(
         folder: the model, as it decodes.
         text: of `--draft`; `auto` takes what `nestling search` found, and measures if it never ran.
         gamma: drafted tokens a round; None leaves the choice.
-        params: the law.
+        params: how tokens are chosen.
         dtype: the model's, by which to look for a search's result; None looks for none.
         verifier: a name; None leaves the choice.
 
@@ -76,29 +80,33 @@ def choose_drafting(
         NestlingError: if the other folder cannot be opened.
     """
     if text == AUTO:
-        found = _searched(folder, gamma, params, dtype, verifier)
-        return found or _automatic(folder, gamma, params, verifier or DEFAULT_VERIFIER)
+        found = None if dtype is None else find_draft(folder.path, dtype, params, verifier)
+        if found is None:
+            return _predicted(folder, gamma, params, verifier or DEFAULT_VERIFIER)
+        return _searched(folder, found, gamma, params, verifier)
     drafting = _asked(folder, text, gamma)
     return drafting if verifier is None else dataclasses.replace(drafting, verifier=verifier)
 
 
 def _asked(folder: ModelFolder, text: str, gamma: int | None) -> Drafting:
-    if text == "none":
-        return Drafting(draft=None, name="none", gamma=0)
+    if text == NO_DRAFT:
+        return _plain()
     number = DEFAULT_GAMMA if gamma is None else gamma
-    if is_lookup(folder, text):
-        return Drafting(draft=LookupDraft(), name=LOOKUP, gamma=number)
+    if is_drafter(folder, text):
+        return Drafting(draft=DRAFTERS[text](folder.model), name=text, gamma=number)
     other = other_folder(folder, text)
-    return nested_drafting(folder, text, number) if other is None else _separate(folder, *other, number)
+    if other is None:
+        return nested_drafting(folder, DraftSpec.parse(text), number)
+    return _separate(folder, *other, number)
 
 
-def is_lookup(folder: ModelFolder, text: str) -> bool:
-    """Whether `--draft` means copies of earlier text, and no member of that name."""
-    return text == LOOKUP and LOOKUP not in folder.family
+def is_drafter(folder: ModelFolder, text: str) -> bool:
+    """Return whether `--draft` means one of `DRAFTERS`, and no member of that name."""
+    return text in DRAFTERS and text not in folder.family
 
 
 def other_folder(folder: ModelFolder, text: str) -> tuple[str, str | None] | None:
-    """The folder that `--draft` means and its precision; None if it means a member of this one.
+    """Return the folder that `--draft` means and its precision; None if it means a member of this one.
 
     Raises:
         UsageError: if it means neither.
@@ -111,14 +119,14 @@ def other_folder(folder: ModelFolder, text: str) -> tuple[str, str | None] | Non
     if not name or not Path(name).is_dir():
         raise UsageError(
             f"--draft {text or repr(text)} is neither a member of the family nor a folder; choose from "
-            f"{', '.join(folder.family)}, auto, lookup and none, write a granularity out as in ffn=0.25, "
-            "or give a model folder; each may carry a precision, as in S@int8"
+            f"{', '.join([*folder.family, *DRAFTERS])}, auto and none, write a granularity out "
+            "as in ffn=0.25, or give a model folder; each may carry a precision, as in S@int8"
         )
     return name, precision
 
 
 def open_separate(folder: ModelFolder, path: str) -> ModelFolder:
-    """Another folder in the dtype of the target's weights.
+    """Open another folder in the dtype of the target's weights.
 
     Raises:
         UsageError: if it means other texts by its tokens.
@@ -129,38 +137,36 @@ def open_separate(folder: ModelFolder, path: str) -> ModelFolder:
     return other
 
 
-def nested_drafting(
-    folder: ModelFolder, text: str, gamma: int, note: str = "", vocabulary: Sequence[int] | None = None
-) -> Drafting:
-    """A member of the model as its draft, in the precision that follows its `@`, else the model's own.
+def nested_drafting(folder: ModelFolder, spec: DraftSpec, gamma: int, note: str = "") -> Drafting:
+    """Return a member of the model as its draft.
 
     Args:
         folder: the model.
-        text: the member.
+        spec: the member, its precision and vocabulary.
         gamma: drafted tokens a round.
         note: why, if it was chosen for the user.
-        vocabulary: the only tokens that it drafts; None for all.
 
     Raises:
-        UsageError: if it is none, or cannot run in this precision here.
+        UsageError: if there is no such member, or it cannot run in this precision here.
     """
-    name, precision = split_precision(text)
-    granularity = Granularity.parse(name, folder.family)
-    if precision is None:
+    granularity = Granularity.parse(spec.member, folder.family)
+    if spec.precision is None:
         model, extra_bytes = folder.model, prepare(folder.model, granularity)
     else:
-        model = pack(folder.model, precision, granularity)
+        model = pack(folder.model, spec.precision, granularity)
         extra_bytes = packed_bytes(model)
-    draft = NestedDraft(View(model, granularity), None if vocabulary is None else torch.tensor(vocabulary))
+    vocabulary = None if spec.vocabulary is None else torch.tensor(spec.vocabulary)
+    draft = NestedDraft(View(model, granularity), vocabulary)
     if isinstance(draft.scorer, FewTokens):
         extra_bytes += draft.scorer.num_bytes
     return Drafting(
         draft=draft,
-        name=text,
+        name=spec.text,
         gamma=gamma,
         note=", ".join(filter(None, [note, _weights(extra_bytes)])),
         extra_bytes=extra_bytes,
-        precision=precision,
+        precision=spec.precision,
+        source=(folder.path, granularity),
     )
 
 
@@ -175,6 +181,7 @@ def _separate(folder: ModelFolder, path: str, precision: str | None, gamma: int)
         note=_weights(extra_bytes),
         extra_bytes=extra_bytes,
         precision=precision,
+        source=(other.path, FULL),
     )
 
 
@@ -183,82 +190,62 @@ def _weights(num_bytes: int) -> str:
 
 
 def _searched(
-    folder: ModelFolder, gamma: int | None, params: SamplingParams, dtype: str | None, verifier: str | None
-) -> Drafting | None:
-    """What a search found for this model, dtype and machine; None if there was none."""
-    found = None if dtype is None else find_draft(folder.path, dtype, params, verifier)
-    if found is None:
-        return None
-    if found.draft == PLAIN:
-        note = "plain decoding is faster here, as nestling search found"
-        return Drafting(draft=None, name="none", gamma=0, note=note, verifier=found.verifier)
-    speed = (
-        f"{found.predicted:.2f}x predicted" if found.measured is None else f"{found.measured:.2f}x measured"
-    )
-    few = "" if found.vocabulary is None else f", {len(found.vocabulary)} tokens"
-    number = found.gamma if gamma is None else gamma
-    drafting = nested_drafting(
-        folder, found.draft, number, f"{speed} by nestling search{few}", found.vocabulary
-    )
+    folder: ModelFolder,
+    plan: DraftPlan,
+    gamma: int | None,
+    params: SamplingParams,
+    verifier: str | None,
+) -> Drafting:
+    """Return what a search found for this model, dtype and machine."""
+    if plan.spec is None:
+        return _plain("plain decoding is faster here, as nestling search found", plan.verifier)
+    few = "" if plan.spec.vocabulary is None else f", {len(plan.spec.vocabulary)} tokens"
+    note = f"{plan.speed} by nestling search{few}"
+    drafting = nested_drafting(folder, plan.spec, plan.gamma if gamma is None else gamma, note)
     assert isinstance(drafting.draft, NestedDraft)
     # Timed again, in half a second: what a controller begins with should be of now, not of the search's day.
-    verifier = verifier or found.verifier
+    verifier = verifier or plan.verifier
     costs = measure_costs(folder.model, {drafting.name: drafting.draft.scorer}, params, verifier)
     return dataclasses.replace(drafting, verifier=verifier, costs=costs)
 
 
-def _automatic(folder: ModelFolder, gamma: int | None, params: SamplingParams, verifier: str) -> Drafting:
+def _predicted(folder: ModelFolder, gamma: int | None, params: SamplingParams, verifier: str) -> Drafting:
+    """Return the member that should be fastest, by its known acceptance and the costs of now."""
     acceptance = known_acceptance(folder.members, params, verifier)
     if not acceptance:
-        note = "no member of this folder was ever measured"
-        return Drafting(draft=None, name="none", gamma=0, note=note, verifier=verifier)
-    family = {member.name: member.granularity for member in folder.members}
-    drafts = {name: View(folder.model, Granularity.parse(family[name])) for name in acceptance}
+        return _plain("no member of this folder was ever measured", verifier)
+    drafts = {name: View(folder.model, folder.family[name]) for name in acceptance}
     costs = measure_costs(folder.model, drafts, params, verifier)
-    best = choose_draft(acceptance, costs)
-    if best is None:
-        note = "plain decoding is faster here"
-        return Drafting(draft=None, name="none", gamma=0, note=note, verifier=verifier)
-    return Drafting(
-        draft=nested_drafting(folder, family[best.name], best.gamma).draft,
-        name=best.name,
-        gamma=best.gamma if gamma is None else gamma,
-        note=f"{best.speedup:.2f}x predicted",
-        costs=costs,
-        verifier=verifier,
-    )
+    plan = choose_draft(acceptance, costs, verifier=verifier)
+    if plan is None or plan.spec is None:
+        return _plain("plain decoding is faster here", verifier)
+    drafting = nested_drafting(folder, plan.spec, plan.gamma if gamma is None else gamma, str(plan.speed))
+    return dataclasses.replace(drafting, verifier=verifier, costs=costs)
 
 
-def make_policy(
-    folder: ModelFolder, drafting: Drafting, params: SamplingParams, *, adapts: bool, copies: bool
-) -> Policy:
-    """Who decides on each round of a request.
+def _plain(note: str = "", verifier: str = DEFAULT_VERIFIER) -> Drafting:
+    return Drafting(draft=None, name=NO_DRAFT, gamma=0, note=note, verifier=verifier)
+
+
+def make_policy(folder: ModelFolder, drafting: Drafting, params: SamplingParams) -> Policy:
+    """Return who decides on each round of a request; each request gets its own.
 
     Args:
         folder: the target's, whose members' acceptance may be known.
         drafting: what drafts.
         params: how tokens are chosen.
-        adapts: whether the number of tokens follows what it measures; else it is `drafting.gamma`.
-        copies: whether earlier text is one more draft.
     """
-    if not adapts:
-        return Fixed(drafting.draft, drafting.gamma, drafting.name, drafting.costs)
-    alpha = known_acceptance(folder.members, params).get(drafting.name, PRIOR_ALPHA)
-    arms = [] if drafting.draft is None else [make_arm(drafting.name, drafting.draft, alpha)]
-    if copies:
-        arms.append(make_arm(LOOKUP, LookupDraft()))
-    return Controller(arms, drafting.costs)
-
-
-def make_arm(name: str, draft: Draft, alpha: float = PRIOR_ALPHA) -> Arm:
-    """What a controller may pick; `alpha` is a member's acceptance, as far as it is known."""
-    if isinstance(draft, LookupDraft):  # it costs nothing, and may have nothing to propose
-        return Arm(name=name, draft=draft, alpha=LOOKUP_ALPHA, step=0.0, room=draft.room)
-    return Arm(name=name, draft=draft, alpha=alpha)
+    draft = drafting.draft and drafting.draft.renew()
+    if not drafting.adapts:
+        return Fixed(draft, drafting.gamma, drafting.name, drafting.costs)
+    drafts = {} if draft is None else {drafting.name: draft}
+    if drafting.copies:
+        drafts |= {name: make(folder.model) for name, make in DRAFTERS.items()}
+    return Controller(drafts, drafting.costs, alphas=known_acceptance(folder.members, params))
 
 
 def _check_same_tokens(target: ModelFolder, draft: ModelFolder) -> None:
-    """Any draft is safe, but one that means other texts by its tokens is of no use."""
+    """Refuse a draft that means other texts by its tokens: it is safe, but of no use."""
     ours, theirs = target.tokenizer, draft.tokenizer
     if ours is None or theirs is None or ours.get_vocab_size() != theirs.get_vocab_size():
         return  # sizes that differ are the draft's own to refuse

@@ -1,4 +1,4 @@
-"""What a controller learns from the rounds of a request: how often drafts are kept, what rounds cost."""
+"""Running statistics of a request's rounds: how often drafts are kept, what rounds cost."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from models.decode.engine.policy import Round
 
 # What was seen 20 tokens ago weighs a third of what is seen now.
 MEMORY = 0.95
-# The prior acceptance counts as so many tokens seen before.
+# The prior acceptance counts as this many tokens seen before.
 PRIOR_WEIGHT = 3.0
 # Where nothing is known: a draft step, and each further token of a target pass, in plain steps.
 PRIOR_STEP, PRIOR_SLOPE = 0.3, 0.1
-# A cost is the median of so many rounds: one that other programs held up does not move it.
+# A cost is the median of this many rounds: one that other programs held up does not move it.
 NUM_RECENT = 9
 # A clock that stood still must not divide by zero.
 TINY = 1e-9
 
 
 class Rates:
-    """By position in the round, how often a drafted token is kept if all before it were.
+    """How often a drafted token is kept if all before it were, by position in the round.
 
     >>> rates = Rates(alpha=0.8, most=2)
     >>> rates.observe(num_drafted=2, num_accepted=0)  # the second position was not reached
@@ -34,14 +34,14 @@ class Rates:
 
     def observe(self, num_drafted: int, num_accepted: int) -> None:
         """Learn from a round."""
-        for place in range(min(num_accepted + 1, num_drafted)):
-            self._kept[place] = MEMORY * self._kept[place] + (place < num_accepted)
-            self._seen[place] = MEMORY * self._seen[place] + 1.0
-            self.values[place] = self._kept[place] / self._seen[place]
+        for position in range(min(num_accepted + 1, num_drafted)):
+            self._kept[position] = MEMORY * self._kept[position] + (position < num_accepted)
+            self._seen[position] = MEMORY * self._seen[position] + 1.0
+            self.values[position] = self._kept[position] / self._seen[position]
 
 
 class Clocks:
-    """What rounds cost in plain steps: as measured where they were seen, else in proportion to that.
+    """Costs of rounds in plain steps: as measured where they were seen, else in proportion to that.
 
     Args:
         steps: by draft, the cost of a drafted token in plain steps, if it is known apart from `costs`.
@@ -66,15 +66,15 @@ class Clocks:
         self._step_seconds: dict[str, float] = {}
         self._nearest = [1, *numbers]
         self.longest = {name: most if costs and step is not None else 1 for name, step in known.items()}
-        """By draft, how long a round may be: where costs are not known, twice as long as any was."""
+        """The longest round of each draft: where costs are not known, twice as long as any was."""
 
     @property
     def ready(self) -> bool:
-        """Whether a plain step's cost is known. The first one may be slow, so two are measured."""
+        """True if a plain step's cost is known. The first one may be slow, so two are measured."""
         return self._trusted or len(self._recent.get(1, ())) > 1
 
     def cost(self, name: str, num_drafted: int) -> float:
-        """Of a round that drafts so many tokens, in plain steps.
+        """Return the cost of a round that drafts `num_drafted` tokens, in plain steps.
 
         >>> clocks = Clocks({"S": 0.25}, Costs({1: 2.0, 2: 2.2, 3: 2.4}, {}), most=2)
         >>> clocks.cost("S", 2)
@@ -99,7 +99,7 @@ class Clocks:
         self._rescale()
 
     def _note(self, cell: int | str, seconds: float, expected: float) -> float:
-        """The cell's cost in seconds, now that it took `seconds` once more."""
+        """Return the cell's cost in seconds, now that it took `seconds` once more."""
         if cell not in self._recent:
             # What was expected counts as seen once: a first run that is slow must not be the last.
             first = [] if self._plain is None else [expected * self._plain]

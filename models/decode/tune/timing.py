@@ -1,8 +1,8 @@
 """Times the parts of a round of decoding: drafted tokens, the target's pass, and what the host does besides.
 
-The host makes laws of the target's logits, compares, draws and keeps the books, which the speed-up formula
-of speculative decoding leaves out. It depends on the law, the verifier and the vocabulary, not on the
-draft. Drafted tokens are timed with the choice of each, as decoding makes it: in the pass or after it.
+The host turns the target's logits into probabilities, compares, draws and keeps the books, which the speed-up
+formula of speculative decoding leaves out. That depends on the sampling, the verifier and the vocabulary, not
+on the draft. Drafted tokens are timed with the choice of each, as decoding makes it: in the pass or after it.
 
 Times are medians of a few runs in turn: decoding pays the typical price, and the luckiest run of a small
 draft is luckier than that of a large target. Each part is timed after the one that comes before it in
@@ -21,27 +21,28 @@ import torch
 from models.base.stopwatch import Clock, Work, alternate
 from models.decode.engine.costs import DraftCosts, HostCosts
 from models.decode.engine.draft import propose
-from models.decode.engine.engine import Options, Token, stream
-from models.decode.engine.scheduler import settle
+from models.decode.engine.engine import Token, stream
+from models.decode.engine.generation_config import GenerationConfig
+from models.decode.engine.scheduler import run_steps
 from models.decode.engine.state import Scorer, State, new_cache, score
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import SeededRandom
-from models.decode.sampling.samplers import Proposal, make_chooser
+from models.decode.sampling.samplers import Proposal, make_sampler
 from models.elastic.cache import KVCache
 from models.elastic.model import ElasticLM
 
 PLAIN_PASSES = 8
-"""In a row, after as many that are not timed."""
+"""Plain passes in a row that are timed, after as many that are not."""
 NUM_POSITIONS = 64
-"""Committed while timing: about the middle of a short text."""
+"""Committed positions while timing: about the middle of a short text."""
 HOST_GAMMAS = (0, 1, 4, 16)
 MOST_DRAFTED = 8
-"""In a round of a draft that is timed."""
-SPREAD = 3.0  # of the logits: laws neither flat nor certain
+"""Drafted tokens in the longest round that is timed."""
+SPREAD = 3.0  # of the logits: distributions neither flat nor certain
 
 
 def time_target(target: ElasticLM, most_tokens: int, *, budget: float, clock: Clock) -> dict[int, float]:
-    """Seconds of a pass on 1, 2, ... tokens, as far as the context has room; more tokens take no less."""
+    """Return the seconds of a pass on 1, 2, ... tokens that the context has room for; they never fall."""
     cache = filled_cache(target, most_tokens)
     tokens = range(1, cache.num_positions - cache.length + 1)
     cells = {m: one_pass(target, cache, m) for m in tokens} | {1: _plain(target, cache)}
@@ -51,7 +52,7 @@ def time_target(target: ElasticLM, most_tokens: int, *, budget: float, clock: Cl
 
 
 def rising(values: Iterable[float]) -> list[float]:
-    """The nearest numbers, by least squares, that never fall: one busy moment does not bend them.
+    """Return the nearest numbers, by least squares, that never fall: one busy moment does not bend them.
 
     Neighbours that fall are pooled into their mean.
 
@@ -77,7 +78,7 @@ def time_drafts(
     budget: float,
     clock: Clock,
 ) -> dict[str, DraftCosts]:
-    """The cost of a drafted token of each draft, its choice included, beside the target's passes.
+    """Return the cost of a drafted token of each draft, its choice included, among the target's passes.
 
     Timed are one token and several, each time after a pass of the target.
 
@@ -85,20 +86,20 @@ def time_drafts(
         target: what judges.
         drafts: by name.
         params: how tokens are chosen.
-        verifier: see `make_chooser`.
+        verifier: see `make_sampler`.
         budget: seconds.
         clock: tells seconds.
     """
     cache = filled_cache(target, MOST_DRAFTED + 1)
     most = min(MOST_DRAFTED, cache.num_positions - cache.length - 1)
     seeds = itertools.count()  # the noise of a seed may be kept
-    verdicts = {gamma: one_pass(target, cache, gamma + 1) for gamma in (1, most)}
+    verifications = {gamma: one_pass(target, cache, gamma + 1) for gamma in (1, most)}
     cells: dict[tuple[str, int], Work] = {("", 0): _plain(target, cache)}
     before = dict(cells)
     for name, draft in drafts.items():
         for gamma in (1, most):
             cells[name, gamma] = _proposal(draft, cache, gamma, params, verifier, seeds.__next__)
-            before[name, gamma] = verdicts[gamma]
+            before[name, gamma] = verifications[gamma]
     seconds = alternate(cells, budget=budget, clock=clock, before=before).median
     one = seconds["", 0] / PLAIN_PASSES
     found = {}
@@ -116,7 +117,7 @@ def time_hosts(
     budget: float,
     clock: Clock,
 ) -> dict[tuple[SamplingParams, str], HostCosts]:
-    """For each (law, verifier) what the host takes in a round, after the target's pass."""
+    """Return what the host takes in a round after the target's pass, by (params, verifier)."""
     kinds = list(kinds)
     cache = filled_cache(target, max(HOST_GAMMAS) + 1)
     gammas = [gamma for gamma in HOST_GAMMAS if gamma < cache.num_positions - cache.length]
@@ -126,19 +127,19 @@ def time_hosts(
         plain = _PlainDecoding(target, params, verifier)
         cells[params, verifier], before[params, verifier] = plain.go_on, plain.begin
         for gamma in gammas:
-            cells[params, verifier, gamma] = _verdict(target, params, verifier, gamma)
+            cells[params, verifier, gamma] = _verification(target, params, verifier, gamma)
             before[params, verifier, gamma] = one_pass(target, cache, gamma + 1)
     seconds = alternate(cells, budget=budget, clock=clock, before=before).median
     found = {}
     for kind in kinds:
-        # What a plain token takes besides its pass and verdict, any round does.
+        # What a plain token takes besides its pass and verification, any round does.
         rest = (seconds[kind] - seconds["pass"]) / PLAIN_PASSES - seconds[*kind, 0]
         found[kind] = HostCosts({gamma: seconds[*kind, gamma] + max(0.0, rest) for gamma in gammas})
     return found
 
 
 def filled_cache(target: ElasticLM, num_tokens: int) -> KVCache:
-    """A cache as in the middle of a text, with room for so many tokens or as many as the context has."""
+    """Return a cache as in the middle of a text, with room for `num_tokens` tokens or all of the context."""
     context = target.config.max_position_embeddings
     num_tokens = min(num_tokens, context)
     cache = new_cache(target, min(NUM_POSITIONS + num_tokens, context))
@@ -147,7 +148,7 @@ def filled_cache(target: ElasticLM, num_tokens: int) -> KVCache:
 
 
 def one_pass(model: Scorer, cache: KVCache, num_tokens: int) -> Work:
-    """A pass on so many tokens, until its logits are there."""
+    """Return the work of a pass on `num_tokens` tokens, until its logits are there."""
 
     @torch.inference_mode()
     def work() -> None:
@@ -175,12 +176,12 @@ def _proposal(
     verifier: str,
     new_seed: Callable[[], int],
 ) -> Work:
-    """So many drafted tokens, every time by other random numbers."""
+    """Return the work of drafting `num_tokens` tokens, every time by other random numbers."""
     state = State([0] * (cache.length + 1), cache)
 
     def work() -> None:
-        chooser = make_chooser(params, SeededRandom(new_seed()), verifier)
-        settle(propose(draft, state, cache.view(), num_tokens, chooser))
+        sampler = make_sampler(params, SeededRandom(new_seed()), verifier)
+        run_steps(propose(draft, state, cache.view(), num_tokens, sampler))
 
     return work
 
@@ -189,13 +190,14 @@ class _PlainDecoding:
     """The engine itself, some tokens into a text."""
 
     def __init__(self, target: ElasticLM, params: SamplingParams, verifier: str) -> None:
-        self.target, self.options = target, Options(params=params, verifier=verifier, eos_token_ids=())
+        self.target = target
+        self.config = GenerationConfig(params=params, verifier=verifier, eos_token_ids=())
         self.tokens: Iterator[Token] = iter(())
 
     def begin(self) -> None:
         context = self.target.config.max_position_embeddings
         prompt_ids = [0] * max(1, min(NUM_POSITIONS, context - 2 * PLAIN_PASSES - 1))
-        self.tokens = stream(self.target, prompt_ids, **self.options)
+        self.tokens = stream(self.target, prompt_ids, self.config)
         for _ in range(1 + PLAIN_PASSES):
             next(self.tokens, None)
 
@@ -204,19 +206,19 @@ class _PlainDecoding:
             next(self.tokens, None)
 
 
-def _verdict(target: ElasticLM, params: SamplingParams, verifier: str, gamma: int) -> Work:
-    """Judge a proposal, each time one position further on: the noise of all others is there by then."""
+def _verification(target: ElasticLM, params: SamplingParams, verifier: str, gamma: int) -> Work:
+    """Verify a proposal, each time one position further on: the noise of all others is there by then."""
     logits_TV = (torch.randn(gamma + 1, target.config.vocab_size) * SPREAD).to(target.lm_head.weight)
-    chooser = make_chooser(params, SeededRandom(0), verifier)
+    sampler = make_sampler(params, SeededRandom(0), verifier)
     drafted = Proposal([0] * NUM_POSITIONS)
     with torch.inference_mode():
         for logits_V in logits_TV[:gamma]:
-            chooser.draft(logits_V, drafted)
+            sampler.draft(logits_V, drafted)
     prefix = [0] * NUM_POSITIONS
 
     @torch.inference_mode()
     def work() -> None:
         prefix.append(0)
-        chooser.verify(logits_TV, Proposal(prefix, drafted.ids, drafted.laws))
+        sampler.verify(logits_TV, Proposal(prefix, drafted.ids, drafted.probs))
 
     return work

@@ -4,24 +4,25 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from models.base.errors import UsageError
-from models.bench.contenders import Cell, DraftChoice, Label, Target, make_cells
+from models.bench.contenders import Cell, Label, Target, make_cells
 from models.bench.engines import Sample
 from models.bench.run import run_cells
 from models.checkpoint.folder import load_model, save_model
 from models.decode.engine.costs import Costs
-from models.decode.engine.draft import ModelDraft, NestedDraft
+from models.decode.engine.draft import ModelDraft
+from models.decode.engine.policy import Policy
 from models.decode.sampling.params import SamplingParams
-from models.decode.tune.controller import Arm, Controller
+from models.decode.tune.controller import Controller
+from models.decode.tune.draft_plan import DraftSpec
+from models.decode.tune.resolve import Drafting, choose_drafting, make_policy, nested_drafting
 from models.elastic.config import ElasticConfig
-from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.view import View
-from models.packed.quantize import pack
 
 PROMPTS = [[1, 2, 3], [4, 5, 4, 5, 4]]
 GREEDY = SamplingParams()
@@ -37,24 +38,22 @@ def target(tiny_config: ElasticConfig, tmp_path: Path) -> Target:
     return Target(folder, dtype="fp32", num_threads=1, most_threads=1, scratch=tmp_path)
 
 
-def nested(target: Target, text: str, gamma: int = 3) -> DraftChoice:
-    view = View(target.model, Granularity.parse(text, target.folder.family))
-    return DraftChoice(name=text, draft=NestedDraft(view), gamma=gamma)
+def nested(target: Target, text: str, gamma: int = 3) -> Drafting:
+    return nested_drafting(target.folder, DraftSpec.parse(text), gamma)
 
 
-def separate(target: Target) -> DraftChoice:
-    small = dataclasses.replace(target.model.config, num_hidden_layers=1)
-    model = ElasticLM(small)
+def separate(target: Target) -> Drafting:
+    model = ElasticLM(dataclasses.replace(target.model.config, num_hidden_layers=1))
     model.init_weights(torch.Generator().manual_seed(1))
-    return DraftChoice(name="folder", draft=ModelDraft(model.eval()), gamma=2)
+    path = save_model(target.folder.path.parent / "small", model)
+    return dataclasses.replace(choose_drafting(target.folder, str(path), 2, GREEDY), name="folder")
 
 
 def test_what_transformers_cannot_run_in_int8_is_left_out_and_its_draft_runs_in_the_targets_dtype(
     tiny_model: ElasticLM, tmp_path: Path
 ) -> None:
     folder = load_model(save_model(tmp_path / "model", tiny_model))
-    view = View(pack(folder.model, "int8"), Granularity.parse("S"))
-    choice = DraftChoice(name="S@int8", draft=NestedDraft(view), gamma=2)
+    choice = nested_drafting(folder, DraftSpec.parse("S@int8"), 2)
     labels = {}
     for dtype in ("fp32", "int8"):
         target = Target(folder, dtype=dtype, num_threads=1, most_threads=1, scratch=tmp_path)
@@ -66,18 +65,22 @@ def test_what_transformers_cannot_run_in_int8_is_left_out_and_its_draft_runs_in_
     assert {label.draft for label in labels["fp32"] if label.mode == "assisted"} == {"S"}
 
 
-def test_a_controller_is_made_anew_for_each_prompt(target: Target) -> None:
+def test_a_controller_is_made_anew_for_each_prompt(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Controller] = []
 
-    def controller() -> Controller:
-        arm = Arm(name="L", draft=nested(target, "L").draft, step=0.01)
-        made.append(Controller([arm], Costs(dict.fromkeys(range(1, 10), 1.0), {})))
-        return made[-1]
+    def watched(*request: Any) -> Policy:
+        policy = make_policy(*request)
+        if isinstance(policy, Controller):
+            made.append(policy)
+        return policy
 
-    choice = dataclasses.replace(nested(target, "L"), new_controller=controller)
+    monkeypatch.setattr("models.bench.contenders.make_policy", watched)
+    costs = Costs(dict.fromkeys(range(1, 10), 1.0), {"L": 0.01})
+    choice = dataclasses.replace(nested(target, "L"), adapts=True, costs=costs)
     cells = [cell for cell in make_cells(target, GREEDY, [choice]) if cell.label.engine == "nestling"]
     runs = run_cells(cells, PROMPTS, max_new_tokens=12, num_rounds=1)
     assert [label.gamma for label in runs.samples] == [None, "auto"]
+    made = made[1:]  # the first one only checked the draft
     assert len(made) == 3  # one to warm up
     plain, ours = ([sample.ids for sample in rounds[0]] for rounds in runs.samples.values())
     assert ours == plain
@@ -188,7 +191,7 @@ def test_equal_labels_are_one_cell(target: Target) -> None:
 
 def test_a_draft_that_does_not_fit_is_refused(target: Target, tiny_config: ElasticConfig) -> None:
     other = ElasticLM(dataclasses.replace(tiny_config, vocab_size=63))
-    choice = DraftChoice(name="other", draft=ModelDraft(other), gamma=2)
+    choice = Drafting(name="other", draft=ModelDraft(other), gamma=2)
     with pytest.raises(UsageError, match="--draft has a vocabulary of 63"):
         make_cells(target, GREEDY, [choice])
 

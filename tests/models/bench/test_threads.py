@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from models.bench.engines import Sample
-from models.bench.threads import NUM_TOKENS, fastest_threads
+from models.bench.threads import NUM_TOKENS, engine_threads
 
 
 class Watcher:
@@ -22,7 +22,7 @@ class Watcher:
 
 def test_each_number_is_tried_and_the_callers_comes_back(make_sample: Callable[..., Sample]) -> None:
     engine = Watcher(make_sample)
-    assert fastest_threads(engine, 2, context=20) in (1, 2)
+    assert engine_threads(engine, 2, context=20) in (1, 2)
     assert {count for count, _ in engine.calls} == {1, 2}
     assert {length for _, length in engine.calls} == {20}
     assert torch.get_num_threads() == 1
@@ -30,5 +30,5 @@ def test_each_number_is_tried_and_the_callers_comes_back(make_sample: Callable[.
 
 def test_one_thread_needs_no_trial(make_sample: Callable[..., Sample]) -> None:
     engine = Watcher(make_sample)
-    assert fastest_threads(engine, 1, context=2 * NUM_TOKENS) == 1
+    assert engine_threads(engine, 1, context=2 * NUM_TOKENS) == 1
     assert engine.calls == []

@@ -1,4 +1,4 @@
-"""Law 1: view(g)(x) == extract(g)(x) == stock transformers on the extracted folder(x)."""
+"""Invariant 1: view(g)(x) == extract(g)(x) == stock transformers on the extracted folder(x)."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Law 2 against stock transformers, and what the elastic class refuses to approximate."""
+"""Invariant 2 against stock transformers, and what the elastic class refuses to approximate."""
 
 import dataclasses
 from typing import Any

@@ -67,7 +67,7 @@ def test_a_clock_decides_only_where_the_text_does_not_depend_on_it_or_it_was_ask
     path: Path, options: dict[str, Any], adapts: bool, copies: bool
 ) -> None:
     decoder = opened(path, **options)
-    assert (decoder.adapts, decoder.copies) == (adapts, copies)
+    assert (decoder.drafting.adapts, decoder.drafting.copies) == (adapts, copies)
 
 
 def test_streamed_pieces_are_the_text_and_a_seed_gives_it_again(path: Path) -> None:

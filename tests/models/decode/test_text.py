@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from models.base.errors import UsageError
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.sampling.params import SamplingParams
-from models.decode.text import generate, stream_text
+from models.decode.text import stream_text
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -54,7 +54,7 @@ def drafting(request: pytest.FixtureRequest, byte_tokenizer: Tokenizer) -> dict[
 
 
 def test_the_text_ends_where_the_model_ends_it(drafting: dict[str, Any]) -> None:
-    result = generate(prompt=PROMPT, **drafting)
+    result = stream_text(prompt=PROMPT, **drafting).finish()
     assert result.text == TEXT
     assert result.ids == [*drafting["tokenizer"].encode(TEXT).ids, END]
     assert result.report.finish_reason == "eos"
@@ -65,7 +65,7 @@ def test_a_stop_string_may_start_and_end_anywhere_in_a_block(drafting: dict[str,
     for start in range(len(TEXT)):
         for length in (1, 2, 4):
             stop = TEXT[start : start + length]
-            result = generate(prompt=PROMPT, stop=["nowhere", stop], **drafting)
+            result = stream_text(prompt=PROMPT, stop=["nowhere", stop], **drafting).finish()
             assert result.text == TEXT[:start], stop
             assert result.report.finish_reason == "stop"
             counted = drafting["tokenizer"].encode(TEXT[:start] + stop).ids
@@ -76,14 +76,14 @@ def test_a_stop_string_may_start_and_end_anywhere_in_a_block(drafting: dict[str,
 def test_the_limit_may_cut_a_character(drafting: dict[str, Any]) -> None:
     ids = drafting["tokenizer"].encode(TEXT).ids
     for limit in range(1, len(ids) + 1):
-        result = generate(prompt=PROMPT, max_new_tokens=limit, **drafting)
+        result = stream_text(prompt=PROMPT, max_new_tokens=limit, **drafting).finish()
         assert result.ids == ids[:limit]
         assert result.text == drafting["tokenizer"].decode(ids[:limit])
         assert result.report.finish_reason == "length"
 
 
 def test_what_may_begin_a_stop_string_is_shown_when_the_text_ends(drafting: dict[str, Any]) -> None:
-    result = generate(prompt=PROMPT, stop=["gh and more"], **drafting)
+    result = stream_text(prompt=PROMPT, stop=["gh and more"], **drafting).finish()
     assert result.text == TEXT
     assert result.report.finish_reason == "eos"
 
@@ -102,7 +102,7 @@ def test_the_stream_is_the_whole_text(
     options: dict[str, Any] = {"draft": draft, "params": params, "max_new_tokens": 60, "seed": 3}
     pieces = stream_text(tiny_model, byte_tokenizer, "!!", **options)
     text = "".join(piece.text for piece in pieces)
-    whole = generate(tiny_model, byte_tokenizer, "!!", **options)
+    whole = stream_text(tiny_model, byte_tokenizer, "!!", **options).finish()
     assert text == whole.text == pieces.result().text
     assert pieces.result().ids == whole.ids
     assert text == byte_tokenizer.decode(whole.ids)
@@ -118,7 +118,8 @@ def test_a_stream_that_was_left_has_what_was_taken(byte_tokenizer: Tokenizer) ->
 
 def test_the_seed_decides_a_sampled_text(tiny_model: ElasticLM, byte_tokenizer: Tokenizer) -> None:
     params = SamplingParams(temperature=1.0)
-    texts = [generate(tiny_model, byte_tokenizer, "!", params=params, seed=seed).text for seed in (1, 1, 2)]
+    streams = [stream_text(tiny_model, byte_tokenizer, "!", params=params, seed=seed) for seed in (1, 1, 2)]
+    texts = [stream.finish().text for stream in streams]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -127,22 +128,22 @@ def test_an_empty_prompt_starts_from_the_models_own_token(field: str, byte_token
     (start,) = byte_tokenizer.encode(PROMPT).ids
     fields: dict[str, Any] = {"eos_token_id": None, field: start}
     model = parrot(byte_tokenizer, **fields)
-    assert generate(model, byte_tokenizer, "", eos_token_ids=[END]).text == TEXT
+    assert stream_text(model, byte_tokenizer, "", eos_token_ids=[END]).finish().text == TEXT
 
 
 def test_an_empty_prompt_without_such_a_token_is_refused(
     tiny_model: ElasticLM, byte_tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(UsageError, match="--prompt is empty, and the model has no bos or eos token"):
-        generate(tiny_model, byte_tokenizer, "")
+        stream_text(tiny_model, byte_tokenizer, "")
 
 
 def test_a_prompt_longer_than_the_context_is_refused(byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="--prompt has 70 tokens, but the model's context holds 64"):
-        generate(parrot(byte_tokenizer), byte_tokenizer, "x" * 70)
+        stream_text(parrot(byte_tokenizer), byte_tokenizer, "x" * 70)
 
 
 def test_the_result_as_a_dictionary_has_the_documented_fields(byte_tokenizer: Tokenizer) -> None:
-    ours = generate(parrot(byte_tokenizer), byte_tokenizer, PROMPT).as_dict()
+    ours = stream_text(parrot(byte_tokenizer), byte_tokenizer, PROMPT).finish().as_dict()
     assert ours["text"] == TEXT
     assert {"text", "ids", "tokens_per_second", "tau", "alpha"} <= ours.keys()

@@ -15,7 +15,7 @@ SUM_ORDER = 2e-5
 
 
 def test_the_full_granularity_is_the_plain_model_bit_for_bit(tiny_model: ElasticLM) -> None:
-    """Law 2: written out or not, as a view or not, the full member runs the very same operations."""
+    """Invariant 2: written out or not, as a view or not, the full member runs the very same operations."""
     tokens_BT = torch.arange(20)[None]
     plain_BTV = tiny_model(tokens_BT)
     assert torch.equal(plain_BTV, tiny_model(tokens_BT, Granularity(ffn=(1.0,) * 4, layers=(0, 1, 2, 3))))
@@ -61,7 +61,7 @@ def test_a_view_owns_no_memory(tiny_model: ElasticLM) -> None:
 
 
 def test_the_weights_of_a_member_are_a_subset_of_those_of_any_that_contains_it(tiny_model: ElasticLM) -> None:
-    """Law 3, on addresses: every number of the smaller member is a number of the larger one."""
+    """Invariant 3, on addresses: every number of the smaller member is a number of the larger one."""
     texts = ["ffn=0.25,heads=0.5,layers=0:2", "ffn=0.5,heads=0.5,layers=0:2", "ffn=0.5,layers=0-2", "full"]
     views = [View(tiny_model, Granularity.parse(text)) for text in texts]
     for small, large in itertools.pairwise(views):

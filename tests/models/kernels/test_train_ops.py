@@ -213,8 +213,8 @@ def test_overlap(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_equal_laws_overlap_entirely(dtype: torch.dtype) -> None:
-    """Whatever is rounded; and where a law is 0 in places, and where they share nothing."""
+def test_equal_distributions_overlap_entirely(dtype: torch.dtype) -> None:
+    """Whatever is rounded; and where a distribution is 0 in places, and where they share nothing."""
     x_NV = make(40, 77, dtype=dtype, scale=5.0)
     assert torch.equal(overlap(x_NV, x_NV, 0.7), torch.ones(40))
     some = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""Tokens per round foretold from a text, against the engine and against exact laws of rounds."""
+"""Tokens per round foretold from a text, against the engine and against exact distributions of rounds."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from models.decode.engine.draft import NestedDraft
 from models.decode.engine.engine import stream
 from models.decode.engine.trimmed_head import FewTokens
-from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.decode.sampling.rng import SeededRandom
 from models.decode.sampling.samplers import VERIFIER_NAMES, Coupled, Proposal
 from models.decode.sampling.verifiers import VERIFIERS
@@ -49,7 +49,7 @@ def test_a_row_is_continued_as_plain_decoding_does_it_alone(
 
 def test_rows_are_drawn_from_the_law(tiny_model: ElasticLM) -> None:
     tokens_RT = continue_rows(tiny_model, torch.tensor([[1, 2]] * 4000), 1, WARM, seed=3)
-    p_V = law(tiny_model(torch.tensor([[1, 2]]))[0, -1:], WARM)[0].detach()
+    p_V = sampling_probs(tiny_model(torch.tensor([[1, 2]]))[0, -1:], WARM)[0].detach()
     counts_V = torch.bincount(tokens_RT[:, -1], minlength=64)
     # 6 sigma and a count for each of 64 counts: fails by chance less than once in a million.
     sigma_V = (4000 * p_V * (1 - p_V)).sqrt()
@@ -168,10 +168,10 @@ def coupled_tokens(num_trials: int) -> float:
     p_TV, q_TV = round_laws()
     total = 0
     for seed in range(num_trials):
-        chooser, proposal = Coupled(WARM, SeededRandom(seed)), Proposal([0])
+        sampler, proposal = Coupled(WARM, SeededRandom(seed)), Proposal([0])
         for q_V in q_TV:
-            chooser.draft(q_V.log(), proposal)
-        total += len(chooser.verify(p_TV.log(), proposal).kept)
+            sampler.draft(q_V.log(), proposal)
+        total += len(sampler.verify(p_TV.log(), proposal).kept)
     return total / num_trials
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.decode.sampling.params import SamplingParams, law
+from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.elastic.cache import KVCache
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
@@ -234,7 +234,7 @@ def test_it_computes_with_the_weights_that_it_was_made_of(tiny_config: ElasticCo
     assert step([Tokens(IDS, cache, 3)], FULL).equal(before_TV)
 
 
-LAWS = {
+SAMPLINGS = {
     "likeliest": {},
     "temperature": {"temperature": 0.7},
     "all but certain": {"temperature": 1e-3},
@@ -262,7 +262,7 @@ def heads(model: ElasticLM) -> list[Head]:
 
 
 def choose(row_N: Tensor, draws: Draws, position: int, ids_N: Tensor) -> int:
-    """What the pass is to choose from this row of logits, or law."""
+    """What the pass is to choose from this row of logits, or distribution."""
     if not draws.temperature:
         return int(ids_N[row_N.argmax()])
     if draws.races_CV is not None:
@@ -274,12 +274,12 @@ def choose(row_N: Tensor, draws: Draws, position: int, ids_N: Tensor) -> int:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", RTOL)
-@pytest.mark.parametrize("fields", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("fields", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("races", [False, True])
 def test_a_pass_that_chooses_tokens_is_as_many_passes(
     fields: dict[str, float], races: bool, dtype: torch.dtype, tiny_config: ElasticConfig
 ) -> None:
-    """Rows are the laws of the tokens before, tokens are drawn from them, and all but the last are read."""
+    """Tokens are drawn from the rows, which are distributions, and all but the last are read."""
     model = make_model(tiny_config, stored_as(dtype))
     step, params = make_step(model, dtype), SamplingParams(**fields)  # type: ignore[arg-type]
     rng = torch.Generator().manual_seed(0)
@@ -305,7 +305,7 @@ def test_a_pass_that_chooses_tokens_is_as_many_passes(
                 if params.is_greedy:
                     assert row_N.equal(logits_TN[-1])
                 else:
-                    law_N = law(logits_TN[-1:], params)[0]
+                    law_N = sampling_probs(logits_TN[-1:], params)[0]
                     torch.testing.assert_close(row_N, law_N, rtol=1e-5, atol=ROW_ATOL)
                     if fields.keys() > {"temperature"}:  # what is left out is the same
                         assert ((row_N > 0) == (law_N > 0)).all()
@@ -318,7 +318,7 @@ def test_a_pass_that_chooses_tokens_is_as_many_passes(
 
 
 @torch.inference_mode()
-def test_numbers_draw_each_token_as_often_as_its_law_says(tiny_config: ElasticConfig) -> None:
+def test_numbers_draw_each_token_as_often_as_its_distribution_says(tiny_config: ElasticConfig) -> None:
     """Evenly spaced numbers: a token's share is its probability to one in their number."""
     model = make_model(tiny_config)
     step, num = make_step(model, torch.float32), 4000

@@ -1,4 +1,4 @@
-"""What drafts in the law tests: another model over the same tokens, and a controller that repeats itself."""
+"""Drafts of the distribution tests: another model over the same tokens, a controller that repeats itself."""
 
 import torch
 
@@ -9,7 +9,7 @@ from models.decode.sampling.rng import SeededRandom
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
-from models.verify.drafts import ANY, AUTO, Drafts, Subject, copied, hostile, member, separate
+from models.verify.drafts import ANY, AUTO, Drafts, Subject, hostile, member, registered, separate
 from models.verify.restrict import restrict
 
 PROMPT = [1, 2, 3]
@@ -29,7 +29,7 @@ def test_another_model_is_kept_to_the_targets_tokens_and_dtype(tiny_model: Elast
 
 
 def test_the_controller_changes_its_mind_and_does_so_again(tiny_model: ElasticLM) -> None:
-    named = {"D": member(Granularity.parse("layers=0-1")), "lookup": copied, "hostile": hostile}
+    named = {"D": member(Granularity.parse("layers=0-1")), "lookup": registered("lookup"), "hostile": hostile}
     drafts = Drafts(Subject(tiny_model, View, range(64)), named)
 
     def rounds() -> dict[tuple[object, object], object]:

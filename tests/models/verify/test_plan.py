@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from models.decode.engine import scheduler as passes
-from models.decode.engine.draft import Draft
+from models.decode.engine.draft import Draft, Prior
 from models.decode.engine.policy import Fixed, Policy
 from models.decode.engine.scheduler import Steps
 from models.decode.engine.state import Model, State
-from models.decode.sampling.samplers import VERIFIER_NAMES, Chooser, Proposal
+from models.decode.sampling.samplers import VERIFIER_NAMES, Proposal, Sampler
 from models.decode.sampling.verifiers import Verifier
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
 from models.packed.quantize import pack
 from models.verify import plan as verify
-from models.verify.checks import COUNTED_GAMMA, LAWS, Case, Check, check_counts, check_dtype, check_exact
+from models.verify.checks import COUNTED_GAMMA, SAMPLINGS, Case, Check, check_counts, check_dtype, check_exact
 from models.verify.drafts import ANY, AUTO, Drafts, Gamma, MakeDraft, Subject, hostile, member, separate
 from models.verify.identity import Whole, check_batch, check_identity, gap_between
 from models.verify.plan import plan_checks
 from models.verify.restrict import restrict
-from models.verify.tiny_vocab import Few
+from models.verify.tiny_vocab import TinyVocab
 
 Bug = Callable[[Draft], dict[str, Any]]
 
@@ -40,11 +40,11 @@ def stranger(like: ElasticLM) -> ElasticLM:
     return other.eval()
 
 
-def few(model: ElasticLM, num_tokens: int, dtype: torch.dtype = torch.float64) -> Few:
-    return Few(restrict(model, range(5, 5 + num_tokens), dtype), {"D": FIRST, "hostile": hostile})
+def few(model: ElasticLM, num_tokens: int, dtype: torch.dtype = torch.float64) -> TinyVocab:
+    return TinyVocab(restrict(model, range(5, 5 + num_tokens), dtype), {"D": FIRST, "hostile": hostile})
 
 
-def with_bug(model: ElasticLM, num_tokens: int, bug: Bug) -> tuple[Few, Case]:
+def with_bug(model: ElasticLM, num_tokens: int, bug: Bug) -> tuple[TinyVocab, Case]:
     """The same, with a draft or verifier of the bug's."""
 
     def spoiled(subject: Subject) -> MakeDraft:
@@ -53,7 +53,7 @@ def with_bug(model: ElasticLM, num_tokens: int, bug: Bug) -> tuple[Few, Case]:
 
     target = restrict(model, range(5, 5 + num_tokens), torch.float64)
     gamma = 1 if num_tokens > 2 else 2
-    subject = Few(target, {"bad": spoiled})
+    subject = TinyVocab(target, {"bad": spoiled})
     verifier = bug(hostile(Subject(target, View, ()))()).get("verifier", "token")
     return subject, Case(verifier, "bad", gamma)
 
@@ -74,7 +74,7 @@ def test_a_sound_engine_passes_every_test(
     dtype: str, tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "NUM_TOKENS", {1: 3, 2: 2, 3: 2})
-    monkeypatch.setattr(verify, "LAWS", {name: LAWS[name] for name in ("T=1", "all", "greedy")})
+    monkeypatch.setattr(verify, "SAMPLINGS", {name: SAMPLINGS[name] for name in ("T=1", "all", "greedy")})
     source = tiny_model.bfloat16() if dtype == "bf16" else tiny_model
     jobs = plan_checks(
         pack(source, dtype),
@@ -127,7 +127,7 @@ def test_only_the_verifiers_that_were_asked_for_are_tested(tiny_model: ElasticLM
     assert coupled == 2 * greedy + 1
 
 
-# ------------------------------------------------------------------ laws over a few tokens
+# ------------------------------------------------------------------ distributions over a few tokens
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3])
@@ -137,7 +137,7 @@ def test_a_planted_bug_fails_the_walk(planted_bug: Bug, num_tokens: int, tiny_mo
     assert check.value > 1e-3
 
 
-def test_the_walk_sees_a_law_that_is_not_the_targets(
+def test_the_walk_sees_a_distribution_that_is_not_the_targets(
     rebuilt_verifier: Verifier, tiny_model: ElasticLM
 ) -> None:
     subject, case = with_bug(tiny_model, 3, lambda _: {"verifier": rebuilt_verifier})
@@ -155,7 +155,7 @@ def test_a_planted_bug_fails_when_a_controller_chooses(planted_bug: Bug, tiny_mo
 
 def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch) -> None:
     target = restrict(tiny_model, [5, 6], torch.float64)
-    subject = Few(target, {"D": FIRST, "hostile": hostile}, remember=False)
+    subject = TinyVocab(target, {"D": FIRST, "hostile": hostile}, remember=False)
     case = Case("block", "D", 1)
     sound = check_exact(subject, case, beside=True)
     assert sound.passed
@@ -167,7 +167,7 @@ def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch:
         found = run(group)
         return [logits_TV + 0.1 * found[-1][-1] * (len(group) > 1) for logits_TV in found]
 
-    own = Few(restrict(tiny_model, [5, 6]), {"D": FIRST, "hostile": hostile}, remember=False)
+    own = TinyVocab(restrict(tiny_model, [5, 6]), {"D": FIRST, "hostile": hostile}, remember=False)
     in_dtype = check_dtype(own, subject, case, dtype="fp32", beside=True)
     assert (in_dtype.passed, in_dtype.batch) == (True, 3)
     monkeypatch.setattr(passes, "run", leaks)
@@ -184,15 +184,15 @@ def test_a_bug_of_one_dtype_is_seen_beside_its_rounding(tiny_model: ElasticLM) -
     assert not check_dtype(own, precise, Case(believes, "hostile", 2), dtype="bf16").passed
 
 
-def test_counts_that_their_law_does_not_give_fail(tiny_model: ElasticLM) -> None:
+def test_counts_that_their_distribution_does_not_give_fail(tiny_model: ElasticLM) -> None:
     subject = few(tiny_model, 2, torch.float32)
     counts: dict[str, Any] = {"dtype": "fp32", "num_trials": 1000, "bound": 1e-8}
     case = Case("token", "hostile", COUNTED_GAMMA)
     assert check_counts(subject, case, **counts).passed
 
     assert not check_counts(subject, Case(believes, "hostile", COUNTED_GAMMA), **counts).passed
-    law = subject.law
-    subject.law = lambda **options: law(**{**options, "params": LAWS["T=0.7"]})  # type: ignore[method-assign]
+    law = subject.distribution
+    subject.distribution = lambda **options: law(**{**options, "params": SAMPLINGS["T=0.7"]})  # type: ignore[method-assign]
     assert not check_counts(subject, case, **counts).passed
     assert not check_counts(subject, Case("coupled", None, 0), **counts).passed
 
@@ -202,31 +202,41 @@ def test_counts_that_their_law_does_not_give_fail(tiny_model: ElasticLM) -> None
 
 @dataclass
 class Spoils:
-    """Writes over the settled keys and values, as no draft may."""
+    """Writes over the committed keys and values, as no draft may."""
 
     draft: Draft
     factor: float
 
+    prior = Prior()
+
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+    def renew(self) -> Draft:
+        return self
+
+    def room(self, state: State) -> None:
+        """Any number."""
+
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
         keys, _ = state.cache.read(0)
         keys.mul_(self.factor)
-        return (yield from self.draft.propose(state, num_tokens, chooser))
+        return (yield from self.draft.propose(state, num_tokens, sampler))
 
 
-def identity(model: ElasticLM, dtype: str, law: str, factor: float) -> Check:
+def identity(model: ElasticLM, dtype: str, sampling: str, factor: float) -> Check:
     whole = Whole(model=model, dtype=dtype, prompts=PROMPTS, length=24)
     make = FIRST(Subject(model, View, ()))
-    return check_identity(whole, "D", lambda gamma: Fixed(Spoils(make(), factor), int(gamma)), law=law)
+    return check_identity(
+        whole, "D", lambda gamma: Fixed(Spoils(make(), factor), int(gamma)), sampling=sampling
+    )
 
 
-@pytest.mark.parametrize("law", ["greedy", "T=1"])
+@pytest.mark.parametrize("sampling", ["greedy", "T=1"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_spoiled_cache_is_no_near_tie(law: str, dtype: str, tiny_model: ElasticLM) -> None:
+def test_a_spoiled_cache_is_no_near_tie(sampling: str, dtype: str, tiny_model: ElasticLM) -> None:
     model = tiny_model.bfloat16() if dtype == "bf16" else tiny_model
-    sound, spoiled = identity(model, dtype, law, 1.0), identity(model, dtype, law, -1.0)
+    sound, spoiled = identity(model, dtype, sampling, 1.0), identity(model, dtype, sampling, -1.0)
     assert sound.passed
     assert not spoiled.passed
     assert spoiled.value > spoiled.bound > 0
@@ -234,8 +244,8 @@ def test_a_spoiled_cache_is_no_near_tie(law: str, dtype: str, tiny_model: Elasti
         assert (sound.value, sound.note) == (0.0, "48 tokens of 48 alike")
 
 
-@pytest.mark.parametrize("law", ["greedy", "T=1"])
-def test_a_spoiled_cache_is_seen_in_a_batch(law: str, tiny_model: ElasticLM) -> None:
+@pytest.mark.parametrize("sampling", ["greedy", "T=1"])
+def test_a_spoiled_cache_is_seen_in_a_batch(sampling: str, tiny_model: ElasticLM) -> None:
     whole = Whole(model=tiny_model, dtype="fp32", prompts=PROMPTS, length=24)
     drafts = Drafts(Subject(tiny_model, View, range(64)), {"D": FIRST})
 
@@ -243,7 +253,9 @@ def test_a_spoiled_cache_is_seen_in_a_batch(law: str, tiny_model: ElasticLM) -> 
         def spoiled(gamma: Gamma) -> Policy:
             return Fixed(Spoils(FIRST(Subject(tiny_model, View, ()))(), factor), int(gamma))
 
-        return check_batch(whole, {("D", 2): partial(drafts.policy, "D"), ("D", 3): spoiled}, law=law)
+        return check_batch(
+            whole, {("D", 2): partial(drafts.policy, "D"), ("D", 3): spoiled}, sampling=sampling
+        )
 
     sound, spoiled = check(1.0), check(-1.0)
     assert (sound.value, sound.note, sound.batch) == (0.0, "48 tokens of 48 alike", 2)
@@ -255,15 +267,15 @@ def test_a_gap_is_what_the_choice_compared(tiny_model: ElasticLM) -> None:
     whole = Whole(model=tiny_model, dtype="fp32", prompts=PROMPTS, length=1)
     logits_V = tiny_model(torch.tensor([PROMPTS[0]]))[0, -1].detach()
     best, second = logits_V.topk(2).indices.tolist()
-    gap, tie = gap_between(whole, PROMPTS[0], (second, best), LAWS["greedy"])
+    gap, tie = gap_between(whole, PROMPTS[0], (second, best), SAMPLINGS["greedy"])
     assert gap == pytest.approx(float(logits_V[best] - logits_V[second]))
     assert 0 < tie < 1e-4
-    (chosen,) = whole.plain(PROMPTS[0], LAWS["T=1"])
+    (chosen,) = whole.plain(PROMPTS[0], SAMPLINGS["T=1"])
     gaps = [
-        gap_between(whole, PROMPTS[0], (token, chosen), LAWS["T=1"])[0]
+        gap_between(whole, PROMPTS[0], (token, chosen), SAMPLINGS["T=1"])[0]
         for token in range(tiny_model.config.vocab_size)
     ]
     assert gaps.count(0.0) == 1
     assert gaps[chosen] == 0.0
     other = replace(whole, seed=1)
-    assert gap_between(other, PROMPTS[0], (best, second), LAWS["T=1"])[0] != gap
+    assert gap_between(other, PROMPTS[0], (best, second), SAMPLINGS["T=1"])[0] != gap

@@ -11,9 +11,9 @@ from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.packed.quantize import pack
 from models.verify.drafts import ForModel, hostile, member
-from models.verify.exact import Law, total_variation
+from models.verify.exact import Distribution, total_variation
 from models.verify.restrict import likeliest_tokens, restrict
-from models.verify.tiny_vocab import Few
+from models.verify.tiny_vocab import TinyVocab
 
 WARM = SamplingParams(temperature=1.0)
 DRAFTS: Mapping[str, ForModel] = {
@@ -29,7 +29,7 @@ def options(draft: str | None, verifier: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_laws_of_the_restricted_model_are_the_models_given_its_tokens(
+def test_the_distributions_of_the_restricted_model_are_the_models_given_its_tokens(
     tied: bool, make_model: Callable[..., ElasticLM]
 ) -> None:
     model = make_model(vocab_size=32, tie_word_embeddings=tied, eos_token_id=9)
@@ -55,10 +55,13 @@ def test_the_likeliest_tokens_are_those_of_the_mean_law(tiny_model: ElasticLM) -
 
 
 @pytest.mark.parametrize("draft", [None, *DRAFTS])
-def test_remembered_passes_give_the_law_of_passes_made_anew(draft: str | None, tiny_model: ElasticLM) -> None:
+def test_remembered_passes_give_the_distribution_of_passes_made_anew(
+    draft: str | None, tiny_model: ElasticLM
+) -> None:
     target = restrict(tiny_model, [5, 6], torch.float64)
     ours, theirs = (
-        Few(target, DRAFTS, remember=remember).law(**options(draft, "token")) for remember in (True, False)
+        TinyVocab(target, DRAFTS, remember=remember).distribution(**options(draft, "token"))
+        for remember in (True, False)
     )
     assert ours == theirs
 
@@ -72,19 +75,19 @@ def test_a_pass_is_made_once(tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPa
         return states(*args, **options)
 
     monkeypatch.setattr(ElasticLM, "states", counted)
-    few = Few(restrict(tiny_model, [5, 6], torch.float64), DRAFTS)
-    few.law(**options("narrow", "token"))
+    few = TinyVocab(restrict(tiny_model, [5, 6], torch.float64), DRAFTS)
+    few.distribution(**options("narrow", "token"))
     once = len(calls)
     assert 0 < once < 100
-    few.law(**options("narrow", "token"))
+    few.distribution(**options("narrow", "token"))
     assert len(calls) == once
 
 
-def test_the_reference_is_the_law_of_full_passes(tiny_model: ElasticLM) -> None:
+def test_the_reference_is_the_distribution_of_full_passes(tiny_model: ElasticLM) -> None:
     target = restrict(tiny_model, [5, 6, 7], torch.float64)
-    few = Few(target, {})
-    logits_V = target(torch.tensor([list(Few.PROMPT)]))[0, -1]
-    theirs: Law = {(token,): p for token, p in enumerate(logits_V.softmax(-1).tolist())}
+    few = TinyVocab(target, {})
+    logits_V = target(torch.tensor([list(TinyVocab.PROMPT)]))[0, -1]
+    theirs: Distribution = {(token,): p for token, p in enumerate(logits_V.softmax(-1).tolist())}
     assert total_variation(few.reference(WARM, 1), theirs) < 1e-15
     ended = few.reference(WARM, 3, eos_token_ids={2})
     assert {len(ids) for ids in ended} == {1, 2, 3}

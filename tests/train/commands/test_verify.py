@@ -1,4 +1,4 @@
-"""`nestling verify`: a line for each law test, 1 if one fails; mistakes in one line."""
+"""`nestling verify`: a line for each distribution test, 1 if one fails; mistakes in one line."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.verify import plan as verify
-from models.verify.checks import LAWS
+from models.verify.checks import SAMPLINGS
 from train.cli import main
 
 Fails = Callable[..., str]
@@ -25,14 +25,14 @@ FAMILY = {"S": Granularity.parse("ffn=0.5"), "XL": Granularity.parse("full")}
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model: ElasticLM) -> Path:
-    """Random weights and no tokenizer: the laws hold for any model."""
+    """Random weights and no tokenizer: the distributions hold for any model."""
     return save_model(tmp_path / "model", tiny_model, family=FAMILY)
 
 
 @pytest.fixture(autouse=True)
 def short_walks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "NUM_TOKENS", {1: 2, 2: 2, 3: 2})
-    monkeypatch.setattr(verify, "LAWS", {name: LAWS[name] for name in ("T=1", "all", "greedy")})
+    monkeypatch.setattr(verify, "SAMPLINGS", {name: SAMPLINGS[name] for name in ("T=1", "all", "greedy")})
 
 
 def flags(folder: Path) -> list[str]:
@@ -55,7 +55,7 @@ def test_every_test_is_a_line_and_a_record(folder: Path, capsys: pytest.CaptureF
         "verifier",
         "draft",
         "gamma",
-        "law",
+        "sampling",
         "dtype",
         "batch",
         "value",

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.base.labels import IGNORE_INDEX
 from train.data.batch import Batch
 from train.data.loader import StepLoader, epoch_order, one_pass
-from train.data.pack import NO_LABEL, Rows
+from train.data.pack import Rows
 
 
 def make_rows(num_rows: int, sequence_length: int = 4) -> Rows:
@@ -95,7 +96,7 @@ def test_the_divisor_counts_the_labels_of_the_whole_step(num_rows: int, accumula
     counted: Counter[int] = Counter()
 
     for batch in loader:
-        counted[batch.step] += int((batch.labels_BT != NO_LABEL).sum())
+        counted[batch.step] += int((batch.labels_BT != IGNORE_INDEX).sum())
 
     assert counted == {batch.step: batch.num_valid for batch in loader}
     assert all(batch.num_rows == 4 * accumulate for batch in loader)
@@ -151,10 +152,10 @@ def test_one_pass_gives_every_label_once_in_batches_of_one_shape(num_rows: int, 
 
     batches = list(one_pass(rows, batch_size=batch_size))
 
-    labels = torch.cat([b.labels_BT[b.labels_BT != NO_LABEL] for b in batches])
+    labels = torch.cat([b.labels_BT[b.labels_BT != IGNORE_INDEX] for b in batches])
     assert sorted(labels.tolist()) == rows.stream[1:].tolist()
     assert {tuple(b.tokens_BT.shape) for b in batches} == {(batch_size, 4)}
-    assert all(b.num_valid == int((b.labels_BT != NO_LABEL).sum()) for b in batches)
+    assert all(b.num_valid == int((b.labels_BT != IGNORE_INDEX).sum()) for b in batches)
 
 
 def test_one_pass_starts_with_rows_from_all_over_the_text() -> None:

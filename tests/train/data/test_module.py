@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from models.base.errors import NestlingError, UsageError
+from models.base.labels import IGNORE_INDEX
 from train.data.batch import Batch
 from train.data.documents import is_validation
 from train.data.module import TextData, cache_folder
-from train.data.pack import NO_LABEL
 from train.recipe.recipe import Recipe
 from train.recipe.sections import DataConfig, TrainerConfig
 
@@ -122,7 +122,7 @@ def test_validation_batches_are_the_same_every_time_and_bounded(stories_txt: Pat
     batches = data.validation_batches()
     limited = data.validation_batches(2)
 
-    num_labels = sum(int((labels_BT != NO_LABEL).sum()) for _, labels_BT in batches)
+    num_labels = sum(int((labels_BT != IGNORE_INDEX).sum()) for _, labels_BT in batches)
     assert num_labels == data.valid_rows.num_labels
     assert len(limited) == 2
     for (tokens_BT, labels_BT), (again_BT, labels_again_BT) in zip(limited, batches, strict=False):

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data.pack import NO_LABEL, Rows, hold_out_tail
+from models.base.labels import IGNORE_INDEX
+from train.data.pack import Rows, hold_out_tail
 
 lengths = st.integers(1, 60)
 
@@ -17,7 +18,7 @@ def test_every_token_but_the_first_is_a_label_exactly_once_after_its_predecessor
 
     tokens_BT, labels_BT = rows.gather(np.arange(len(rows)))
 
-    is_label_BT = labels_BT != NO_LABEL
+    is_label_BT = labels_BT != IGNORE_INDEX
     assert labels_BT[is_label_BT].tolist() == stream[1:].tolist()
     assert tokens_BT[is_label_BT].tolist() == stream[:-1].tolist()
 
@@ -28,7 +29,7 @@ def test_labels_are_counted_without_reading_them(length: int, sequence_length: i
 
     _, labels_BT = rows.gather(np.array(ids))
 
-    assert rows.count_labels(np.array(ids)) == int((labels_BT != NO_LABEL).sum())
+    assert rows.count_labels(np.array(ids)) == int((labels_BT != IGNORE_INDEX).sum())
 
 
 def test_a_row_past_the_end_has_no_labels_and_valid_inputs() -> None:

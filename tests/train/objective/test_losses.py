@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.objective.losses import DIVERGENCES, IGNORE, cross_entropy, divergence, member_loss, ramp
+from models.base.labels import IGNORE_INDEX
+from train.objective.losses import DIVERGENCES, cross_entropy, divergence, member_loss, ramp
 from train.recipe.sections import LossConfig
 
 CONFIG = LossConfig(divergence="forward_kl", weight=2.0, ramp_start=10, ramp_steps=10)
@@ -17,7 +18,7 @@ AT_ONCE = replace(CONFIG, ramp_start=0, ramp_steps=0)
 def member() -> tuple[Tensor, Tensor, Tensor]:
     """Logits of a member, labels with two that are ignored, logits of the full model."""
     labels = torch.randint(0, 12, (16,))
-    labels[[2, 11]] = IGNORE
+    labels[[2, 11]] = IGNORE_INDEX
     return torch.randn(16, 12).requires_grad_(), labels, torch.randn(16, 12)
 
 
@@ -36,9 +37,9 @@ def test_an_ignored_label_has_neither_loss_nor_gradient(member: Any) -> None:
     logits, labels, target = member
     for value in (cross_entropy(logits, labels), member_loss(logits, labels, target, CONFIG, 15)):
         (grad,) = torch.autograd.grad(value.sum(), logits)
-        assert (value[labels == IGNORE] == 0).all()
-        assert (grad[labels == IGNORE] == 0).all()
-        assert (value[labels != IGNORE] != 0).all()
+        assert (value[labels == IGNORE_INDEX] == 0).all()
+        assert (grad[labels == IGNORE_INDEX] == 0).all()
+        assert (value[labels != IGNORE_INDEX] != 0).all()
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.0), (10, 0.0), (15, 0.5), (20, 1.0), (99, 1.0)])
@@ -47,7 +48,7 @@ def test_a_member_goes_from_cross_entropy_to_the_divergence(member: Any, step: i
     ours = member_loss(logits, labels, target, CONFIG, step)
     theirs = (1 - share) * cross_entropy(logits, labels)
     theirs = theirs + share * 2.0 * DIVERGENCES["forward_kl"](target, logits)
-    theirs = torch.where(labels == IGNORE, 0.0, theirs)
+    theirs = torch.where(labels == IGNORE_INDEX, 0.0, theirs)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(
         torch.autograd.grad(ours.sum(), logits), torch.autograd.grad(theirs.sum(), logits)
@@ -94,7 +95,7 @@ def test_the_gradient_is_the_same_under_any_accumulation(member: Any, name: str,
     """Law 6: sums over tokens, divided once by the global number of valid tokens."""
     logits, labels, target = member
     config = replace(CONFIG, divergence=name)  # type: ignore[arg-type]
-    num_valid = (labels != IGNORE).sum()
+    num_valid = (labels != IGNORE_INDEX).sum()
 
     def accumulate(pieces: int) -> Tensor:
         logits.grad = None
@@ -111,6 +112,6 @@ def test_the_gradient_is_the_same_under_any_accumulation(member: Any, name: str,
 def test_a_member_can_learn_from_the_text_alone() -> None:
     """Cross-entropy as the divergence: the teacher and the ramp do not matter."""
     p, q = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, 3, IGNORE, 6, 1])
+    labels = torch.tensor([0, 3, IGNORE_INDEX, 6, 1])
     config = LossConfig(divergence="cross_entropy", ramp_start=0, ramp_steps=0, weight=9.0)
     assert torch.equal(member_loss(q, labels, p, config, 10**6), cross_entropy(q, labels))

@@ -5,8 +5,7 @@ import pytest
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_flops
 from models.elastic.granularity import FULL, Granularity
-from models.packed.quantize import split_precision
-from train.search.candidates import Candidate, list_candidates
+from train.search.candidates import list_candidates
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 7, 24])
@@ -37,11 +36,3 @@ def test_exits_mixed_members_and_what_is_asked_for_are_among_them(tiny_config: E
 def test_one_group_of_heads_is_never_halved(tiny_config: ElasticConfig) -> None:
     config = dataclasses.replace(tiny_config, num_key_value_heads=1)
     assert all(one.heads == (1.0,) for one in list_candidates(config))
-
-
-def test_a_candidate_is_a_text_that_draft_takes() -> None:
-    candidate = Candidate(
-        granularity=Granularity.parse("ffn=0.5,layers=0-1"), precision="int8", num_tokens=64
-    )
-    assert split_precision(candidate.draft) == ("ffn=0.5,layers=0-1", "int8")
-    assert str(candidate) == "ffn=0.5,layers=0-1@int8, 64 tokens"

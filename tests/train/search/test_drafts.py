@@ -7,10 +7,10 @@ import torch
 
 from models.decode.engine.costs import DraftCosts
 from models.decode.sampling.params import SamplingParams
+from models.decode.tune.draft_plan import DraftPlan, DraftSpec, Speed
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from train.search import drafts, measure
-from train.search.candidates import Candidate
 from train.search.confirm import Confirmed
 from train.search.drafts import Result, choices, search_drafts
 from train.search.measure import Estimate, Text, continue_text
@@ -52,9 +52,9 @@ def model(tiny_model: ElasticLM) -> ElasticLM:
     return tiny_model
 
 
-def text_for(model: ElasticLM, *laws: SamplingParams) -> Text:
+def text_for(model: ElasticLM, *samplings: SamplingParams) -> Text:
     prompts_RP = torch.randint(0, 64, (8, 4))
-    return continue_text(model, prompts_RP, 24, laws, COUNTS_V)
+    return continue_text(model, prompts_RP, 24, samplings, COUNTS_V)
 
 
 @pytest.fixture
@@ -80,11 +80,12 @@ def test_it_finds_the_layers_that_matter_and_says_what_real_decoding_makes_of_th
         params: next(one for one in result.estimates if one.params == params) for params in (GREEDY, WARM)
     }
     for estimate in best.values():
-        plan_layers = estimate.candidate.granularity.layers
-        assert plan_layers == (0, 1)
+        assert estimate.spec.member == "layers=0-1"
         assert estimate.c == pytest.approx(0.5)
         assert estimate.alpha > 0.9
-        assert estimate.speedup == pytest.approx(estimate.tau / (estimate.gamma * estimate.c + estimate.v))
+        assert estimate.plan.speed.predicted == pytest.approx(
+            estimate.tau / (estimate.plan.gamma * estimate.c + estimate.v)
+        )
     assert result.slowdown == dict.fromkeys(range(1, 33), 1.0)
     confirmed = [one for one in result.confirmed if one.estimate]
     assert {one.params for one in confirmed} == {GREEDY, WARM}
@@ -100,20 +101,22 @@ def test_what_cannot_lead_is_not_tried(result: Result) -> None:
     assert 0 < result.num_tried < result.num_candidates
 
 
-def test_estimates_are_told_for_every_verifier_of_a_law_the_fastest_first(result: Result) -> None:
+def test_estimates_are_told_for_every_verifier_of_a_distribution_the_fastest_first(result: Result) -> None:
     names = {
-        params: {one.verifier for one in result.estimates if one.params == params}
+        params: {one.plan.verifier for one in result.estimates if one.params == params}
         for params in (GREEDY, WARM)
     }
     assert names == {GREEDY: {"block"}, WARM: {"token", "block", "coupled"}}
-    speeds = [one.speedup for one in result.estimates]
+    speeds = [one.plan.speed.predicted for one in result.estimates]
     assert speeds == sorted(speeds, reverse=True)
 
 
-def test_each_draft_of_a_law_is_confirmed_once_and_the_best_coupled_one_as_well(result: Result) -> None:
+def test_each_draft_of_a_distribution_is_confirmed_once_and_the_best_coupled_one_as_well(
+    result: Result,
+) -> None:
     warm = [one.estimate for one in result.confirmed if one.params == WARM and one.estimate]
-    assert [one.verifier == "coupled" for one in warm] == [False, False, True]
-    assert warm[0].candidate != warm[1].candidate
+    assert [one.plan.verifier == "coupled" for one in warm] == [False, False, True]
+    assert warm[0].spec != warm[1].spec
 
 
 def test_the_best_drafts_are_tried_in_other_precisions_and_with_fewer_tokens(
@@ -137,17 +140,16 @@ def test_the_best_drafts_are_tried_in_other_precisions_and_with_fewer_tokens(
     found = search_drafts(
         model, text_for(model, GREEDY), num_prompts=1, num_rounds=1, clock=LayerClock(model)
     )
-    texts = [str(one.candidate) for one in found.estimates]
+    texts = [str(one.spec) for one in found.estimates]
     assert {"layers=0-1", "layers=0-1@int8", "full@int8", "layers=0-1@int8, 32 tokens"} <= set(texts)
     assert not any("fp32" in text or "16 tokens" in text for text in texts), "these are no cheaper"
     assert len(found.confirmed) == 4
 
 
 def estimate(verifier: str = "block", params: SamplingParams = WARM, tau: float = 2.0) -> Estimate:
-    candidate = Candidate(granularity=Granularity.parse("layers=0"), num_tokens=2)
-    return Estimate(
-        candidate=candidate, params=params, verifier=verifier, gamma=2, alpha=0.8, tau=tau, c=0.1, v=1.0
-    )
+    spec = DraftSpec(member="layers=0", vocabulary=(1, 3))
+    plan = DraftPlan(spec=spec, gamma=2, verifier=verifier, speed=Speed(tau / 1.2))
+    return Estimate(params=params, plan=plan, alpha=0.8, tau=tau, c=0.1, v=1.0)
 
 
 def confirmed(one: Estimate | None, speedup: float, params: SamplingParams = WARM) -> Confirmed:
@@ -169,28 +171,26 @@ def result_of(estimates: list[Estimate], speeds: list[Confirmed]) -> Result:
 
 def test_what_was_confirmed_is_chosen_by_its_measured_speed_and_the_rest_by_prediction() -> None:
     fast, slow, token = estimate(tau=2.4), estimate(tau=2.0), estimate("token", tau=1.8)
-    slow = dataclasses.replace(slow, gamma=1)
-    found = choices(
-        result_of([fast, slow, token], [confirmed(fast, 1.2), confirmed(slow, 1.5)]),
-        torch.tensor([1, 9, 0, 9]),
-    )
-    by_verifier = {one.verifier: one for one in found}
-    assert [one.verifier for one in found] == ["block", "token", "coupled"]
-    assert (by_verifier["block"].gamma, by_verifier["block"].measured) == (1, 1.5)
-    assert by_verifier["block"].vocabulary == (1, 3)
-    assert by_verifier["token"].measured is None
-    assert by_verifier["token"].predicted == pytest.approx(1.5)
-    assert by_verifier["coupled"].draft == "none", "nothing is known of it"
+    slow = dataclasses.replace(slow, plan=dataclasses.replace(slow.plan, gamma=1))
+    found = choices(result_of([fast, slow, token], [confirmed(fast, 1.2), confirmed(slow, 1.5)]))
+    assert list(found) == [1.0]
+    block, by_token, coupled = found[1.0]
+    assert [block.verifier, by_token.verifier, coupled.verifier] == ["block", "token", "coupled"]
+    assert (block.gamma, block.speed.measured) == (1, 1.5)
+    assert block.spec == slow.spec
+    assert by_token.speed.measured is None
+    assert by_token.speed.predicted == pytest.approx(1.5)
+    assert coupled.spec is None, "nothing is known of it"
 
 
 def test_plain_decoding_is_chosen_where_no_draft_is_faster() -> None:
     disappointing = estimate(tau=2.4)
-    (block, *_) = choices(result_of([disappointing], [confirmed(disappointing, 0.97)]), COUNTS_V)
-    assert (block.draft, block.gamma) == ("none", 0)
+    (block, *_) = choices(result_of([disappointing], [confirmed(disappointing, 0.97)]))[1.0]
+    assert (block.spec, block.gamma) == (None, 0)
 
 
-def test_vocabularies_are_shares_and_what_covers_a_text() -> None:
+def test_vocabularies_are_fractions_and_what_covers_a_text() -> None:
     counts_V = torch.zeros(4096)
     counts_V[:100] = 1000
     counts_V[100:1000] = 5
-    assert drafts._vocabularies(counts_V) == [128, 832, 1024, 2048]
+    assert drafts._vocabulary_sizes(counts_V) == [128, 832, 1024, 2048]

@@ -16,7 +16,7 @@ from models.elastic.model import ElasticLM
 from models.elastic.view import View
 
 PROMPTS = ([5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 9, 8], [1, 2, 1, 2, 1])
-LAWS = {
+SAMPLINGS = {
     "greedy": (SamplingParams(), "block"),
     "token": (SamplingParams(temperature=1.0), "token"),
     "block": (SamplingParams(temperature=0.7, top_k=9), "block"),
@@ -55,9 +55,9 @@ def taken_in_turn(streams: list[Stream]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["plain", "exit", "narrow", "own cache", "lookup"])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", SAMPLINGS)
 def test_each_row_is_what_it_is_alone(law: str, name: str, model: ElasticLM) -> None:
-    params, verifier = LAWS[law]
+    params, verifier = SAMPLINGS[law]
     new_policy = policies(model)[name]
     together = stream_batch(
         model,

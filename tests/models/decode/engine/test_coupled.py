@@ -1,7 +1,7 @@
-"""Coupled decoding: the output is plain decoding's token for token, and a draw from the target's law.
+"""Coupled decoding gives plain decoding's output, token for token, which is a draw from the target.
 
-Its noise cannot be walked through branch by branch, so the law is judged by counts. Each such test fails
-by chance with probability P_VALUE at most, over the choice of its seeds.
+Its noise cannot be walked through branch by branch, so the distribution is judged by counts. Each such test
+fails by chance with probability P_VALUE at most, over the choice of its seeds.
 """
 
 import math
@@ -21,13 +21,13 @@ from models.decode.sampling.samplers import Coupled, Proposal
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
-from models.measure.reference import full_pass_law, plain_decode
-from models.verify.exact import chi_square, exact_law
+from models.measure.reference import full_pass_probs, plain_decode
+from models.verify.exact import chi_square, exact_distribution
 
 MakeModel = Callable[..., ElasticLM]
 
 WARM = SamplingParams(temperature=1.0)
-LAWS = {
+SAMPLINGS = {
     "plain": WARM,
     "truncated": SamplingParams(temperature=0.8, top_k=20, top_p=0.95, min_p=0.05),
     "penalty": SamplingParams(temperature=1.0, repetition_penalty=1.5),
@@ -45,7 +45,7 @@ def nested(model: ElasticLM, text: str) -> Draft:
     return NestedDraft(View(model, Granularity.parse(text)))
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", SAMPLINGS)
 def test_the_output_depends_neither_on_the_draft_nor_on_its_length(
     name: str, make_model: MakeModel, tiny_model: ElasticLM
 ) -> None:
@@ -53,7 +53,7 @@ def test_the_output_depends_neither_on_the_draft_nor_on_its_length(
     drafts += [ModelDraft(View(tiny_model, Granularity.parse("ffn=0.5")))]
     drafts += [NestedDraft(View(tiny_model, Granularity.parse("layers=0-2")), torch.arange(0, 64, 3))]
     drafts += [ModelDraft(make_model(vocab_size=64, dtype=torch.float32, max_position_embeddings=128))]
-    options: dict[str, Any] = {"params": LAWS[name], "max_new_tokens": 20}
+    options: dict[str, Any] = {"params": SAMPLINGS[name], "max_new_tokens": 20}
     for seed in range(2):
         plain = coupled(tiny_model, [3, 1, 4], seed, **options)
         for index, draft in enumerate(drafts):
@@ -76,16 +76,16 @@ def test_seeds_differ(tiny_model: ElasticLM) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "layers=0"])
-def test_the_joint_law_of_the_output_is_the_targets(text: str | None, make_model: MakeModel) -> None:
+def test_the_joint_distribution_of_the_output_is_the_targets(text: str | None, make_model: MakeModel) -> None:
     model = make_model(vocab_size=3)
     draft = nested(model, text) if text else None
     options: dict[str, Any] = {"draft": draft, "params": WARM, "gamma": 1, "max_new_tokens": 3}
     counts = Counter(tuple(coupled(model, [1, 0], seed, **options)) for seed in range(600))
-    p = full_pass_law(model, WARM)
-    theirs = exact_law(lambda random: plain_decode(p, [1, 0], max_new_tokens=3, random=random))
+    p = full_pass_probs(model, WARM)
+    theirs = exact_distribution(lambda random: plain_decode(p, [1, 0], max_new_tokens=3, random=random))
     assert chi_square(counts, theirs) > P_VALUE
-    wrong = full_pass_law(model, SamplingParams(temperature=1.6))
-    flatter = exact_law(lambda random: plain_decode(wrong, [1, 0], max_new_tokens=3, random=random))
+    wrong = full_pass_probs(model, SamplingParams(temperature=1.6))
+    flatter = exact_distribution(lambda random: plain_decode(wrong, [1, 0], max_new_tokens=3, random=random))
     assert chi_square(counts, flatter) < P_VALUE
 
 
@@ -94,9 +94,9 @@ def test_a_token_is_kept_as_often_as_the_coupling_says() -> None:
     q_V = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
     accepted, num_trials = 0, 4000
     for seed in range(num_trials):
-        chooser, proposal = Coupled(WARM, SeededRandom(seed)), Proposal([0])
-        chooser.draft(q_V.log(), proposal)
-        accepted += len(chooser.verify(torch.stack([p_V, p_V]).log(), proposal).kept) - 1
+        sampler, proposal = Coupled(WARM, SeededRandom(seed)), Proposal([0])
+        sampler.draft(q_V.log(), proposal)
+        accepted += len(sampler.verify(torch.stack([p_V, p_V]).log(), proposal).kept) - 1
     # P(both take v) = 1 / sum_w max(p_w / p_v, q_w / q_v)
     share = sum(1 / float(torch.maximum(p_V / p, q_V / q).sum()) for p, q in zip(p_V, q_V, strict=True))
     overlap = float(torch.minimum(p_V, q_V).sum())
@@ -109,5 +109,5 @@ def test_an_impossible_token_is_never_chosen() -> None:
     noise_V = gumbel_noise(0, 1, 3)
     probs_V = torch.full((3,), 1.0, dtype=torch.float64)
     probs_V[int(noise_V.argmax())] = 0.0
-    chooser, proposal = Coupled(WARM, SeededRandom(0)), Proposal([0])
-    assert chooser.draft(probs_V.log(), proposal) != int(noise_V.argmax())
+    sampler, proposal = Coupled(WARM, SeededRandom(0)), Proposal([0])
+    assert sampler.draft(probs_V.log(), proposal) != int(noise_V.argmax())

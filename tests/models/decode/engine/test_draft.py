@@ -7,11 +7,11 @@ from torch import Tensor
 from models.base.errors import UsageError
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.engine import stream
-from models.decode.engine.scheduler import Steps, run, settle
+from models.decode.engine.scheduler import Steps, run, run_steps
 from models.decode.engine.state import State, new_cache, score
-from models.decode.sampling.params import SamplingParams, law, penalise
+from models.decode.sampling.params import SamplingParams, penalise, sampling_probs
 from models.decode.sampling.rng import SeededRandom
-from models.decode.sampling.samplers import Chooser, Proposal, make_chooser
+from models.decode.sampling.samplers import Proposal, Sampler, make_sampler
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
@@ -23,25 +23,25 @@ WARM = SamplingParams(temperature=1.0)
 LAW_ATOL = 1e-12  # float64
 
 
-def settled(model: ElasticLM, ids: list[int]) -> State:
+def committed(model: ElasticLM, ids: list[int]) -> State:
     state = State(list(ids), new_cache(model, 40))
     score(model, ids[:-1], state.cache, num_last=1)
     state.cache.commit(len(ids) - 1)
     return state
 
 
-def warm_chooser(seed: int = 0) -> Chooser:
-    return make_chooser(WARM, SeededRandom(seed), "token")
+def warm_chooser(seed: int = 0) -> Sampler:
+    return make_sampler(WARM, SeededRandom(seed), "token")
 
 
 def propose(draft: Draft, state: State, num_tokens: int = 3, seed: int = 0) -> Proposal:
-    return settle(draft.propose(state, num_tokens, warm_chooser(seed)))
+    return run_steps(draft.propose(state, num_tokens, warm_chooser(seed)))
 
 
 def assert_drawn_from(model: ElasticLM | View, ids: list[int], proposal: Proposal) -> None:
-    for position, q_V in enumerate(torch.cat(proposal.laws)):
+    for position, q_V in enumerate(torch.cat(proposal.probs)):
         tokens_BT = torch.tensor([ids + proposal.ids[:position]])
-        theirs_V = law(model(tokens_BT)[0, -1], WARM)
+        theirs_V = sampling_probs(model(tokens_BT)[0, -1], WARM)
         torch.testing.assert_close(q_V, theirs_V, rtol=0, atol=LAW_ATOL)
 
 
@@ -54,7 +54,7 @@ def test_a_model_draft_follows_what_was_settled_whatever_was_accepted(model: Ela
     draft = ModelDraft(View(model, Granularity.parse("ffn=0.5,heads=0.5")))
     ids = [1, 2, 3, 4]
     for num_accepted in (0, 3, 1, 2, 3, 0):
-        proposal = propose(draft, settled(model, ids), seed=num_accepted)
+        proposal = propose(draft, committed(model, ids), seed=num_accepted)
         assert_drawn_from(draft.model, ids, proposal)
         ids += [*proposal.ids[:num_accepted], 63]
 
@@ -62,14 +62,14 @@ def test_a_model_draft_follows_what_was_settled_whatever_was_accepted(model: Ela
 def test_a_model_draft_may_serve_another_request(model: ElasticLM) -> None:
     draft = ModelDraft(View(model, Granularity.parse("ffn=0.5")))
     for ids in ([1, 2, 3, 4, 5, 6], [1, 2, 9], [7, 8], [7, 8], [1, 2, 9, 9, 9]):
-        assert_drawn_from(draft.model, ids, propose(draft, settled(model, ids)))
+        assert_drawn_from(draft.model, ids, propose(draft, committed(model, ids)))
 
 
 def test_a_model_draft_with_a_shorter_context_proposes_what_fits_and_then_nothing(
     model: ElasticLM, make_model: ModelMaker
 ) -> None:
     draft = ModelDraft(make_model(vocab_size=64, max_position_embeddings=8))
-    counts = [len(propose(draft, settled(model, list(range(length)))).ids) for length in range(5, 11)]
+    counts = [len(propose(draft, committed(model, list(range(length)))).ids) for length in range(5, 11)]
     assert counts == [3, 3, 2, 1, 0, 0]
     tokens = stream(model, [1, 2, 3], draft=draft, max_new_tokens=20)
     theirs = [token.id for token in stream(model, [1, 2, 3], max_new_tokens=20)]
@@ -78,7 +78,7 @@ def test_a_model_draft_with_a_shorter_context_proposes_what_fits_and_then_nothin
 
 def test_a_nested_draft_that_is_the_target_draws_from_the_targets_laws(model: ElasticLM) -> None:
     ids = [1, 2, 3, 4]
-    proposal = propose(NestedDraft(View(model, Granularity())), settled(model, ids))
+    proposal = propose(NestedDraft(View(model, Granularity())), committed(model, ids))
     assert_drawn_from(model, ids, proposal)
 
 
@@ -86,17 +86,17 @@ def test_a_nested_draft_reads_the_targets_keys_and_values_of_what_is_settled(
     model: ElasticLM,
 ) -> None:
     view = View(model, Granularity.parse("layers=1:3"))
-    state = settled(model, [1, 2, 3, 4])
+    state = committed(model, [1, 2, 3, 4])
     proposal = propose(NestedDraft(view), state)
-    theirs_V = law(score(view, [4], state.cache.view(), num_last=1)[0], WARM)
-    torch.testing.assert_close(proposal.laws[0][0], theirs_V, rtol=0, atol=LAW_ATOL)
-    own_V = law(view(torch.tensor([[1, 2, 3, 4]]))[0, -1], WARM)
-    assert (proposal.laws[0] - own_V).abs().max() > 1e-3
+    theirs_V = sampling_probs(score(view, [4], state.cache.view(), num_last=1)[0], WARM)
+    torch.testing.assert_close(proposal.probs[0][0], theirs_V, rtol=0, atol=LAW_ATOL)
+    own_V = sampling_probs(view(torch.tensor([[1, 2, 3, 4]]))[0, -1], WARM)
+    assert (proposal.probs[0] - own_V).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("precision", [None, "int8", "int4", "bf16"])
 def test_a_nested_draft_leaves_the_settled_positions_alone(precision: str | None, model: ElasticLM) -> None:
-    state = settled(model, [1, 2, 3, 4])
+    state = committed(model, [1, 2, 3, 4])
     before = [store.clone() for layer in range(4) for store in state.cache.read(layer)]
     member = model if precision is None else pack(model, precision)
     propose(NestedDraft(View(member, Granularity.parse("heads=0.5"))), state)
@@ -138,10 +138,10 @@ def test_a_greedy_draft_proposes_its_likeliest_tokens(
     allowed = range(64) if vocabulary is None else vocabulary
     view, ids = View(model, Granularity.parse("layers=0-1")), [1, 2, 3, 4]
     few = None if vocabulary is None else torch.tensor(vocabulary)
-    together = [settled(model, ids[:length]) for length in (2, 4)]
-    chooser = make_chooser(params, SeededRandom(0), "token")
+    together = [committed(model, ids[:length]) for length in (2, 4)]
+    sampler = make_sampler(params, SeededRandom(0), "token")
     for state in together:
-        alone = settle(NestedDraft(view, few).propose(state, 5, chooser)).ids
+        alone = run_steps(NestedDraft(view, few).propose(state, 5, sampler)).ids
         text = list(state.ids)
         for _ in range(5):
             logits_V = penalise(view(torch.tensor([text]))[0, -1:], params, text)[0]
@@ -155,7 +155,7 @@ def test_a_greedy_draft_proposes_its_likeliest_tokens(
 def test_a_draft_chooses_in_one_pass_what_it_chooses_step_by_step(
     vocabulary: list[int] | None, verifier: str, tiny_model: ElasticLM
 ) -> None:
-    """The same numbers draw the same tokens, alone and in a batch; their laws are each other's too."""
+    """The same numbers draw the same tokens, alone and in a batch, from the same distributions."""
     packed, params = (
         pack(tiny_model, "fp32"),
         SamplingParams(temperature=0.0 if verifier == "greedy" else 1.0),
@@ -166,9 +166,9 @@ def test_a_draft_chooses_in_one_pass_what_it_chooses_step_by_step(
     found: dict[ElasticLM, list[Proposal]] = {}
     for model in (tiny_model, packed):
         draft = NestedDraft(View(model, Granularity.parse("layers=0-1")), few)
-        states = [settled(model, list(range(1, length))) for length in (5, 3, 9)]
+        states = [committed(model, list(range(1, length))) for length in (5, 3, 9)]
         choosers = [
-            make_chooser(params, SeededRandom(seed), verifier if params.temperature else "token")
+            make_sampler(params, SeededRandom(seed), verifier if params.temperature else "token")
             for seed in range(3)
         ]
         steps = [draft.propose(*row) for row in zip(states, (3, 1, 5), choosers, strict=True)]
@@ -177,12 +177,12 @@ def test_a_draft_chooses_in_one_pass_what_it_chooses_step_by_step(
             assert all(one.draws is not None for one in passes)
             found[model] = [ended(one, rows) for one, rows in zip(steps, run(passes), strict=True)]
         else:
-            found[model] = [settle(one) for one in steps]
+            found[model] = [run_steps(one) for one in steps]
     for ours, theirs in zip(found[packed], found[tiny_model], strict=True):
         assert ours.ids == theirs.ids
-        assert bool(ours.laws) == bool(theirs.laws) == (verifier != "greedy")
-        if ours.laws:
-            torch.testing.assert_close(torch.cat(ours.laws), torch.cat(theirs.laws), rtol=0, atol=1e-5)
+        assert bool(ours.probs) == bool(theirs.probs) == (verifier != "greedy")
+        if ours.probs:
+            torch.testing.assert_close(torch.cat(ours.probs), torch.cat(theirs.probs), rtol=0, atol=1e-5)
 
 
 def ended(steps: Steps[Proposal], rows_TV: Tensor) -> Proposal:

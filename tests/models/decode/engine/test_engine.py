@@ -1,4 +1,4 @@
-"""Laws 4 and 5 for whole outputs: greedy identity, the cache after every round, every way to end."""
+"""Invariant 4 and 5 for whole outputs: greedy identity, the cache after every round, every way to end."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from torch import Tensor
 from models.base.errors import UsageError
 from models.decode.engine import engine
 from models.decode.engine import scheduler as passes
-from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
+from models.decode.engine.draft import Draft, ModelDraft, NestedDraft, Prior
 from models.decode.engine.engine import stream, stream_batch
 from models.decode.engine.lookup import LookupDraft
 from models.decode.engine.policy import Fixed
@@ -21,13 +21,13 @@ from models.decode.engine.scheduler import Pass, Steps, run
 from models.decode.engine.state import Model, State, new_cache, score
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import SeededRandom
-from models.decode.sampling.samplers import Chooser, Proposal
-from models.decode.tune.controller import Arm, Controller
+from models.decode.sampling.samplers import Proposal, Sampler
+from models.decode.tune.controller import Controller
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
 from models.kernels.build import library
-from models.measure.reference import full_pass_law, plain_decode, speculative_decode
+from models.measure.reference import full_pass_probs, plain_decode, speculative_decode
 from models.packed.quantize import PRECISIONS, pack
 from models.verify.identity import Whole, check_identity, gap_between
 
@@ -66,7 +66,7 @@ def test_greedy_output_is_plain_decodings_on_200_prompts(make_model: MakeModel) 
         ("own cache", ModelDraft(View(model, Granularity.parse("ffn=0.5")))),
         ("stranger", ModelDraft(stranger)),
     ]
-    p = full_pass_law(model, GREEDY)
+    p = full_pass_probs(model, GREEDY)
     accepted, reached = dict.fromkeys(dict(drafts), 0), dict.fromkeys(dict(drafts), 0)
     for index, prompt in enumerate(prompts(200, 64)):
         theirs = plain_decode(p, prompt, max_new_tokens=10, random=SeededRandom(0))
@@ -112,8 +112,8 @@ def test_greedy_tokens_are_plain_decodings_whatever_drafts_and_is_kept_in_part(
             if ours != theirs:  # in fp32 two tokens are tied once in some hundred thousand
                 ties += 1
                 same = next(t for t, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1)
-                settled, pair = [*prompt, *theirs[:same]], (ours[same], theirs[same])
-                gap, tie = gap_between(whole, settled, pair, options["params"])
+                committed, pair = [*prompt, *theirs[:same]], (ours[same], theirs[same])
+                gap, tie = gap_between(whole, committed, pair, options["params"])
                 assert gap <= tie, (gamma, same)
             accepted, drafted = accepted + tokens.report.accepted, drafted + tokens.report.drafted
         assert 0 < accepted < drafted
@@ -121,16 +121,16 @@ def test_greedy_tokens_are_plain_decodings_whatever_drafts_and_is_kept_in_part(
 
 
 @pytest.mark.parametrize(("num_prompts", "num_tokens"), SHORT_AND_LONG)
-@pytest.mark.parametrize("law", ["greedy", "T=1"])
+@pytest.mark.parametrize("sampling", ["greedy", "T=1"])
 def test_in_half_precision_tokens_first_differ_where_two_are_as_good_as_tied(
-    law: str, num_prompts: int, num_tokens: int, make_model: MakeModel
+    sampling: str, num_prompts: int, num_tokens: int, make_model: MakeModel
 ) -> None:
     fields: dict[str, Any] = {"dtype": torch.bfloat16, "vocab_size": 64, "hidden_size": 16}
     model = make_model(seed=1, max_position_embeddings=1024, **fields)
     whole = Whole(model=model, dtype="bf16", prompts=prompts(num_prompts, 64), length=num_tokens)
     for text in KINDS:
         draft = nested(model, text)
-        check = check_identity(whole, text, lambda gamma, draft=draft: Fixed(draft, gamma), law=law)  # type: ignore[misc]
+        check = check_identity(whole, text, lambda gamma, draft=draft: Fixed(draft, gamma), sampling=sampling)  # type: ignore[misc]
         assert check.passed, check
 
 
@@ -186,8 +186,8 @@ def test_with_the_same_seed_the_engine_makes_the_references_tokens(
     model, other = make_model(seed=1, **fields), make_model(seed=2, **fields)
     for seed in range(8):
         theirs = speculative_decode(
-            full_pass_law(model, params),
-            full_pass_law(other, params),
+            full_pass_probs(model, params),
+            full_pass_probs(other, params),
             [7, 8, 9],
             gamma=gamma,
             max_new_tokens=15,
@@ -215,13 +215,12 @@ def test_the_text_does_not_depend_on_what_the_controller_measures(
             return now[0]
 
         monkeypatch.setattr(engine, "perf_counter", tick)
-        copies = LookupDraft(shortest=1)
-        arms = [
-            Arm(name="first layers", draft=nested(model, "layers=0-2")),
-            Arm(name="own cache", draft=ModelDraft(View(model, Granularity.parse("ffn=0.5")))),
-            Arm(name="lookup", draft=copies, room=copies.room),
-        ]
-        tokens = stream(model, [3, 1, 4], policy=Controller(arms), **options)
+        drafts: dict[str, Draft] = {
+            "first layers": nested(model, "layers=0-2"),
+            "own cache": ModelDraft(View(model, Granularity.parse("ffn=0.5"))),
+            "lookup": LookupDraft(shortest=1),
+        }
+        tokens = stream(model, [3, 1, 4], policy=Controller(drafts, alphas={"first layers": 0.95}), **options)
         assert [token.id for token in tokens] == plain
         seen |= {(row["draft"], row["gamma"]) for row in tokens.report.choices()}
     assert {name for name, _ in seen} >= {"none", "first layers", "own cache"}
@@ -238,11 +237,18 @@ def test_a_draft_that_is_always_wrong_costs_no_more_than_the_ledger_says(
     @dataclass
     class Wrong:
         plain: list[int]
+        prior = Prior()
 
         def check(self, target: Model) -> None:
             pass
 
-        def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+        def renew(self) -> Draft:
+            return self
+
+        def room(self, state: State) -> None:
+            """Any number."""
+
+        def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
             yield from ()
             now[0] += num_tokens
             following = self.plain[len(state.ids) - 3 :][:num_tokens]
@@ -258,7 +264,7 @@ def test_a_draft_that_is_always_wrong_costs_no_more_than_the_ledger_says(
     tokens = stream(
         model,
         [3, 1, 4],
-        policy=Controller([Arm(name="wrong", draft=Wrong(plain), alpha=0.9)]),
+        policy=Controller({"wrong": Wrong(plain)}, alphas={"wrong": 0.9}),
         max_new_tokens=250,
     )
     assert [token.id for token in tokens] == plain
@@ -274,7 +280,7 @@ def test_seeds_repeat_and_differ(tiny_model: ElasticLM) -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_a_half_precision_model_decodes_with_laws_in_float32(tiny_model: ElasticLM) -> None:
+def test_a_half_precision_model_decodes_with_distributions_in_float32(tiny_model: ElasticLM) -> None:
     model = tiny_model.bfloat16()
     tokens = stream(model, [1, 2], draft=nested(model, "layers=0-1"), params=WARM, max_new_tokens=20)
     assert len(list(tokens)) == 20
@@ -286,20 +292,28 @@ def test_a_half_precision_model_decodes_with_laws_in_float32(tiny_model: Elastic
 
 @dataclass
 class Watched:
-    """Calls `look` with the settled state before each round, and `after` once the draft has written."""
+    """Calls `look` with the committed state before each round, and `after` once the draft has written."""
 
     draft: Draft
     look: Callable[[State], None]
     after: Callable[[State], None] = field(default=lambda _: None)
     rounds: int = 0
 
+    prior = Prior()
+
     def check(self, target: Model) -> None:
         self.draft.check(target)
 
-    def propose(self, state: State, num_tokens: int, chooser: Chooser) -> Steps[Proposal]:
+    def renew(self) -> Draft:
+        return self
+
+    def room(self, state: State) -> None:
+        """Any number."""
+
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
         self.rounds += 1
         self.look(state)
-        proposal = yield from self.draft.propose(state, num_tokens, chooser)
+        proposal = yield from self.draft.propose(state, num_tokens, sampler)
         self.after(state)
         return proposal
 

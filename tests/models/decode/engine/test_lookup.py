@@ -9,15 +9,15 @@ import torch
 
 from models.decode.engine.engine import stream
 from models.decode.engine.lookup import LookupDraft
-from models.decode.engine.scheduler import settle
+from models.decode.engine.scheduler import run_steps
 from models.decode.engine.state import State, new_cache
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import SeededRandom
-from models.decode.sampling.samplers import Chooser, Proposal, make_chooser
+from models.decode.sampling.samplers import Proposal, Sampler, make_sampler
 from models.decode.sampling.verifiers import VERIFIERS
 from models.elastic.model import ElasticLM
 
-NO_CHOOSER = cast("Chooser", None)  # nothing is drawn
+NO_SAMPLER = cast("Sampler", None)  # nothing is drawn
 
 
 StateOf = Callable[[Sequence[int]], State]
@@ -30,7 +30,7 @@ def state_of(tiny_model: ElasticLM) -> StateOf:
 
 
 def proposed(state: State, num_tokens: int = 4, draft: LookupDraft | None = None) -> list[int]:
-    return settle((draft or LookupDraft()).propose(state, num_tokens, NO_CHOOSER)).ids
+    return run_steps((draft or LookupDraft()).propose(state, num_tokens, NO_SAMPLER)).ids
 
 
 def searched(ids: Sequence[int], num_tokens: int) -> list[int]:
@@ -107,12 +107,12 @@ def test_it_may_serve_another_text(state_of: StateOf) -> None:
 
 
 @pytest.mark.parametrize("verifier", [*VERIFIERS, "coupled"])
-def test_a_copied_token_overlaps_with_the_law_by_its_own_probability(verifier: str) -> None:
+def test_a_copied_token_overlaps_with_the_distribution_by_its_own_probability(verifier: str) -> None:
     p_TV = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]], dtype=torch.float64)
     for seed in range(10):
-        chooser = make_chooser(SamplingParams(temperature=1.0), SeededRandom(seed), verifier)
-        verdict = chooser.verify(p_TV.log(), Proposal([0], [1, 2]))
-        assert verdict.overlaps == pytest.approx([0.3, 0.7][: len(verdict.kept)])
+        sampler = make_sampler(SamplingParams(temperature=1.0), SeededRandom(seed), verifier)
+        verification = sampler.verify(p_TV.log(), Proposal([0], [1, 2]))
+        assert verification.overlaps == pytest.approx([0.3, 0.7][: len(verification.kept)])
 
 
 def test_a_text_that_repeats_itself_is_written_in_few_passes(tiny_model: ElasticLM) -> None:

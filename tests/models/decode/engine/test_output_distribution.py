@@ -1,6 +1,6 @@
-"""Law 4, end to end: the engine's exact output law, by walking through every branch of its choices.
+"""Invariant 4, end to end: the exact output distribution, by walking through every branch of its choices.
 
-Nothing is sampled, so nothing can fail by chance. The joint law of gamma + 2 tokens is compared: the
+Nothing is sampled, so nothing can fail by chance. The joint distribution of gamma + 2 tokens is compared: the
 first is the prefill's, then at least one full round with its bonus, then what follows from the cache
 that this round left. A suite of planted bugs shows that the comparison sees them.
 """
@@ -25,15 +25,15 @@ from models.decode.engine.state import Model, State
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import Random
 from models.decode.sampling.verifiers import VERIFIERS, Verifier
-from models.decode.tune.controller import Arm, Controller
+from models.decode.tune.controller import Controller
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
-from models.measure.reference import full_pass_law, plain_decode
+from models.measure.reference import full_pass_probs, plain_decode
 from models.packed.quantize import pack
 from models.verify.drafts import member
-from models.verify.exact import Law, exact_law, total_variation
-from models.verify.tiny_vocab import Few
+from models.verify.exact import Distribution, exact_distribution, total_variation
+from models.verify.tiny_vocab import TinyVocab
 
 MakeModel = Callable[..., ElasticLM]
 
@@ -136,40 +136,42 @@ CASES = [
 ]
 
 
-def reference_law(
+def reference_distribution(
     model: Model,
     params: SamplingParams,
     num_tokens: int,
     eos_token_ids: Sequence[int] = (),
-) -> Law:
-    p = full_pass_law(model, params)
-    return exact_law(
+) -> Distribution:
+    p = full_pass_probs(model, params)
+    return exact_distribution(
         lambda random: plain_decode(
             p, PROMPT, max_new_tokens=num_tokens, random=random, eos_token_ids=eos_token_ids
         )
     )
 
 
-def engine_law(model: Model, **options: Any) -> Law:
-    return exact_law(lambda random: [token.id for token in stream(model, PROMPT, random=random, **options)])
+def engine_distribution(model: Model, **options: Any) -> Distribution:
+    return exact_distribution(
+        lambda random: [token.id for token in stream(model, PROMPT, random=random, **options)]
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[1:])))
-def test_the_output_law_is_the_targets_for_every_draft(
+def test_the_output_distribution_is_the_targets_for_every_draft(
     case: Case,
     make_model: MakeModel,
 ) -> None:
     model = make_model(vocab_size=case.vocab_size)
     draft, num_tokens = DRAFTS[case.draft](model, make_model), case.gamma + 2
     options = {"params": case.params, "gamma": case.gamma, "max_new_tokens": num_tokens}
-    ours = engine_law(model, draft=draft, verifier=case.verifier, **options)
-    assert total_variation(ours, reference_law(model, case.params, num_tokens)) < EXACT
+    ours = engine_distribution(model, draft=draft, verifier=case.verifier, **options)
+    assert total_variation(ours, reference_distribution(model, case.params, num_tokens)) < EXACT
 
 
 def test_plain_decoding_has_the_targets_law(make_model: MakeModel) -> None:
     model = make_model(vocab_size=4)
-    ours = engine_law(model, params=PLAIN, max_new_tokens=3)
-    assert total_variation(ours, reference_law(model, PLAIN, 3)) < EXACT
+    ours = engine_distribution(model, params=PLAIN, max_new_tokens=3)
+    assert total_variation(ours, reference_distribution(model, PLAIN, 3)) < EXACT
 
 
 # ------------------------------------------------------------------ who drafts depends on the text
@@ -177,7 +179,7 @@ def test_plain_decoding_has_the_targets_law(make_model: MakeModel) -> None:
 
 @dataclass
 class Fickle:
-    """Chooses the draft and how much by settled tokens and by what the last round accepted."""
+    """Chooses the draft and how much by committed tokens and by what the last round accepted."""
 
     drafts: Sequence[Draft]
     accepted: int = 0
@@ -200,7 +202,7 @@ ADAPTIVE = [*((PLAIN, 2, verifier) for verifier in VERIFIERS), (PENALTY, 2, "blo
 
 
 @pytest.mark.parametrize(("params", "vocab_size", "verifier"), ADAPTIVE)
-def test_the_law_holds_where_settled_tokens_and_past_rounds_choose_the_draft(
+def test_the_distribution_holds_where_settled_tokens_and_past_rounds_choose_the_draft(
     params: SamplingParams, vocab_size: int, verifier: str, make_model: MakeModel
 ) -> None:
     model = make_model(vocab_size=vocab_size)
@@ -212,7 +214,7 @@ def test_the_law_holds_where_settled_tokens_and_past_rounds_choose_the_draft(
             plans.add((done.num_drafted, done.num_accepted))
             super().observe(done)
 
-    ours = exact_law(
+    ours = exact_distribution(
         lambda random: [
             token.id
             for token in stream(
@@ -226,13 +228,13 @@ def test_the_law_holds_where_settled_tokens_and_past_rounds_choose_the_draft(
             )
         ]
     )
-    assert total_variation(ours, reference_law(model, params, 5)) < EXACT
+    assert total_variation(ours, reference_distribution(model, params, 5)) < EXACT
     assert {num for num, _ in plans} == {0, 1, 2}
     assert {(1, 0), (1, 1), (2, 2)} <= plans
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
-def test_the_law_holds_under_the_controller(
+def test_the_distribution_holds_under_the_controller(
     verifier: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(vocab_size=2)
@@ -241,14 +243,11 @@ def test_the_law_holds_under_the_controller(
 
     def decode(random: Random) -> list[int]:
         monkeypatch.setattr(engine, "perf_counter", partial(next, count()))  # every round takes as long
-        arms = [
-            Arm(name="S", draft=hostile(model, make_model), alpha=0.6),
-            Arm(name="lookup", draft=(copies := LookupDraft(shortest=1)), step=0.0, room=copies.room),
-        ]
+        drafts = {"S": hostile(model, make_model), "lookup": LookupDraft(shortest=1)}
         tokens = stream(
             model,
             PROMPT,
-            policy=Controller(arms, costs, most=2),
+            policy=Controller(drafts, costs, alphas={"S": 0.6}, most=2),
             random=random,
             params=PLAIN,
             max_new_tokens=5,
@@ -258,20 +257,20 @@ def test_the_law_holds_under_the_controller(
         gammas.update((choice["draft"], choice["gamma"]) for choice in tokens.report.choices())
         return ids
 
-    assert total_variation(exact_law(decode), reference_law(model, PLAIN, 5)) < EXACT
+    assert total_variation(exact_distribution(decode), reference_distribution(model, PLAIN, 5)) < EXACT
     assert {name for name, _ in gammas} >= {"S", "lookup"}
     assert {gamma for _, gamma in gammas} >= {0, 1, 2}
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
-def test_the_law_holds_where_the_end_of_text_falls_inside_a_block(
+def test_the_distribution_holds_where_the_end_of_text_falls_inside_a_block(
     verifier: str, make_model: MakeModel
 ) -> None:
     model = make_model(vocab_size=3)
     draft = NestedDraft(View(model, Granularity.parse("layers=1")))
     options = {"params": PLAIN, "gamma": 2, "max_new_tokens": 4, "verifier": verifier}
-    ours = engine_law(model, draft=draft, eos_token_ids=(2,), **options)
-    theirs = reference_law(model, PLAIN, 4, eos_token_ids=(2,))
+    ours = engine_distribution(model, draft=draft, eos_token_ids=(2,), **options)
+    theirs = reference_distribution(model, PLAIN, 4, eos_token_ids=(2,))
     assert total_variation(ours, theirs) < EXACT
     assert {len(ids) for ids in ours} == {1, 2, 3, 4}
 
@@ -280,9 +279,9 @@ def test_a_member_as_the_target_keeps_its_own_law(make_model: MakeModel) -> None
     model = make_model(vocab_size=3)
     target = View(model, Granularity.parse("heads=0.5"))
     draft = NestedDraft(View(model, Granularity.parse("ffn=0.25,heads=0.5,layers=1")))
-    ours = engine_law(target, draft=draft, params=PLAIN, gamma=1, max_new_tokens=3)
-    assert total_variation(ours, reference_law(target, PLAIN, 3)) < EXACT
-    assert total_variation(ours, reference_law(model, PLAIN, 3)) > VISIBLE
+    ours = engine_distribution(target, draft=draft, params=PLAIN, gamma=1, max_new_tokens=3)
+    assert total_variation(ours, reference_distribution(target, PLAIN, 3)) < EXACT
+    assert total_variation(ours, reference_distribution(model, PLAIN, 3)) > VISIBLE
 
 
 # ------------------------------------------------------------------ every kind of member
@@ -300,15 +299,15 @@ PROCESSORS = (PLAIN, TOP_K, TOP_P, MIN_P, PENALTY, ALL)
 @pytest.mark.parametrize("gamma", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_law_holds_for_every_member_precision_processor_and_end_of_text(
+def test_the_distribution_holds_for_every_member_precision_processor_and_end_of_text(
     kind: str, precision: str | None, gamma: int, make_model: MakeModel
 ) -> None:
-    few = Few(make_model(vocab_size=3), {kind: member(Granularity.parse(KINDS[kind]), precision)})
+    few = TinyVocab(make_model(vocab_size=3), {kind: member(Granularity.parse(KINDS[kind]), precision)})
     for params, eos in product(PROCESSORS, ((), (2,))):
         options: dict[str, Any] = {"params": params, "length": gamma + 2, "eos_token_ids": eos}
         theirs = few.reference(**options)
         for verifier in VERIFIERS:
-            ours = few.law(draft=kind, gamma=gamma, verifier=verifier, **options)
+            ours = few.distribution(draft=kind, gamma=gamma, verifier=verifier, **options)
             assert total_variation(ours, theirs) < EXACT, (params, eos, verifier)
 
 
@@ -322,8 +321,8 @@ def test_a_planted_bug_is_seen(
     model, num_tokens = make_model(vocab_size=vocab_size), gamma + 2
     draft = hostile(model, make_model)
     options = {"params": PLAIN, "gamma": gamma, "max_new_tokens": num_tokens, "draft": draft}
-    ours = engine_law(model, **{**options, "verifier": "token", **planted_bug(draft)})
-    assert total_variation(ours, reference_law(model, PLAIN, num_tokens)) > VISIBLE
+    ours = engine_distribution(model, **{**options, "verifier": "token", **planted_bug(draft)})
+    assert total_variation(ours, reference_distribution(model, PLAIN, num_tokens)) > VISIBLE
 
 
 def test_without_a_bug_the_verifier_that_they_are_planted_in_is_right(
@@ -332,5 +331,5 @@ def test_without_a_bug_the_verifier_that_they_are_planted_in_is_right(
     model = make_model(vocab_size=3)
     draft = hostile(model, make_model)
     options = {"params": PLAIN, "gamma": 1, "max_new_tokens": 3, "draft": draft}
-    ours = engine_law(model, verifier=rebuilt_verifier, **options)
-    assert total_variation(ours, reference_law(model, PLAIN, 3)) < EXACT
+    ours = engine_distribution(model, verifier=rebuilt_verifier, **options)
+    assert total_variation(ours, reference_distribution(model, PLAIN, 3)) < EXACT

@@ -58,7 +58,7 @@ def test_counts_are_those_of_the_tokens_that_came_out(params: SamplingParams, ti
     assert 1 < (report.tau or 0) < 4
 
 
-def test_alpha_is_the_mean_overlap_of_the_laws_that_the_verifier_compared(
+def test_alpha_is_the_mean_overlap_of_the_distributions_that_the_verifier_compared(
     tiny_model: ElasticLM,
 ) -> None:
     overlaps: list[float] = []
@@ -78,7 +78,7 @@ def test_alpha_is_the_mean_overlap_of_the_laws_that_the_verifier_compared(
     assert 0.05 < (run.report.alpha or 0) < 0.95
 
 
-def test_first_drafted_tokens_are_kept_as_often_as_the_laws_overlap(tiny_model: ElasticLM) -> None:
+def test_first_drafted_tokens_are_kept_as_often_as_the_distributions_overlap(tiny_model: ElasticLM) -> None:
     overlaps: list[float] = []
     kept = 0
 

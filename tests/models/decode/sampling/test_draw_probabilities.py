@@ -14,9 +14,9 @@ from torch import Tensor
 
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import Random, SeededRandom
-from models.decode.sampling.samplers import VERIFIER_NAMES, Proposal, make_chooser
+from models.decode.sampling.samplers import VERIFIER_NAMES, Proposal, make_sampler
 from models.decode.sampling.verifiers import VERIFIERS, Verifier
-from models.verify.exact import Law, Output, chi_square
+from models.verify.exact import Distribution, Output, chi_square
 
 VOCAB_SIZE = 16
 GAMMA = 2
@@ -34,13 +34,13 @@ def laws() -> tuple[Tensor, Tensor]:
 def gamma_plus_one_tokens(verifier: str | Verifier, random: Random) -> list[int]:
     """A round as the engine runs it; if it ends early, plain decoding goes on."""
     p_TV, q_TV = laws()
-    chooser, proposal = make_chooser(WARM, random, verifier), Proposal([0])
+    sampler, proposal = make_sampler(WARM, random, verifier), Proposal([0])
     for q_V in q_TV:
-        chooser.draft(q_V.log(), proposal)
-    tokens = chooser.verify(p_TV.log(), proposal).kept
+        sampler.draft(q_V.log(), proposal)
+    tokens = sampler.verify(p_TV.log(), proposal).kept
     while len(tokens) <= GAMMA:
         rest = Proposal([0, *tokens])
-        tokens = [*tokens, *chooser.verify(p_TV[len(tokens), None].log(), rest).kept]
+        tokens = [*tokens, *sampler.verify(p_TV[len(tokens), None].log(), rest).kept]
     return tokens
 
 
@@ -52,12 +52,12 @@ def p_values(verifier: str | Verifier, num_trials: int) -> list[float]:
     for t in range(GAMMA):
         counts: Counter[Output] = Counter((tokens[t], tokens[t + 1]) for tokens in rounds)
         joint_VV = torch.outer(p_TV[t].double(), p_TV[t + 1].double())
-        law: Law = {
+        distribution: Distribution = {
             (first, second): float(joint_VV[first, second])
             for first in range(VOCAB_SIZE)
             for second in range(VOCAB_SIZE)
         }
-        found.append(chi_square(counts, law))
+        found.append(chi_square(counts, distribution))
     return found
 
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from models.base.errors import UsageError
 from models.decode.sampling import params as sampling
-from models.decode.sampling.params import SamplingParams, law, penalise
+from models.decode.sampling.params import SamplingParams, penalise, sampling_probs
 
 ROUNDING = 1e-9  # float64 sums of a few dozen probabilities
 FP32_ROUNDING = 1e-5  # float32 sums of a few hundred
@@ -34,8 +34,8 @@ def likeliest_first(probs_V: Tensor) -> list[int]:
 def test_top_k_keeps_the_k_likeliest_and_the_lower_id_among_equals(
     logits_V: Tensor, temperature: float, k: int
 ) -> None:
-    all_V = law(logits_V, SamplingParams(temperature=temperature))
-    ours_V = law(logits_V, SamplingParams(temperature=temperature, top_k=k))
+    all_V = sampling_probs(logits_V, SamplingParams(temperature=temperature))
+    ours_V = sampling_probs(logits_V, SamplingParams(temperature=temperature, top_k=k))
     kept = likeliest_first(all_V)[:k]
     theirs_V = torch.zeros_like(all_V)
     theirs_V[kept] = all_V[kept] / all_V[kept].sum()
@@ -46,8 +46,8 @@ def test_top_k_keeps_the_k_likeliest_and_the_lower_id_among_equals(
 def test_top_p_keeps_the_smallest_set_of_likeliest_tokens_that_reaches_p(
     logits_V: Tensor, temperature: float, k: int, p: float
 ) -> None:
-    before_V = law(logits_V, SamplingParams(temperature=temperature, top_k=k))
-    ours_V = law(logits_V, SamplingParams(temperature=temperature, top_k=k, top_p=p))
+    before_V = sampling_probs(logits_V, SamplingParams(temperature=temperature, top_k=k))
+    ours_V = sampling_probs(logits_V, SamplingParams(temperature=temperature, top_k=k, top_p=p))
     num_kept = int((ours_V > 0).sum())
     kept = likeliest_first(before_V)[:num_kept]
     assert sorted(kept) == ours_V.nonzero().flatten().tolist()
@@ -63,31 +63,33 @@ def test_a_nucleus_beyond_the_first_guess_is_found_by_sorting(
 ) -> None:
     logits_TV = torch.randn(3, 200)
     params = SamplingParams(temperature=temperature, top_p=0.9)
-    sorted_TV = law(logits_TV, params)
+    sorted_TV = sampling_probs(logits_TV, params)
     monkeypatch.setattr(sampling, "NUCLEUS_GUESS", 4)
-    torch.testing.assert_close(law(logits_TV, params), sorted_TV, rtol=0, atol=0)
+    torch.testing.assert_close(sampling_probs(logits_TV, params), sorted_TV, rtol=0, atol=0)
     assert int((sorted_TV > 0).sum(-1).min()) > 4
 
 
 def test_temperature_zero_is_certain_of_the_likeliest_token_with_the_lowest_id() -> None:
-    ours_TV = law(torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]]), SamplingParams(top_k=2, top_p=0.1))
+    ours_TV = sampling_probs(
+        torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]]), SamplingParams(top_k=2, top_p=0.1)
+    )
     assert ours_TV.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_rows_are_independent_of_each_other() -> None:
     logits_TV = torch.randn(5, 300)
     params = SamplingParams(temperature=0.9, top_k=50, top_p=0.8)
-    together_TV = law(logits_TV, params)
+    together_TV = sampling_probs(logits_TV, params)
     for logits_V, ours_V in zip(logits_TV, together_TV, strict=True):
-        torch.testing.assert_close(law(logits_V, params), ours_V, rtol=0, atol=0)
+        torch.testing.assert_close(sampling_probs(logits_V, params), ours_V, rtol=0, atol=0)
 
 
 @given(LOGITS, st.floats(0.3, 3), st.floats(0.01, 1))
 def test_min_p_keeps_the_tokens_within_this_factor_of_the_likeliest(
     logits_V: Tensor, temperature: float, p: float
 ) -> None:
-    all_V = law(logits_V, SamplingParams(temperature=temperature))
-    ours_V = law(logits_V, SamplingParams(temperature=temperature, min_p=p))
+    all_V = sampling_probs(logits_V, SamplingParams(temperature=temperature))
+    ours_V = sampling_probs(logits_V, SamplingParams(temperature=temperature, min_p=p))
     theirs_V = torch.where(all_V >= p * all_V.max(), all_V, 0.0)
     torch.testing.assert_close(ours_V, theirs_V / theirs_V.sum(), rtol=0, atol=ROUNDING)
 
@@ -131,7 +133,7 @@ def test_each_processor_is_that_of_transformers(name: str) -> None:
     theirs_TV = logits_TV.clone()
     for processor in processors:
         theirs_TV = processor(torch.tensor([context] * 50), theirs_TV)
-    ours_TV = law(penalise(logits_TV, params, context), params)
+    ours_TV = sampling_probs(penalise(logits_TV, params, context), params)
     torch.testing.assert_close(ours_TV, theirs_TV.softmax(-1), rtol=0, atol=FP32_ROUNDING)
     raw_TV = logits_TV.softmax(-1)
     assert (ours_TV - raw_TV).abs().max() > 0.01
@@ -146,19 +148,21 @@ def test_each_processor_is_that_of_transformers(name: str) -> None:
         (torch.float16, torch.float32),
     ],
 )
-def test_laws_are_in_float32_or_better_and_sum_to_one(given: torch.dtype, used: torch.dtype) -> None:
-    probs_TV = law(torch.randn(4, 500).to(given), SamplingParams(temperature=0.7, top_p=0.95))
+def test_distributions_are_in_float32_or_better_and_sum_to_one(given: torch.dtype, used: torch.dtype) -> None:
+    probs_TV = sampling_probs(torch.randn(4, 500).to(given), SamplingParams(temperature=0.7, top_p=0.95))
     assert probs_TV.dtype == used
     torch.testing.assert_close(probs_TV.sum(-1), torch.ones(4, dtype=used), rtol=0, atol=FP32_ROUNDING)
 
 
 def test_a_tiny_temperature_is_greedy_rather_than_infinite() -> None:
-    ours_V = law(torch.tensor([80.0, 79.0, -80.0]), SamplingParams(temperature=1e-38))
+    ours_V = sampling_probs(torch.tensor([80.0, 79.0, -80.0]), SamplingParams(temperature=1e-38))
     assert ours_V.tolist() == [1, 0, 0]
 
 
 def test_a_token_that_the_logits_forbid_is_never_kept() -> None:
-    ours_V = law(torch.tensor([0.0, -math.inf, 0.0]), SamplingParams(temperature=1.0, top_k=3, top_p=0.99))
+    ours_V = sampling_probs(
+        torch.tensor([0.0, -math.inf, 0.0]), SamplingParams(temperature=1.0, top_k=3, top_p=0.99)
+    )
     assert ours_V.tolist() == [0.5, 0, 0.5]
 
 

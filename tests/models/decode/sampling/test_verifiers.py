@@ -1,4 +1,4 @@
-"""Law 4 for the verifiers alone: any laws, also ones that no model gives, by exact enumeration."""
+"""Invariant 4 for the verifiers alone: any distributions, also such as no model gives, by enumeration."""
 
 import random as python_random
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from models.decode.sampling.rng import Random
 from models.decode.sampling.verifiers import VERIFIERS, residual
-from models.verify.exact import exact_law
+from models.verify.exact import exact_distribution
 
 Context = tuple[int, ...]
-Laws = Callable[[Context], Tensor]
+Distributions = Callable[[Context], Tensor]
 
 EXACT = 1e-12  # float64 sums over a few thousand branches
 
@@ -41,7 +41,7 @@ def half(salt: int, size: int) -> Tensor:
 
 
 # name -> (p, q) of a context, for a vocabulary of this size
-PAIRS: dict[str, Callable[[int], tuple[Laws, Laws]]] = {
+PAIRS: dict[str, Callable[[int], tuple[Distributions, Distributions]]] = {
     "different": lambda size: (lambda c: uneven(c, "p", size), lambda c: uneven(c, "qq", size)),
     "zeros in both": lambda size: (
         lambda c: with_zeros(c, "p", size),
@@ -64,7 +64,9 @@ PAIRS: dict[str, Callable[[int], tuple[Laws, Laws]]] = {
 }
 
 
-def draft_and_verify(verifier: str, p: Laws, q: Laws, gamma: int, random: Random) -> list[int]:
+def draft_and_verify(
+    verifier: str, p: Distributions, q: Distributions, gamma: int, random: Random
+) -> list[int]:
     drafted: list[int] = []
     for _ in range(gamma):
         drafted.append(random.draft(q(tuple(drafted))))
@@ -76,16 +78,16 @@ def draft_and_verify(verifier: str, p: Laws, q: Laws, gamma: int, random: Random
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(("gamma", "size"), [(1, 4), (2, 3), (3, 3), (4, 2)])
-def test_the_joint_law_of_gamma_plus_one_tokens_is_the_targets(
+def test_the_joint_distribution_of_gamma_plus_one_tokens_is_the_targets(
     verifier: str,
     pair: str,
     gamma: int,
     size: int,
 ) -> None:
     p, q = PAIRS[pair](size)
-    of_a_round = exact_law(lambda random: draft_and_verify(verifier, p, q, gamma, random))
+    of_a_round = exact_distribution(lambda random: draft_and_verify(verifier, p, q, gamma, random))
     for tokens in product(range(size), repeat=gamma + 1):
-        # The rounds that ended earlier go on by the target's law; later tokens are its own then.
+        # The rounds that ended earlier go on by the target's distribution; later tokens are its own then.
         ours = sum(
             weight * joint(p, tokens, start=len(kept))
             for kept, weight in of_a_round.items()
@@ -94,7 +96,7 @@ def test_the_joint_law_of_gamma_plus_one_tokens_is_the_targets(
         assert ours == pytest.approx(joint(p, tokens), abs=EXACT)
 
 
-def joint(p: Laws, tokens: Context, start: int = 0) -> float:
+def joint(p: Distributions, tokens: Context, start: int = 0) -> float:
     probability = 1.0
     for t in range(start, len(tokens)):
         probability *= float(p(tokens[:t])[tokens[t]])
@@ -106,8 +108,8 @@ def test_block_verification_never_keeps_fewer_tokens_in_expectation(pair: str) -
     p, q = PAIRS[pair](3)
     expected = {}
     for verifier in VERIFIERS:
-        law = exact_law(partial(draft_and_verify, verifier, p, q, 3))
-        expected[verifier] = sum(weight * len(kept) for kept, weight in law.items())
+        distribution = exact_distribution(partial(draft_and_verify, verifier, p, q, 3))
+        expected[verifier] = sum(weight * len(kept) for kept, weight in distribution.items())
     assert expected["block"] >= expected["token"] - EXACT
     if pair == "different":
         assert expected["block"] > expected["token"] + 1e-3
@@ -115,16 +117,16 @@ def test_block_verification_never_keeps_fewer_tokens_in_expectation(pair: str) -
 
 def test_the_first_drafted_token_is_accepted_with_the_overlap_of_the_laws() -> None:
     p, q = PAIRS["different"](4)
-    law = exact_law(lambda random: draft_and_verify("token", p, q, 1, random))
-    accepted = sum(weight for kept, weight in law.items() if len(kept) == 2)
+    distribution = exact_distribution(lambda random: draft_and_verify("token", p, q, 1, random))
+    accepted = sum(weight for kept, weight in distribution.items() if len(kept) == 2)
     assert accepted == pytest.approx(float(torch.minimum(p(()), q(())).sum()), abs=EXACT)
 
 
 def test_without_a_proposal_a_verifier_draws_from_the_target() -> None:
     p_TV = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
     for verify in VERIFIERS.values():
-        law = exact_law(partial(verify, p_TV, p_TV[:0], []))
-        assert law == pytest.approx({(0,): 0.2, (1,): 0.5, (2,): 0.3})
+        distribution = exact_distribution(partial(verify, p_TV, p_TV[:0], []))
+        assert distribution == pytest.approx({(0,): 0.2, (1,): 0.5, (2,): 0.3})
 
 
 def test_a_residual_without_mass_is_the_target_itself() -> None:

@@ -12,15 +12,38 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from models.decode.engine.costs import Costs
-from models.decode.engine.draft import Draft
+from models.decode.engine.draft import Draft, Prior
 from models.decode.engine.policy import NO_DRAFT, PLAIN, Round
-from models.decode.engine.state import State
-from models.decode.tune.controller import LOOKS, PURSE, SHARE, Arm, Controller
+from models.decode.engine.scheduler import Steps
+from models.decode.engine.state import Model, State
+from models.decode.sampling.samplers import Proposal, Sampler
+from models.decode.tune.controller import LOOKS, PURSE, SHARE, Controller
 from models.decode.tune.predict import MAX_GAMMA
 
 SECONDS = 0.004  # of a plain step
-NOBODY = cast("Draft", None)  # nothing is asked of it here
 NOWHERE = cast("State", None)
+
+ANY_PRIOR = Prior()
+
+
+@dataclass
+class Nobody:
+    """Proposes nothing; only its room is asked for."""
+
+    prior: Prior = ANY_PRIOR
+    num_room: int | None = None
+
+    def room(self, state: State) -> int | None:
+        return self.num_room
+
+    def check(self, target: Model) -> None:
+        """Never called, like the next two."""
+
+    def renew(self) -> Draft:
+        raise NotImplementedError
+
+    def propose(self, state: State, num_tokens: int, sampler: Sampler) -> Steps[Proposal]:
+        raise NotImplementedError
 
 
 class At(NamedTuple):
@@ -61,8 +84,8 @@ class World:
         return Costs(target, {name: SECONDS * step for name, step in self.steps.items()})
 
     def controller(self, *, known: bool, alpha: float = 0.85) -> Controller:
-        arms = [Arm(name=name, draft=NOBODY, alpha=alpha) for name in self.steps]
-        return Controller(arms, self.known() if known else None)
+        drafts = {name: Nobody(Prior(alpha)) for name in self.steps}
+        return Controller(drafts, self.known() if known else None)
 
     def play(self, controller: Controller, num_tokens: int) -> float:
         """Decode so many more tokens; the speed over plain decoding."""
@@ -222,16 +245,16 @@ def test_known_costs_and_acceptance_give_the_formulas_choice_at_once() -> None:
 
 def test_it_keeps_to_the_room_that_there_is() -> None:
     costs = World({"S": 0.0}, RATES["good"]).known()
-    arm = Arm(name="S", draft=NOBODY, alpha=0.95, step=0.0, room=lambda _: 2)
-    assert Controller([arm], costs).choose(NOWHERE, MAX_GAMMA).gamma == 2
-    assert Controller([arm], costs).choose(NOWHERE, 1).gamma == 1
-    assert Controller([arm], costs).choose(NOWHERE, 0) == PLAIN
-    nothing = Arm(name="S", draft=NOBODY, alpha=0.95, step=0.0, room=lambda _: 0)
-    assert Controller([nothing], costs).choose(NOWHERE, MAX_GAMMA) == PLAIN
+    two = {"S": Nobody(Prior(0.95, 0.0), num_room=2)}
+    assert Controller(two, costs).choose(NOWHERE, MAX_GAMMA).gamma == 2
+    assert Controller(two, costs).choose(NOWHERE, 1).gamma == 1
+    assert Controller(two, costs).choose(NOWHERE, 0) == PLAIN
+    nothing = {"S": Nobody(Prior(0.95, 0.0), num_room=0)}
+    assert Controller(nothing, costs).choose(NOWHERE, MAX_GAMMA) == PLAIN
 
 
 def test_without_a_draft_it_decodes_plainly() -> None:
-    controller = Controller([])
+    controller = Controller({})
     for _ in range(5):
         assert controller.choose(NOWHERE, MAX_GAMMA) == PLAIN
         controller.observe(Round(NO_DRAFT, 0, 0, 0.0, SECONDS))
@@ -249,7 +272,7 @@ def test_looks_that_find_nothing_become_rare(known: bool) -> None:
 
 def test_while_plain_decoding_is_best_it_hardly_thinks() -> None:
     """But a copy that becomes possible is thought of at once, and time and looks are accounted as ever."""
-    thoughts, room = 0, 0
+    thoughts = 0
 
     class Counting(Controller):
         def _ladder(self, *arguments: Any) -> list[Any]:
@@ -257,15 +280,15 @@ def test_while_plain_decoding_is_best_it_hardly_thinks() -> None:
             thoughts += 1
             return super()._ladder(*arguments)
 
-    copying = Arm(name="copy", draft=NOBODY, alpha=0.95, step=0.0, room=lambda _: room)
+    copying = Nobody(Prior(0.95, 0.0), num_room=0)
     world = World({"S": 0.2, "copy": 0.0}, lambda at: float(at.draft == "copy"))
-    controller = Counting([Arm(name="S", draft=NOBODY), copying], world.known())
+    controller = Counting({"S": Nobody(), "copy": copying}, world.known())
     world.play(controller, 600)
     thoughts, spent = 0, controller.spent
     world.play(controller, 400)
     assert thoughts < 2 * 40
     assert controller.spent - spent == pytest.approx(400, rel=0.02)
-    room = 4
+    copying.num_room = 4
     for _ in range(4):
         world.round(controller)
     assert world.rounds["copy", 4] >= 2, "another may be a look"

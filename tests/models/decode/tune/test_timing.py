@@ -8,7 +8,7 @@ import torch
 from models.decode.engine import engine
 from models.decode.engine.costs import DraftCosts, HostCosts
 from models.decode.sampling.params import SamplingParams
-from models.decode.sampling.samplers import Verdict
+from models.decode.sampling.samplers import Verification
 from models.decode.tune.timing import time_drafts, time_hosts, time_target
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
@@ -48,10 +48,10 @@ def test_a_first_drafted_token_may_cost_more_than_others() -> None:
     assert [DraftCosts(first=0.5, more=0.25)(gamma) for gamma in (1, 2)] == [0.5, 0.375]
 
 
-def test_the_hosts_share_is_timed_for_each_law_and_verifier(
+def test_the_hosts_share_is_timed_for_each_distribution_and_verifier(
     tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock counts laws that are made: gamma + 1 to judge gamma drafted tokens."""
+    """The clock counts distributions that are made: gamma + 1 to judge gamma drafted tokens."""
     made = 0.0
     real = torch.softmax
 
@@ -70,14 +70,14 @@ def test_the_hosts_share_is_timed_for_each_law_and_verifier(
 def test_what_the_engine_does_besides_is_part_of_every_round(
     tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that counts what is settled, and no pass or verdict."""
+    """By a clock that counts what is committed, and no pass or verification."""
     num_commits = 0
     real = engine.commit
 
-    def counting(request: Any, verdict: Verdict) -> list[engine.Token]:
+    def counting(request: Any, verification: Verification) -> list[engine.Token]:
         nonlocal num_commits
         num_commits += 1
-        return real(request, verdict)
+        return real(request, verification)
 
     monkeypatch.setattr("models.decode.engine.engine.commit", counting)
     kind = (SamplingParams(), "block")

@@ -1,4 +1,4 @@
-"""What a search found is found again, for the very model, dtype and kind of law that it is about."""
+"""What a search found is found again, for the very model, dtype and kind of distribution that it is about."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,9 @@ from models.decode.engine.draft import NestedDraft
 from models.decode.engine.state import Scorer
 from models.decode.engine.trimmed_head import FewTokens
 from models.decode.sampling.params import SamplingParams
+from models.decode.tune.draft_plan import DraftPlan, DraftSpec, Speed
 from models.decode.tune.resolve import choose_drafting
-from models.decode.tune.tuned import Found, find_draft, searched_path, write_searched
+from models.decode.tune.tuned import Plans, find_draft, searched_path, write_searched
 from models.elastic.model import ElasticLM
 from models.packed.quantize import PackedLM
 
@@ -26,16 +27,14 @@ def folder(tiny_model: ElasticLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return save_model(tmp_path / "model", tiny_model)
 
 
-def found(temperature: float, verifier: str = "block", draft: str = "layers=0") -> Found:
-    return Found(
-        temperature=temperature, verifier=verifier, draft=draft, vocabulary=(1, 5), gamma=3,
-        predicted=1.5, measured=None,
-    )  # fmt: skip
+def found(verifier: str = "block", draft: str = "layers=0") -> DraftPlan:
+    spec = DraftSpec.parse(draft, vocabulary=(1, 5))
+    return DraftPlan(spec=spec, gamma=3, verifier=verifier, speed=Speed(1.5))
 
 
-def keep(folder: Path, *choices: Found, dtype: str = "fp32") -> Path:
+def keep(folder: Path, plans: Plans, dtype: str = "fp32") -> Path:
     path = searched_path(folder, dtype)
-    write_searched(path, choices, {"note": "anything"})
+    write_searched(path, plans, {"note": "anything"})
     return path
 
 
@@ -44,36 +43,31 @@ def test_nothing_is_found_where_nothing_was_searched(folder: Path) -> None:
 
 
 def test_it_reads_what_was_written_for_this_dtype(folder: Path) -> None:
-    choice = found(0.0)
-    keep(folder, choice)
-    assert find_draft(folder, "fp32", GREEDY) == choice
+    keep(folder, {0.0: [found()]})
+    assert find_draft(folder, "fp32", GREEDY) == found()
     assert find_draft(folder, "bf16", GREEDY) is None
 
 
 def test_greedy_and_sampling_are_told_apart_and_the_nearest_temperature_is_taken(folder: Path) -> None:
-    keep(folder, found(0.0, draft="a"), found(0.5, draft="b"), found(1.0, draft="c"))
-    laws = {"a": GREEDY, "b": SamplingParams(temperature=0.1), "c": SamplingParams(temperature=0.8)}
-    for draft, params in laws.items():
-        choice = find_draft(folder, "fp32", params)
-        assert choice is not None
-        assert choice.draft == draft
-    keep(folder, found(0.0))
+    keep(folder, {0.0: [found(draft="a")], 0.5: [found(draft="b")], 1.0: [found(draft="c")]})
+    samplings = {"a": GREEDY, "b": SamplingParams(temperature=0.1), "c": SamplingParams(temperature=0.8)}
+    for draft, params in samplings.items():
+        assert find_draft(folder, "fp32", params) == found(draft=draft)
+    keep(folder, {0.0: [found()]})
     assert find_draft(folder, "fp32", WARM) is None
 
 
 def test_a_verifier_that_was_asked_for_is_kept_to_and_coupled_is_never_chosen_unasked(folder: Path) -> None:
-    keep(folder, found(1.0, "coupled", "a"), found(1.0, "token", "b"), found(1.0, "block", "c"))
-    asked = {"coupled": "a", "block": "c", None: "b"}
-    for verifier, draft in asked.items():
-        choice = find_draft(folder, "fp32", WARM, verifier)
-        assert choice is not None
-        assert choice.draft == draft
-    keep(folder, found(0.0, "block", "greedy"))
-    assert find_draft(folder, "fp32", GREEDY, "coupled") == found(0.0, "block", "greedy")
+    coupled, token, block = found("coupled", "a"), found("token", "b"), found("block", "c")
+    keep(folder, {1.0: [coupled, token, block]})
+    for verifier, plan in {"coupled": coupled, "block": block, None: token}.items():
+        assert find_draft(folder, "fp32", WARM, verifier) == plan
+    keep(folder, {0.0: [block]})
+    assert find_draft(folder, "fp32", GREEDY, "coupled") == block
 
 
 def test_other_weights_are_another_model(folder: Path, tiny_model: ElasticLM) -> None:
-    keep(folder, found(0.0))
+    keep(folder, {0.0: [found()]})
     tiny_model.model.norm.weight.data[0] += 1
     save_model(folder, tiny_model)
     assert find_draft(folder, "fp32", GREEDY) is None
@@ -83,7 +77,7 @@ def test_other_weights_are_another_model(folder: Path, tiny_model: ElasticLM) ->
 def test_a_damaged_file_is_told_and_counts_as_none(
     text: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keep(folder, found(0.0)).write_text(text)
+    keep(folder, {0.0: [found()]}).write_text(text)
     assert find_draft(folder, "fp32", GREEDY) is None
     assert "run nestling search again" in caplog.text
 
@@ -91,20 +85,20 @@ def test_a_damaged_file_is_told_and_counts_as_none(
 def test_what_is_timed_before_decoding_is_the_draft_that_was_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In its precision, with its part of the vocabulary, under the law that was asked for."""
+    """In its precision, with its part of the vocabulary, under the distribution that was asked for."""
     timed: list[Any] = []
 
-    def measure(_: ElasticLM, drafts: Mapping[str, Scorer], *law: Any) -> Costs:
-        timed.extend([*drafts.values(), law])
+    def measure(_: ElasticLM, drafts: Mapping[str, Scorer], *kind: Any) -> Costs:
+        timed.extend([*drafts.values(), kind])
         return Costs({1: 1.0}, dict.fromkeys(drafts, 0.1))
 
     monkeypatch.setattr("models.decode.tune.resolve.measure_costs", measure)
-    keep(folder, found(1.0, "token", "layers=0@int8"))
+    keep(folder, {1.0: [found("token", "layers=0@int8")]})
     opened = load_model(folder)
     drafting = choose_drafting(opened, "auto", None, WARM, dtype="fp32")
-    scorer, law = timed
+    scorer, kind = timed
     assert isinstance(scorer, FewTokens)
     assert isinstance(drafting.draft, NestedDraft)
     assert scorer is drafting.draft.scorer
     assert isinstance(scorer.model, PackedLM)
-    assert law == (WARM, "token")
+    assert kind == (WARM, "token")
