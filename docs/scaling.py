@@ -26,7 +26,7 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.objective.joint_loss import joint_loss
-from train.objective.sampler import StepPlan, Turn
+from train.objective.sampler import Slot, StepPlan
 from train.recipe.sections import LossConfig
 from train.run.fsdp import share_out
 
@@ -34,7 +34,7 @@ PAGE = Path(__file__).with_name("scaling.md")
 BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->"
 PROCESSES, ROWS, TOKENS = 2, 8, 64
 MEMBERS = {"S": Granularity.parse("ffn=0.25"), "D": Granularity.parse("layers=0-1"), "XL": FULL}
-PLAN = StepPlan(full=True, exits=("D",), turns=(Turn("S", range(2)),))
+PLAN = StepPlan(full=True, exits=("D",), slots=(Slot("S", range(2)),))
 CONFIG = ElasticConfig(
     vocab_size=1024,
     hidden_size=128,

@@ -58,8 +58,8 @@ NOTE = "<!-- generated from runs.json by `python docs/study.py`; do not edit -->
 COMMAND = "python docs/study.py --data data"
 INTRODUCTION = """\
 `configs/study.yaml` (1.1M parameters, 922,000 tokens), each time with one thing changed against `base`,
-which is the defaults but for its `exit_every` of 2 and losses that do not fade: the defaults are the row
-`exit_every 4, fade_to 0.1`. Means over the seeds; "against alone" is the mean and the standard error of the
+which is the defaults but for its `exit_stride` of 2 and losses that do not fade: the defaults are the row
+`exit_stride 4, fade_to 0.1`. Means over the seeds; "against alone" is the mean and the standard error of the
 paired differences in the full model's loss, in percent. Loss in nats per token of held-out text; alpha:
 expected acceptance of a drafted token, by the member's own keys and values or, "in place", by the full
 model's, as it decodes. `S alone` and `D alone` are models of that shape trained on the same tokens by
@@ -92,23 +92,23 @@ ARMS = (
     Arm("D alone", (*NO_FAMILY, SMALL["D"]), member="D"),
     Arm("S distilled", (*NO_FAMILY, SMALL["S"]), member="S", taught=True),
     Arm("D distilled", (*NO_FAMILY, SMALL["D"]), member="D", taught=True),
-    Arm("reweight 0.5", ("sampler.reweight=0.5",)),
-    Arm("exit_every 1", ("sampler.exit_every=1",)),
-    Arm("share 1/4", ("sampler.share=0.25",)),
+    Arm("weight_power 0.5", ("sampler.weight_power=0.5",)),
+    Arm("exit_stride 1", ("sampler.exit_stride=1",)),
+    Arm("row_fraction 1/4", ("sampler.row_fraction=0.25",)),
     Arm("cross_entropy", ("loss.divergence=cross_entropy",)),
     Arm("forward_kl", ("loss.divergence=forward_kl",)),
     Arm("kl_tv", ("loss.divergence=kl_tv",)),
     Arm("no ramp", ("loss.ramp_start=0", "loss.ramp_steps=0")),
     Arm("shared_cache 0", ("sampler.shared_cache=0",)),
-    Arm("rows_per_turn 1", ("sampler.rows_per_turn=1",)),
+    Arm("min_rows 1", ("sampler.min_rows=1",)),
     Arm("all members on all rows", ("sampler.kind=all",)),
-    Arm("exit_every 4", ("sampler.exit_every=4",)),
+    Arm("exit_stride 4", ("sampler.exit_stride=4",)),
     Arm("shared_cache 1", ("sampler.shared_cache=1",)),
-    Arm("exit_every 4, fade_to 0.25", ("sampler.exit_every=4", "loss.fade_to=0.25")),
-    Arm("exit_every 4, fade_to 0.1", ("sampler.exit_every=4", "loss.fade_to=0.1")),
+    Arm("exit_stride 4, fade_to 0.25", ("sampler.exit_stride=4", "loss.fade_to=0.25")),
+    Arm("exit_stride 4, fade_to 0.1", ("sampler.exit_stride=4", "loss.fade_to=0.1")),
 )
 FIRST = 14
-"""So many arms get all their seeds before the others get their first."""
+"""The number of arms that get all their seeds before the others get their first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from models.decode.tune.resolve import Drafting, nested_drafting
 from models.elastic.view import View
 from train.commands.console import family_table
 from train.commands.export import extract_and_prove
-from train.recipe.recipe import Recipe, load_recipe
+from train.recipe.recipe import Recipe, load_recipe, load_saved_recipe
 from train.recipe.shipped import CONFIGS
 from train.run.fit import fit
 from train.run.run_folder import RECIPE_FILE
@@ -82,7 +82,7 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
 def _was_interrupted(recipe: Recipe, out: Path) -> bool:
     """Whether a run of this very recipe waits there to go on."""
     try:
-        return not (out / "model").exists() and load_recipe([out / RECIPE_FILE]) == recipe
+        return not (out / "model").exists() and load_saved_recipe(out / RECIPE_FILE) == recipe
     except NestlingError:  # no recipe there, or one of another release
         return False
 

@@ -47,5 +47,5 @@ def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:
     # An exit costs the vocabulary head; the pass under it is the full model's own.
     head = 2 * config.hidden_size * config.vocab_size * length
     full = num_rows * forward(FULL_NAME) * (3 if plan.full else 1)
-    exits = 3 * num_rows * head * len(plan.exits) // plan.exit_every
-    return full + exits + sum(3 * len(turn.rows) * forward(turn.name) for turn in plan.turns)
+    exits = 3 * num_rows * head * len(plan.exits) // plan.exit_stride
+    return full + exits + sum(3 * len(slot.rows) * forward(slot.name) for slot in plan.slots)

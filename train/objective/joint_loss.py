@@ -13,7 +13,7 @@ one.
 
 Sums over tokens, divided once by the number of valid tokens of the whole optimizer step: splitting
 the step into micro-batches changes nothing. A member that trains on a share of the step is weighed by
-its turn (train/objective/sampler.py).
+its slot (train/objective/sampler.py).
 
 N places (positions of all rows, one row after the other), B rows, T positions, D model, V vocabulary,
 M learners.
@@ -33,7 +33,7 @@ from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.objective.chunked_loss import rows_of_a_piece, sum_by_pieces
 from train.objective.losses import cross_entropy, member_loss, ramp
-from train.objective.sampler import StepPlan, Turn
+from train.objective.sampler import Slot, StepPlan
 from train.recipe.sections import LossConfig
 
 
@@ -88,12 +88,12 @@ def joint_loss(
     """
     full = next(name for name, granularity in members.items() if granularity == FULL)
     depths = {name: len(members[name].layers or ()) for name in plan.exits}
-    turns = [_part_here(turn, batch) for turn in plan.turns if _is_here(turn, batch)]
+    slots = [_part_here(slot, batch) for slot in plan.slots if _is_here(slot, batch)]
     num_positions = batch.tokens_BT.shape[1]
-    assert num_positions % plan.exit_every == 0, (num_positions, plan.exit_every)
+    assert num_positions % plan.exit_stride == 0, (num_positions, plan.exit_stride)
     places = range(batch.tokens_BT.numel())
 
-    recording = Recording() if any(turn.shift is not None for turn, _ in turns) else None
+    recording = Recording() if any(slot.shift is not None for slot, _ in slots) else None
     with torch.set_grad_enabled(torch.is_grad_enabled() and plan.full):
         *states, last_BTD = model.states(
             batch.tokens_BT, FULL, recording, exits=tuple(sorted(set(depths.values())))
@@ -102,14 +102,14 @@ def joint_loss(
 
     learners = [_Learner(full, last_BTD.flatten(0, 1), places, float(plan.full))]
     for name, depth in depths.items():
-        some = places[plan.exit_offset :: plan.exit_every]
-        states_ND = by_depth[depth].flatten(0, 1)[plan.exit_offset :: plan.exit_every]
+        some = places[plan.exit_offset :: plan.exit_stride]
+        states_ND = by_depth[depth].flatten(0, 1)[plan.exit_offset :: plan.exit_stride]
         learners.append(_Learner(name, states_ND, some, plan.exit_weight))
-    for turn, rows in turns:
-        memory = _memory(recording, rows, num_positions, turn, block)
-        states_BTD = model.states(batch.tokens_BT[rows], members[turn.name], memory)[-1]
+    for slot, rows in slots:
+        memory = _memory(recording, rows, num_positions, slot, block)
+        states_BTD = model.states(batch.tokens_BT[rows], members[slot.name], memory)[-1]
         some = places[rows.start * num_positions : rows.stop * num_positions]
-        learners.append(_Learner(turn.name, states_BTD.flatten(0, 1), some, turn.weight))
+        learners.append(_Learner(slot.name, states_BTD.flatten(0, 1), some, slot.weight))
     lesson = None
     if teacher is not None and plan.full and ramp(batch.step, config) > 0:
         with torch.no_grad():
@@ -176,15 +176,15 @@ def _overlap(places: range, span: range) -> range:
     return part or range(span.start, span.start)
 
 
-def _is_here(turn: Turn, batch: Batch) -> bool:
-    """Whether the micro-batch has rows of the turn, in this process or another."""
+def _is_here(slot: Slot, batch: Batch) -> bool:
+    """Whether the micro-batch has rows of the slot, in this process or another."""
     start = batch.first_row - batch.first_row % batch.stride
     stop = start + batch.tokens_BT.shape[0] * batch.stride
-    return turn.rows.start < stop and start < turn.rows.stop
+    return slot.rows.start < stop and start < slot.rows.stop
 
 
-def _part_here(turn: Turn, batch: Batch) -> tuple[Turn, slice]:
-    """The turn and its rows of the step as rows of this process.
+def _part_here(slot: Slot, batch: Batch) -> tuple[Slot, slice]:
+    """The slot and its rows of the step as rows of this process.
 
     A process that has none of them runs one row with weight 0: processes that share out a model's
     weights must all run the same layers, and they wait for the slowest one anyway.
@@ -192,18 +192,18 @@ def _part_here(turn: Turn, batch: Batch) -> tuple[Turn, slice]:
     num_here = batch.tokens_BT.shape[0]
     first, last = (
         min(max(-((batch.first_row - place) // batch.stride), 0), num_here)
-        for place in (turn.rows.start, turn.rows.stop)
+        for place in (slot.rows.start, slot.rows.stop)
     )
     if first == last:
-        return dataclasses.replace(turn, weight=0.0), slice(0, 1)
-    return turn, slice(first, last)
+        return dataclasses.replace(slot, weight=0.0), slice(0, 1)
+    return slot, slice(first, last)
 
 
 def _memory(
-    recording: Recording | None, rows: slice, num_positions: int, turn: Turn, block: int
+    recording: Recording | None, rows: slice, num_positions: int, slot: Slot, block: int
 ) -> SharedPrefix | None:
-    if turn.shift is None or recording is None:
+    if slot.shift is None or recording is None:
         return None
-    starts_T = block_starts(num_positions, block, turn.shift)
+    starts_T = block_starts(num_positions, block, slot.shift)
     device = next(iter(recording.layers.values()))[0].device
     return SharedPrefix(recording.rows(rows), starts_T.to(device))

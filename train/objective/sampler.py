@@ -21,7 +21,7 @@ from train.recipe.sections import SamplerConfig
 
 
 @dataclass(frozen=True)
-class Turn:
+class Slot:
     """One member's part of a step.
 
     Args:
@@ -45,16 +45,16 @@ class StepPlan:
     Args:
         full: whether the full model's own loss is trained.
         exits: members that train from the full pass's states.
-        turns: members that run a pass of their own.
-        exit_every: exits train at one position of so many in every row; it divides the row.
+        slots: members that run a pass of their own.
+        exit_stride: exits train at one position of so many in every row; it divides the row.
         exit_offset: the first of these positions.
         exit_weight: factor of an exit's summed loss.
     """
 
     full: bool
     exits: tuple[str, ...]
-    turns: tuple[Turn, ...]
-    exit_every: int = 1
+    slots: tuple[Slot, ...]
+    exit_stride: int = 1
     exit_offset: int = 0
     exit_weight: float = 1.0
 
@@ -82,11 +82,13 @@ def plan_step(
     ... )
     >>> texts = {"S": "ffn=0.25", "D": "layers=0-1", "XL": "full"}
     >>> plans = {name: Granularity.parse(text).resolve(shape) for name, text in texts.items()}
-    >>> config = SamplerConfig(kind="rows", share=0.5, reweight=0.5, shared_cache=0.0, exit_every=4)
+    >>> config = SamplerConfig(
+    ...     kind="rows", row_fraction=0.5, weight_power=0.5, shared_cache=0.0, exit_stride=4
+    ... )
     >>> plan = plan_step(plans, config, seed=0, step=0, num_rows=8)
-    >>> plan.turns
-    (Turn(name='S', rows=range(0, 4), weight=1.4142135623730951, shift=None),)
-    >>> plan.exits, plan.exit_every, plan.exit_weight
+    >>> plan.slots
+    (Slot(name='S', rows=range(0, 4), weight=1.4142135623730951, shift=None),)
+    >>> plan.exits, plan.exit_stride, plan.exit_weight
     (('D',), 4, 2.0)
     """
     rng = random.Random(f"members {seed} {step}")
@@ -98,8 +100,8 @@ def plan_step(
         weights = [(config.probabilities or {}).get(name, 0.0) for name in names]
         chosen = rng.choices(names, weights if any(weights) else None)[0]
         if chosen == full:
-            return StepPlan(full=True, exits=(), turns=())
-        return StepPlan(full=False, exits=(), turns=(_turn(chosen, everyone, num_rows, config, rng, weight),))
+            return StepPlan(full=True, exits=(), slots=())
+        return StepPlan(full=False, exits=(), slots=(_slot(chosen, everyone, num_rows, config, rng, weight),))
     if config.kind == "sandwich":
         others.sort(key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
         picked = rng.sample(others[1:], min(config.num_random, len(others[1:])))
@@ -108,28 +110,28 @@ def plan_step(
     narrow = [name for name in others if name not in exits]
     shares = dict.fromkeys(narrow, everyone)
     if config.kind == "rows":
-        size = min(config.rows_per_turn, num_rows)
-        takers = _whose_turn(narrow, config.share * num_rows / size, seed, step)
+        size = min(config.min_rows, num_rows)
+        takers = _whose_slots(narrow, config.row_fraction * num_rows / size, seed, step)
         shares = _divide(takers, size, num_rows)
-    turns = tuple(_turn(name, rows, num_rows, config, rng, weight) for name, rows in shares.items())
-    every = config.exit_every if config.kind == "rows" else 1
+    slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in shares.items())
+    every = config.exit_stride if config.kind == "rows" else 1
     return StepPlan(
         full=True,
         exits=exits,
-        turns=turns,
-        exit_every=every,
+        slots=slots,
+        exit_stride=every,
         exit_offset=rng.randrange(every),
-        exit_weight=weight * every**config.reweight,
+        exit_weight=weight * every**config.weight_power,
     )
 
 
-def _whose_turn(names: list[str], turns_per_step: float, seed: int, step: int) -> list[str]:
-    """The members whose turn comes in a step, one name for each turn; with less than one a step, often none.
+def _whose_slots(names: list[str], slots_per_step: float, seed: int, step: int) -> list[str]:
+    """The members whose slot comes in a step, one name for each slot; with less than one a step, often none.
 
-    Of as many turns as there are members each has one, in an order that is drawn anew every time: in a
+    Of as many slots as there are members each has one, in an order that is drawn anew every time: in a
     fixed one, every n-th step, which the log tells of, might show the same member for ever.
     """
-    first, last = (math.floor(count * turns_per_step) for count in (step, step + 1))
+    first, last = (math.floor(count * slots_per_step) for count in (step, step + 1))
     found = []
     for number in range(first, last if names else first):
         cycle, place = divmod(number, len(names))
@@ -138,7 +140,7 @@ def _whose_turn(names: list[str], turns_per_step: float, seed: int, step: int) -
 
 
 def _divide(takers: list[str], size: int, num_rows: int) -> dict[str, range]:
-    """Hand out the step's rows, `size` a turn and those of a member side by side."""
+    """Hand out the step's rows, `size` a slot and those of a member side by side."""
     shares, first = {}, 0
     for name, count in Counter(takers).items():
         shares[name] = range(first, min(first + count * size, num_rows))
@@ -146,9 +148,9 @@ def _divide(takers: list[str], size: int, num_rows: int) -> dict[str, range]:
     return shares
 
 
-def _turn(
+def _slot(
     name: str, rows: range, num_rows: int, config: SamplerConfig, rng: random.Random, weight: float
-) -> Turn:
+) -> Slot:
     """Weigh a member's rows and draw how it reads.
 
     The sum over n of N rows has 1/N of a full sum's gradient noise for each row, so a factor of
@@ -157,5 +159,5 @@ def _turn(
     """
     shared = rng.random() < config.shared_cache
     shift = rng.randrange(config.block)
-    weight *= (num_rows / len(rows)) ** config.reweight
-    return Turn(name, rows, weight, shift if shared else None)
+    weight *= (num_rows / len(rows)) ** config.weight_power
+    return Slot(name, rows, weight, shift if shared else None)

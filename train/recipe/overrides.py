@@ -30,11 +30,25 @@ class Given:
     origin: str = ""
 
 
-def load(section: type[S], configs: Sequence[Path], overrides: Sequence[str]) -> S:
+def load(
+    section: type[S],
+    configs: Sequence[Path],
+    overrides: Sequence[str],
+    *,
+    renamed: Mapping[str, str],
+    saved: bool = False,
+) -> S:
     """Make a section from its defaults, then the files, then the overrides (see `pair_overrides`).
 
     A table of free names (a family) in a file replaces the whole table before it; an override changes
     one entry, and `null` removes one.
+
+    Args:
+        section: The section to make.
+        configs: YAML files, each of which wins over those before it.
+        overrides: Words of the command line.
+        renamed: The new key of each setting that had another one in an earlier release.
+        saved: Whether the files were written by `save`, maybe of an earlier release: old keys are read.
 
     Raises:
         UsageError: one line for each key that is unknown and each value that does not fit.
@@ -42,9 +56,9 @@ def load(section: type[S], configs: Sequence[Path], overrides: Sequence[str]) ->
     from omegaconf import OmegaConf
 
     takes = {row.key: row.type for row in help_rows(section)}
-    given = _given(takes, configs, overrides)
+    given = _given(takes, configs, overrides, renamed if saved else {})
     unknown = [key for key in given if key not in takes and key.rpartition(".")[0] not in _tables(takes)]
-    problems = [_unknown(takes, key, given.pop(key)) for key in unknown]
+    problems = [_unknown(takes, key, given.pop(key), renamed.get(key)) for key in unknown]
     try:
         config = OmegaConf.create(TypeAdapter(section).dump_python(section(), mode="json"))
         for key, one in given.items():
@@ -93,12 +107,14 @@ def pair_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key, text
 
 
-def _given(takes: Mapping[str, str], configs: Sequence[Path], overrides: Sequence[str]) -> dict[str, Given]:
+def _given(
+    takes: Mapping[str, str], configs: Sequence[Path], overrides: Sequence[str], renamed: Mapping[str, str]
+) -> dict[str, Given]:
     """What files and overrides say, by dotted key, in the order in which it is merged."""
     given: dict[str, Given] = {}
     for path in configs:
         for key, value in _leaves(takes, _read_yaml(path)):
-            given[key] = Given(value, show(value), f" in {path}")
+            given[renamed.get(key, key)] = Given(value, show(value), f" in {path}")
     for key, text in pair_overrides(overrides):
         given.pop(key, None)  # the last word on the command line is merged last
         given[key] = Given(_parse_yaml(text), text)
@@ -146,8 +162,10 @@ def _unfit(takes: Mapping[str, str], key: str, given: Mapping[str, Given]) -> st
     return f"{key}={show(given[key].text)}{given[key].origin}: expected {expected}"
 
 
-def _unknown(takes: Mapping[str, str], key: str, given: Given) -> str:
+def _unknown(takes: Mapping[str, str], key: str, given: Given, new: str | None) -> str:
     shown = f"{key}={show(given.text)}{given.origin}"
+    if new:
+        return f"{shown}: is now called {new}"
     inside = [known for known in takes if known.startswith(f"{key}.")]
     if inside:
         return f"{shown}: is a section; set its keys, as in {inside[0]}"

@@ -37,6 +37,13 @@ FULL_NAME = "XL"
 """The full model's name in every family."""
 NO_NAMES = frozenset({"auto", "full", "hostile", "none", *DRAFTERS})
 """Names of drafts and granularities that no member may take."""
+RENAMED = {
+    "sampler.share": "sampler.row_fraction",
+    "sampler.rows_per_turn": "sampler.min_rows",
+    "sampler.exit_every": "sampler.exit_stride",
+    "sampler.reweight": "sampler.weight_power",
+}
+"""The new key of each setting that an earlier release called otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -113,7 +120,16 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     >>> load_recipe(overrides=["seed=3", "--trainer.max_steps", "10"]).trainer.max_steps
     10
     """
-    return load(Recipe, configs, overrides)
+    return load(Recipe, configs, overrides, renamed=RENAMED)
+
+
+def load_saved_recipe(path: Path) -> Recipe:
+    """Read the recipe.yaml of a run, which an earlier release may have written.
+
+    Raises:
+        UsageError: one line for each thing that is wrong.
+    """
+    return load(Recipe, [path], [], renamed=RENAMED, saved=True)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -151,10 +167,10 @@ def _family_problems(recipe: Recipe) -> list[str]:
 
 def _sampler_problems(recipe: Recipe) -> list[str]:
     sampler, names = recipe.sampler, {*recipe.family, FULL_NAME}
-    if recipe.data.sequence_length % sampler.exit_every:
+    if recipe.data.sequence_length % sampler.exit_stride:
         length = recipe.data.sequence_length
-        fits = max(every for every in range(1, sampler.exit_every) if length % every == 0)
-        shown = f"sampler.exit_every={sampler.exit_every}"
+        fits = max(every for every in range(1, sampler.exit_stride) if length % every == 0)
+        shown = f"sampler.exit_stride={sampler.exit_stride}"
         return [f"{shown}: it must divide data.sequence_length={length}; set it to {fits}"]
     if sampler.probabilities is None:
         return []

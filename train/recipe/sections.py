@@ -73,18 +73,18 @@ class SamplerConfig:
     kind: Literal["rows", "all", "random", "sandwich"] = "rows"
     """rows: the full model trains on every row, members on some of them; all: every member on every row;
     random: one member a step; sandwich: the full model, the smallest member and random ones."""
-    share: Annotated[float, Field(gt=0, le=1)] = 0.0625
+    row_fraction: Annotated[float, Field(gt=0, le=1)] = 0.0625
     """Fraction of a batch's rows (kind rows) that the members other than layer prefixes divide among
     them."""
-    rows_per_turn: Count = 4
-    """Rows that such a member collects (kind rows) to train on them in one step, which is faster than one
+    min_rows: Count = 4
+    """Rows that such a member waits for (kind rows) to train on them in one step, which is faster than one
     row in each step."""
-    exit_every: Count = 4
+    exit_stride: Count = 4
     """Distance between the positions (kind rows) at which an early exit, a member that is a prefix of the
     layers at full width, is trained; each position costs a vocabulary head."""
-    reweight: Fraction = 0.0
-    """A member on n of N rows or positions (kind rows) counts (N/n)**reweight times: 0 sums tokens, 1 is the
-    member's mean, 0.5 lets it add as much gradient noise as the full model does."""
+    weight_power: Fraction = 0.0
+    """A member on n of N rows or positions (kind rows) counts (N/n)**weight_power times: 0 sums tokens, 1 is
+    the member's mean, 0.5 lets it add as much gradient noise as the full model does."""
     shared_cache: Fraction = 0.5
     """Fraction of a member's rows trained on the full model's keys and values, as a draft decodes."""
     block: Count = 5

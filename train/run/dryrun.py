@@ -112,11 +112,11 @@ def estimate_run(
         shards=devices if trainer.strategy == "fsdp" else 1,
         compiled=card.gpu is None and library("train_ops") is not None,
     )
-    busiest = max(plans, key=lambda plan: len(plan.turns))
+    busiest = max(plans, key=lambda plan: len(plan.slots))
     traffic = count_step_traffic(
         config,
         shared_out=trainer.strategy == "fsdp",
-        passes=[FULL, *(recipe.granularities[turn.name] for turn in busiest.turns)],
+        passes=[FULL, *(recipe.granularities[slot.name] for slot in busiest.slots)],
         micro_batches=trainer.accumulate_grad_batches,
     )
     return Estimate(
@@ -140,10 +140,10 @@ def _largest_shares(plans: list[StepPlan], recipe: Recipe) -> list[tuple[Granula
     members, batch_size = recipe.granularities, recipe.trainer.batch_size
     shares: dict[str, float] = {}
     for plan in plans:
-        shares |= dict.fromkeys(plan.exits, 1 / plan.exit_every)
-        for turn in plan.turns:
-            share = min(len(turn.rows), batch_size) / batch_size
-            shares[turn.name] = max(shares.get(turn.name, 0.0), share)
+        shares |= dict.fromkeys(plan.exits, 1 / plan.exit_stride)
+        for slot in plan.slots:
+            share = min(len(slot.rows), batch_size) / batch_size
+            shares[slot.name] = max(shares.get(slot.name, 0.0), share)
     return [(members[name], share) for name, share in shares.items()]
 
 

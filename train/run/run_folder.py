@@ -11,7 +11,7 @@ from rich.console import Console
 from models.base.errors import NestlingError, UsageError
 from models.base.files import check_replaceable, make_folder, read_json, remove_folder, sweep, write_json
 from train.data.module import TextData
-from train.recipe.recipe import Recipe, load_recipe, save_recipe
+from train.recipe.recipe import Recipe, load_saved_recipe, save_recipe
 from train.run.module import JointModule
 from train.run.state import TrainingState, drop_old_states, load_state, newest_state
 from train.run.teacher import Teacher
@@ -30,7 +30,7 @@ def find_state(
     if resume == "never":
         return None
     if (out / RECIPE_FILE).is_file():
-        _check_same(recipe, load_recipe([out / RECIPE_FILE], []), out)
+        _check_same(recipe, load_saved_recipe(out / RECIPE_FILE), out)
         _check_same_teacher(teacher, out)
     if resume != "auto":
         return load_state(Path(resume))

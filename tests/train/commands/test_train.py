@@ -21,7 +21,7 @@ Fails = Callable[..., str]
         (["model.hiden_size=64"], "did you mean model.hidden_size?"),
         (["--model.hiden_size", "64"], "did you mean model.hidden_size?"),
         (["trainer.max_steps=many"], "trainer.max_steps=many: expected whole number"),
-        (["sampler.share=1.5"], "sampler.share=1.5"),
+        (["sampler.row_fraction=1.5"], "sampler.row_fraction=1.5"),
         (["loss.divergence=euclid"], "loss.divergence=euclid"),
         (["family.S=ffn=2"], "ffn=2"),
         (["family.S=heads=0.3"], "heads=0.3"),

@@ -28,16 +28,16 @@ def plan(kind: str, step: int = 0, num_rows: int = 16, **settings: object) -> St
 
 @given(
     step=st.integers(0, 10**6),
-    turns=st.integers(1, 16),
+    slots=st.integers(1, 16),
     size=st.integers(1, 8),
     share=st.floats(0.05, 1.0),
 )
-def test_rows_hands_out_the_share_without_overlap(step: int, turns: int, size: int, share: float) -> None:
-    num_rows = turns * size
-    made = plan("rows", step, num_rows, share=share, rows_per_turn=size)
-    rows = [row for turn in made.turns for row in turn.rows]
+def test_rows_hands_out_the_share_without_overlap(step: int, slots: int, size: int, share: float) -> None:
+    num_rows = slots * size
+    made = plan("rows", step, num_rows, row_fraction=share, min_rows=size)
+    rows = [row for slot in made.slots for row in slot.rows]
     assert abs(len(rows) - share * num_rows) < size
-    assert {len(turn.rows) % size for turn in made.turns} <= {0}
+    assert {len(slot.rows) % size for slot in made.slots} <= {0}
     assert len(rows) == len(set(rows))
     assert set(rows) <= set(range(num_rows))
     assert made.full
@@ -45,42 +45,44 @@ def test_rows_hands_out_the_share_without_overlap(step: int, turns: int, size: i
 
 
 def test_less_than_a_row_a_step_is_none_in_some_steps() -> None:
-    plans = [plan("rows", s, num_rows=4, share=0.125, rows_per_turn=1) for s in range(8)]
-    assert [sum(len(turn.rows) for turn in made.turns) for made in plans] == [0, 1] * 4
+    plans = [plan("rows", s, num_rows=4, row_fraction=0.125, min_rows=1) for s in range(8)]
+    assert [sum(len(slot.rows) for slot in made.slots) for made in plans] == [0, 1] * 4
 
 
 def test_a_member_waits_until_its_rows_have_come_together() -> None:
-    plans = [plan("rows", step, share=1 / 16, rows_per_turn=4) for step in range(24)]
-    turns = [[(turn.name, len(turn.rows)) for turn in made.turns] for made in plans]
-    names, counts = zip(*(turn for step in turns for turn in step), strict=True)
+    plans = [plan("rows", step, row_fraction=1 / 16, min_rows=4) for step in range(24)]
+    slots = [[(slot.name, len(slot.rows)) for slot in made.slots] for made in plans]
+    names, counts = zip(*(slot for step in slots for slot in step), strict=True)
     assert set(counts) == {4}
     assert [sorted(names[:3]), sorted(names[3:])] == [["L", "M", "S"]] * 2
-    assert [bool(step) for step in turns] == [False, False, False, True] * 6
+    assert [bool(step) for step in slots] == [False, False, False, True] * 6
 
 
 def test_no_stride_of_steps_sees_the_same_member_for_ever() -> None:
     for stride in (4, 8, 12, 20):
-        plans = [plan("rows", step, share=1 / 16, rows_per_turn=4) for step in range(3, 60 * stride, stride)]
-        assert {turn.name for made in plans for turn in made.turns} == {"S", "M", "L"}, stride
+        plans = [
+            plan("rows", step, row_fraction=1 / 16, min_rows=4) for step in range(3, 60 * stride, stride)
+        ]
+        assert {slot.name for made in plans for slot in made.slots} == {"S", "M", "L"}, stride
 
 
 def test_a_turn_is_at_most_a_whole_step() -> None:
-    plans = [plan("rows", step, num_rows=2, share=0.5, rows_per_turn=8) for step in range(6)]
-    assert [[len(turn.rows) for turn in made.turns] for made in plans] == [[], [2]] * 3
+    plans = [plan("rows", step, num_rows=2, row_fraction=0.5, min_rows=8) for step in range(6)]
+    assert [[len(slot.rows) for slot in made.slots] for made in plans] == [[], [2]] * 3
 
 
 def test_with_fewer_rows_than_members_each_gets_its_turn() -> None:
     counts = Counter(
-        turn.name
+        slot.name
         for step in range(30)
-        for turn in plan("rows", step, num_rows=4, share=0.25, rows_per_turn=1).turns
+        for slot in plan("rows", step, num_rows=4, row_fraction=0.25, min_rows=1).slots
     )
     assert counts == {"S": 10, "M": 10, "L": 10}
 
 
 def test_all_trains_everyone_on_every_row() -> None:
     made = plan("all")
-    assert {turn.name: turn.rows for turn in made.turns} == dict.fromkeys("SML", range(16))
+    assert {slot.name: slot.rows for slot in made.slots} == dict.fromkeys("SML", range(16))
     assert made.exits == ("D",)
     assert made.full
 
@@ -90,14 +92,14 @@ def test_random_follows_its_probabilities() -> None:
     counts: Counter[str] = Counter()
     for step in range(2000):
         made = plan("random", step, probabilities={"S": 0.5, "XL": 0.25, "D": 0.25})
-        assert made.full == (not made.turns)
-        counts[made.turns[0].name if made.turns else "XL"] += 1
+        assert made.full == (not made.slots)
+        counts[made.slots[0].name if made.slots else "XL"] += 1
     assert set(counts) == {"S", "XL", "D"}
     assert abs(counts["S"] - 1000) < 5 * (2000 * 0.25) ** 0.5
 
 
 def test_random_without_probabilities_is_uniform_over_all_members() -> None:
-    names = {made.turns[0].name if made.turns else "XL" for made in (plan("random", s) for s in range(200))}
+    names = {made.slots[0].name if made.slots else "XL" for made in (plan("random", s) for s in range(200))}
     assert names == set(PLANS)
 
 
@@ -105,7 +107,7 @@ def test_sandwich_trains_the_full_model_the_smallest_member_and_random_ones() ->
     seen = set()
     for step in range(50):
         made = plan("sandwich", step, num_random=1)
-        names = [*made.exits, *(turn.name for turn in made.turns)]
+        names = [*made.exits, *(slot.name for slot in made.slots)]
         assert made.full
         assert "S" in names
         assert len(names) == 2
@@ -114,23 +116,23 @@ def test_sandwich_trains_the_full_model_the_smallest_member_and_random_ones() ->
 
 
 def test_exits_learn_at_a_share_of_the_positions_and_every_position_has_its_turn() -> None:
-    plans = [plan("rows", step, exit_every=4, reweight=0.5) for step in range(100)]
-    assert {made.exit_every for made in plans} == {4}
+    plans = [plan("rows", step, exit_stride=4, weight_power=0.5) for step in range(100)]
+    assert {made.exit_stride for made in plans} == {4}
     assert {made.exit_weight for made in plans} == {2.0}
     assert {made.exit_offset for made in plans} == {0, 1, 2, 3}
-    assert plan("all", exit_every=4).exit_every == 1
+    assert plan("all", exit_stride=4).exit_stride == 1
 
 
 @pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
 def test_members_losses_have_a_common_weight_besides_their_own(kind: str) -> None:
-    config = SamplerConfig(kind=kind, reweight=0.5, exit_every=4)  # type: ignore[arg-type]
+    config = SamplerConfig(kind=kind, weight_power=0.5, exit_stride=4)  # type: ignore[arg-type]
     for step in range(8):
         whole, faded = (
             plan_step(PLANS, config, seed=0, step=step, num_rows=16, weight=weight) for weight in (1.0, 0.25)
         )
         assert faded.full == whole.full
         assert not whole.exits or faded.exit_weight == whole.exit_weight / 4
-        assert [turn.weight for turn in faded.turns] == [turn.weight / 4 for turn in whole.turns]
+        assert [slot.weight for slot in faded.slots] == [slot.weight / 4 for slot in whole.slots]
 
 
 @pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
@@ -142,7 +144,7 @@ def test_a_plan_is_a_function_of_seed_and_step(kind: str) -> None:
 
 def test_the_shared_cache_gets_its_share_of_turns() -> None:
     """3 members x 1,000 steps; 5 sigma."""
-    plans = [plan("rows", step, share=0.25, shared_cache=0.5, rows_per_turn=1) for step in range(1000)]
-    shared = sum(turn.shift is not None for made in plans for turn in made.turns)
+    plans = [plan("rows", step, row_fraction=0.25, shared_cache=0.5, min_rows=1) for step in range(1000)]
+    shared = sum(slot.shift is not None for made in plans for slot in made.slots)
     assert abs(shared - 1500) < 5 * (3000 * 0.25) ** 0.5
-    assert all(turn.shift is None for turn in plan("rows", shared_cache=0.0).turns)
+    assert all(slot.shift is None for slot in plan("rows", shared_cache=0.0).slots)

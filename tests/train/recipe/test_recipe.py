@@ -14,7 +14,14 @@ from models.base.errors import UsageError
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
-from train.recipe.recipe import Recipe, load_recipe, recipe_help, save_recipe
+from train.recipe.recipe import (
+    RENAMED,
+    Recipe,
+    load_recipe,
+    load_saved_recipe,
+    recipe_help,
+    save_recipe,
+)
 from train.recipe.sections import DataConfig, LossConfig, OptimConfig, SamplerConfig, TrackingConfig
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -135,6 +142,17 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_one(override: str, nea
     assert nearest in message
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_key_is_refused_with_its_new_name_but_read_from_a_finished_run(
+    old: str, new: str, write: Any
+) -> None:
+    assert refusal(f"{old}=1") == f"{old}=1: is now called {new}"
+    section, _, name = new.partition(".")
+    path = write(f"{section}:\n  {old.partition('.')[2]}: 1\n")
+    assert refusal(configs=(path,)) == f"{old}=1 in {path}: is now called {new}"
+    assert getattr(getattr(load_saved_recipe(path), section), name) == 1
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -147,8 +165,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_one(override: str, nea
         ("optim.lr=nan", "number in (0, inf)"),
         ("optim.betas=[0.9]", "list of 2"),
         ("optim.betas=[0.9, 1.0]", "[0, 1)"),
-        ("sampler.share=0", "(0, 1]"),
-        ("sampler.share=1.1", "(0, 1]"),
+        ("sampler.row_fraction=0", "(0, 1]"),
+        ("sampler.row_fraction=1.1", "(0, 1]"),
         ("sampler.kind=some", "rows, all, random, sandwich"),
         ("loss.divergence=kl", "forward_kl, reverse_kl"),
         ("model.qk_norm=3", "true or false"),
@@ -243,7 +261,7 @@ RECIPES = st.builds(
         st.from_regex(r"[A-Za-z0-9_]{1,4}", fullmatch=True).filter(lambda name: name != "XL"),
         st.sampled_from(["ffn=0.5", "layers=0:3:5", "ffn=1:0.5,layers=0-1", "heads=0.25"]),
     ),
-    sampler=st.builds(SamplerConfig, share=st.floats(0.01, 1.0)),
+    sampler=st.builds(SamplerConfig, row_fraction=st.floats(0.01, 1.0)),
     data=st.builds(DataConfig, source=TEXT, valid=st.none() | TEXT, separator=TEXT),
     optim=st.builds(
         OptimConfig, lr=st.floats(1e-12, 1e3), betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))
@@ -275,7 +293,7 @@ def test_every_setting_has_a_row_of_help() -> None:
     rows = recipe_help()
     assert [row.key for row in rows] == keys(asdict(Recipe()))
     assert all(row.help and row.type and row.default for row in rows)
-    share = next(row for row in rows if row.key == "sampler.share")
+    share = next(row for row in rows if row.key == "sampler.row_fraction")
     assert (share.type, share.default) == ("number in (0, 1]", "0.0625")
 
 
@@ -327,5 +345,5 @@ def test_the_table_in_a_recipe_is_true(path: Path) -> None:
 
 
 def test_exits_learn_at_the_same_positions_of_every_row() -> None:
-    with pytest.raises(UsageError, match=r"exit_every=4: .* data.sequence_length=30; set it to 3"):
-        load_recipe(overrides=["data.sequence_length=30", "sampler.exit_every=4"])
+    with pytest.raises(UsageError, match=r"exit_stride=4: .* data.sequence_length=30; set it to 3"):
+        load_recipe(overrides=["data.sequence_length=30", "sampler.exit_stride=4"])

@@ -40,16 +40,16 @@ def test_every_member_on_every_row_costs_three_passes_each(card: MachineCard) ->
 
 
 def test_a_member_on_a_share_of_the_rows_costs_that_share(card: MachineCard) -> None:
-    cost = step_flops(card, "sampler.kind=rows", "sampler.share=0.25")
+    cost = step_flops(card, "sampler.kind=rows", "sampler.row_fraction=0.25")
     assert cost == 3 * (forward("full") + forward("ffn=0.25") / 4)
 
 
 def test_a_prefix_of_the_layers_costs_a_head(card: MachineCard) -> None:
     one = recipe()
     head = 2 * one.model.hidden_size * one.data.vocab_size * ROWS * LENGTH
-    everywhere = step_flops(card, "family={D: layers=0-1}", "sampler.exit_every=1")
+    everywhere = step_flops(card, "family={D: layers=0-1}", "sampler.exit_stride=1")
     assert everywhere == 3 * (forward("full") + head)
-    at_some = step_flops(card, "family={D: layers=0-1}", "sampler.exit_every=4")
+    at_some = step_flops(card, "family={D: layers=0-1}", "sampler.exit_stride=4")
     assert at_some == 3 * forward("full") + 3 * head // 4
 
 
@@ -71,8 +71,8 @@ def test_a_teacher_costs_a_pass_of_its_own_where_the_full_model_learns(card: Mac
 
 
 def test_accumulation_takes_time_and_no_memory(card: MachineCard) -> None:
-    once = recipe("sampler.share=0.25")
-    twice = recipe("sampler.share=0.25", "trainer.accumulate_grad_batches=2")
+    once = recipe("sampler.row_fraction=0.25")
+    twice = recipe("sampler.row_fraction=0.25", "trainer.accumulate_grad_batches=2")
     config = once.elastic_config()
     ours, theirs = estimate_run(once, config, card), estimate_run(twice, config, card)
     assert ours.tokens == 10 * ROWS * LENGTH
