@@ -29,7 +29,8 @@ from train.commands.generate import generate
 from train.commands.machine import machine
 from train.commands.report import report
 from train.commands.search import search
-from train.commands.train import PASS_ON, TrainCommand, train
+from train.commands.train import PASS_ON, train
+from train.commands.train_help import TrainCommand
 from train.commands.verify import verify
 
 INTERRUPTED = 130

@@ -47,12 +47,20 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert "\x1b" not in out, "colours where there is no terminal"
 
 
-def test_the_help_of_train_lists_every_recipe_key(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_the_help_of_train_shows_three_dials_and_with_help_all_every_recipe_key(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from train.recipe.recipe import recipe_help
 
-    main(["train", "--help"])
+    keys = [row.key for row in recipe_help()]
+    main([command, "--help"])
     out = capsys.readouterr().out
-    assert [row.key for row in recipe_help() if row.key not in out] == []
+    assert [dial for dial in ("size=", "tokens=", "members=", "--help-all") if dial not in out] == []
+    assert len([key for key in keys if "." in key and key in out]) <= 1, "distill names loss.teacher"
+    assert main([command, "--help-all"]) == 0
+    out = capsys.readouterr().out
+    assert [key for key in keys if key not in out] == []
 
 
 @pytest.mark.parametrize("command", ["distill", "search", "serve", "plan"])

@@ -28,7 +28,7 @@ def distill(
 ) -> int:
     """Train a family, or one model, that learns from a trained one: train with loss.teacher=TEACHER.
 
-    Recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE.
+    Dials and recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE.
     """
     if not teacher.is_dir():
         raise UsageError(f"TEACHER {teacher} is no folder; give a model folder first, then recipe keys")

@@ -1,6 +1,7 @@
 """`nestling train`: one run, a whole family; see train/run/fit.py.
 
-Recipe keys are given as `a.b=value`, `--a.b=value` or `--a.b value`, in any order and next to the flags.
+Dials and recipe keys are given as `a.b=value`, `--a.b=value` or `--a.b value`, in any order and next to the
+flags.
 """
 
 import dataclasses
@@ -8,35 +9,18 @@ import datetime
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from models.base.errors import UsageError
 from train.commands.common import ConfigOption, check_file
 from train.commands.console import family_table, make_console
+from train.commands.train_help import HELP_ALL
 
 if TYPE_CHECKING:
     from train.recipe.recipe import Recipe
-
-
-class TrainCommand(typer.core.TyperCommand):
-    """Its help goes on with every recipe key."""
-
-    def format_help(self, *arguments: Any) -> None:
-        """Print the flags, then the keys."""
-        super().format_help(*arguments)
-        from train.recipe.recipe import recipe_help
-
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in ("recipe key", "default", "takes", "what it is"):
-            table.add_column(column, no_wrap=column == "recipe key", overflow="fold")
-        for row in recipe_help():
-            table.add_row(*(escape(text) for text in (row.key, row.default, row.type, row.help)))
-        make_console().print(table)
 
 
 # Whatever is no flag of ours is a recipe key.
@@ -49,7 +33,7 @@ ResumeOption = Annotated[
     str, typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on from.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and make nothing.")]
-FLAGS = ("--config", "--out", "--resume", "--dry-run", "--help")
+FLAGS = ("--config", "--out", "--resume", "--dry-run", "--help", HELP_ALL)
 
 
 def train(
@@ -60,7 +44,7 @@ def train(
     resume: ResumeOption = "auto",
     dry_run: DryRunOption = False,
 ) -> int:
-    """Train a family. Recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE."""
+    """Train a family. Dials and recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE."""
     return run_training(context.args, config or [], out, resume=resume, dry_run=dry_run)
 
 
@@ -115,9 +99,10 @@ def check_flags(words: Sequence[str]) -> None:
     Traceback (most recent call last):
     models.base.errors.UsageError: --dryrun is not a flag; did you mean --dry-run?
     """
+    from train.recipe.dials import DIALS
     from train.recipe.recipe import Recipe
 
-    keys = {field.name for field in dataclasses.fields(Recipe)}
+    keys = {*DIALS, *(field.name for field in dataclasses.fields(Recipe))}
     for word in words:
         name = word.partition("=")[0]
         if not name.startswith("--") or "." in name or name.removeprefix("--") in keys:

@@ -7,7 +7,7 @@ refused with the nearest right one, wrong values with what was expected; all of 
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ def load(
     overrides: Sequence[str],
     *,
     renamed: Mapping[str, str],
+    dials: Collection[str] = (),
     saved: bool = False,
 ) -> S:
     """Make a section from its defaults, then the files, then the overrides (see `pair_overrides`).
@@ -48,6 +49,7 @@ def load(
         configs: YAML files, each of which wins over those before it.
         overrides: Words of the command line.
         renamed: The new key of each setting that had another one in an earlier release.
+        dials: Names that are no settings, but that the command line takes.
         saved: Whether the files were written by `save`, maybe of an earlier release: old keys are read.
 
     Raises:
@@ -58,7 +60,7 @@ def load(
     takes = {row.key: row.type for row in help_rows(section)}
     given = _given(takes, configs, overrides, renamed if saved else {})
     unknown = [key for key in given if key not in takes and key.rpartition(".")[0] not in _tables(takes)]
-    problems = [_unknown(takes, key, given.pop(key), renamed.get(key)) for key in unknown]
+    problems = [_unknown(takes, key, given.pop(key), renamed, dials) for key in unknown]
     try:
         config = OmegaConf.create(TypeAdapter(section).dump_python(section(), mode="json"))
         for key, one in given.items():
@@ -162,19 +164,25 @@ def _unfit(takes: Mapping[str, str], key: str, given: Mapping[str, Given]) -> st
     return f"{key}={show(given[key].text)}{given[key].origin}: expected {expected}"
 
 
-def _unknown(takes: Mapping[str, str], key: str, given: Given, new: str | None) -> str:
+def _unknown(
+    takes: Mapping[str, str], key: str, given: Given, renamed: Mapping[str, str], dials: Collection[str]
+) -> str:
     shown = f"{key}={show(given.text)}{given.origin}"
-    if new:
-        return f"{shown}: is now called {new}"
+    if key in renamed:
+        return f"{shown}: is now called {renamed[key]}"
+    if key in dials:
+        return f"{shown}: is a dial; give it on the command line"
     inside = [known for known in takes if known.startswith(f"{key}.")]
     if inside:
         return f"{shown}: is a section; set its keys, as in {inside[0]}"
-    by_name = {known.rpartition(".")[2]: known for known in reversed(list(takes))}
+    by_name = {known.rpartition(".")[2]: known for known in reversed([*dials, *takes])}
     group, _, last = key.rpartition(".")
     name = difflib.get_close_matches(last, by_name, 1)
     near = difflib.get_close_matches(key, takes, 1, 0.8) or [by_name[one] for one in name]
     siblings = [known.rpartition(".")[2] for known in takes if group and known.startswith(f"{group}.")]
-    others = f"{group} has {', '.join(siblings)}" if siblings else "`nestling train --help` lists all keys"
+    others = (
+        f"{group} has {', '.join(siblings)}" if siblings else "`nestling train --help-all` lists all keys"
+    )
     return f"{shown}: is not a setting; {f'did you mean {near[0]}?' if near else others}"
 
 

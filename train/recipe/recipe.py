@@ -19,6 +19,7 @@ from models.base.errors import NestlingError, UsageError
 from models.decode.engine.drafters import DRAFTERS
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
+from train.recipe.dials import DIALS, overrides_of, schedule_of, split_dials
 from train.recipe.overrides import load, save
 from train.recipe.sections import (
     DataConfig,
@@ -112,7 +113,7 @@ class Recipe:
 
 
 def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: defaults <- YAML files, in order <- `a.b=c`, `--a.b=c` or `--a.b c` overrides.
+    """Read a recipe: defaults <- YAML files, in order <- dials <- `a.b=c`, `--a.b=c` or `--a.b c` overrides.
 
     Raises:
         UsageError: one line for each thing that is wrong.
@@ -120,7 +121,13 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     >>> load_recipe(overrides=["seed=3", "--trainer.max_steps", "10"]).trainer.max_steps
     10
     """
-    return load(Recipe, configs, overrides, renamed=RENAMED)
+    dials, words = split_dials(overrides)
+    words = [*overrides_of(dials), *words]
+    recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS)
+    if "tokens" in dials:  # whose number of steps depends on what the others say
+        words = [*schedule_of(dials["tokens"], recipe.trainer, recipe.data), *words]
+        recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS)
+    return recipe
 
 
 def load_saved_recipe(path: Path) -> Recipe:

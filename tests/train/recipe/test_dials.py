@@ -1,0 +1,64 @@
+"""The three dials set other settings, below what the command line says of those and above the files."""
+
+from pathlib import Path
+
+import pytest
+
+from models.base.errors import UsageError
+from models.elastic.count import count_parameters
+from train.recipe.dials import DIALS, MEMBERS, SIZES
+from train.recipe.recipe import Recipe, load_recipe
+
+
+def test_the_defaults_are_what_the_help_says() -> None:
+    assert load_recipe(overrides=["tokens=8.192M", "members=light"]) == Recipe()
+    assert DIALS["members"].default == "light"
+    assert count_parameters(Recipe().elastic_config()) == pytest.approx(7e6, rel=0.05)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_has_the_parameters_that_it_is_called_after(size: str) -> None:
+    config = load_recipe(overrides=[f"size={size}"]).elastic_config()
+    assert count_parameters(config) == pytest.approx(float(size.removesuffix("M")) * 1e6, rel=0.12)
+
+
+@pytest.mark.parametrize("members", MEMBERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_family_fits_every_size(size: str, members: str) -> None:
+    recipe = load_recipe(overrides=["--size", size, f"--members={members}", "tokens=1M"])
+    for granularity in recipe.granularities.values():
+        granularity.resolve(recipe.elastic_config())
+
+
+def test_tokens_set_the_schedule_by_what_a_step_holds() -> None:
+    recipe = load_recipe(overrides=["tokens=1e6", "trainer.batch_size=50", "data.sequence_length=200"])
+    assert recipe.trainer.max_steps == 100
+    assert (recipe.optim.warmup_steps, recipe.loss.ramp_start, recipe.loss.ramp_steps) == (5, 10, 40)
+    assert load_recipe(overrides=["tokens=1"]).trainer.max_steps == 1
+
+
+def test_dials_win_over_files_and_keys_win_over_dials_wherever_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {hidden_size: 64, qk_norm: true}\n")
+    recipe = load_recipe([path], ["model.num_hidden_layers=5", "size=8M"])
+    assert (recipe.model.hidden_size, recipe.model.qk_norm) == (256, True)
+    assert recipe.model.num_hidden_layers == 5
+    assert load_recipe([path], ["optim.warmup_steps=3", "tokens=2M"]).optim.warmup_steps == 3
+
+
+def test_wrong_values_are_all_named_with_what_a_dial_takes() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(overrides=["size=3M", "tokens=0", "members=heavy"])
+    size, tokens, members = str(caught.value).splitlines()
+    assert size == "size=3M: expected 1M, 8M, 17M, 52M, 100M"
+    assert tokens == "tokens=0: expected number, as in 8M"
+    assert members == "members=heavy: expected light, even, draft"
+
+
+def test_a_mistyped_dial_and_one_in_a_file_are_told_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="token=8M: is not a setting; did you mean tokens"):
+        load_recipe(overrides=["token=8M"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text("size: 8M\n")
+    with pytest.raises(UsageError, match=r"^size=8M in .*: is a dial; give it on the command line$"):
+        load_recipe([path])

@@ -1,0 +1,127 @@
+"""Three dials, which set the other settings: how large, how long, and what the members are for.
+
+    nestling train size=17M tokens=8M members=draft
+
+They stand between the files and the other keys of the command line: defaults <- files <- dials <- keys.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from models.base.errors import UsageError
+from train.recipe.overrides import pair_overrides
+from train.recipe.sections import DataConfig, TrainerConfig
+
+SIZES = {
+    "1M": "width=128 ffn=512 layers=4 heads=4 kv=2 vocabulary=1024 lr=2e-3",
+    "8M": "width=256 ffn=1024 layers=7 heads=8 kv=4 vocabulary=4096 lr=1.5e-3",
+    "17M": "width=256 ffn=1024 layers=16 heads=8 kv=4 vocabulary=4096 lr=1.5e-3",
+    "52M": "width=512 ffn=1536 layers=16 heads=8 kv=4 vocabulary=4096 lr=1e-3",
+    "100M": "width=768 ffn=2048 layers=12 heads=12 kv=4 vocabulary=32768 lr=6e-4",
+}
+"""Shapes of the full model by its parameters."""
+KEYS = {
+    "width": "model.hidden_size",
+    "ffn": "model.intermediate_size",
+    "layers": "model.num_hidden_layers",
+    "heads": "model.num_attention_heads",
+    "kv": "model.num_key_value_heads",
+    "vocabulary": "data.vocab_size",
+    "lr": "optim.lr",
+}
+
+# What each costs and brings is measured in docs/results/study.
+MEMBERS: Mapping[str, Sequence[str]] = {
+    "light": ("sampler.row_fraction=0.0625", "sampler.exit_stride=4", "loss.fade_to=0.1"),
+    "even": ("sampler.row_fraction=0.25", "sampler.exit_stride=2", "loss.fade_to=1.0"),
+    "draft": ("family={D: layers=0-1, E: layers=0}", "sampler.exit_stride=1", "loss.fade_to=1.0"),
+}
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A dial's values, its default, and what it does, for the help."""
+
+    values: str
+    default: str
+    help: str
+
+
+DIALS = {
+    "size": Dial(
+        "|".join(SIZES), "about 7M", "Parameters of the full model; sets its shape and learning rate."
+    ),
+    "tokens": Dial(
+        "number, as in 8M",
+        "8.2M",
+        "Tokens to train on; sets the steps and all that follows from them. --dry-run tells the time.",
+    ),
+    "members": Dial(
+        "|".join(MEMBERS),
+        "light",
+        "Purpose of the smaller models. light: they cost the full model almost nothing; even: they train on "
+        "four times the text; draft: the first layers alone, for speculative decoding.",
+    ),
+}
+
+
+def split_dials(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Separate the dials from the other keys.
+
+    Raises:
+        UsageError: one line for each value that a dial does not have.
+
+    >>> split_dials(["--size", "8M", "seed=1"])
+    ({'size': '8M'}, ['seed=1'])
+    """
+    pairs = list(pair_overrides(words))
+    dials = {key: text for key, text in pairs if key in DIALS}
+    problems = [
+        f"{key}={text}: expected {DIALS[key].values.replace('|', ', ')}"
+        for key, text in dials.items()
+        if not (_count(text) if key == "tokens" else text in DIALS[key].values.split("|"))
+    ]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return dials, [f"{key}={text}" for key, text in pairs if key not in DIALS]
+
+
+def overrides_of(dials: Mapping[str, str]) -> Iterator[str]:
+    """Yield what `size` and `members` set, as overrides.
+
+    >>> list(overrides_of({"size": "8M"}))[:2]
+    ['model.hidden_size=256', 'model.intermediate_size=1024']
+    """
+    if "size" in dials:
+        for word in SIZES[dials["size"]].split():
+            name, _, value = word.partition("=")
+            yield f"{KEYS[name]}={value}"
+    yield from MEMBERS[dials["members"]] if "members" in dials else ()
+
+
+def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[str]:
+    """Return what `tokens` sets: a run of this length in the proportions of the default one.
+
+    >>> schedule_of("8.192M", TrainerConfig(), DataConfig())[:2]
+    ['trainer.max_steps=2000', 'trainer.val_check_interval=250']
+    """
+    steps = max(1, round(_count(tokens) / (trainer.rows_per_step * data.sequence_length)))
+    return [
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={max(1, steps // 8)}",
+        f"trainer.checkpoint_every={max(1, steps // 4)}",
+        f"optim.warmup_steps={steps // 20}",
+        f"loss.ramp_start={steps // 10}",
+        f"loss.ramp_steps={steps * 2 // 5}",
+    ]
+
+
+def _count(text: str) -> float:
+    """A number with its unit, 0 if it is not one.
+
+    >>> _count("8M"), _count("1.5B"), _count("200000"), _count("many")
+    (8000000.0, 1500000000.0, 200000.0, 0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kMB]?)", text)
+    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]] if found else 0
