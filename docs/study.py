@@ -26,6 +26,8 @@ from rich.console import Console
 
 from models.base.errors import NestlingError
 from models.base.files import make_folder, read_json, write_json
+from models.base.numbers import NOTHING
+from models.base.table import Table
 from models.checkpoint.folder import ModelFolder, load_model
 from models.elastic.granularity import FULL
 from models.elastic.view import View
@@ -33,9 +35,9 @@ from models.machine.provenance import make_card
 from models.measure.consistency import compare_views, evaluate_shared_alpha
 from train.data.module import TextData
 from train.recipe.recipe import FULL_NAME, Recipe, load_recipe
-from train.report.results import bring_up_to_date, markdown, not_current
+from train.report.results import bring_up_to_date, not_current
 from train.report.style import INK, Chart, styled, to_svg
-from train.report.tables import NOTHING, Table, flatten
+from train.report.tables import flatten
 from train.run.fit import fit, training_precision
 
 ROOT = Path(__file__).parents[1]
@@ -237,10 +239,10 @@ def files(study: Mapping[str, Any]) -> dict[Path, str]:
         parts += [
             f"## {corpus}",
             f"![full model's loss and alpha]({corpus}.svg)",
-            markdown(table(runs, corpus)),
+            table(runs, corpus).to_markdown(),
         ]
     card = Table(("card", ""), tuple(flatten(study["card"]).items()), num_labels=2)
-    parts += [f"Trained and measured by\n\n```\n{study['command']}\n```", markdown(card)]
+    parts += [f"Trained and measured by\n\n```\n{study['command']}\n```", card.to_markdown()]
     page = {RESULTS / "README.md": "\n\n".join(parts) + "\n"}
     return page | {RESULTS / f"{corpus}.svg": to_svg(picture(runs, corpus)) for corpus in seen}
 

@@ -203,6 +203,21 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def utf8_path(path: str | Path) -> Iterator[Path]:
+    """Yield a path that libraries in Rust take: the same, or a link to it if it is not UTF-8."""
+    path = Path(path)
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / "link"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
+
+
 def sync(path: Path) -> None:
     """Force a file or a folder's names to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import naming, read_json, write_folder, write_json
+from models.base.files import naming, read_json, write_folder, write_json, write_text
 from models.checkpoint.family import FAMILY_FILE, Member, read_family, write_family
 from models.checkpoint.huggingface_config import (
     SPELLING,
@@ -150,7 +150,7 @@ def _read_tokenizer(path: Path, config: ElasticConfig) -> Tokenizer | None:
     if not path.is_file():
         return None
     try:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        tokenizer: Tokenizer = Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
         raise NestlingError(
             f"{path} is not a tokenizer ({error}); restore it, or write the folder again"
@@ -169,7 +169,7 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ElasticConfig, what: str) ->
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ElasticConfig) -> None:
-    tokenizer.save(str(folder / TOKENIZER))
+    write_text(folder / TOKENIZER, tokenizer.to_str(pretty=True))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,

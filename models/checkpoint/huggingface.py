@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from models.base.errors import NestlingError
+from models.base.files import utf8_path
 from models.checkpoint.huggingface_config import config_from_hugging_face, config_to_hugging_face
 from models.checkpoint.weights import EMBEDDING, HEAD, dtype_name, model_from, weights_of
 from models.elastic.model import ElasticLM
@@ -65,9 +66,10 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        with utf8_path(path) as spelled:
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                spelled, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
     finally:
         if shows_progress:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.base.errors import NestlingError
-from models.base.files import read_json
+from models.base.files import read_json, utf8_path
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.model import ElasticLM
@@ -130,7 +130,8 @@ def _shards(index: Path) -> list[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with utf8_path(path) as spelled:
+            return load_file(spelled)
     except FileNotFoundError:
         raise NestlingError(f"{path} is missing; restore it, or write the folder again") from None
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import read_json, write_json
+from models.base.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class TextTokenizer:
 
     def save(self, folder: Path, *, model_max_length: int | None = None) -> None:
         """Write `tokenizer.json` and a `tokenizer_config.json` that `AutoTokenizer` loads."""
-        self.backend.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.eos_token,
@@ -131,7 +131,7 @@ def load_tokenizer(source: str, *, key: str = "data.tokenizer") -> TextTokenizer
 
 def _from_file(path: Path, source: str, key: str) -> TextTokenizer:
     try:
-        backend: Tokenizer = Tokenizer.from_file(str(path))
+        backend: Tokenizer = Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
         reason = " ".join(str(error).split())
         raise NestlingError(f"{key}={source!r}: {path} is not a tokenizer ({reason})") from None

@@ -17,11 +17,11 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from models.base.errors import NestlingError
+from models.base.progress import progress_bar
 from train.data.cache import build_once, content_key
 from train.data.corpus import Corpus, open_corpus, take_documents
 from train.data.documents import PIECE_CHARS, is_validation, split_into_pieces
 from train.data.pack import Rows
-from train.data.progress import progress_bar
 from train.data.stream import Stream, StreamWriter, stream_dtype
 from train.data.tokenizer import TextTokenizer
 
@@ -79,9 +79,13 @@ def tokenise(
     def build(partial: Path) -> dict[str, Any]:
         documents = take_documents(corpus, max_documents)
         total = None if max_documents else corpus.num_bytes
-        with progress_bar("tokenising", total, console) as advance:
+        with progress_bar("tokenizing", total and total / 1e6, console=console, unit=" MB") as bar:
             counts = write_streams(
-                partial, documents, tokenizer, valid_fraction=valid_fraction, advance=advance
+                partial,
+                documents,
+                tokenizer,
+                valid_fraction=valid_fraction,
+                advance=lambda chars: bar.advance(chars / 1e6),
             )
         if counts["num_documents"] == 0:
             raise no_text(key, corpus.source)

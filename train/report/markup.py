@@ -8,7 +8,6 @@ from typing import Any
 from train.report.figures import Figure
 from train.report.samples import Comparison
 from train.report.style import Key, styled
-from train.report.tables import Table
 
 GLYPHS = {
     "circle": '<circle cx="7" cy="7" r="4.5"/>',
@@ -59,18 +58,6 @@ def legend(key: Key) -> str:
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
-def table(content: Table, emphasis: str | None = None) -> str:
-    """A table that scrolls by itself where it is too wide; the row that starts with `emphasis` is bold."""
-    if not content.rows:
-        return ""
-    kinds = ["label" if place < content.num_labels else "number" for place in range(len(content.header))]
-    head = "".join(
-        f'<th class="{kind}">{escape(cell)}</th>' for kind, cell in zip(kinds, content.header, strict=True)
-    )
-    body = "".join(_row(row, kinds, strong=row[0] == emphasis) for row in content.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def facts(values: Mapping[str, str]) -> str:
     """The few figures that a reader looks for first."""
     tiles = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
@@ -100,12 +87,3 @@ def embedded(value: Any) -> str:
     '{"prompt": "\\u003c/script>"}'
     """
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-
-
-def _row(cells: Sequence[str], kinds: Sequence[str], *, strong: bool) -> str:
-    tag = '<tr class="strong">' if strong else "<tr>"
-    return (
-        tag
-        + "".join(f'<td class="{k}">{escape(c)}</td>' for k, c in zip(kinds, cells, strict=True))
-        + "</tr>"
-    )

@@ -19,10 +19,10 @@ from typing import Any
 
 from models.base.errors import NestlingError
 from models.base.files import read_json
+from models.base.numbers import NOTHING
+from models.base.table import Table
 from models.checkpoint.family import Member
 from train.report.tables import (
-    NOTHING,
-    Table,
     brief_speed_table,
     family_table,
     flatten,
@@ -134,21 +134,6 @@ def fill_readme(text: str, results: Mapping[str, Result]) -> str:
     return BLOCK.sub(block, text)
 
 
-def markdown(table: Table) -> str:
-    """The table in Markdown, numbers to the right.
-
-    >>> print(markdown(Table(("member", "loss"), (("S", "2.010"), ("XL", "1.770")))))
-    | member | loss |
-    |---|---:|
-    | S | 2.010 |
-    | XL | 1.770 |
-    """
-    rule = ["---" if place < table.num_labels else "---:" for place in range(len(table.header))]
-    rows = [table.header, *table.rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
-
-
 def _files(root: Path, result: Result) -> dict[Path, str]:
     from train.report.charts import family_chart
     from train.report.style import to_svg
@@ -167,7 +152,7 @@ def _page(result: Result) -> str:
         f"# {result.title}",
         *_tables(result, Path()),
         f"Measured by\n\n```\n{result.command}\n```",
-        markdown(card),
+        card.to_markdown(),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -193,10 +178,10 @@ def _picture(result: Result, folder: Path) -> list[str]:
 def _tables(result: Result, folder: Path) -> list[str]:
     parts = _picture(result, folder)
     if result.members:
-        parts.append(markdown(family_table(result.members)))
+        parts.append(family_table(result.members).to_markdown())
     if result.speed:
-        parts.append(markdown(speed_table(result.speed)))
-    return [*parts, markdown(training_table(result.training))] if result.training else parts
+        parts.append(speed_table(result.speed).to_markdown())
+    return [*parts, training_table(result.training).to_markdown()] if result.training else parts
 
 
 def _where(card: Mapping[str, Any]) -> str:

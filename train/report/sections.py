@@ -5,10 +5,12 @@ from html import escape
 from typing import Any
 
 from models.base.errors import NestlingError
+from models.base.numbers import NOTHING, duration, si
+from models.base.table import Table
 from train.report import figures, markup
 from train.report.read import Run
 from train.report.samples import compare
-from train.report.tables import NOTHING, Table, duration, family_table, flatten, si, speed_table
+from train.report.tables import family_table, flatten, speed_table
 
 FAMILY = "Every row is a model that can be cut out of the full one, as measured on validation text."
 SPEED = "Plain decoding against speculative decoding with a nested draft, on the same weights."
@@ -54,7 +56,7 @@ def _glance(runs: Sequence[Run]) -> str:
         (run.name, *(facts.get(name, NOTHING) for name in columns))
         for run, facts in zip(runs, every, strict=True)
     )
-    return markup.table(Table(("run", *columns), tuple(rows)))
+    return Table(("run", *columns), tuple(rows)).to_html()
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -80,7 +82,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _family(run: Run) -> str:
-    return markup.table(family_table(run.members), emphasis=run.full)
+    return family_table(run.members).to_html(emphasis=run.full)
 
 
 def _speeds(runs: Sequence[Run]) -> str:
@@ -95,7 +97,7 @@ def _speeds(runs: Sequence[Run]) -> str:
                 rows.append(
                     {"mode": mode, "tokens_per_second": measured[f"{mode}_tokens_per_second"]} | shared | more
                 )
-    return markup.table(speed_table(rows))
+    return speed_table(rows).to_html()
 
 
 def _samples(run: Run) -> str:
@@ -119,7 +121,7 @@ def _provenance(run: Run) -> str:
     known = {name: value for name, value in run.provenance.items() if name != "recipe"}
     rows = tuple(flatten(known).items())
     recipe = markup.details("Resolved recipe", f"<pre>{escape(run.recipe)}</pre>") if run.recipe else ""
-    return markup.table(Table(("what", "value"), rows, num_labels=2)) + recipe
+    return Table(("what", "value"), rows, num_labels=2).to_html() + recipe
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -131,7 +133,7 @@ def _differences(runs: Sequence[Run]) -> str:
     rows = [(key, *(recipe.get(key, NOTHING) for recipe in recipes)) for key in keys]
     different = tuple(row for row in rows if len(set(row[1:])) > 1)
     content = Table(("recipe", *(run.name for run in runs)), different, num_labels=len(runs) + 1)
-    return f"<h3>Where the recipes differ</h3>{markup.table(content)}" if different else ""
+    return f"<h3>Where the recipes differ</h3>{content.to_html()}" if different else ""
 
 
 def _recipe(run: Run) -> dict[str, Any]:

@@ -1,38 +1,34 @@
-"""Tables and numbers as people read them, the same on the page and in Markdown."""
+"""The tables of results: a family, ways of decoding, ways of training."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from models.base.numbers import NOTHING, fixed, percent, si, size
+from models.base.table import Columns, Table
 from models.checkpoint.family import Member
 
-NOTHING = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text cells; the first `num_labels` columns are words, the others numbers."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    num_labels: int = 1
+FAMILY_LEGEND = (
+    "loss: nats per token. Against the full model: match (equal greedy\n"
+    "tokens), KL (nats), alpha (chance that a token it drafts is kept)"
+)
 
 
 def family_table(members: Sequence[Member]) -> Table:
     """One row a member, the largest first; a column that nobody measured is left out."""
     ordered = sorted(members, key=lambda member: -member.parameters)
-    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+    columns: Columns = {
         "name": ("member", str),
         "granularity": ("granularity", str),
         "parameters": ("parameters", si),
         "loss": ("loss", fixed(3)),
         "perplexity": ("perplexity", fixed(2)),
-        "match": ("match", percent),
+        "match": ("match", fixed(1, " %")),
         "kl": ("KL", fixed(3)),
         "alpha": ("alpha", fixed(3)),
     }
-    return _table([asdict(member) for member in ordered], columns, num_labels=2)
+    return Table.of([asdict(member) for member in ordered], columns, labels=("name", "granularity"))
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -43,7 +39,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             `tokens_per_second`, `seconds_to_first_token`, `tau`, `alpha` and `mbu`, all but one of them
             optional.
     """
-    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+    columns: Columns = {
         "run": ("run", str),
         "engine": ("engine", str),
         "mode": ("mode", str),
@@ -52,16 +48,15 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "dtype": ("dtype", str),
         "temperature": ("temperature", str),
         "tokens_per_second": ("tokens/s", fixed(1)),
-        "speed_up": ("speed-up", lambda value: f"{value:.2f}×"),
+        "speed_up": ("speed-up", fixed(2, "×")),
         "seconds_to_first_token": ("first token", lambda value: f"{1e3 * value:.1f} ms"),
         "tau": ("tau", fixed(2)),
         "alpha": ("alpha", fixed(3)),
-        "mbu": ("bandwidth", lambda value: f"{value:.0%}"),
+        "mbu": ("bandwidth", percent),
     }
     filled = [{**row, "setting": setting(row) or None, "speed_up": _speed_up(row, rows)} for row in rows]
     names = ("run", "engine", "mode", "draft", "setting", "dtype")
-    labels = [key for key in names if any(row.get(key) is not None for row in filled)]
-    return _table(filled, columns, num_labels=len(labels))
+    return Table.of(filled, columns, labels=names)
 
 
 def brief_speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -81,19 +76,19 @@ def brief_speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row for everyone that trained (fields of `bench --train`); ratios are to the first row."""
-    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+    columns: Columns = {
         "engine": ("engine", str),
         "mode": ("trains", str),
-        "tokens_per_second": ("tokens/s", lambda value: f"{value:,.0f}"),
+        "tokens_per_second": ("tokens/s", fixed(0)),
         "seconds_per_step": ("s/step", lambda value: f"{value:.3g}"),
         "step_ratio": ("x full", fixed(2)),
-        "mfu": ("MFU", lambda value: f"{value:.0%}"),
-        "peak_bytes": ("peak", _mebibytes),
+        "mfu": ("MFU", percent),
+        "peak_bytes": ("peak", size),
         "peak_ratio": ("x full", fixed(2)),
-        "training_bytes": ("of it training", _mebibytes),
+        "training_bytes": ("of it training", size),
         "training_ratio": ("x full", fixed(2)),
     }
-    return _table(rows, columns, num_labels=2)
+    return Table.of(rows, columns, labels=("engine", "mode"))
 
 
 def setting(row: Mapping[str, Any]) -> str:
@@ -123,43 +118,6 @@ def way(row: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [f"{row['engine']} {row['mode']}{draft}", setting(row)]))
 
 
-def si(value: float) -> str:
-    """A count with three digits and a unit prefix.
-
-    >>> si(3_704_512), si(998), si(81_920), si(1_235_814_400)
-    ('3.70M', '998', '81.9k', '1.24G')
-    """
-    for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= factor:
-            scaled = value / factor
-            return f"{scaled:.{2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0}f}{unit}"
-    return f"{value:.0f}"
-
-
-def fixed(digits: int) -> Callable[[float], str]:
-    """A format with so many digits after the point."""
-    return lambda value: f"{value:.{digits}f}"
-
-
-def percent(value: float) -> str:
-    """A value that is in percent already, as `match` is."""
-    return f"{value:.1f} %"
-
-
-def duration(seconds: float) -> str:
-    """Time as people say it.
-
-    >>> duration(7.26), duration(75), duration(3600 * 2 + 60 * 5)
-    ('7.3 s', '1 min 15 s', '2 h 05 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested mappings as dotted keys and text.
 
@@ -173,27 +131,6 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         for key, item in value.items()
     )
     return dict(chain.from_iterable(items))
-
-
-def _mebibytes(value: float) -> str:
-    return f"{value / 2**20:,.0f} MiB"
-
-
-def _table(
-    rows: Sequence[Mapping[str, Any]],
-    columns: Mapping[str, tuple[str, Callable[[Any], str]]],
-    *,
-    num_labels: int,
-) -> Table:
-    used = [key for key in columns if any(row.get(key) is not None for row in rows)]
-    return Table(
-        tuple(columns[key][0] for key in used),
-        tuple(
-            tuple(NOTHING if row.get(key) is None else columns[key][1](row[key]) for key in used)
-            for row in rows
-        ),
-        num_labels,
-    )
 
 
 def _speed_up(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import read_json, remove_folder, write_folder, write_json
+from models.base.files import read_json, remove_folder, utf8_path, write_folder, write_json
 from models.checkpoint.weights import WEIGHTS, write_weights
 from models.elastic.model import ElasticLM
 from train.run.fsdp import part_like, whole, whole_model
@@ -52,14 +52,16 @@ class TrainingState:
 
     def restore_weights(self, model: ElasticLM) -> None:
         """Put the weights into a model of the same shape."""
-        saved = load_file(self.path / WEIGHTS)
+        with utf8_path(self.path) as path:
+            saved = load_file(path / WEIGHTS)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(saved[name])
 
     def restore_optimizer(self, model: ElasticLM, optimizer: Optimizer) -> None:
         """Put the moments back; the learning rate is the schedule's business."""
-        saved = load_file(self.path / OPTIMIZER)
+        with utf8_path(self.path) as path:
+            saved = load_file(path / OPTIMIZER)
         for name, parameter in model.named_parameters():
             prefix = f"{name}/"
             optimizer.state[parameter] = {
