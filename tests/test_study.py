@@ -63,7 +63,7 @@ def test_the_table_pairs_runs_of_a_seed(study: ModuleType) -> None:
         "0.800",
         "0.500",
     )
-    assert rows[study.ALONE]["D alpha"] == "–"
+    assert rows[study.ALONE]["D alpha"] == "-"
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-NOTHING = "–"
+NOTHING = "-"
 DECIMAL: Mapping[str, float] = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 BINARY: Mapping[str, float] = {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10}
 
@@ -62,7 +62,7 @@ def optional(value: float | None, form: Callable[[float], str]) -> str:
     """Format a value that may be missing.
 
     >>> optional(None, si), optional(1500, si)
-    ('–', '1.50k')
+    ('-', '1.50k')
     """
     return NOTHING if value is None else form(value)
 

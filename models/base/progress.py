@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Bar:
     total: float | None
     unit: str = ""
     done: float = 0.0
-    task: int = field(init=False)
+    task: "TaskID" = field(init=False)
 
     def __post_init__(self) -> None:
         self.task = self.progress.add_task(self.label, total=self.total, amount="")

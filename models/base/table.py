@@ -61,7 +61,9 @@ class Table:
         )
         for place, name in enumerate(self.header):
             is_label = place < self.num_labels
-            table.add_column(name, justify="left" if is_label else "right", no_wrap=not is_label or place == 0)
+            table.add_column(
+                name, justify="left" if is_label else "right", no_wrap=not is_label or place == 0
+            )
         for row in self.rows:
             table.add_row(*map(plain, row))
         return table
@@ -81,7 +83,7 @@ class Table:
         return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
     def to_html(self, *, emphasis: str | None = None) -> str:
-        """Return the table in HTML; the row that starts with `emphasis` is bold, nothing is said of no rows."""
+        """Return the table in HTML; the row that starts with `emphasis` is bold. No rows give no text."""
         if not self.rows:
             return ""
         head = "".join(self._cells("th", self.header))
@@ -93,7 +95,9 @@ class Table:
 
     def _cells(self, tag: str, row: Sequence[str]) -> list[str]:
         kinds = ["label" if place < self.num_labels else "number" for place in range(len(row))]
-        return [f'<{tag} class="{kind}">{escape(cell)}</{tag}>' for kind, cell in zip(kinds, row, strict=True)]
+        return [
+            f'<{tag} class="{kind}">{escape(cell)}</{tag}>' for kind, cell in zip(kinds, row, strict=True)
+        ]
 
 
 def facts_table(facts: Sequence[tuple[str, str]]) -> Table:

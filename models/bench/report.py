@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.base.dtypes import DTYPES
+from models.base.numbers import NOTHING, fixed, optional, percent, size
+from models.base.table import Table
 from models.bench.contenders import Label
 from models.bench.engines import Sample
 from models.bench.run import Runs
@@ -96,9 +98,9 @@ def make_notes(rows: Sequence[Row], runs: Runs, *, num_prompts: int) -> list[str
     return notes
 
 
-def describe(rows: Sequence[Row], *, num_prompts: int) -> list[tuple[str, ...]]:
-    """The rows as a table of texts, its header first."""
-    return [HEADER, *(_texts(row, num_prompts) for row in rows)]
+def speed_table(rows: Sequence[Row], *, num_prompts: int) -> Table:
+    """Return the rows as a table, in their order."""
+    return Table(HEADER, tuple(_texts(row, num_prompts) for row in rows), num_labels=3)
 
 
 def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -124,7 +126,7 @@ def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str
         ("commit", card["commit"] or "unknown"),
         ("hardware", f"{hardware['cpu']}, {hardware['cores']} cores{gpu}; {hardware['system']}"),
         ("threads", threads),
-        ("memory", f"{results['peak_memory_bytes'] / 2**30:.1f} GiB at most"),
+        ("memory", f"{size(results['peak_memory_bytes'])} at most"),
         ("versions", ", ".join(f"{name} {versions[name]}" for name in VERSIONS if name in versions)),
         ("date", card["date"]),
         ("work", work),
@@ -135,6 +137,13 @@ VERSIONS = ("nestling", "torch", "transformers", "llama-cpp-python", "python")
 
 BEST = "*"
 """Follows the speed of the best row of its engine and mode."""
+
+LEGEND = (
+    "tokens/s: prefill included, median over rounds and its range; decode: after the first target pass; "
+    "x plain: against nestling plain\n*: the fastest of its engine and mode; gamma: drafted tokens a round, "
+    "auto or the schedule of transformers; tau: tokens per target pass\nread: of the memory's bandwidth; "
+    "same: prompts whose greedy tokens are those of nestling plain"
+)
 
 HEADER = (
     "engine",
@@ -241,22 +250,18 @@ def _texts(row: Row, num_prompts: int) -> tuple[str, ...]:
     return (
         row["engine"],
         " ".join(word for word in (row["mode"], row["cache"]) if word),
-        row["draft"] or "-",
-        str(row["gamma"] or row["schedule"] or "-"),
+        row["draft"] or NOTHING,
+        str(row["gamma"] or row["schedule"] or NOTHING),
         f"{row['temperature']:g}",
         row["dtype"],
         f"{row['tokens_per_second']:.1f}{BEST if row['best'] else ''}",
         f"{least:.1f}-{most:.1f}",
         f"{row['speedup']:.2f}",
-        _text(row["decode_tokens_per_second"], "{:.1f}"),
-        _text(row["decode_speedup"], "{:.2f}"),
+        optional(row["decode_tokens_per_second"], fixed(1)),
+        optional(row["decode_speedup"], fixed(2)),
         f"{row['seconds_to_first_token'] * 1e3:.1f} ms",
-        _text(row["tau"], "{:.2f}"),
-        _text(row["alpha"], "{:.3f}"),
-        _text(row["mbu"], "{:.0%}"),
-        _text(row["num_identical"], f"{{}}/{num_prompts}"),
+        optional(row["tau"], fixed(2)),
+        optional(row["alpha"], fixed(3)),
+        optional(row["mbu"], percent),
+        optional(row["num_identical"], lambda count: f"{count}/{num_prompts}"),
     )
-
-
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

@@ -27,8 +27,10 @@ import torch
 from models.base.dtypes import DTYPES
 from models.base.errors import NestlingError, UsageError
 from models.base.files import default_cache_dir, read_json, write_json
+from models.base.numbers import NOTHING, size
 from models.base.processor import Load, busy_now, memory_bytes, processor_name, usable_cores
 from models.base.stopwatch import Clock
+from models.base.table import Table
 from models.kernels.build import library
 from models.machine.probe import DeviceRates, DtypeRates, measure_device
 from models.machine.threads import thread_counts
@@ -179,9 +181,9 @@ def num_threads(card: MachineCard, dtype: str, *, purpose: Purpose) -> int:
 
 def facts(card: MachineCard) -> list[tuple[str, str]]:
     """The card in words: rows of name and value."""
-    gpu = f"{card.gpu.name}, {_gib(card.gpu)}" if card.gpu else "none"
+    gpu = f"{card.gpu.name}, {size(card.gpu.memory_bytes)}" if card.gpu else "none"
     rows = [
-        ("processor", f"{card.cpu.name}, {card.cores} cores, {_gib(card.cpu)}"),
+        ("processor", f"{card.cpu.name}, {card.cores} cores, {size(card.cpu.memory_bytes)}"),
         ("GPU", gpu),
         ("torch", card.torch_version),
         ("memory read", f"{card.device.read_gbps:.1f} GB/s"),
@@ -196,21 +198,22 @@ def facts(card: MachineCard) -> list[tuple[str, str]]:
     return rows
 
 
-def describe(card: MachineCard) -> list[tuple[str, ...]]:
-    """The measurements as a table of texts, its header first, then a row per device and dtype."""
+def rates_table(card: MachineCard) -> Table:
+    """Return the measurements as a table with a row for each device and dtype."""
     tokens = list(card.cpu.dtypes["fp32"].pass_seconds)
     slowdowns = [f"v({num})" for num in tokens[1:]]
-    rows: list[tuple[str, ...]] = [("device", "dtype", "product", "threads", "weights pass", *slowdowns)]
+    header = ("device", "dtype", "product", "threads", "weights pass", *slowdowns)
+    rows = []
     for label, device in (("cpu", card.cpu), ("gpu", card.gpu)):
         for dtype, rates in device.dtypes.items() if device else ():
             product = f"{rates.product_gflops:.0f} GFLOP/s"
-            threads = f"{rates.product_threads} / {rates.decode_threads}" if label == "cpu" else "-"
-            passes = ["-"] * len(tokens)
+            threads = f"{rates.product_threads} / {rates.decode_threads}" if label == "cpu" else NOTHING
+            passes = [NOTHING] * len(tokens)
             if rates.pass_seconds:
                 passes = [f"{value:.2f}" for value in rates.slowdown().values()]
                 passes[0] = f"{rates.pass_seconds[1] * 1e3:.3g} ms"
             rows.append((label, dtype, product, threads, *passes))
-    return rows
+    return Table(header, tuple(rows), num_labels=2)
 
 
 def this_machine() -> Machine:
@@ -275,10 +278,6 @@ def _path(machine: Machine, cache_dir: Path | None) -> Path:
 def _typical_pass(rates: DtypeRates) -> float:
     """Geometric mean, so that plain decoding and verifying weigh alike whatever each takes."""
     return math.exp(math.fsum(map(math.log, rates.pass_seconds.values())) / len(rates.pass_seconds))
-
-
-def _gib(device: DeviceRates) -> str:
-    return f"{device.memory_bytes / 2**30:.1f} GiB"
 
 
 def _device_from_json(fields: dict[str, Any]) -> DeviceRates:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from models.base.errors import UsageError
+from models.base.progress import progress_bar
 from train.commands.common import JsonOption, check_file, check_gamma, check_json, check_plot
-from train.commands.console import make_console, progress_bar
+from train.commands.console import make_console
 
 if TYPE_CHECKING:
     from models.bench.contenders import Target
@@ -124,9 +123,9 @@ def bench(
                 assert model is not None
                 contest = folder_contest(model, options, prompts=prompts, data=data)
         cells, prompt_ids = contest.cells, contest.prompt_ids
-        with progress_bar(console, "decoding", len(cells) * (1 + rounds * len(prompt_ids))) as advance:
+        with progress_bar("decoding", len(cells) * (1 + rounds * len(prompt_ids)), console=console) as bar:
             runs = run_cells(
-                cells, prompt_ids, max_new_tokens=max_new_tokens, num_rounds=rounds, progress=advance
+                cells, prompt_ids, max_new_tokens=max_new_tokens, num_rounds=rounds, progress=bar.advance
             )
     rows = make_rows(runs)
     settings = {
@@ -218,21 +217,14 @@ def _finish(console: Console, path: Path | None, plot: Path | None, results: Map
     import json
 
     from models.base.files import write_json
-    from models.bench.report import describe, facts
+    from models.base.table import facts_table
+    from models.bench.report import LEGEND, facts, speed_table
     from models.machine.provenance import make_card
 
     card = make_card(dtypes={"model": " and ".join(results["threads"])})
-    overview = Table(show_header=False, box=None)
-    for name, fact in facts(results, card):
-        overview.add_row(name, fact)
-    header, *rows = describe(results["results"], num_prompts=results["num_prompts"])
-    table = Table(caption=_LEGEND, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, column in enumerate(header):
-        table.add_column(column, justify="left" if number < 3 else "right", no_wrap=True)
-    for texts in rows:
-        table.add_row(*texts)
-    console.print(overview)
-    console.print(table)
+    table = speed_table(results["results"], num_prompts=results["num_prompts"])
+    console.print(facts_table(facts(results, card)).to_rich())
+    console.print(table.to_rich(caption=LEGEND))
     for note in results["notes"]:
         console.print(f"note: {note}", markup=False)
     document = {**results, "card": card}
@@ -244,11 +236,3 @@ def _finish(console: Console, path: Path | None, plot: Path | None, results: Map
 
         save_chart(speed_chart(results["results"], results["model"]), plot)
     print(json.dumps(document, ensure_ascii=False))
-
-
-_LEGEND = (
-    "tokens/s: prefill included, median over rounds and its range; decode: after the first target pass; "
-    "x plain: against nestling plain\n*: the fastest of its engine and mode; gamma: drafted tokens a round, "
-    "auto or the schedule of transformers; tau: tokens per target pass\nread: of the memory's bandwidth; "
-    "same: prompts whose greedy tokens are those of nestling plain"
-)

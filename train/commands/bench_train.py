@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from models.base.errors import UsageError
+from models.base.progress import progress_bar
 from train.commands.common import ConfigOption, JsonOption, check_file, check_json
 from train.commands.console import make_console
 from train.commands.train import check_sources
@@ -46,12 +45,8 @@ def bench_train(
 
     console = make_console(stderr=True)
     contenders, _ = choose_contenders(recipe, "fp32")
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("training", total=len(contenders) * (rounds + 1))
-        bench = bench_training(
-            recipe, rounds=rounds, steps=steps, console=console, progress=lambda: bar.advance(task)
-        )
+    with progress_bar("training", len(contenders) * (rounds + 1), console=console) as bar:
+        bench = bench_training(recipe, rounds=rounds, steps=steps, console=console, progress=bar.advance)
     _finish(bench, json)
 
 
@@ -65,12 +60,6 @@ def _finish(bench: "TrainingBench", path: Path | None) -> None:
 
     settings, card = bench.settings, make_card(dtypes={"training": bench.settings["dtype"]})
     document: dict[str, Any] = {"results": bench.results, **settings, "notes": bench.notes, "card": card}
-    table = Table(caption=_LEGEND, caption_justify="left")
-    cells = training_table(bench.results)
-    for number, name in enumerate(cells.header):
-        table.add_column(name, justify="left" if number < cells.num_labels else "right", no_wrap=True)
-    for row in cells.rows:
-        table.add_row(*row)
     console = make_console()
     console.print(
         f"{settings['parameters']:,} parameters, {settings['rows_per_step']} rows of "
@@ -80,7 +69,7 @@ def _finish(bench: "TrainingBench", path: Path | None) -> None:
         markup=False,
         highlight=False,
     )
-    console.print(table)
+    console.print(training_table(bench.results).to_rich(caption=_LEGEND))
     for note in bench.notes:
         console.print(f"note: {note}", markup=False)
     if path is not None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from models.base.errors import NestlingError
+from models.base.numbers import NOTHING, fixed, optional
+from models.base.table import Table
 from models.checkpoint.folder import ModelFolder, load_model
 from models.decode.engine.generation_config import GenerationConfig
 from models.decode.engine.policy import Fixed
@@ -24,10 +25,10 @@ from models.decode.text import GenerationResult, stream_text
 from models.decode.tune.predict import choose_draft, known_acceptance, measure_costs
 from models.decode.tune.resolve import Drafting, nested_drafting
 from models.elastic.view import View
-from train.commands.console import family_table
 from train.commands.export import extract_and_prove
 from train.recipe.recipe import Recipe, load_recipe, load_saved_recipe
 from train.recipe.shipped import CONFIGS
+from train.report.tables import FAMILY_LEGEND, family_table
 from train.run.fit import fit
 from train.run.run_folder import RECIPE_FILE
 
@@ -59,7 +60,7 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
     resume = "auto" if _was_interrupted(recipe, out) else "never"
     path = fit(recipe, out, resume=resume, console=console)
     folder = load_model(path)
-    console.print(family_table(folder.members))
+    console.print(family_table(folder.members).to_rich(caption=FAMILY_LEGEND))
 
     console.rule(f"2. cut {MEMBER} out, and open it in stock transformers")
     parity = extract_and_prove(folder, folder.family[MEMBER], out / MEMBER, console)
@@ -97,7 +98,7 @@ def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
     ids_equal = all(result.ids == plain[0].ids for result in plain + drafted)
     console.print(PROMPT, end="", style="dim", markup=False)
     console.print(plain[0].text, markup=False)
-    console.print(_speed_table(choice, plain, drafted))
+    console.print(_speed_table(choice, plain, drafted).to_rich())
     console.print(f"medians of {NUM_RUNS} alternating runs" + ids_equal * "; the same tokens in all of them")
     if _median_speed(drafted) < _median_speed(plain):
         console.print("so small a model is plainly decoded faster than its draft can pay; larger ones gain")
@@ -132,18 +133,15 @@ def _complete(folder: ModelFolder, choice: Drafting | None) -> GenerationResult:
 
 
 def _speed_table(choice: Drafting, plain: list[GenerationResult], drafted: list[GenerationResult]) -> Table:
-    table = Table()
-    for column in ("decoding", "tokens/s", "tau", "alpha"):
-        table.add_column(column, justify="left" if column == "decoding" else "right")
-    table.add_row("plain", f"{_median_speed(plain):.0f}", "1.00", "")
     report = drafted[0].report
-    table.add_row(
+    ours = (
         f"drafted by {choice.name}, gamma {choice.gamma}",
         f"{_median_speed(drafted):.0f}",
         f"{report.tau or 1:.2f}",
-        "" if report.alpha is None else f"{report.alpha:.3f}",
+        optional(report.alpha, fixed(3)),
     )
-    return table
+    header = ("decoding", "tokens/s", "tau", "alpha")
+    return Table(header, (("plain", f"{_median_speed(plain):.0f}", "1.00", NOTHING), ours))
 
 
 def _median_speed(results: list[GenerationResult]) -> float:

@@ -17,7 +17,7 @@ from train.commands.common import (
     open_for_measuring,
     write_results,
 )
-from train.commands.console import family_table, make_console
+from train.commands.console import make_console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,7 @@ def evaluate(
     from models.measure.consistency import evaluate_family
     from train.data.tokenizer import load_tokenizer
     from train.data.tokens import load_rows
+    from train.report.tables import FAMILY_LEGEND, family_table
 
     folder, dtype = open_for_measuring(model, dtype)
     members = choose_members(folder, granularity or [])
@@ -66,7 +67,7 @@ def evaluate(
         measured = evaluate_family(folder.model, members, batches)
     num_tokens = sum(int((labels_BT >= 0).sum()) for _, labels_BT in batches)
     title = f"{model} on {num_tokens:,} of {rows.num_labels:,} tokens of {data}, {dtype}"
-    console.print(family_table(measured, title=title))
+    console.print(family_table(measured).to_rich(title=title, caption=FAMILY_LEGEND))
     results = {
         "members": [dataclasses.asdict(member) for member in measured],
         "data": data,

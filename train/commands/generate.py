@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from models.base.errors import UsageError
+from models.base.progress import progress_bar
 from train.commands.common import (
     DtypeOption,
     JsonOption,
@@ -139,12 +139,14 @@ def _continue_many(
     """Continue each prompt, so many at a time, and show the texts of a batch when it is done."""
     results: list[GenerationResult] = []
     console = make_console()
-    for first in track(range(0, len(prompts), batch_size), console=errors, disable=not errors.is_terminal):
-        batch = prompts[first : first + batch_size]
-        done = decoder.generate_batch(batch, **options)
-        for prompt, result in zip(batch, done, strict=True):
-            console.file.write(f"{prompt}{result.text}\n\n")
-        results += done
+    with progress_bar("decoding", len(prompts), console=errors) as bar:
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            done = decoder.generate_batch(batch, **options)
+            for prompt, result in zip(batch, done, strict=True):
+                console.file.write(f"{prompt}{result.text}\n\n")
+            results += done
+            bar.advance(len(batch))
     return results
 
 

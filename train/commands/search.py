@@ -1,13 +1,13 @@
 """`nestling search`: the draft that decodes fastest on this machine; see train/search/drafts.py."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from models.base.errors import NestlingError, UsageError
+from models.base.progress import progress_bar
 from train.commands.common import (
     DtypeOption,
     JsonOption,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from models.checkpoint.folder import ModelFolder
     from models.decode.sampling.params import SamplingParams
-    from models.decode.tune.draft_plan import DraftPlan, DraftSpec
+    from models.decode.tune.draft_plan import DraftPlan
     from models.decode.tune.tuned import Plans
     from train.search.confirm import Confirmed
     from train.search.drafts import Result
@@ -73,9 +73,9 @@ def search(
     ]
     for one in family:
         one.resolve(folder.model.config)
-    with _progress_bar(make_console(stderr=True)) as progress:
+    with progress_bar("searching", console=make_console(stderr=True)) as bar:
         text = _open_text(
-            folder, data, samplings, num_tokens=num_tokens, num_prompts=num_prompts, progress=progress
+            folder, data, samplings, num_tokens=num_tokens, num_prompts=num_prompts, progress=bar.show
         )
         result = search_drafts(
             folder.model,
@@ -85,7 +85,7 @@ def search(
             num_prompts=num_prompts,
             num_rounds=rounds,
             dtype=dtype,
-            progress=progress,
+            progress=bar.show,
         )
     console = make_console()
     _show(result, console)
@@ -270,16 +270,6 @@ _LEGEND = (
     "alpha: chance that one drafted token is kept; c, v: a drafted token, a target pass on gamma + 1 tokens, "
     "with the host's share, in plain tokens;\ntau: tokens per target pass"
 )
-
-
-@contextlib.contextmanager
-def _progress_bar(console: "Console") -> "Iterator[Progress]":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("searching", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def _size(spec: "DraftSpec | None") -> int | None:

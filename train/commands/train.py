@@ -16,7 +16,7 @@ from rich.console import Console
 
 from models.base.errors import UsageError
 from train.commands.common import ConfigOption, check_file
-from train.commands.console import family_table, make_console
+from train.commands.console import make_console
 from train.commands.train_help import HELP_ALL
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def default_out(recipe: "Recipe", configs: Sequence[Path]) -> Path:
 def show_family(path: Path, console: Console) -> None:
     """Print what was measured on each member, and what to do with the model."""
     from models.checkpoint.folder import load_model
+    from train.report.tables import FAMILY_LEGEND, family_table
 
-    console.print(family_table(load_model(path).members))
+    console.print(family_table(load_model(path).members).to_rich(caption=FAMILY_LEGEND))
     console.print(f"{path}\nnext: nestling generate {path} --prompt TEXT", markup=False)

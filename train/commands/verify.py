@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from models.base.errors import NestlingError, UsageError
+from models.base.progress import progress_bar
 from train.commands.common import (
     DtypeOption,
     JsonOption,
@@ -15,7 +16,7 @@ from train.commands.common import (
     check_json,
     write_results,
 )
-from train.commands.console import make_console, progress_bar
+from train.commands.console import make_console
 
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
@@ -81,10 +82,10 @@ def verify(
             seed=seed,
         )
     checks = []
-    with progress_bar(console, "verifying", len(jobs)) as advance:
+    with progress_bar("verifying", len(jobs), console=console) as bar:
         for job in jobs:
             checks.append(job())
-            advance()
+            bar.advance()
     failed = [check for check in checks if not check.passed]
     make_console().print(_table(checks, title=f"{model}: {len(checks) - len(failed)} of {len(checks)} hold"))
     results = {

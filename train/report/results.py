@@ -167,7 +167,7 @@ def _readme_block(result: Result) -> str:
         table = family_table(result.members)
     details = f"[Everything about this result]({(FOLDER / result.name).as_posix()}.md)"
     source = f"{result.title}{_where(result.card)}. {details}."
-    return "\n\n".join([*_picture(result, FOLDER), markdown(table), source]) + "\n"
+    return "\n\n".join([*_picture(result, FOLDER), table.to_markdown(), source]) + "\n"
 
 
 def _picture(result: Result, folder: Path) -> list[str]:

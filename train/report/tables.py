@@ -122,7 +122,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested mappings as dotted keys and text.
 
     >>> flatten({"trainer": {"max_steps": 100}, "seed": 1, "card": {"gpu": None}})
-    {'trainer.max_steps': '100', 'seed': '1', 'card.gpu': '–'}
+    {'trainer.max_steps': '100', 'seed': '1', 'card.gpu': '-'}
     """
     items = (
         flatten(item, f"{prefix}{key}.").items()

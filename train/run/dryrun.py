@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from models.base.numbers import duration, percent, si, size
+from models.base.table import Table, facts_table
 from models.elastic.config import ElasticConfig
 from models.elastic.count import (
     TrainingBytes,
@@ -80,8 +81,8 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
         card = _card()
     estimate = estimate_run(recipe, config, card, teacher)
     console.print(_yaml(recipe), markup=False, soft_wrap=True)
-    console.print(family_costs(recipe.granularities, config))
-    console.print(estimate_table(estimate, recipe, config.vocab_size))
+    console.print(family_costs(recipe.granularities, config).to_rich(title="the family"))
+    console.print(estimate_table(estimate, recipe, config.vocab_size).to_rich())
     return estimate
 
 
@@ -157,58 +158,51 @@ def num_devices(recipe: Recipe) -> int:
 
 
 def family_costs(members: Mapping[str, Granularity], config: ElasticConfig) -> Table:
-    """Parameters, FLOPs and KV bytes of each member."""
-    table = Table(title="the family", title_justify="left")
-    for column in ("member", "granularity"):
-        table.add_column(column)
-    for column in ("parameters", "of the full", "FLOPs/token", "KV bytes/token"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """Return parameters, FLOPs and KV bytes of each member."""
+    header = ("member", "granularity", "parameters", "of the full", "FLOPs/token", "KV bytes/token")
+    rows = []
     full = count_parameters(config)
     for name, granularity in members.items():
         parameters = count_parameters(config, granularity)
-        table.add_row(
-            name,
-            str(granularity),
+        costs = (
             f"{parameters:,}",
-            f"{parameters / full:.0%}",
-            _si(count_flops(config, granularity)),
+            percent(parameters / full),
+            si(count_flops(config, granularity)),
             f"{count_kv_bytes(config, granularity, num_positions=1, dtype_bytes=4):,}",
         )
-    return table
+        rows.append((name, str(granularity), *costs))
+    return Table(header, tuple(rows), num_labels=2)
 
 
 def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table:
-    """The estimate in words."""
-    table = Table(show_header=False, box=None)
-    steps = recipe.trainer.max_steps
-    memory = estimate.memory
+    """Return the estimate in words."""
+    memory, tokenizer, taught = estimate.memory, recipe.data.tokenizer, estimate.teacher_parameters > 0
     state = memory.weights + memory.gradients + memory.optimizer
-    tokenizer, is_taught = recipe.data.tokenizer, estimate.teacher_parameters > 0
-    vocabulary = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"
-    table.add_row("vocabulary", f"{vocab_size:,}{' (the teacher has it)' if is_taught else vocabulary}")
-    table.add_row("tokens per step", f"{estimate.tokens_per_step:,}")
-    table.add_row("tokens in total", f"{estimate.tokens:,} in {steps:,} steps")
-    flops = _si(estimate.flops_per_step)
-    table.add_row("FLOPs per step", f"{flops}, forward and backward, members included")
-    if is_taught:
-        share = estimate.teacher_flops / estimate.flops_per_step
-        text = f"{estimate.teacher_parameters:,} parameters, {share:.0%} of these FLOPs once it teaches"
-        table.add_row("teacher", f"{text}, {_gib(estimate.teacher_bytes)} of weights beside the memory below")
-    table.add_row(
-        "memory",
-        f"about {_gib(memory.total)}: {_gib(state)} weights, gradients and optimizer, "
-        f"{_gib(memory.activations)} activations, {_gib(memory.logits)} logits",
+    decides = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"
+    facts = {
+        "vocabulary": f"{vocab_size:,}{' (the teacher has it)' if taught else decides}",
+        "tokens per step": f"{estimate.tokens_per_step:,}",
+        "tokens in total": f"{estimate.tokens:,} in {recipe.trainer.max_steps:,} steps",
+        "FLOPs per step": f"{si(estimate.flops_per_step)}, forward and backward, members included",
+    }
+    if taught:
+        share = percent(estimate.teacher_flops / estimate.flops_per_step)
+        facts["teacher"] = (
+            f"{estimate.teacher_parameters:,} parameters, {share} of these FLOPs once it teaches, "
+            f"{size(estimate.teacher_bytes)} of weights beside the memory below"
+        )
+    facts["memory"] = (
+        f"about {size(memory.total)}: {size(state)} weights, gradients and optimizer, "
+        f"{size(memory.activations)} activations, {size(memory.logits)} logits"
     )
     if estimate.devices > 1:
-        text = f"each of {estimate.devices} devices holds this and sends {_gib(estimate.sent)} a step"
-        table.add_row("devices", text)
-    share = UTILISATION[estimate.dtype]
-    table.add_row(
-        "time",
-        f"about {_duration(estimate.seconds)} in {estimate.dtype}, at {share:.0%} of the "
-        f"{estimate.gflops:,.0f} GFLOP/s that this machine was measured to do",
+        sent = size(estimate.sent)
+        facts["devices"] = f"each of {estimate.devices} devices holds this and sends {sent} a step"
+    facts["time"] = (
+        f"about {duration(estimate.seconds)} in {estimate.dtype}, at {percent(UTILISATION[estimate.dtype])} "
+        f"of the {estimate.gflops:,.0f} GFLOP/s that this machine was measured to do"
     )
-    return table
+    return facts_table(tuple(facts.items()))
 
 
 def _card() -> MachineCard:
@@ -220,35 +214,3 @@ def _yaml(recipe: Recipe) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
-
-
-def _si(value: float) -> str:
-    """A number with its prefix.
-
-    >>> _si(2_345_000), _si(12)
-    ('2.35M', '12')
-    """
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    """A duration in its two largest units.
-
-    >>> _duration(42), _duration(3720), _duration(200000)
-    ('42 s', '1 h 02 min', '2 d 08 h')
-    """
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    if hours < 1:
-        return f"{minutes:.0f} min"
-    if days < 1:
-        return f"{int(hours)} h {int(minutes) % 60:02d} min"
-    return f"{int(days)} d {round(hours) % 24:02d} h"

@@ -5,7 +5,7 @@ import pytest
 
 from models.bench.contenders import Label
 from models.bench.engines import Sample
-from models.bench.report import add_utilisation, describe, make_notes, make_rows
+from models.bench.report import add_utilisation, make_notes, make_rows, speed_table
 from models.bench.run import Runs
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_parameters
@@ -120,7 +120,7 @@ def test_there_is_no_decoding_speed_where_the_first_pass_gave_everything(make_sa
     rows = make_rows(runs)
     nothing = ("decode_tokens_per_second", "decode_tokens_per_second_range", "decode_speedup", "tau")
     assert [rows[1][name] for name in nothing] == [None] * 4
-    assert describe(rows, num_prompts=1)[2][9:] == ("-", "-", "2500.0 ms", "-", "-", "-", "1/1")
+    assert speed_table(rows, num_prompts=1).rows[1][9:] == ("-", "-", "2500.0 ms", "-", "-", "-", "1/1")
 
 
 def test_the_table_says_what_drafts_and_by_which_schedule(make_sample: MakeSample) -> None:
@@ -132,11 +132,11 @@ def test_the_table_says_what_drafts_and_by_which_schedule(make_sample: MakeSampl
         label("transformers", "assisted", draft="S", schedule="default"),
         label("transformers", "assisted", draft="S", schedule="constant", gamma=3),
     ]
-    header, *texts = describe(
+    table = speed_table(
         make_rows(Runs({one: [[make_sample(overlap=1.0, reached=2)]] for one in labels})), num_prompts=1
     )
-    assert all(len(row) == len(header) for row in texts)
-    assert [row[1:5] for row in texts] == [
+    assert all(len(row) == len(table.header) for row in table.rows)
+    assert [row[1:5] for row in table.rows] == [
         ("plain", "-", "-", "0"),
         ("speculative", "S", "3", "0"),
         ("plain static", "-", "-", "0.5"),
@@ -144,7 +144,7 @@ def test_the_table_says_what_drafts_and_by_which_schedule(make_sample: MakeSampl
         ("assisted", "S", "default", "0"),
         ("assisted", "S", "3", "0"),
     ]
-    assert texts[0][6:] == (
+    assert table.rows[0][6:] == (
         "1.3*", "1.3-1.3", "1.00", "1.5", "1.00", "1000.0 ms", "1.50", "0.500", "-", "1/1",
     )  # fmt: skip
 

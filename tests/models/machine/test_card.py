@@ -14,12 +14,12 @@ from models.machine.card import (
     Machine,
     MachineCard,
     decoding_dtype,
-    describe,
     facts,
     known_card,
     machine_card,
     measure_card,
     num_threads,
+    rates_table,
     resolve_dtype,
     this_machine,
     training_dtype,
@@ -107,10 +107,10 @@ def test_a_card_survives_json(gpu: DeviceRates | None) -> None:
 
 
 def test_a_card_is_described_by_a_full_table() -> None:
-    table = describe(card(XEON_WITHOUT_BF16, gpu=ZEN_5))
-    assert len({len(row) for row in table}) == 1
-    assert [row[:2] for row in table[1:]] == [(where, dtype) for where in ("cpu", "gpu") for dtype in DTYPES]
-    assert table[2] == ("cpu", "bf16", "56 GFLOP/s", "2 / 1", "10.3 ms", "1.60", "2.40", "3.50", "4.80")
+    table = rates_table(card(XEON_WITHOUT_BF16, gpu=ZEN_5))
+    assert {len(row) for row in table.rows} == {len(table.header)}
+    assert [row[:2] for row in table.rows] == [(where, dtype) for where in ("cpu", "gpu") for dtype in DTYPES]
+    assert table.rows[1] == ("cpu", "bf16", "56 GFLOP/s", "2 / 1", "10.3 ms", "1.60", "2.40", "3.50", "4.80")
     assert ("trains in", "fp32") in facts(card(XEON_WITHOUT_BF16))
     assert "note" in dict(facts(card(ZEN_5, busy=True)))
 
@@ -314,5 +314,5 @@ def test_a_real_measurement_is_whole_and_positive() -> None:
         assert measured.product_gflops > 0
         assert 1 <= measured.decode_threads <= ours.cores
         assert all(seconds > 0 for seconds in measured.pass_seconds.values())
-    assert describe(ours)
+    assert rates_table(ours).rows
     assert {training_dtype(ours), decoding_dtype(ours)} <= {"fp32", "bf16"}

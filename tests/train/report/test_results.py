@@ -134,7 +134,7 @@ def test_what_training_costs_is_a_table_too(root: Path, content: dict[str, Any])
     for file in ("README.md", "docs/results/tiny.md"):
         text = (root / file).read_text()
         assert "| engine | trains | tokens/s | x full | MFU |" in text
-        assert "| transformers | full | 6,231 | 1.33 | – |" in text
+        assert "| transformers | full | 6,231 | 1.33 | - |" in text
 
 
 def test_speeds_alone_have_no_picture(root: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Tables that the page and Markdown share."""
 
+from models.base.numbers import NOTHING
 from models.checkpoint.family import Member
-from train.report.tables import NOTHING, family_table, speed_table
+from train.report.tables import family_table, speed_table
 
 
 def test_the_family_comes_largest_first_and_without_columns_that_nobody_measured() -> None:
