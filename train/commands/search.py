@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from models.checkpoint.folder import ModelFolder
     from models.decode.sampling.params import SamplingParams
-    from models.decode.tune.draft_plan import DraftPlan
+    from models.decode.tune.draft_plan import DraftPlan, DraftSpec
     from models.decode.tune.tuned import Plans
     from train.search.confirm import Confirmed
     from train.search.drafts import Result
