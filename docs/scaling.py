@@ -28,7 +28,7 @@ from train.data.batch import Batch
 from train.objective.joint_loss import joint_loss
 from train.objective.sampler import Slot, StepPlan
 from train.recipe.sections import LossConfig
-from train.run.fsdp import share_out
+from train.run.fsdp import shard
 
 PAGE = Path(__file__).with_name("scaling.md")
 BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->"
@@ -63,7 +63,7 @@ class Step(nn.Module):
         self.model.init_weights(torch.Generator().manual_seed(0))
 
     def forward(self, batch: Batch) -> Tensor:
-        """For DDP, which hooks this."""
+        """Return the loss; DDP hooks this method."""
         return self.loss(batch)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -86,7 +86,7 @@ def measure_strategy(strategy: str, rank: int) -> dict[str, int]:
     """Bytes that this process holds, and of each kind of collective in a step."""
     step = Step()
     if strategy == "fsdp":
-        share_out(step, step.model, init_device_mesh("cpu", (PROCESSES,)), step="loss")
+        shard(step, step.model, init_device_mesh("cpu", (PROCESSES,)), step="loss")
         run: Callable[[Batch], Tensor] = step.loss
     else:
         run = DistributedDataParallel(step, gradient_as_bucket_view=True)
@@ -113,7 +113,7 @@ def make_batch(rank: int) -> Batch:
 
 
 def largest(shapes: Any) -> int:
-    """Elements of the largest tensor of a collective: the whole of what it puts together."""
+    """Elements of the largest tensor of a collective: all that it puts together."""
     if not isinstance(shapes, list | tuple):
         return 0
     if shapes and all(isinstance(size, int) for size in shapes):
@@ -131,10 +131,10 @@ def held(step: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 def count(strategy: str) -> dict[str, int]:
     """The same by arithmetic."""
-    shared_out = strategy == "fsdp"
-    traffic = count_step_traffic(CONFIG, shared_out=shared_out, passes=[FULL, MEMBERS["S"]])
+    sharded = strategy == "fsdp"
+    traffic = count_step_traffic(CONFIG, sharded=sharded, passes=[FULL, MEMBERS["S"]])
     states = 16 * count_parameters(CONFIG)
-    return {"held": states // (PROCESSES if shared_out else 1), **dataclasses.asdict(traffic)}
+    return {"held": states // (PROCESSES if sharded else 1), **dataclasses.asdict(traffic)}
 
 
 def table(measured: dict[str, dict[str, int]]) -> str:

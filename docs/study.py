@@ -147,7 +147,7 @@ def work(seeds: Iterable[int]) -> Iterator[tuple[Arm, str, int]]:
 
 
 def folder_of(arm: str, corpus: str, seed: int, out: Path) -> Path:
-    """Where a run is."""
+    """Return the folder of a run."""
     return out / corpus / str(seed) / arm.replace(" ", "-").replace("/", "_").replace(".", "_")
 
 
@@ -204,7 +204,7 @@ def measure(folder: ModelFolder, batches: Any) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def mine(folder: Path) -> Iterator[bool]:
-    """Whether no other process is at this run; held until the block ends, or the process."""
+    """Yield True if no other process is at this run, and hold it until the block ends, or the process."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         try:
@@ -265,13 +265,13 @@ def table(runs: Runs, corpus: str) -> Table:
 
 
 def full_loss(runs: Runs, arm: str, corpus: str, seed: int) -> float:
-    """By how many percent the full model's loss is above that of the full model alone."""
+    """Return how many percent the full model's loss is above that of the full model alone."""
     own, alone = (runs[name, corpus, seed][FULL_NAME]["loss"] for name in (arm, ALONE))
     return 100 * (own / alone - 1)
 
 
 def mean(runs: Iterable[Mapping[str, Any]], member: str, measure: str) -> str:
-    """Of a member over the seeds."""
+    """Return the mean of a member's measure over the seeds."""
     values = [run[member][measure] for run in runs if measure in run.get(member, {})]
     return f"{statistics.fmean(values):.3f}" if values else NOTHING
 

@@ -169,7 +169,7 @@ class StepTraffic:
 def count_step_traffic(
     config: ElasticConfig,
     *,
-    shared_out: bool,
+    sharded: bool,
     passes: Iterable[Granularity] = (FULL,),
     micro_batches: int = 1,
 ) -> StepTraffic:
@@ -181,7 +181,7 @@ def count_step_traffic(
 
     Args:
         config: the full model's shape.
-        shared_out: whether the processes share the weights out.
+        sharded: whether the processes share the weights out.
         passes: members that run a trained pass in a micro-batch, the full model among them.
         micro_batches: of a step.
 
@@ -194,13 +194,13 @@ def count_step_traffic(
     ...     num_attention_heads=4,
     ...     num_key_value_heads=2,
     ... )
-    >>> count_step_traffic(config, shared_out=False).sent(8) // 1000, 4 * count_parameters(config) // 1000
+    >>> count_step_traffic(config, sharded=False).sent(8) // 1000, 4 * count_parameters(config) // 1000
     (2172, 1241)
-    >>> count_step_traffic(config, shared_out=True).sent(8) // 1000
+    >>> count_step_traffic(config, sharded=True).sent(8) // 1000
     3034
     """
     parameters, ends = count_parameters(config), count_ends(config)
-    if not shared_out:
+    if not sharded:
         return StepTraffic(reduced=4 * parameters)
     full = FULL.resolve(config).layers
     gathered = 0

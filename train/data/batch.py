@@ -9,13 +9,13 @@ class Batch(NamedTuple):
     """Rows of one optimizer step, or a part of them.
 
     Args:
-        tokens_BT: token ids.
-        labels_BT: the next tokens; -100 where there is none.
-        step: the optimizer step.
-        first_row: place of the first row among the rows of the step.
-        num_rows: rows of the whole step, over all micro-batches and processes.
-        num_valid: valid labels of the whole step: the one divisor.
-        stride: places from one row to the next: the number of processes that share the micro-batch.
+        tokens_BT: Token ids.
+        labels_BT: The next tokens; -100 where there is none.
+        step: The optimizer step.
+        first_row: Index of the first row among the rows of the step.
+        num_rows: Rows of the step, over all micro-batches and processes.
+        num_valid: Valid labels of the step: the one divisor.
+        stride: Distance from one row to the next: the number of processes that divide the micro-batch.
     """
 
     tokens_BT: Tensor
@@ -25,3 +25,14 @@ class Batch(NamedTuple):
     num_rows: int
     num_valid: int
     stride: int = 1
+
+    @property
+    def rows(self) -> range:
+        """The rows of the step that this process has."""
+        return range(self.first_row, self.first_row + len(self.tokens_BT) * self.stride, self.stride)
+
+    @property
+    def rows_everywhere(self) -> range:
+        """The rows of the step that the micro-batch has, over all processes."""
+        start = self.first_row - self.first_row % self.stride  # that of the first process
+        return range(start, start + len(self.tokens_BT) * self.stride)

@@ -1,7 +1,7 @@
-"""Divergences from the target's law p to the draft's law q, per token.
+"""Divergences from the target's distribution p to the draft's q, per token.
 
 Each is a pure function of logits and gives one value per token, in fp32 and in nats, without a
-reduction. Law 6: it is 0 at p = q, never negative, and finite, with finite gradients, where logits are
+reduction. It is 0 at p = q, never negative, and finite, with finite gradients, where logits are
 -inf on either side. A row needs at least one finite logit; a probability below `TINY` counts as `TINY`
 where its logarithm is taken, which caps a KL at about 87 nats.
 
@@ -28,7 +28,7 @@ TINY = torch.finfo(torch.float32).tiny
 LOG_TINY = math.log(TINY)
 
 Divergence = Callable[..., Tensor]
-"""`(target_logits_NV, draft_logits_NV, temperature=1.0, **its own settings) -> value_N`."""
+"""A divergence maps `(target_logits_NV, draft_logits_NV, temperature=1.0, **its own settings)` to value_N."""
 
 
 def forward_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -38,7 +38,7 @@ def forward_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: f
     >>> forward_kl(p, p), forward_kl(q, p)
     (tensor([0.]), tensor([0.6931]))
     """
-    return _kl(_log_law(target_logits_NV, temperature), _log_law(draft_logits_NV, temperature))
+    return _kl(_log_probs(target_logits_NV, temperature), _log_probs(draft_logits_NV, temperature))
 
 
 def reverse_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -60,13 +60,13 @@ def jensen_shannon(
     tends to 1.
 
     >>> p, q = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])
-    >>> jensen_shannon(p, q)  # log 2: laws that share nothing
+    >>> jensen_shannon(p, q)  # log 2: no token in common
     tensor([0.6931])
     """
-    log_p_NV = _log_law(target_logits_NV, temperature)
-    log_q_NV = _log_law(draft_logits_NV, temperature)
-    to_p_N = _kl_to_mixture(log_p_NV, log_q_NV, share=beta)
-    return beta * to_p_N + (1 - beta) * _kl_to_mixture(log_q_NV, log_p_NV, share=1 - beta)
+    log_p_NV = _log_probs(target_logits_NV, temperature)
+    log_q_NV = _log_probs(draft_logits_NV, temperature)
+    to_p_N = _kl_to_mixture(log_p_NV, log_q_NV, weight=beta)
+    return beta * to_p_N + (1 - beta) * _kl_to_mixture(log_q_NV, log_p_NV, weight=1 - beta)
 
 
 def skew_kl(
@@ -84,9 +84,9 @@ def skew_kl(
     >>> skew_kl(p, q, skew=0.1)
     tensor([2.3026])
     """
-    log_p_NV = _log_law(target_logits_NV, temperature)
-    log_q_NV = _log_law(draft_logits_NV, temperature)
-    return _kl_to_mixture(log_p_NV, log_q_NV, share=skew)
+    log_p_NV = _log_probs(target_logits_NV, temperature)
+    log_q_NV = _log_probs(draft_logits_NV, temperature)
+    return _kl_to_mixture(log_p_NV, log_q_NV, weight=skew)
 
 
 def total_variation(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -95,7 +95,7 @@ def total_variation(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperatu
     >>> total_variation(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.5000])
     """
-    p_NV, q_NV = _law(target_logits_NV, temperature), _law(draft_logits_NV, temperature)
+    p_NV, q_NV = _probs(target_logits_NV, temperature), _probs(draft_logits_NV, temperature)
     return _variation(p_NV, q_NV)
 
 
@@ -129,11 +129,11 @@ def kl_tv(
     >>> torch.equal(kl_tv(p, q, eta=0.0), forward_kl(p, q))
     True
     """
-    log_p_NV = _log_law(target_logits_NV, temperature)
-    log_q_NV = _log_law(draft_logits_NV, temperature)
+    log_p_NV = _log_probs(target_logits_NV, temperature)
+    log_q_NV = _log_probs(draft_logits_NV, temperature)
     variation_N = _variation(log_p_NV.exp(), log_q_NV.exp())
-    share_N = torch.exp(-eta * (1 - variation_N.detach()))
-    return share_N * _kl(log_p_NV, log_q_NV) + (1 - share_N) * variation_N
+    kl_weight_N = torch.exp(-eta * (1 - variation_N.detach()))
+    return kl_weight_N * _kl(log_p_NV, log_q_NV) + (1 - kl_weight_N) * variation_N
 
 
 DIVERGENCES: Mapping[str, Divergence] = {
@@ -162,7 +162,7 @@ def alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float 
 
 @torch.no_grad()
 def greedy_match(target_logits_NV: Tensor, draft_logits_NV: Tensor) -> Tensor:
-    """Whether both sides' most likely token is the same, bool; for measuring.
+    """Return whether both sides' most likely token is the same, bool; for measuring.
 
     >>> greedy_match(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[2.0, 3.0], [2.0, 3.0]]))
     tensor([ True, False])
@@ -176,16 +176,16 @@ def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     return (log_p_NV.exp() * gap_NV).sum(-1).clamp_min(0.0)  # rounding can reach below 0
 
 
-def _kl_to_mixture(log_p_NV: Tensor, log_q_NV: Tensor, share: float) -> Tensor:
-    """KL(p, share p + (1 - share) q), from log(m / p) = log(1 + (1 - share) (q / p - 1)).
+def _kl_to_mixture(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
+    """KL(p, weight p + (1 - weight) q), from log(m / p) = log(1 + (1 - weight) (q / p - 1)).
 
     Written so it is exactly 0 at p = q, and q / p stays below the largest fp32 number.
     """
-    if share == 0:
+    if weight == 0:
         return _kl(log_p_NV, log_q_NV)
     gap_NV = log_q_NV.clamp_min(LOG_TINY) - log_p_NV.clamp_min(LOG_TINY)
-    # rounding must not bring the argument to -1, where a tiny share would be lost altogether
-    excess_NV = ((1 - share) * torch.expm1(gap_NV)).clamp_min(-1 + torch.finfo(torch.float32).eps)
+    # rounding must not bring the argument to -1, where a tiny weight would be lost altogether
+    excess_NV = ((1 - weight) * torch.expm1(gap_NV)).clamp_min(-1 + torch.finfo(torch.float32).eps)
     return -(log_p_NV.exp() * torch.log1p(excess_NV)).sum(-1).clamp_max(0.0)
 
 
@@ -209,7 +209,7 @@ class _Overlap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
-        p_NV, q_NV = _law(target_logits_NV, temperature), _law(draft_logits_NV, temperature)
+        p_NV, q_NV = _probs(target_logits_NV, temperature), _probs(draft_logits_NV, temperature)
         ctx.save_for_backward(p_NV, q_NV)
         ctx.temperature, ctx.dtypes = temperature, (target_logits_NV.dtype, draft_logits_NV.dtype)
         # Over the sum of p, which is 1 but for rounding, so that it is 1 at p = q.
@@ -234,14 +234,14 @@ def _overlap_gradient(own_NV: Tensor, other_NV: Tensor, scale_N1: Tensor) -> Ten
     return smaller_NV.addcmul_(own_NV, smaller_NV.sum(-1, keepdim=True), value=-1).mul_(scale_N1)
 
 
-def _law(logits_NV: Tensor, temperature: float) -> Tensor:
+def _probs(logits_NV: Tensor, temperature: float) -> Tensor:
     dtype = at_least_fp32(logits_NV.dtype)
     if temperature == 1:
         return logits_NV.softmax(-1, dtype=dtype)  # which reads half precision as it is
     return _tempered(logits_NV, temperature).softmax(-1)
 
 
-def _log_law(logits_NV: Tensor, temperature: float) -> Tensor:
+def _log_probs(logits_NV: Tensor, temperature: float) -> Tensor:
     return _tempered(logits_NV, temperature).log_softmax(-1)
 
 

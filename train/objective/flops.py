@@ -12,7 +12,7 @@ NUM_PLANS = 64
 
 
 def first_plans(recipe: Recipe, config: ElasticConfig) -> list[StepPlan]:
-    """What the sampler does in the first steps."""
+    """Return the sampler's plans of the first steps."""
     members = {name: one.resolve(config) for name, one in recipe.granularities.items()}
     num_rows = recipe.trainer.rows_per_step
     return [
@@ -22,13 +22,13 @@ def first_plans(recipe: Recipe, config: ElasticConfig) -> list[StepPlan]:
 
 
 def count_step_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticConfig | None = None) -> float:
-    """Operations of a step, forward and backward, members and teacher included: the mean over the plans."""
+    """Return the operations of a step, all included, forward and backward: the mean over the plans."""
     own = statistics.fmean(_plan_flops(plan, recipe, config) for plan in first_plans(recipe, config))
     return own + count_teacher_flops(recipe, config, teacher)
 
 
 def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticConfig | None) -> float:
-    """Operations of a frozen teacher's forward passes in a step: on all rows where the full model trains."""
+    """Return the operations of a frozen teacher in a step: a forward pass where the full model trains."""
     if teacher is None:
         return 0.0
     taught = statistics.fmean(plan.full for plan in first_plans(recipe, config))
@@ -37,7 +37,7 @@ def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticC
 
 
 def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:
-    """A pass that is trained costs three, one that only teaches a single one."""
+    """Return a plan's operations: a pass that is trained costs three, one that only teaches costs one."""
     members, length = recipe.granularities, recipe.data.sequence_length
     num_rows = recipe.trainer.rows_per_step
 

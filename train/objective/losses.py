@@ -1,4 +1,4 @@
-"""What a member is trained on: cross-entropy that ramps to a divergence from its teacher, the full model.
+"""A member's loss: cross-entropy that ramps to a divergence from its teacher, the full model.
 
 One value per token, in fp32 and in nats, without a reduction: the caller sums and divides once by the
 global number of valid tokens, so that the gradient is the same under any accumulation.
@@ -34,35 +34,35 @@ def member_loss(
     config: LossConfig,
     step: int,
 ) -> Tensor:
-    """The loss of a model that has a teacher: cross-entropy that ramps to the divergence.
+    """Return the loss of a model that has a teacher: cross-entropy that ramps to the divergence.
 
     A member's teacher is the full model; that of the full model, if it has one, is another model.
 
     `(1 - r) * cross_entropy + r * weight * divergence`, with `r = ramp(step, config)`. Distillation
-    from the first step on would drag the weights that the full model shares. A part with no share is
-    not computed.
+    from the first step on would drag the weights that the full model shares. A part of
+    weight 0 is not computed.
 
     Args:
-        logits_NV: the learner's.
+        logits_NV: the student's.
         labels_N: next tokens; `IGNORE_INDEX` gives 0, for the divergence too.
         target_logits_NV: the teacher's, detached by the caller.
         config: the recipe's `loss` section.
         step: the absolute optimizer step, from 0.
     """
-    share = ramp(step, config)
+    ramped = ramp(step, config)
     loss_N = logits_NV.new_zeros(len(labels_N), dtype=at_least_fp32(logits_NV.dtype))
-    if share < 1:
-        loss_N = loss_N + (1 - share) * cross_entropy(logits_NV, labels_N)
-    if share > 0:
+    if ramped < 1:
+        loss_N = loss_N + (1 - ramped) * cross_entropy(logits_NV, labels_N)
+    if ramped > 0:
         divergence_N = divergence(target_logits_NV, logits_NV, config)
-        loss_N = loss_N + share * config.weight * divergence_N
+        loss_N = loss_N + ramped * config.weight * divergence_N
     return loss_N.masked_fill(labels_N == IGNORE_INDEX, 0.0)
 
 
 def ramp(step: int, config: LossConfig) -> float:
-    """Share of the divergence at a step: 0 up to `ramp_start`, 1 from `ramp_steps` later on.
+    """Return the divergence's part of the loss at a step: 0 up to `ramp_start`, 1 from `ramp_steps` later on.
 
-    Always 0 for a member that learns from the text alone.
+    It is always 0 for a member that learns from the text alone.
 
     >>> [ramp(step, LossConfig(ramp_start=10, ramp_steps=4)) for step in (0, 10, 11, 14, 99)]
     [0.0, 0.0, 0.25, 1.0, 1.0]
@@ -77,9 +77,9 @@ def ramp(step: int, config: LossConfig) -> float:
 
 
 def fade(step: int, config: LossConfig, num_steps: int) -> float:
-    """What is left of the members' weight at a step of so many.
+    """Return what is left of the weight of the members' losses at a step of `num_steps`.
 
-    While the learning rate falls to its end the weights settle where the losses then pull them: so the
+    While the learning rate falls to its end, the model settles where the losses then pull it: so the
     full model comes close to where it would be alone, and the members, close by, lose little.
 
     >>> config = LossConfig(fade_from=0.5, fade_to=0.2)
@@ -93,7 +93,7 @@ def fade(step: int, config: LossConfig, num_steps: int) -> float:
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Negative log-likelihood of each label, in nats; 0 where the label is `IGNORE_INDEX`.
+    """Return the negative log-likelihood of each label, in nats; 0 where the label is `IGNORE_INDEX`.
 
     >>> import torch
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
@@ -106,7 +106,7 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def divergence(target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossConfig) -> Tensor:
-    """The divergence that a recipe names, with its temperature and its own setting; value_N."""
+    """Return the divergence that a recipe names, with its temperature and its own setting; value_N."""
     name = config.divergence
     own = {SETTINGS[name]: getattr(config, SETTINGS[name])} if name in SETTINGS else {}
     return DIVERGENCES[name](target_logits_NV, draft_logits_NV, config.temperature, **own)

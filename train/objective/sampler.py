@@ -1,13 +1,14 @@
-"""Which members train on which rows of a step: a pure function of (seed, step).
+"""The choice of the members that train on each row of a step: a pure function of (seed, step).
 
-    rows      one full pass; exits train from its states at one position of a few, the other members
-              divide a share of the rows among themselves
+    rows      one full pass; early exits train from its states at one position of a few, the other members
+              divide a fraction of the rows among themselves
     all       every member on every row, the sum of losses (MatFormer, 2310.07707, section 3.2)
     random    one member a step, drawn with given probabilities
     sandwich  the full model, the smallest member and some random ones (https://arxiv.org/abs/1903.05134)
 
 Rows and positions are counted over the whole optimizer step, so that splitting it into micro-batches or
-over processes changes nothing. An exit is a member that is a prefix of the layers at full width.
+over processes changes nothing. An exit is a member that is a prefix of the layers at full width (early exit,
+LayerSkip, https://arxiv.org/abs/2404.16710).
 """
 
 import math
@@ -25,9 +26,9 @@ class Slot:
     """One member's part of a step.
 
     Args:
-        name: the member.
-        rows: the rows of the step that it trains on.
-        weight: factor of its summed loss.
+        name: The member.
+        rows: The rows of the step that it trains on.
+        weight: Factor of its summed loss.
         shift: None to read its own keys and values; else it trains on the shared cache, in blocks
             whose first one is this many positions short.
     """
@@ -40,15 +41,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one optimizer step trains.
+    """The students of one optimizer step.
 
     Args:
-        full: whether the full model's own loss is trained.
-        exits: members that train from the full pass's states.
-        slots: members that run a pass of their own.
-        exit_stride: exits train at one position of so many in every row; it divides the row.
-        exit_offset: the first of these positions.
-        exit_weight: factor of an exit's summed loss.
+        full: True if the full model's own loss is trained.
+        exits: Members that train from the full pass's states.
+        slots: Members that run a pass of their own.
+        exit_stride: Distance between the positions at which exits train; it divides the row.
+        exit_offset: The first of these positions.
+        exit_weight: Factor of an exit's summed loss.
     """
 
     full: bool
@@ -68,7 +69,7 @@ def plan_step(
     num_rows: int,
     weight: float = 1.0,
 ) -> StepPlan:
-    """Plan a step for the members (the full model among them), whose losses but its have a common weight.
+    """Plan a step for the members, the full model among them; all losses but its own get the weight.
 
     >>> from models.elastic.config import ElasticConfig
     >>> from models.elastic.granularity import Granularity
@@ -108,12 +109,12 @@ def plan_step(
         others = others[:1] + picked
     exits = tuple(name for name in others if members[name].is_layer_prefix)
     narrow = [name for name in others if name not in exits]
-    shares = dict.fromkeys(narrow, everyone)
+    rows_of = dict.fromkeys(narrow, everyone)
     if config.kind == "rows":
         size = min(config.min_rows, num_rows)
         takers = _whose_slots(narrow, config.row_fraction * num_rows / size, seed, step)
-        shares = _divide(takers, size, num_rows)
-    slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in shares.items())
+        rows_of = _divide(takers, size, num_rows)
+    slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
     every = config.exit_stride if config.kind == "rows" else 1
     return StepPlan(
         full=True,
@@ -126,26 +127,26 @@ def plan_step(
 
 
 def _whose_slots(names: list[str], slots_per_step: float, seed: int, step: int) -> list[str]:
-    """The members whose slot comes in a step, one name for each slot; with less than one a step, often none.
+    """Return the member of each slot in a step; with less than one slot a step, often none.
 
-    Of as many slots as there are members each has one, in an order that is drawn anew every time: in a
-    fixed one, every n-th step, which the log tells of, might show the same member for ever.
+    Each member has one slot in a cycle, in an order that is drawn for each cycle: in a fixed order, every
+    n-th step, which the log shows, might have the same member forever.
     """
     first, last = (math.floor(count * slots_per_step) for count in (step, step + 1))
     found = []
     for number in range(first, last if names else first):
-        cycle, place = divmod(number, len(names))
-        found.append(random.Random(f"turns {seed} {cycle}").sample(names, len(names))[place])
+        cycle, index = divmod(number, len(names))
+        found.append(random.Random(f"turns {seed} {cycle}").sample(names, len(names))[index])
     return found
 
 
 def _divide(takers: list[str], size: int, num_rows: int) -> dict[str, range]:
-    """Hand out the step's rows, `size` a slot and those of a member side by side."""
-    shares, first = {}, 0
+    """Divide the step's rows, `size` of them a slot and those of a member side by side."""
+    rows_of, first = {}, 0
     for name, count in Counter(takers).items():
-        shares[name] = range(first, min(first + count * size, num_rows))
+        rows_of[name] = range(first, min(first + count * size, num_rows))
         first += count * size
-    return shares
+    return rows_of
 
 
 def _slot(

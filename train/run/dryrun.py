@@ -34,7 +34,7 @@ from models.machine.card import (
     resolve_dtype,
     this_machine,
 )
-from train.objective.chunked_loss import rows_of_a_piece
+from train.objective.chunked_loss import rows_per_chunk
 from train.objective.flops import count_step_flops, count_teacher_flops, first_plans
 from train.objective.sampler import StepPlan
 from train.recipe.recipe import Recipe
@@ -109,14 +109,14 @@ def estimate_run(
         batch_tokens=-(-trainer.batch_size // devices) * recipe.data.sequence_length,
         activation_bytes=number_bytes,
         members=_largest_shares(plans, recipe),
-        scored_at_once=rows_of_a_piece(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
+        scored_at_once=rows_per_chunk(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
         shards=devices if trainer.strategy == "fsdp" else 1,
         compiled=card.gpu is None and library("train_ops") is not None,
     )
     busiest = max(plans, key=lambda plan: len(plan.slots))
     traffic = count_step_traffic(
         config,
-        shared_out=trainer.strategy == "fsdp",
+        sharded=trainer.strategy == "fsdp",
         passes=[FULL, *(recipe.granularities[slot.name] for slot in busiest.slots)],
         micro_batches=trainer.accumulate_grad_batches,
     )

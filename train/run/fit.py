@@ -33,7 +33,7 @@ from train.run.callbacks.samples import Samples
 from train.run.callbacks.signals import Signals
 from train.run.callbacks.skip_steps import Stability
 from train.run.distributed import check_agreed, make_fabric, make_strategy, side_by_side
-from train.run.fsdp import whole_model
+from train.run.fsdp import gather_model
 from train.run.malloc import keep_freed_memory
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
@@ -178,7 +178,7 @@ def train(
     )
     trainer.fit(module, datamodule=data)
     log.close()
-    module.model = whole_model(module.model, wanted=fabric.is_global_zero) or module.model
+    module.model = gather_model(module.model, wanted=fabric.is_global_zero) or module.model
     return signals.training_ended()
 
 

@@ -15,7 +15,7 @@ from models.checkpoint.weights import model_from
 from models.elastic.model import ElasticLM
 
 
-def share_out(module: nn.Module, model: ElasticLM, mesh: DeviceMesh, *, step: str) -> None:
+def shard(module: nn.Module, model: ElasticLM, mesh: DeviceMesh, *, step: str) -> None:
     """Leave each process its part of the weights, which must be the same everywhere before.
 
     Args:
@@ -31,17 +31,17 @@ def share_out(module: nn.Module, model: ElasticLM, mesh: DeviceMesh, *, step: st
     register_fsdp_forward_method(module, step)
 
 
-def is_shared_out(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds a part of the weights only."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """The tensor with the parts of all processes, every one of which must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a whole tensor, on the parameter's device; nothing is sent."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor):
@@ -50,7 +50,7 @@ def part_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole_model(model: ElasticLM, *, wanted: bool) -> ElasticLM | None:
+def gather_model(model: ElasticLM, *, wanted: bool) -> ElasticLM | None:
     """The model with all its weights, which every process must ask for.
 
     Args:
@@ -60,11 +60,11 @@ def whole_model(model: ElasticLM, *, wanted: bool) -> ElasticLM | None:
     Returns:
         The model itself if it is whole, a copy on the same device if not; None where it is not wanted.
     """
-    if not is_shared_out(model):
+    if not is_sharded(model):
         return model if wanted else None
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        tensor = whole(parameter.detach())
+        tensor = gather(parameter.detach())
         if wanted:
             tensors[name] = tensor
     return model_from(model.config, tensors) if wanted else None

@@ -22,7 +22,7 @@ from train.objective.joint_loss import joint_loss
 from train.objective.losses import fade
 from train.objective.sampler import plan_step
 from train.recipe.recipe import Recipe
-from train.run.fsdp import share_out, whole
+from train.run.fsdp import gather, shard
 from train.run.optim import learning_rate_factor, make_optimizer
 from train.run.skip_steps import Guard, skip_if
 
@@ -70,7 +70,7 @@ class JointModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Share the weights out, if the strategy has a mesh of processes for it."""
         if self.device_mesh is not None:
-            share_out(self, self.model, self.device_mesh["data_parallel"], step="training_step")
+            shard(self, self.model, self.device_mesh["data_parallel"], step="training_step")
 
     def on_train_start(self) -> None:
         """Lightning moves submodules to the device; the teacher is none."""
@@ -138,7 +138,7 @@ class JointModule(pl.LightningModule):
         """Clip by the global norm, keep it for the log, which Lightning would not, and judge the step."""
         limit = gradient_clip_val or float("inf")
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        self.gradient_norm = whole(torch.nn.utils.get_total_norm(gradients)).detach()
+        self.gradient_norm = gather(torch.nn.utils.get_total_norm(gradients)).detach()
         torch.nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.gradient_norm)
         if self.guard.sigma:
             skip_if(self.guard.judge(self.gradient_norm), optimizer)

@@ -25,7 +25,7 @@ from models.base.errors import NestlingError, UsageError
 from models.base.files import read_json, remove_folder, utf8_path, write_folder, write_json
 from models.checkpoint.weights import WEIGHTS, write_weights
 from models.elastic.model import ElasticLM
-from train.run.fsdp import part_like, whole, whole_model
+from train.run.fsdp import gather, gather_model, shard_like
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -66,7 +66,7 @@ class TrainingState:
             prefix = f"{name}/"
             optimizer.state[parameter] = {
                 # AdamW keeps its step counter on the CPU unless it is fused there
-                key.removeprefix(prefix): value if value.dim() == 0 else part_like(value, parameter)
+                key.removeprefix(prefix): value if value.dim() == 0 else shard_like(value, parameter)
                 for key, value in saved.items()
                 if key.startswith(prefix)
             }
@@ -95,7 +95,7 @@ def save_state(
         NestlingError: if the disk refuses; the older states stay.
     """
     path = steps / f"{step:08d}"
-    weights = whole_model(model, wanted=writes)
+    weights = gather_model(model, wanted=writes)
     moments = dict(_moments(model, optimizer, wanted=writes))
     if weights is None:
         return path
@@ -167,7 +167,7 @@ def _state_folders(steps: Path) -> list[Path]:
 def _moments(model: ElasticLM, optimizer: Optimizer, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensor = whole(value)
+            tensor = gather(value)
             if wanted:
                 yield f"{name}/{key}", tensor.cpu().contiguous()
 

@@ -37,12 +37,12 @@ def test_a_recipe_may_choose_every_divergence() -> None:
     assert {"cross_entropy", *DIVERGENCES} == set(typing.get_args(DivergenceName))
 
 
-# ---------------------------------------------------------------- law 6
+# ---------------------------------------------------------------- invariants of every divergence
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(pair=pairs(), temperature=TEMPERATURES)
-def test_a_divergence_is_exactly_zero_where_both_laws_are_the_same(
+def test_a_divergence_is_exactly_zero_where_both_distributions_are_the_same(
     name: str, pair: tuple[Tensor, Tensor], temperature: float
 ) -> None:
     logits = pair[0]
@@ -76,7 +76,9 @@ def test_gradients_are_finite_on_both_sides(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rest", [-INF, -80.0, -48.0], ids=["nothing", "1e-35", "1e-21"])
-def test_laws_that_share_hardly_a_token_have_a_finite_value_and_gradient(name: str, rest: float) -> None:
+def test_distributions_with_hardly_a_common_token_are_finite_and_so_are_gradients(
+    name: str, rest: float
+) -> None:
     p = torch.tensor([[0.0, 1.0, rest, rest]], requires_grad=True)
     q = torch.tensor([[rest, rest, 2.0, 0.0]], requires_grad=True)
     value = DIVERGENCES[name](p, q)
@@ -102,32 +104,32 @@ def test_enormous_logits_are_finite_too(name: str, scale: float) -> None:
 
 # ---------------------------------------------------------------- the definitions, in plain Python
 
-Law = list[float]
+Probs = list[float]
 
 
-def law(logits: Tensor, temperature: float) -> Law:
+def probs(logits: Tensor, temperature: float) -> Probs:
     weights = [math.exp(logit / temperature) for logit in logits.double().tolist()]
     return [weight / sum(weights) for weight in weights]
 
 
-def kl(p: Law, q: Law) -> float:
+def kl(p: Probs, q: Probs) -> float:
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-def mix(p: Law, q: Law, share: float) -> Law:
+def mix(p: Probs, q: Probs, share: float) -> Probs:
     return [share * a + (1 - share) * b for a, b in zip(p, q, strict=True)]
 
 
-def shared(p: Law, q: Law) -> float:
+def shared(p: Probs, q: Probs) -> float:
     return sum(map(min, p, q))
 
 
-def hybrid(p: Law, q: Law, eta: float) -> float:
+def hybrid(p: Probs, q: Probs, eta: float) -> float:
     share = math.exp(-eta * shared(p, q))
     return share * kl(p, q) + (1 - share) * (1 - shared(p, q))
 
 
-PLAIN: dict[str, Callable[[Law, Law], float]] = {
+PLAIN: dict[str, Callable[[Probs, Probs], float]] = {
     "forward_kl": kl,
     "reverse_kl": lambda p, q: kl(q, p),
     "jensen_shannon": lambda p, q: 0.5 * (kl(p, mix(p, q, 0.5)) + kl(q, mix(p, q, 0.5))),
@@ -142,7 +144,7 @@ PLAIN: dict[str, Callable[[Law, Law], float]] = {
 @given(pair=finite_pairs, temperature=st.floats(0.5, 4.0))
 def test_a_divergence_is_its_definition(name: str, pair: tuple[Tensor, Tensor], temperature: float) -> None:
     ours = DIVERGENCES[name](*pair, temperature)
-    theirs = [PLAIN[name](law(p, temperature), law(q, temperature)) for p, q in zip(*pair, strict=True)]
+    theirs = [PLAIN[name](probs(p, temperature), probs(q, temperature)) for p, q in zip(*pair, strict=True)]
     torch.testing.assert_close(ours, torch.tensor(theirs), atol=FP32_ATOL, rtol=1e-4)
 
 
@@ -150,13 +152,13 @@ def test_a_divergence_is_its_definition(name: str, pair: tuple[Tensor, Tensor], 
 def test_settings_mean_what_the_papers_mean(
     pair: tuple[Tensor, Tensor], beta: float, skew: float, eta: float
 ) -> None:
-    laws = [(law(p, 1.0), law(q, 1.0)) for p, q in zip(*pair, strict=True)]
+    pairs_of_probs = [(probs(p, 1.0), probs(q, 1.0)) for p, q in zip(*pair, strict=True)]
     expected = {
         "jensen_shannon": [
-            beta * kl(p, mix(p, q, beta)) + (1 - beta) * kl(q, mix(p, q, beta)) for p, q in laws
+            beta * kl(p, mix(p, q, beta)) + (1 - beta) * kl(q, mix(p, q, beta)) for p, q in pairs_of_probs
         ],
-        "skew_kl": [kl(p, mix(p, q, skew)) for p, q in laws],
-        "kl_tv": [hybrid(p, q, eta) for p, q in laws],
+        "skew_kl": [kl(p, mix(p, q, skew)) for p, q in pairs_of_probs],
+        "kl_tv": [hybrid(p, q, eta) for p, q in pairs_of_probs],
     }
     settings = {"jensen_shannon": {"beta": beta}, "skew_kl": {"skew": skew}, "kl_tv": {"eta": eta}}
     for name, theirs in expected.items():

@@ -123,7 +123,7 @@ def test_the_full_model_learns_from_its_teacher_as_if_by_whole_logits(
     tiny_model: ElasticLM, teacher: ElasticLM, monkeypatch: pytest.MonkeyPatch, step: int, divergence: Any
 ) -> None:
     """Before, amid and after the ramp; the exit still learns from the full model."""
-    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 7)
+    monkeypatch.setattr(objective, "rows_per_chunk", lambda *_: 7)
     config = LossConfig(divergence=divergence, temperature=1.5, weight=0.7, ramp_start=0, ramp_steps=2)
     batch = make_batch()._replace(step=step)
     plan = StepPlan(full=True, exits=("D",), slots=())
@@ -143,10 +143,10 @@ def test_the_full_model_learns_from_its_teacher_as_if_by_whole_logits(
     assert_same(ours, theirs)
 
 
-def test_a_teacher_gets_no_gradient_and_scores_a_piece_at_a_time(
+def test_a_teacher_gets_no_gradient_and_scores_a_chunk_at_a_time(
     tiny_model: ElasticLM, teacher: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 10)
+    monkeypatch.setattr(objective, "rows_per_chunk", lambda *_: 10)
     teacher.requires_grad_(True)  # even if nobody has frozen it
     seen: list[int] = []
     kept: list[bool] = []
@@ -195,21 +195,21 @@ def test_an_exit_learns_at_its_positions_only(tiny_model: ElasticLM) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 30, 1000])
-def test_the_size_of_a_piece_of_logits_changes_nothing(
+def test_the_size_of_a_chunk_of_logits_changes_nothing(
     tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     batch = make_batch()
     slots = (Slot("S", range(1, 3)), Slot("L", range(3, 8), 2.0, shift=1))
     plan = StepPlan(full=True, exits=("D",), slots=slots, exit_stride=4, exit_offset=3)
     whole = gradients(tiny_model, [batch], plan)
-    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: rows)
+    monkeypatch.setattr(objective, "rows_per_chunk", lambda *_: rows)
     assert_same(gradients(tiny_model, [batch], plan), whole)
 
 
 def test_no_logits_of_all_positions_are_ever_held(
     tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "rows_of_a_piece", lambda *_: 10)
+    monkeypatch.setattr(objective, "rows_per_chunk", lambda *_: 10)
     seen: list[int] = []
 
     def linear(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_no_logits_of_all_positions_are_ever_held(
     monkeypatch.setattr(objective, "F", SimpleNamespace(linear=linear))
     batch = make_batch()
     gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), slots=(Slot("S", range(2)),)))
-    assert max(seen) == 3 * 10  # those of a piece, of all three learners at once
+    assert max(seen) == 3 * 10  # those of a chunk, of all three students at once
 
 
 def test_the_teacher_is_not_taught(tiny_model: ElasticLM) -> None:

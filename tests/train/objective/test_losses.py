@@ -97,9 +97,9 @@ def test_the_gradient_is_the_same_under_any_accumulation(member: Any, name: str,
     config = replace(CONFIG, divergence=name)  # type: ignore[arg-type]
     num_valid = (labels != IGNORE_INDEX).sum()
 
-    def accumulate(pieces: int) -> Tensor:
+    def accumulate(num_chunks: int) -> Tensor:
         logits.grad = None
-        chunks = (x.chunk(pieces) for x in (logits, labels, target))
+        chunks = (x.chunk(num_chunks) for x in (logits, labels, target))
         for logits_NV, labels_N, target_NV in zip(*chunks, strict=True):
             loss = member_loss(logits_NV, labels_N, target_NV, config, 15)
             (loss.sum() / num_valid).backward()

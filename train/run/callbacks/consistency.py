@@ -19,7 +19,7 @@ from models.elastic.granularity import FULL, Granularity
 from models.measure.consistency import evaluate_family
 from train.run.callbacks.metrics import Metrics
 from train.run.callbacks.step import StepCallback
-from train.run.fsdp import whole_model
+from train.run.fsdp import gather_model
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
 
@@ -51,7 +51,7 @@ class Consistency(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Measure all members and write the line."""
-        model = whole_model(module.model, wanted=trainer.is_global_zero)
+        model = gather_model(module.model, wanted=trainer.is_global_zero)
         if model is None:
             return
         self.latest = evaluate_family(model, self.members, self.batches)

@@ -20,7 +20,7 @@ from train.objective.sampler import Slot, StepPlan
 from train.recipe.sections import LossConfig
 from train.run.callbacks.metrics import Metrics
 from train.run.callbacks.step import StepCallback
-from train.run.fsdp import whole_model
+from train.run.fsdp import gather_model
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
 
@@ -54,7 +54,7 @@ class Gradients(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Measure every member and write the line."""
-        model = whole_model(module.model, wanted=trainer.is_global_zero)
+        model = gather_model(module.model, wanted=trainer.is_global_zero)
         if model is None:
             return
         device = model.lm_head.weight.device

@@ -9,7 +9,7 @@ from models.decode.engine.engine import stream
 from models.elastic.granularity import Granularity
 from models.elastic.view import View
 from train.run.callbacks.step import StepCallback
-from train.run.fsdp import whole_model
+from train.run.fsdp import gather_model
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
 
@@ -42,7 +42,7 @@ class Samples(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Let each member speak."""
-        model = whole_model(module.model, wanted=trainer.is_global_zero)
+        model = gather_model(module.model, wanted=trainer.is_global_zero)
         if model is None:
             return
         texts = {}
