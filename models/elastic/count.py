@@ -181,7 +181,7 @@ def count_step_traffic(
 
     Args:
         config: the full model's shape.
-        sharded: whether the processes share the weights out.
+        sharded: whether the weights are sharded over the processes.
         passes: members that run a trained pass in a micro-batch, the full model among them.
         micro_batches: of a step.
 

@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="The run folder. Default: checkpoints/ and the recipe's name."),
+    typer.Option("--out", metavar="DIR", help="Run folder. Default: checkpoints/ and the recipe's name."),
 ]
 ResumeOption = Annotated[
-    str, typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on from.")
+    str,
+    typer.Option(
+        "--resume",
+        metavar="auto|never|PATH",
+        help="State to go on from: the newest, none, or that of a folder.",
+    ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and make nothing.")]
 FLAGS = ("--config", "--out", "--resume", "--dry-run", "--help", HELP_ALL)
@@ -51,14 +56,14 @@ def train(
 def run_training(
     words: Sequence[str], files: Sequence[Path], out: Path | None, *, resume: str, dry_run: bool
 ) -> int:
-    """What `train` and `distill` do.
+    """Run `train` or `distill`.
 
     Args:
-        words: recipe keys.
-        files: recipes.
-        out: the run folder, if it was given.
-        resume: where to go on from.
-        dry_run: show it only.
+        words: Dials and recipe keys.
+        files: Recipes.
+        out: The run folder, if it was given.
+        resume: The state to go on from.
+        dry_run: Show what would run, and make nothing.
 
     Returns:
         The exit code.
@@ -80,7 +85,7 @@ def run_training(
     if dry_run:
         show(recipe, console)
         return 0
-    recipe.elastic_config()  # sizes that do not fit are told before anything is made
+    recipe.elastic_config()  # sizes that do not fit are refused before anything is made
     from train.run.fit import fit
 
     model = fit(recipe, out or default_out(recipe, files), resume=resume, console=console)
@@ -89,7 +94,7 @@ def run_training(
 
 
 def check_flags(words: Sequence[str]) -> None:
-    """Say of a mistyped flag what was meant: to the recipe it would be an unknown key.
+    """Refuse a mistyped flag, naming the right one: to the recipe it would be an unknown key.
 
     Raises:
         UsageError: naming the flag.
@@ -130,7 +135,7 @@ def check_resume(resume: str) -> None:
 
 
 def default_out(recipe: "Recipe", configs: Sequence[Path]) -> Path:
-    """`checkpoints/<name>`: the tracking name, that of the last file, or else the time."""
+    """Return `checkpoints/<name>`: the tracking name, that of the last file, or else the time."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("checkpoints") / (recipe.tracking.name or (configs[-1].stem if configs else now))
 

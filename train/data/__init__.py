@@ -1,1 +1,1 @@
-"""From a corpus to the batches of any step: documents, tokenizer, tokens on disk, rows, loader."""
+"""A corpus becomes the batches of any step: documents, tokenizer, tokens on disk, rows, loader."""

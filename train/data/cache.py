@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def content_key(*parts: object) -> str:
-    """A short name for what an entry is made from.
+    """Return a short name for what an entry is made from.
 
     >>> content_key("a", 1) == content_key("a", 1), content_key("a", 1) == content_key("a", 2)
     (True, False)
@@ -33,7 +33,7 @@ def content_key(*parts: object) -> str:
 
 
 def build_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Return the facts of an entry that is whole, building it first where it is not.
+    """Return the facts of an entry, which is built first if it is absent or damaged.
 
     Args:
         folder: the entry; its parents are made.
@@ -59,7 +59,7 @@ def build_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[st
 
 
 def open_entry(folder: Path) -> dict[str, Any] | None:
-    """The facts of an entry, or None if it is absent or damaged."""
+    """Return the facts of an entry, or None if it is absent or damaged."""
     if not folder.exists():
         return None
     try:
@@ -75,7 +75,7 @@ def open_entry(folder: Path) -> dict[str, Any] | None:
 
 
 def seal(path: Path) -> dict[str, Any]:
-    """Size and hash of a file."""
+    """Return size and hash of a file."""
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,

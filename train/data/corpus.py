@@ -27,7 +27,7 @@ class Corpus(Protocol):
 
     @property
     def source(self) -> str:
-        """What names the corpus."""
+        """The name or path that opens the corpus."""
 
     @property
     def licence(self) -> str:
@@ -80,12 +80,12 @@ def open_corpus(
 
 
 def take_documents(corpus: Corpus, max_documents: int | None) -> Iterator[str]:
-    """The first `max_documents` documents; all of them for None."""
+    """Return the first `max_documents` documents; all of them for None."""
     return itertools.islice(corpus.documents(), max_documents)
 
 
 def looks_like_hub_name(source: str) -> bool:
-    """Whether a source that is no path here can be a name on the hub.
+    """Return whether a source that is no path here can be a name on the hub.
 
     >>> looks_like_hub_name("roneneldan/TinyStories"), looks_like_hub_name("stories/train.txt")
     (True, False)

@@ -15,7 +15,7 @@ PIECE_CHARS = 1 << 20
 
 
 def content_hash(text: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on the text and the purpose alone.
+    """Return a number in [0, 1) that depends on the text and the purpose alone.
 
     >>> content_hash("once", "split") == content_hash("once", "split")
     True
@@ -27,7 +27,7 @@ def content_hash(text: str, purpose: str) -> float:
 
 
 def is_validation(text: str, valid_fraction: float) -> bool:
-    """Whether this document is held out.
+    """Return whether this document is held out.
 
     >>> sum(is_validation(str(number), 0.1) for number in range(1000))
     113
@@ -36,7 +36,7 @@ def is_validation(text: str, valid_fraction: float) -> bool:
 
 
 def hash_documents(documents: Iterable[str]) -> str:
-    """Hex sha256 of documents; their lengths are hashed too, so that borders count.
+    """Return the hex sha256 of documents; their lengths are hashed too, so that borders count.
 
     >>> hash_documents(["ab", "c"]) == hash_documents(["a", "bc"])
     False
@@ -66,9 +66,9 @@ def split_into_pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
 
 
 def sample_documents(documents: Iterable[str], max_chars: int) -> list[str]:
-    """At most `max_chars` characters, drawn evenly from all the documents in one pass.
+    """Return at most `max_chars` characters, drawn evenly from all the documents in one pass.
 
-    Keeps the pieces with the smallest hashes, in their order: memory stays bounded, and the sample is
+    It keeps the pieces with the smallest hashes, in their order: memory stays bounded, and the sample is
     the same on every run. It holds at least one piece.
 
     >>> sample_documents(["a" * 9, "b" * 9, "c" * 9], max_chars=20)
@@ -99,7 +99,7 @@ def require_field(fields: Iterable[str], text_field: str, where: str) -> None:
 
 
 def checked_text(value: object, text_field: str, where: str) -> str:
-    """A text that can be written as UTF-8: half a surrogate pair, which JSON can hold, is replaced.
+    """Return a text that can be written as UTF-8: half a surrogate pair, which JSON can hold, is replaced.
 
     Raises:
         UsageError: if the value is no text.

@@ -23,7 +23,7 @@ from train.data.hub import stream_parquet
 
 COMPRESSIONS = (".xz", ".gz")
 UNREADABLE = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
-"""What broken files raise; bad UTF-8 and Arrow's errors are ValueErrors."""
+"""Errors of broken files; bad UTF-8 and Arrow's errors are ValueErrors."""
 
 
 @dataclass(frozen=True, kw_only=True)

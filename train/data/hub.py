@@ -69,7 +69,7 @@ class HubDataset:
 
     @property
     def licence(self) -> str:
-        """What the dataset says of itself."""
+        """The licence that the dataset names."""
         return self.table.info.license or f"see the card of {self.source}"
 
     @functools.cached_property
@@ -89,7 +89,7 @@ class HubDataset:
 
 
 def stream_parquet(path: Path, cache_dir: Path | None) -> "IterableDataset":
-    """A local parquet file, read in pieces and never copied."""
+    """Return a local parquet file as a stream, which is never copied."""
     from datasets import IterableDataset, load_dataset
 
     quiet_datasets()
@@ -105,7 +105,7 @@ def stream_parquet(path: Path, cache_dir: Path | None) -> "IterableDataset":
 
 
 def parse_name(name: str) -> tuple[str, str | None, str]:
-    """Path, config and split of a dataset's name.
+    """Return path, config and split of a dataset's name.
 
     >>> parse_name("Salesforce/wikitext:wikitext-2-raw-v1@test")
     ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'test')
@@ -118,12 +118,12 @@ def parse_name(name: str) -> tuple[str, str | None, str]:
 
 
 def datasets_folder(cache_dir: Path | None) -> str | None:
-    """Where `datasets` keeps its files; None is its own default."""
+    """Return the folder in which `datasets` keeps its files; None is its own default."""
     return None if cache_dir is None else str(cache_dir / "datasets")
 
 
 def quiet_datasets() -> None:
-    """No log lines (our error says the same in one), and bars only on a terminal."""
+    """Silence the log lines, which our error repeats in one, and the bars where there is no terminal."""
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

@@ -5,8 +5,8 @@
     ├ m0 ┼ m1 ┼ m2 ┤                                             micro-batches of a step
     │r0 r1 r0 r1                                                 ranks take its rows in turn
 
-Every row comes once an epoch. The rows of a step do not depend on how many processes share them, and
-the number of labels, the one divisor of the loss, is counted over all of them without talking. Ranks take
+Every row comes once an epoch. The rows of a step do not depend on the number of processes, and the number
+of labels, the one divisor of the loss, is counted over all of them without communication. Ranks take
 rows in turn because members train on neighbouring rows of a step (train/objective/sampler.py): so each rank
 has an equal part of that work.
 """
@@ -40,12 +40,12 @@ class StepLoader:
         seed: of the shuffles.
         num_steps: where the run ends, counted from the run's very beginning.
         start_step: where to go on.
-        offset: step s reads the rows of step s + offset: a run that went back does not read again what
-            led it astray.
+        offset: step s reads the rows of step s + offset: a run that went back does not read again the
+            rows on which it diverged.
         rank: this process.
         world_size: number of processes.
         num_workers: processes that read ahead; any number gives the same batches.
-        repeat: False stops after one epoch: the places left over are rows without labels.
+        repeat: False stops after one epoch, whose last step is filled with rows without labels.
     """
 
     rows: Rows
@@ -71,7 +71,7 @@ class StepLoader:
         return self.batch_size * self.accumulate
 
     def batch(self, step: int, micro: int) -> Batch:
-        """This rank's part of a micro-batch: a pure function of its arguments."""
+        """Return this rank's part of a micro-batch: a pure function of its arguments."""
         first_row = micro * self.batch_size + self.rank
         ids_of_step = self.row_ids(step)
         ids_here = ids_of_step[first_row : (micro + 1) * self.batch_size : self.world_size]
@@ -87,9 +87,9 @@ class StepLoader:
         )
 
     def row_ids(self, step: int) -> NDArray[np.int64]:
-        """The rows of a step, over all micro-batches and ranks."""
-        places = (step + self.offset) * self.rows_per_step + np.arange(self.rows_per_step)
-        epochs, offsets = np.divmod(places, len(self.rows))
+        """Return the rows of a step, over all micro-batches and ranks."""
+        indices = (step + self.offset) * self.rows_per_step + np.arange(self.rows_per_step)
+        epochs, offsets = np.divmod(indices, len(self.rows))
         ids = np.full(self.rows_per_step, len(self.rows))
         for epoch in np.unique(epochs) if self.repeat else [0]:
             order = epoch_order(self.seed, int(epoch), len(self.rows))
@@ -97,14 +97,14 @@ class StepLoader:
         return ids
 
     def __iter__(self) -> Iterator[Batch]:
-        places = range(self.start_step * self.accumulate, self.num_steps * self.accumulate)
+        numbers = range(self.start_step * self.accumulate, self.num_steps * self.accumulate)
         if self.num_workers == 0:
-            return (self.batch(*divmod(place, self.accumulate)) for place in places)
+            return (self.batch(*divmod(number, self.accumulate)) for number in numbers)
         return iter(
             DataLoader(
-                _Places(self),
+                _MicroBatches(self),
                 batch_size=None,
-                sampler=places,
+                sampler=numbers,
                 num_workers=self.num_workers,
                 collate_fn=_unchanged,
                 worker_init_fn=_leave_signals_to_the_parent,
@@ -115,7 +115,7 @@ class StepLoader:
 
 
 def one_pass(rows: Rows, *, batch_size: int, rank: int = 0, world_size: int = 1) -> StepLoader:
-    """Every row once, in a fixed shuffled order, so that the first few batches are a fair sample."""
+    """Load every row once, in a fixed shuffled order, so that the first few batches are a fair sample."""
     return StepLoader(
         rows=rows,
         batch_size=batch_size,
@@ -129,9 +129,9 @@ def one_pass(rows: Rows, *, batch_size: int, rank: int = 0, world_size: int = 1)
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
-    """A shuffle of the rows.
+    """Return a shuffle of the rows.
 
-    Sorts the raw output of a counter-based generator: NumPy keeps that stream for ever, but not what
+    It sorts the raw output of a counter-based generator: NumPy keeps that stream forever, but not what
     `Generator.permutation` makes of it.
 
     >>> epoch_order(0, 0, 5), epoch_order(0, 1, 5)
@@ -143,18 +143,18 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
     return order
 
 
-class _Places(Dataset[Batch]):
+class _MicroBatches(Dataset[Batch]):
     """The micro-batches of a run by number, for the workers."""
 
     def __init__(self, loader: StepLoader) -> None:
         self.loader = loader
 
-    def __getitem__(self, place: int) -> Batch:
-        return self.loader.batch(*divmod(place, self.loader.accumulate))
+    def __getitem__(self, number: int) -> Batch:
+        return self.loader.batch(*divmod(number, self.loader.accumulate))
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A signal to every process of a job must not cost the step that the parent finishes its data."""
+    """Ignore signals: one to every process of a job must not cost the step that the parent finishes."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -67,11 +67,11 @@ class TextData(pl.LightningDataModule):
 
     @property
     def eos_token_id(self) -> int:
-        """Ends a document, and stands before the next."""
+        """Id of the token that ends a document, and stands before the next."""
         return self.text_tokenizer.eos_token_id
 
     def prepare(self, console: Console | None = None) -> "TextData":
-        """Read, tokenise and pack, or open what an earlier run left; returns itself.
+        """Read, tokenise and pack, or open what an earlier run left; return itself.
 
         Args:
             console: for progress.
@@ -100,7 +100,7 @@ class TextData(pl.LightningDataModule):
         return self
 
     def train_dataloader(self) -> StepLoader:
-        """Micro-batches from `first_step` on, as this process sees them."""
+        """Return the micro-batches from `first_step` on, as this process sees them."""
         rank, world_size = 0, 1
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
@@ -118,10 +118,10 @@ class TextData(pl.LightningDataModule):
         )
 
     def validation_batches(self, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        """The same tokens_BT and labels_BT every time, drawn from all over the validation text.
+        """Return the same tokens_BT and labels_BT every time, drawn from all over the validation text.
 
         Args:
-            limit: at most so many batches; each held-out row comes at most once.
+            limit: the largest number of batches; each held-out row comes at most once.
         """
         if len(self.valid_rows) == 0:
             return []
@@ -196,7 +196,7 @@ class TextData(pl.LightningDataModule):
 
 
 def cache_folder(configured: str | None) -> Path:
-    """The folder of `data.cache_dir`, or `data/` in the user's cache of nestling."""
+    """Return the folder of `data.cache_dir`, or `data/` in the user's cache of nestling."""
     if configured is not None:
         return Path(configured).expanduser()
     return default_cache_dir() / "data"

@@ -42,7 +42,7 @@ class Rows:
         return len(self.stream) - 1
 
     def gather(self, ids_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of some rows.
+        """Return inputs and labels of some rows.
 
         Args:
             ids_B: row numbers; one past the end gives a row without labels.
@@ -50,20 +50,20 @@ class Rows:
         Returns:
             tokens_BT and labels_BT, int64; where there is no label, -100 and the stream's first token.
         """
-        place_BS = ids_B[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
-        inside_BS = place_BS < len(self.stream)
-        token_BS = self.stream[np.where(inside_BS, place_BS, 0)].astype(np.int64)
+        index_BS = ids_B[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
+        inside_BS = index_BS < len(self.stream)
+        token_BS = self.stream[np.where(inside_BS, index_BS, 0)].astype(np.int64)
         labels_BT = np.where(inside_BS[:, 1:], token_BS[:, 1:], IGNORE_INDEX)
         return torch.from_numpy(token_BS[:, :-1].copy()), torch.from_numpy(labels_BT)
 
     def count_labels(self, ids: NDArray[np.int64]) -> int:
-        """Number of labels in some rows, without reading them."""
+        """Return the number of labels in some rows, without reading them."""
         left = self.num_labels - ids * self.sequence_length
         return int(np.clip(left, 0, self.sequence_length).sum())
 
 
 def document_starts(stream: NDArray[Any], num_tokens: int, most: int) -> NDArray[np.int64]:
-    """The first tokens [documents, num_tokens] of documents that are longer, from all over a stream.
+    """Return the first tokens [documents, num_tokens] of documents that are longer, from all over a stream.
 
     Args:
         stream: token ids; the first one is the end of a document, as is that of each.

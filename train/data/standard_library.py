@@ -88,7 +88,7 @@ def source_files(root: Path) -> Iterator[Path]:
 
 
 def is_skipped(name: str) -> bool:
-    """Whether a file or folder of this name is left out.
+    """Return whether a file or folder of this name is left out.
 
     >>> is_skipped("test"), is_skipped("json"), is_skipped("_sysconfigdata__linux_.py")
     (True, False, True)

@@ -54,7 +54,7 @@ class TextTokenizer:
 
     @property
     def sha256(self) -> str:
-        """Hash of the whole tokenizer."""
+        """Hash of the tokenizer."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def named(self, name: str) -> "TextTokenizer":

@@ -62,8 +62,8 @@ def tokenise(
         corpus: documents.
         tokenizer: any.
         cache_dir: where the streams are kept.
-        valid_fraction: share of the documents to hold out, by content hash.
-        max_documents: use only the first so many.
+        valid_fraction: fraction of the documents to hold out, by content hash.
+        max_documents: use only this many, the first.
         console: for a bar.
         key: what an error calls the setting.
 
@@ -104,7 +104,7 @@ def write_streams(
     valid_fraction: float,
     advance: Callable[[int], None],
 ) -> dict[str, int]:
-    """Write train.npy and valid.npy in one pass over the documents; returns what was counted."""
+    """Write train.npy and valid.npy in one pass over the documents; return what was counted."""
     dtype, eos = stream_dtype(tokenizer.vocab_size), tokenizer.eos_token_id
     num_documents = num_valid = num_chars = 0
     with (
@@ -134,7 +134,7 @@ def load_rows(
     max_documents: int | None = None,
     key: str = "--data",
 ) -> Rows:
-    """Rows of a text to measure on: tokenised in memory, kept nowhere.
+    """Return the rows of a text to measure on, tokenised in memory and kept nowhere.
 
     Args:
         source: anything that `open_corpus` takes.
@@ -142,7 +142,7 @@ def load_rows(
         sequence_length: positions in a row.
         text_field: the field that holds the text.
         separator: the line that separates documents in .txt.
-        max_documents: use only the first so many.
+        max_documents: use only this many, the first.
         key: what an error calls the setting that `source` came from.
 
     Raises:
@@ -159,7 +159,7 @@ def load_rows(
 
 
 def no_text(key: str, source: str) -> NestlingError:
-    """The error of a corpus without a document."""
+    """Return the error of a corpus without a document."""
     return NestlingError(f"{key}={source!r}: no text in it; give files that hold some")
 
 
@@ -182,7 +182,7 @@ def cut(documents: Iterable[str], valid_fraction: float) -> Iterator[Piece]:
 
 
 def encode(pieces: Iterable[Piece], tokenizer: TextTokenizer) -> Iterator[tuple[Piece, Stream]]:
-    """Tokens of each piece, with eos where a document ends."""
+    """Yield the tokens of each piece, with eos where a document ends."""
     # The library warns at a later fork (a loader's worker) that threads were in use, unless this is
     # set; the workers never tokenise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -196,7 +196,7 @@ def encode(pieces: Iterable[Piece], tokenizer: TextTokenizer) -> Iterator[tuple[
 
 
 def plain_copy(backend: Tokenizer) -> Tokenizer:
-    """A copy that keeps all tokens, and to which a special token's name in a text is only text."""
+    """Return a copy that keeps all tokens, and to which a special token's name in a text is only text."""
     copy: Tokenizer = Tokenizer.from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()

@@ -80,7 +80,7 @@ def load(
 
 
 def save(section: Any, path: Path) -> None:
-    """Write every setting as YAML that `load` reads back as an equal section; the file is whole or absent."""
+    """Write every setting as YAML that `load` reads back equal; the file is complete or absent."""
     from omegaconf import OmegaConf
 
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(section))))
@@ -112,7 +112,7 @@ def pair_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _given(
     takes: Mapping[str, str], configs: Sequence[Path], overrides: Sequence[str], renamed: Mapping[str, str]
 ) -> dict[str, Given]:
-    """What files and overrides say, by dotted key, in the order in which it is merged."""
+    """Return the values of files and overrides by dotted key, in the order in which they are merged."""
     given: dict[str, Given] = {}
     for path in configs:
         for key, value in _leaves(takes, _read_yaml(path)):
@@ -134,7 +134,7 @@ def _is_utf8(text: str) -> bool:
 def _leaves(
     takes: Mapping[str, str], loaded: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a file; an empty section says nothing."""
+    """Yield dotted keys and values of a file; an empty section has none."""
     for name, value in loaded.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping | None) and any(setting.startswith(f"{key}.") for setting in takes):
@@ -146,7 +146,7 @@ def _leaves(
 def _validate(
     section: type[S], values: Any, given: Mapping[str, Given]
 ) -> tuple[S | None, dict[str, str | None]]:
-    """The section, or else a line for each key that does not fit; None where only its type is wrong."""
+    """Return the section, or a line for each key that does not fit; None where only its type is wrong."""
     try:
         return TypeAdapter(section).validate_json(json.dumps(values)), {}  # as JSON, a list is a tuple
     except ValidationError as error:

@@ -49,7 +49,7 @@ RENAMED = {
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Recipe:
-    """A whole run; settings that contradict each other are refused."""
+    """A run; settings that contradict each other are refused."""
 
     model: ModelConfig = ModelConfig()
     family: Annotated[dict[str, str], BeforeValidator(without_nulls)] = Field(

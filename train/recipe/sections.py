@@ -68,7 +68,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class SamplerConfig:
-    """Which members train in a step, and on what."""
+    """The choice of the members that train in a step, and of their rows."""
 
     kind: Literal["rows", "all", "random", "sandwich"] = "rows"
     """rows: the full model trains on every row, members on some of them; all: every member on every row;
@@ -110,7 +110,7 @@ DivergenceName = Literal[
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class LossConfig:
-    """What a member learns from: cross-entropy that ramps to a divergence from the full model.
+    """A member's loss: cross-entropy that ramps to a divergence from the full model.
 
     With a teacher the full model learns from it in the same way.
     """
@@ -196,7 +196,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class TrainerConfig:
-    """How long and on what to train, in Lightning's names."""
+    """Length, batches and devices of the run, in Lightning's names."""
 
     max_steps: Count = 2000
     """Optimizer steps."""
@@ -214,7 +214,7 @@ class TrainerConfig:
     num_nodes: Count = 1
     """Number of machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: every device holds the whole model; fsdp: weights, gradients and moments are sharded (FSDP2);
+    """ddp: every device holds the full model; fsdp: weights, gradients and moments are sharded (FSDP2);
     auto: ddp if there are several devices."""
     val_check_interval: Count = 250
     """Steps between validations."""
@@ -245,7 +245,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class TrackingConfig:
-    """Where the run can be watched; metrics.jsonl is always written."""
+    """Dashboards of the run; metrics.jsonl is always written."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mode of Weights & Biases; auto: online when logged in, else offline."""

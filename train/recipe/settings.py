@@ -1,4 +1,4 @@
-"""What the settings of a section take and mean, in words: for its help and its error messages.
+"""Describes the settings of a section, what they take and mean: for its help and its error messages.
 
 A section is a frozen pydantic dataclass with `config=CHECKED`. A field's type and bounds are what it takes,
 and the docstring below it is its help.
@@ -15,7 +15,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-"""Nothing unknown, no text in place of a number, nothing infinite."""
+"""Pydantic refuses what is unknown, text in place of a number, and what is infinite."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def show(value: Any, limit: int = 60) -> str:
 
 
 def _interval(metadata: Iterable[Any]) -> str:
-    """The bounds among a field's metadata; nothing if it has none."""
+    """Return the bounds among a field's metadata as an interval; nothing if it has none."""
     bounds: dict[str, Any] = {}
     for one in metadata:
         for mark in one.metadata if isinstance(one, FieldInfo) else [one]:

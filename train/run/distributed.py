@@ -18,15 +18,15 @@ from train.recipe.sections import TrainerConfig
 
 
 def make_fabric(settings: TrainerConfig) -> Fabric:
-    """Knows which of how many processes this is; starts none.
+    """Return a Fabric, which knows which of how many processes this is; start none.
 
     Raises:
-        UsageError: if the rows of a micro-batch cannot be shared evenly.
+        UsageError: if the rows of a micro-batch cannot be divided evenly.
     """
     fabric = Fabric(accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes)
     if settings.batch_size % fabric.world_size:
         raise UsageError(
-            f"trainer.batch_size={settings.batch_size}: {fabric.world_size} processes cannot share its rows "
+            f"trainer.batch_size={settings.batch_size}: {fabric.world_size} processes cannot divide its rows "
             f"evenly; give a multiple of {fabric.world_size}, or other trainer.devices"
         )
     return fabric
@@ -68,7 +68,7 @@ def check_agreed(fabric: Fabric, what: str, value: str) -> None:
 
 
 def make_strategy(recipe: Recipe, world_size: int) -> str | Strategy:
-    """Lightning's strategy for a recipe: DDP unless the recipe shares the weights out."""
+    """Return Lightning's strategy for a recipe: DDP unless the recipe shards the weights."""
     if recipe.trainer.strategy == "fsdp":
         return FullyShard()
     if recipe.trainer.strategy == "auto" and world_size == 1:

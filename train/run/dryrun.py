@@ -1,8 +1,8 @@
-"""`nestling train --dry-run`: what a recipe would make and cost, by arithmetic; nothing is made.
+"""`nestling train --dry-run`: computes what a recipe would make and cost; nothing is made.
 
-Of a teacher the folder's small files are read. Time is 3 forward passes' operations for each trained pass,
-counted over the sampler's own plans, at a share of the rate that the machine card measured for a matrix
-product; memory is models/elastic/count.py's.
+Only the small files of a teacher's folder are read. Time is 3 forward passes' operations for each trained
+pass, counted over the sampler's own plans, at a fraction of the rate that the machine card measured for a
+matrix product; memory is models/elastic/count.py's.
 """
 
 import dataclasses
@@ -40,21 +40,21 @@ from train.objective.sampler import StepPlan
 from train.recipe.recipe import Recipe
 from train.run.teacher import check_teacher
 
-# Training spends time on norms, softmax, the optimizer and small products as well: the share of a
+# Training spends time on norms, softmax, the optimizer and small products as well: the fraction of a
 # large product's rate that configs/demo.yaml was seen to reach on one core.
 UTILISATION = {"fp32": 0.6, "bf16": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run takes."""
+    """The resources that a run takes."""
 
     tokens_per_step: int
     tokens: int
     flops_per_step: float
     """Mean over the sampler's plans, all devices together."""
     memory: TrainingBytes
-    """On one device."""
+    """Memory of one device."""
     devices: int
     sent: int
     """Bytes that each device sends in a step."""
@@ -64,9 +64,9 @@ class Estimate:
     """The measured rate of a matrix product."""
     teacher_parameters: int = 0
     teacher_flops: float = 0.0
-    """Of a step's, once the ramp has begun."""
+    """The teacher's part of a step's operations, once the ramp has begun."""
     teacher_bytes: int = 0
-    """On each device, beside `memory`."""
+    """The teacher's weights on each device, beside `memory`."""
 
 
 def dry_run(recipe: Recipe, console: Console) -> Estimate:
@@ -89,10 +89,10 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
 def estimate_run(
     recipe: Recipe, config: ElasticConfig, card: MachineCard, teacher: ElasticConfig | None = None
 ) -> Estimate:
-    """Tokens, memory and time of a run.
+    """Return tokens, memory and time of a run.
 
     Args:
-        recipe: the run.
+        recipe: The run.
         config: the full model's shape.
         card: this machine.
         teacher: the shape of the model that the full one learns from, if any.
@@ -108,7 +108,7 @@ def estimate_run(
         config,
         batch_tokens=-(-trainer.batch_size // devices) * recipe.data.sequence_length,
         activation_bytes=number_bytes,
-        members=_largest_shares(plans, recipe),
+        members=_largest_fractions(plans, recipe),
         scored_at_once=rows_per_chunk(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
         shards=devices if trainer.strategy == "fsdp" else 1,
         compiled=card.gpu is None and library("train_ops") is not None,
@@ -136,20 +136,20 @@ def estimate_run(
     )
 
 
-def _largest_shares(plans: list[StepPlan], recipe: Recipe) -> list[tuple[Granularity, float]]:
-    """Members that train, each with the most of a micro-batch's rows that it may train on."""
+def _largest_fractions(plans: list[StepPlan], recipe: Recipe) -> list[tuple[Granularity, float]]:
+    """Return each student with the largest fraction of a micro-batch that it trains on."""
     members, batch_size = recipe.granularities, recipe.trainer.batch_size
-    shares: dict[str, float] = {}
+    fractions: dict[str, float] = {}
     for plan in plans:
-        shares |= dict.fromkeys(plan.exits, 1 / plan.exit_stride)
+        fractions |= dict.fromkeys(plan.exits, 1 / plan.exit_stride)
         for slot in plan.slots:
-            share = min(len(slot.rows), batch_size) / batch_size
-            shares[slot.name] = max(shares.get(slot.name, 0.0), share)
-    return [(members[name], share) for name, share in shares.items()]
+            fraction = min(len(slot.rows), batch_size) / batch_size
+            fractions[slot.name] = max(fractions.get(slot.name, 0.0), fraction)
+    return [(members[name], fraction) for name, fraction in fractions.items()]
 
 
 def num_devices(recipe: Recipe) -> int:
-    """Processes that share a step, as far as it can be told before the run."""
+    """Return the number of processes of a run, as far as it is known before."""
     devices = str(recipe.trainer.devices)
     per_node = len(devices.split(",")) if "," in devices else int(devices) if devices.isdigit() else 0
     if per_node == 0:  # auto, or -1: all there are

@@ -1,4 +1,4 @@
-"""From a recipe to a trained family on disk: data, model, callbacks, then Lightning's `Trainer.fit`.
+"""Train a recipe's family and write it to disk: data, model, callbacks, then Lightning's `Trainer.fit`.
 
 The folder of a run, and which of its states it goes on from, is train/run/run_folder.py.
 """
@@ -49,17 +49,17 @@ OUR_OWN: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
-"""What Lightning's Trainer leaves to us."""
+"""Arguments that switch off the parts of Lightning's Trainer that we replace."""
 
 
 def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) -> Path:
     """Train a family, or go on training it.
 
     Args:
-        recipe: the resolved recipe.
-        out: the run folder.
-        resume: `auto` goes on from the newest good state, `never` starts anew, a path names a state.
-        console: for progress.
+        recipe: The resolved recipe.
+        out: The run folder.
+        resume: `auto` goes on from the newest good state, `never` starts over, a path names a state.
+        console: Shows the progress.
 
     Returns:
         The model folder, `out/model`.
@@ -88,7 +88,7 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
             state = fabric.broadcast(state)
             module = make_module(recipe, data, state, teacher)
             if fabric.is_global_zero:
-                open_run(recipe, out, state, teacher, anew=resume == "never")
+                open_run(recipe, out, state, teacher, restart=resume == "never")
             returns: list[int] = []
             while module.first_step < recipe.trainer.max_steps:
                 exit_code = train(module, data, out, state, signals, fabric, console)
@@ -112,13 +112,13 @@ def _quieten() -> None:
 
 
 def make_config(recipe: Recipe, data: TextData) -> ElasticConfig:
-    """The full model's shape; its vocabulary is the tokenizer's, or as wide as the teacher's."""
+    """Return the full model's shape; its vocabulary is the tokenizer's, or as wide as the teacher's."""
     teacher = check_teacher(recipe)
     return recipe.elastic_config(teacher.vocab_size if teacher else data.vocab_size, data.eos_token_id)
 
 
 def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
-    """A model with seeded initial weights."""
+    """Return a model with seeded initial weights."""
     model = ElasticLM(make_config(recipe, data))
     model.init_weights(torch.Generator().manual_seed(recipe.seed))
     return model
@@ -127,7 +127,7 @@ def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
 def make_module(
     recipe: Recipe, data: TextData, state: TrainingState | None, teacher: Teacher | None
 ) -> JointModule:
-    """A new model or a state's, and the data from that step on."""
+    """Make a new model or a state's, and set the data to that step."""
     model = make_model(recipe, data)
     if state is not None:
         state.restore_weights(model)
@@ -151,7 +151,7 @@ def train(
     fabric: Fabric,
     console: Console,
 ) -> int | None:
-    """Run Lightning's Trainer for the steps that remain; the model is whole in the first process after.
+    """Run Lightning's Trainer for the steps that remain; the first process then has the full model.
 
     Returns:
         The exit code, the same in every process, if a signal or `max_time` ended it.
@@ -183,12 +183,12 @@ def train(
 
 
 def training_precision(dtype: str) -> str:
-    """What `dtype` means on this machine: `auto` follows the measured machine card."""
+    """Return the dtype to train in: `auto` follows the measured machine card."""
     return training_dtype(machine_card()) if dtype == "auto" else dtype
 
 
 def full_speed(recipe: Recipe, config: ElasticConfig) -> float | None:
-    """Tokens per second of one device that does the step's products at the rate that it was measured at.
+    """Return the tokens per second of one device that does the step's products at its measured rate.
 
     None if it was not measured, or while other programs were busy.
     """
@@ -211,7 +211,7 @@ def make_callbacks(
     state: TrainingState | None,
     console: Console,
 ) -> list[pl.Callback]:
-    """Everything optional, in the order that it must run in."""
+    """Return everything optional, in the order that it must run in."""
     settings = module.recipe.trainer
     metrics = Metrics(
         log,
@@ -243,7 +243,7 @@ def make_callbacks(
 
 
 def finish(module: JointModule, data: TextData, out: Path, console: Console, teacher: Teacher | None) -> Path:
-    """Measure the whole family once more on more text and write the model folder."""
+    """Measure the family once more on more text and write the model folder."""
     members: list[Member] = []
     batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
     if batches:
@@ -260,7 +260,7 @@ def finish(module: JointModule, data: TextData, out: Path, console: Console, tea
 
 
 def make_provenance(module: JointModule, data: TextData, teacher: Teacher | None) -> dict[str, Any]:
-    """Where a model comes from: recipe, data, teacher, commit, versions, machine."""
+    """Return the origin of a model: recipe, data, teacher, commit, versions, machine."""
     return {
         "recipe": asdict(module.recipe),
         "steps": max(module.step, module.first_step),

@@ -1,8 +1,8 @@
-"""Weights shared out among processes by FSDP2, and whole again where they are saved or measured.
+"""Weights sharded over processes by FSDP2, and gathered where they are saved or measured.
 
-Each process keeps an equal part of every tensor, of its gradient and of AdamW's moments
-(https://arxiv.org/abs/2304.11277). A block is gathered while it runs and let go after; embedding, norm
-and head, which the start and the end of a step need, stay for the whole step.
+Each process keeps an equal shard of every tensor, of its gradient and of AdamW's moments
+(https://arxiv.org/abs/2304.11277). A block is gathered while it runs and freed after; embedding, norm
+and head, which the start and the end of a step need, stay for the entire step.
 """
 
 import torch
@@ -16,14 +16,14 @@ from models.elastic.model import ElasticLM
 
 
 def shard(module: nn.Module, model: ElasticLM, mesh: DeviceMesh, *, step: str) -> None:
-    """Leave each process its part of the weights, which must be the same everywhere before.
+    """Leave each process its shard of the weights, which must be the same everywhere before.
 
     Args:
-        module: holds the model; its method `step` runs everything from the tokens to the loss.
-        model: the model.
-        mesh: the processes, in one dimension.
-        step: name of that method. Gathering hangs on it and not on the model's `forward`, because a step
-            calls `ElasticLM.states`, and reads the last norm and the head's weight besides.
+        module: Holds the model; its method `step` runs everything from the tokens to the loss.
+        model: The model.
+        mesh: The processes, in one dimension.
+        step: Name of that method. Gathering is hooked to it and not to the model's `forward`, because a
+            step calls `ElasticLM.states`, and reads the last norm and the head's weight besides.
     """
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -32,17 +32,17 @@ def shard(module: nn.Module, model: ElasticLM, mesh: DeviceMesh, *, step: str) -
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds a part of the weights only."""
+    """Return True if this process holds only its shard of the weights."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes, every one of which must ask for it."""
+    """Return the full tensor; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole tensor, on the parameter's device; nothing is sent."""
+    """Return this process's shard of a full tensor, on the parameter's device; nothing is sent."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return tensor
@@ -51,14 +51,14 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_model(model: ElasticLM, *, wanted: bool) -> ElasticLM | None:
-    """The model with all its weights, which every process must ask for.
+    """Return the model with all its weights; every process must call this.
 
     Args:
-        model: as the training holds it.
+        model: The model as the training holds it.
         wanted: False in a process that only takes part.
 
     Returns:
-        The model itself if it is whole, a copy on the same device if not; None where it is not wanted.
+        The model itself if it is not sharded, else a copy on the same device; None where it is not wanted.
     """
     if not is_sharded(model):
         return model if wanted else None

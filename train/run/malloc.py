@@ -1,7 +1,7 @@
 """Memory that a training step frees is kept for the next one.
 
 A step allocates and frees the same large arrays again and again. By default the C library hands them back
-to the system, which clears every page before it gives it out anew: a tenth of a CPU step's time was measured
+to the system, which clears every page before it hands it out again: a tenth of a CPU step's time was measured
 (docs/LOG.md), and no difference in the most memory held.
 """
 
@@ -13,7 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> bool:
-    """From now on, hand freed memory back when the process ends; whether the C library could be told."""
+    """Keep freed memory until the process ends; return True if the C library can do that."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # macOS, Windows, musl
         return False

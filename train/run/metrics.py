@@ -35,7 +35,7 @@ class Tabular(Protocol):
 
 
 class MetricsLog:
-    """Appends lines, and passes numbers on to loggers, whose failures are no one's loss.
+    """Appends lines, and passes numbers on to loggers, which may fail without harm.
 
     Args:
         path: of the file; None in a process that writes nothing.
@@ -89,7 +89,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """Whole lines of a metrics file that tell their step; none if there is no file.
+    """Return the lines of a metrics file that name their step; none if there is no file.
 
     A line torn by a kill is skipped.
     """

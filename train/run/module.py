@@ -56,7 +56,7 @@ class JointModule(pl.LightningModule):
         self.recipe = recipe
         self.first_step = first_step
         self.guard = Guard(recipe.optim.skip_sigma, guard)
-        # In a tuple, and so no submodule: nothing that is optimised, clipped, saved or shared out.
+        # In a tuple, and so no submodule: nothing that is optimised, clipped, saved or sharded.
         self.teachers = () if teacher is None else (teacher,)
         self.losses: dict[str, Tensor] = {}
         self.gradient_norm = torch.zeros(())
@@ -68,23 +68,23 @@ class JointModule(pl.LightningModule):
         return self.first_step + self.global_step
 
     def configure_model(self) -> None:
-        """Share the weights out, if the strategy has a mesh of processes for it."""
+        """Shard the weights, if the strategy has a mesh of processes for it."""
         if self.device_mesh is not None:
             shard(self, self.model, self.device_mesh["data_parallel"], step="training_step")
 
     def on_train_start(self) -> None:
-        """Lightning moves submodules to the device; the teacher is none."""
+        """Move the teacher to the device: it is no submodule, so Lightning does not."""
         for teacher in self.teachers:
             teacher.to(self.trainer.strategy.root_device)
         # What is here stays: walking over every object again and again, the collector takes 2 % of a step.
         gc.freeze()
 
     def on_train_end(self) -> None:
-        """What `on_train_start` set aside is the collector's again."""
+        """Give the collector back what `on_train_start` took from it."""
         gc.unfreeze()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sum of every member's loss; Lightning averages over micro-batches and processes."""
+        """Return the sum of every member's loss; Lightning averages over micro-batches and processes."""
         recipe = self.recipe
         plan = plan_step(
             self.plans,
@@ -108,18 +108,18 @@ class JointModule(pl.LightningModule):
         return loss.total * averaged_over
 
     def _keep(self, losses: Mapping[str, Tensor], *, first: bool) -> None:
-        """Add up the step's terms for whoever logs them; no synchronisation here."""
+        """Add up the step's terms for the log; no synchronisation here."""
         if first:
             self.losses = {}
         for name, loss in losses.items():
             self.losses[name] = self.losses.get(name, loss.new_zeros(())) + loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Called after every callback's hook: from here until the next batch the run waits for data."""
+        """Note the time, after every callback's hook: until the next batch the run waits for data."""
         self.batch_ended = time.perf_counter()
 
     def configure_optimizers(self) -> Any:
-        """AdamW and a schedule that is a function of the absolute step."""
+        """Return AdamW and a schedule that is a function of the absolute step."""
         optimizer = make_optimizer(self.model, self.recipe.optim)
         schedule = LambdaLR(
             optimizer,

@@ -14,7 +14,7 @@ from train.recipe.sections import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW over the parameters that require a gradient, in the model's order, a tied one once.
+    """Return AdamW over the parameters that require a gradient, in the model's order, a tied one once.
 
     The first group decays (matrices), the second does not (1-D parameters, embeddings); a group may be
     empty. The learning rate of both is the peak: `learning_rate_factor` scales it.
@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
 
 
 def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> float:
-    """Share of the peak learning rate at an optimizer step: linear warm-up, then half a cosine.
+    """Return the fraction of the peak learning rate at an optimizer step: linear warm-up, then half a cosine.
 
     It depends on the absolute step alone, so that a resumed run goes on exactly.
 

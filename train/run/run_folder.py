@@ -25,7 +25,7 @@ FREE_TO_CHANGE = ("trainer", "tracking")
 def find_state(
     recipe: Recipe, out: Path, resume: str, console: Console, teacher: Teacher | None = None
 ) -> TrainingState | None:
-    """The state to go on from, if any; touches nothing."""
+    """Return the state to go on from, if any; touch nothing."""
     check_replaceable(out, marker=RECIPE_FILE)
     if resume == "never":
         return None
@@ -45,7 +45,7 @@ def find_state(
 
 
 def open_run(
-    recipe: Recipe, out: Path, state: TrainingState | None, teacher: Teacher | None, *, anew: bool
+    recipe: Recipe, out: Path, state: TrainingState | None, teacher: Teacher | None, *, restart: bool
 ) -> None:
     """Make the run folder, once everything that can be refused was, and clear away what a kill left.
 
@@ -54,9 +54,9 @@ def open_run(
         out: the folder.
         state: what the run goes on from.
         teacher: recorded in it.
-        anew: clear an earlier run.
+        restart: clear an earlier run.
     """
-    if anew:
+    if restart:
         for part in (out / "steps", out / "model"):
             remove_folder(part)
         for file in (RECIPE_FILE, TEACHER_FILE, "metrics.jsonl", "wandb_id"):
@@ -77,36 +77,36 @@ def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
     if changed:
         raise UsageError(
             f"--out {out} holds a run with another {' and '.join(changed)} section; "
-            "choose another --out, or start anew with --resume never"
+            "choose another --out, or start over with --resume never"
         )
 
 
 def _check_same_teacher(teacher: Teacher | None, out: Path) -> None:
-    """Its name is in the recipe; a run without a record was killed before it trained."""
+    """Compare the weights; a run without a record was killed before it trained."""
     record = out / TEACHER_FILE
     if teacher is None or not record.is_file() or read_json(record).get("sha256") == teacher.sha256:
         return
     raise UsageError(
         f"loss.teacher={teacher.path}: has other weights than when the run in --out {out} began; "
-        "restore them, choose another --out, or start anew with --resume never"
+        "restore them, choose another --out, or start over with --resume never"
     )
 
 
 def earlier_state(
     module: JointModule, data: TextData, steps: Path, returns: list[int], console: Console
 ) -> TrainingState:
-    """What a run that went astray goes on from: the newest state, with data that it has not read yet.
+    """Return the state from which a run that diverged goes on: the newest, with data not read yet.
 
-    If that one, or one before it, already led astray, it is an older one's turn: so each return
-    either gets further than all before it or begins earlier, and their number has an end. A run that
-    is killed in between repeats them, for all of it is a function of the states on disk.
+    If the run already diverged from that one, or from one before it, an older one is taken: so each return
+    either gets further than all before it or begins earlier, and their number is finite. A run that is
+    killed in between repeats them, for all of it is a function of the states on disk.
 
     Args:
-        module: as it ended.
-        data: as the module read it.
-        steps: the folder of states.
-        returns: the steps that the run returned to before; the new one is added.
-        console: for a line about it.
+        module: The module as it ended.
+        data: The data as the module read them.
+        steps: The folder of states.
+        returns: The steps that the run returned to before; the new one is added.
+        console: Shows a line about it.
 
     Raises:
         NestlingError: if there is no older state.
@@ -118,7 +118,7 @@ def earlier_state(
         raise NestlingError(
             f"training goes astray before step {module.step} from every state in {steps}: the gradient's "
             "norm is not finite or leaps; choose a smaller optim.lr, or another optim.skip_sigma, "
-            "and start anew with --resume never"
+            "and start over with --resume never"
         )
     returns.append(state.step)
     warn(console, f"three steps in a row were skipped before step {module.step}; back to step {state.step}")

@@ -1,8 +1,8 @@
 """Steps that would do harm are skipped on the device; three in a row take the run back.
 
-A step's gradient norm tells: not finite, or its logarithm more than `sigma` deviations above its running
-mean. Norms are log-normal enough for that, and a norm is of the whole step, so the verdict depends
-neither on micro-batches nor on the number of processes. As in OLMo-core's SkipStepOptimizer
+A step is judged by its gradient norm: not finite, or its logarithm more than `sigma` deviations above its
+running mean. Norms are log-normal enough for that, and the norm is that of the optimizer step, so the verdict
+depends neither on micro-batches nor on the number of processes. As in OLMo-core's SkipStepOptimizer
 (https://github.com/allenai/OLMo-core), nothing waits for the device: the verdict is a tensor, which fused
 AdamW takes as a gradient scaler's `found_inf`, and the counters are read where metrics are.
 """
@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 IN_A_ROW = 3
-"""So many skipped steps on end mean that the weights, not the data, are to blame."""
+"""Number of successive skipped steps after which the weights, not the data, are to blame."""
 WINDOW = 128
 """Steps that the running mean and deviation look back."""
 WARM_UP = 64
 """Steps before which only norms that are not finite are skipped."""
 LEAST_DEVIATION = 0.05
-"""Of a logarithm: on a very even stretch, a norm that is a fifth higher is still no accident."""
+"""Smallest deviation of the logarithm: on an even stretch, a norm a fifth higher is still no outlier."""
 
 COUNTERS = ("seen", "mean", "variance", "skipped", "in_row", "diverged")
 
 
 class Guard:
-    """Judges steps, and counts; part of a resumable state, so that a resumed run judges alike.
+    """Judges steps, and counts; part of a resumable state, so that a resumed run judges in the same way.
 
     Args:
         sigma: deviations above the mean that are too many; 0 judges no step.
@@ -40,10 +40,10 @@ class Guard:
         self.values = {name: torch.tensor(float(counters.get(name, 0))) for name in COUNTERS}
 
     def judge(self, norm: Tensor) -> Tensor:
-        """1.0 if the step with this gradient norm must not be taken, else 0.0; stays on the device.
+        """Return 1.0 if the step with this gradient norm must not be taken, else 0.0, on the device.
 
         Args:
-            norm: of the whole step's gradient, before clipping; a scalar.
+            norm: Norm of the optimizer step's gradient, before clipping; a scalar.
         """
         seen, mean, variance, skipped, in_row, diverged = (
             value.to(norm.device) for value in self.values.values()
@@ -52,13 +52,13 @@ class Guard:
         limit = mean + self.sigma * variance.sqrt().clamp_min(LEAST_DEVIATION)
         bad = ~norm.isfinite() | ((seen >= WARM_UP) & (log > limit))
         # a mean of all at first, an exponential one later; what is skipped teaches nothing
-        share = torch.where(bad, 0.0, 1 / (seen + 1).clamp_max(WINDOW))
+        rate = torch.where(bad, 0.0, 1 / (seen + 1).clamp_max(WINDOW))
         off = torch.where(bad, 0.0, log - mean)
         in_row = (in_row + 1) * bad
         after = (
             seen + ~bad,
-            mean + share * off,
-            (1 - share) * (variance + share * off**2),
+            mean + rate * off,
+            (1 - rate) * (variance + rate * off**2),
             skipped + bad,
             in_row,
             torch.maximum(diverged, (in_row >= IN_A_ROW).float()),
@@ -73,17 +73,17 @@ class Guard:
 
     @property
     def diverged(self) -> bool:
-        """Whether three steps in a row were skipped since the guard was made; waits for the device."""
+        """True if three steps in a row were skipped since the guard was made; waits for the device."""
         return bool(self.values["diverged"])
 
     def counters(self) -> dict[str, float]:
-        """All that the next judgement depends on; exact, since each is an fp32 number."""
+        """Return all that the next judgement depends on; exact, since each is an fp32 number."""
         return {"rollbacks": self.rollbacks, **{name: float(value) for name, value in self.values.items()}}
 
     def after_rollback(self) -> dict[str, float]:
-        """Counters to go on with from an earlier state: what is usual is learnt anew.
+        """Return the counters to go on with from an earlier state, without the mean and deviation.
 
-        A norm that has risen for good would otherwise be skipped for ever.
+        A norm that has risen for good would otherwise be skipped forever.
         """
         return {"skipped": float(self.values["skipped"]), "rollbacks": self.rollbacks + 1}
 

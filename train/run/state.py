@@ -1,11 +1,11 @@
-"""Resumable training states: `steps/<n>/`, whole or absent.
+"""Resumable training states: `steps/<n>/`, complete or absent.
 
     model.safetensors      weights in training precision
     optimizer.safetensors  AdamW's moments, named like the weights
     state.json             optimizer steps and tokens done, how far the data are ahead, the guard's counters
     manifest.json          size and SHA-256 of each file, written last
 
-A run needs nothing else to go on: batches, members' turns and the learning rate are functions of the
+A run needs nothing else to go on: batches, members' slots and the learning rate are functions of the
 step (train/data/loader.py, train/objective/sampler.py, train/run/optim.py), and what train/run/skip_steps.py
 counts is in `state.json`. A damaged state is named and skipped for the last good one.
 """
@@ -88,8 +88,8 @@ def save_state(
 
     States of later steps go too: they are damaged, or of a history that this one replaces.
 
-    A state is whole, however many processes share the weights out: all of them call this, and only the
-    one that `writes` has every tensor gathered.
+    A state has the full weights, however many processes the model is sharded over: all of them call this,
+    and every tensor is gathered in the one that `writes`.
 
     Raises:
         NestlingError: if the disk refuses; the older states stay.
@@ -122,7 +122,7 @@ def drop_old_states(steps: Path, *, step: int, keep: int) -> None:
 
 
 def newest_state(steps: Path, *, before: int | None = None) -> tuple[TrainingState | None, list[str]]:
-    """The newest state that verifies, and a line for each newer one that does not.
+    """Return the newest state that verifies, and a line for each newer one that does not.
 
     Args:
         steps: the folder of states.
@@ -173,7 +173,7 @@ def _moments(model: ElasticLM, optimizer: Optimizer, *, wanted: bool) -> Iterato
 
 
 def _seal(file: Path) -> str:
-    """Size and hash of a file; of one that cannot be read, a word that equals neither."""
+    """Return size and hash of a file; where it cannot be read, the error, which equals neither."""
     try:
         with file.open("rb") as stream:
             return f"{file.stat().st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"

@@ -1,7 +1,7 @@
 """A trained model that the full model of a run learns from (https://arxiv.org/abs/1503.02531).
 
 It is a model folder, `loss.teacher`, whose tokenizer is the run's too. It stays as it is: no part of the
-module that trains, so neither optimised, clipped, saved nor shared out; a run that goes on knows it again
+module that trains, so neither optimised, clipped, saved nor sharded; a run that goes on knows it again
 by the hash of its weights. What is learned from it is train/objective/joint_loss.py's business.
 """
 
@@ -34,16 +34,16 @@ class Teacher:
 
     @property
     def record(self) -> dict[str, str]:
-        """What is told of it beside the weights that it taught."""
+        """The part of a model's provenance that names its teacher."""
         return {"path": self.path, "sha256": self.sha256}
 
 
 def check_teacher(recipe: Recipe) -> ElasticConfig | None:
-    """The shape of a recipe's teacher, which fits the recipe; None if it has none. Reads no weights.
+    """Return the shape of a recipe's teacher, or None; check that it fits the recipe, and read no weights.
 
     Raises:
         UsageError: if there is no model folder, it has no tokenizer or another one than the recipe asks
-            for, or it cannot read a whole row.
+            for, or its context is shorter than a row.
         NestlingError: naming a file of it that is damaged.
     """
     if recipe.loss.teacher is None:
@@ -72,7 +72,7 @@ def check_teacher(recipe: Recipe) -> ElasticConfig | None:
 
 
 def open_teacher(recipe: Recipe, dtype: str) -> Teacher | None:
-    """A recipe's teacher, checked and hashed; None if it has none.
+    """Return a recipe's teacher, checked and hashed; None if it has none.
 
     Args:
         recipe: its `loss.teacher`.

@@ -22,7 +22,7 @@ BEST = {
     "valid/{}/alpha": "max",
     "valid/{}/speedup": "max",
 }
-"""What wandb's summary keeps of a member's metrics; of all others it keeps the last value."""
+"""The best value of these metrics goes into wandb's summary; of all others the last one does."""
 
 
 def make_loggers(
@@ -31,13 +31,13 @@ def make_loggers(
     members: Iterable[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> list[Logger]:
-    """The loggers that a recipe names. wandb works offline without a key and keeps its run id.
+    """Make the loggers that a recipe names; wandb works offline without a key and keeps its run id.
 
     Args:
         config: the recipe's `tracking` section.
         run: the run folder.
         members: names of the family, which has panels in the dashboard.
-        settings: the whole recipe, by which the dashboard can group and filter runs.
+        settings: the recipe, by which the dashboard can group and filter runs.
 
     Raises:
         UsageError: if a logger's package is not installed or Lightning knows none of that name.

@@ -1,9 +1,9 @@
 """Measures every member on held-out text while it trains: loss, match, KL, alpha, and what alpha promises.
 
 The predicted speed-up is that of the formula in models/decode/tune/predict.py at its best gamma. It assumes
-that a draft step costs the member's share of the operations of a token, that checking a few tokens costs what
-one does, and that the host costs nothing: the same weights promise the same on any machine. What this one
-really does, `nestling search` measures.
+that a draft step costs the member's fraction of the operations of a token, that checking a few tokens costs
+what one does, and that the host costs nothing: the same weights promise the same on any machine. The speed of
+this machine is measured by `nestling search`.
 """
 
 from collections.abc import Mapping, Sequence

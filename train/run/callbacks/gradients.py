@@ -1,6 +1,6 @@
-"""How strongly each member pulls at the shared weights, and whether it pulls where the full model does.
+"""Measures each member's gradient on the shared weights, and its cosine with the full model's.
 
-Every learner's gradient is taken by itself, on a few held-out rows and every position of them, so that
+Every student's gradient is taken by itself, on a few held-out rows and every position of them, so that
 members compare with each other and a step with the next. Nothing that training holds is touched: no
 gradient is added to the parameters' own, no random number is drawn.
 """
@@ -73,13 +73,13 @@ class Gradients(StepCallback):
 def compare_gradients(
     model: ElasticLM, members: Mapping[str, Granularity], batch: Batch, config: LossConfig
 ) -> dict[str, float]:
-    """Of each member's loss, a mean over the batch's tokens, the gradient's norm and direction.
+    """Return norm and direction of the gradient of each member's loss, a mean over the batch's tokens.
 
     Args:
-        model: the elastic model, whole.
-        members: every granularity by name, the full one among them.
-        batch: a whole step's rows.
-        config: the members' loss; the batch's step tells how far it is ramped.
+        model: The elastic model, not sharded.
+        members: Every granularity by name, the full one among them.
+        batch: All rows of a step.
+        config: The members' loss; the batch's step says how far it is ramped.
 
     Returns:
         `gradient/S/norm` of each member, and `gradient/S/cosine` of each smaller one: of the angle
@@ -109,7 +109,7 @@ def _gradient(
     plan: StepPlan,
     config: LossConfig,
 ) -> list[Tensor]:
-    """The gradient of each parameter, kept apart from what training adds up in `.grad`."""
+    """Return the gradient of each parameter, kept apart from what training adds up in `.grad`."""
     parameters = list(model.parameters())
     loss = joint_loss(model, members, batch, plan, config, block=1).total
     return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))

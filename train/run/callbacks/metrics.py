@@ -42,7 +42,7 @@ class Metrics(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """The time since the last batch and all that followed it went into waiting for data."""
+        """Count the time since the last batch and all that followed it as waiting for data."""
         assert isinstance(pl_module, JointModule)
         self._batch_start = time.perf_counter()
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]

@@ -15,7 +15,7 @@ class ProgressBar(StepCallback):
     Args:
         console: where to write.
         metrics: read for the latest line.
-        max_steps: steps of the whole run.
+        max_steps: steps of the run, resumed ones included.
     """
 
     def __init__(self, console: Console, metrics: Metrics, *, max_steps: int) -> None:

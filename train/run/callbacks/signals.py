@@ -4,7 +4,7 @@
 first signal     exit at once   finish the step, save, exit      exit at once
 second signal    exit at once, saving nothing
 
-The exit code is 130 for SIGINT and 143 otherwise. What is written when an exit comes is whole or absent.
+The exit code is 130 for SIGINT and 143 otherwise. What is written when an exit comes is complete or absent.
 """
 
 import math
@@ -69,7 +69,7 @@ class Signals(StepCallback):
             trainer.should_stop = True
 
     def training_ended(self) -> int | None:
-        """From here on a signal ends its process at once.
+        """End the training phase: from here on a signal ends its process at once.
 
         Returns:
             The exit code if one came before, to whichever process.
