@@ -26,6 +26,7 @@ from train.commands.failure import (
     replace_what_cannot_be_encoded,
 )
 from train.commands.generate import generate
+from train.commands.import_model import import_model
 from train.commands.machine import machine
 from train.commands.report import report
 from train.commands.search import search
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
 app.command(cls=TrainCommand, context_settings=PASS_ON)(distill)
+app.command("import")(import_model)
 for command in (extract, search, generate, evaluate, verify, report, machine):
     app.command()(command)
 app.command(epilog=f"Training is measured by nestling {TRAINING} [--config FILE] [KEY=VALUE ...].")(bench)

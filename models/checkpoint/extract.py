@@ -82,6 +82,7 @@ def extract(folder: ModelFolder, granularity: Granularity, out: str | Path) -> P
         family={"full": FULL},
         members=[member],
         provenance=provenance(folder, granularity, member.parameters),
+        chat_template=folder.chat_template,
         like=folder.path,
     )
 

@@ -18,7 +18,9 @@ from tokenizers import Tokenizer
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import naming, read_json, write_folder, write_json, write_text
+from models.checkpoint.chat import TEMPLATE_FILE, read_chat_template
 from models.checkpoint.family import FAMILY_FILE, Member, read_family, write_family
+from models.checkpoint.gguf_read import is_gguf, read_gguf, read_gguf_config
 from models.checkpoint.huggingface_config import (
     SPELLING,
     config_from_hugging_face,
@@ -38,7 +40,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
@@ -47,21 +49,22 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A model folder, opened."""
+    """A model folder or a GGUF file, opened."""
 
     path: Path
     model: ElasticLM
     tokenizer: Tokenizer | None
+    chat_template: str | None
     family: dict[str, Granularity]
     members: list[Member]
     provenance: dict[str, Any]
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFolder:
-    """Open a model folder of ours, or a stock one (the family is then the default one).
+    """Open a model folder of ours, a stock one or a GGUF file (the family is then the default one).
 
     Args:
-        path: the folder; a sharded one is fine.
+        path: the folder, sharded or not, or the file.
         dtype: of the model; None keeps the one on disk.
 
     Returns:
@@ -72,6 +75,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
         NestlingError: naming the file that is missing, damaged or of a kind that cannot be held.
     """
     path = Path(path)
+    if is_gguf(path):
+        return _load_gguf(path, dtype)
     config = read_config(path)
     tensors = read_weights(path)
     with naming(path):
@@ -81,22 +86,42 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
         path=path,
         model=model,
         tokenizer=_read_tokenizer(path / TOKENIZER, config),
+        chat_template=read_chat_template(path),
         family=family,
         members=members,
         provenance=provenance,
     )
 
 
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> ModelFolder:
+    file = read_gguf(path, dtype=dtype)
+    with naming(path):
+        model = model_from(file.config, file.tensors, dtype=dtype).eval()
+    return ModelFolder(
+        path=path,
+        model=model,
+        tokenizer=file.tokenizer,
+        chat_template=file.chat_template,
+        family=dict(DEFAULT_FAMILY),
+        members=[],
+        provenance={"gguf": path.name, "quantizations": list(file.quantizations)},
+    )
+
+
 def read_config(path: Path) -> ElasticConfig:
-    """The shape of the model in a folder, without its weights.
+    """Read the shape of the model in a folder or a GGUF file, without its weights.
 
     Raises:
-        UsageError: if there is no folder at `path`.
+        UsageError: if there is neither at `path`.
         NestlingError: if its config.json is missing, damaged or of a kind that cannot be held.
     """
+    if is_gguf(path):
+        return read_gguf_config(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise UsageError(f"{path} {what}; give a model folder, one with config.json and model.safetensors")
+        raise UsageError(
+            f"{path} {what}; give a model folder, one with config.json and model.safetensors, or a GGUF file"
+        )
     config_path = path / "config.json"
     fields = read_json(config_path)
     with naming(config_path):
@@ -111,6 +136,7 @@ def save_model(
     family: Mapping[str, Granularity] = DEFAULT_FAMILY,
     members: Iterable[Member] = (),
     provenance: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
     like: Path | None = None,
 ) -> Path:
     """Write a model folder, whole or not at all; a model folder that stands there is replaced.
@@ -122,8 +148,9 @@ def save_model(
         family: named granularities.
         members: what was measured.
         provenance: recipe, commit, versions, data hash: anything that JSON holds.
+        chat_template: Jinja that makes a text of a conversation, if the model has one.
         like: a model folder whose tokenizer and generation files are carried over unchanged,
-            in place of `tokenizer`.
+            in place of `tokenizer` and `chat_template`.
 
     Raises:
         UsageError: if something that we did not write stands at `path`, or the family does not fit.
@@ -140,6 +167,8 @@ def save_model(
         carried = _carry(like, folder)
         if tokenizer is not None and TOKENIZER not in carried:
             _write_tokenizer(folder, tokenizer, model.config)
+            if chat_template is not None:
+                write_text(folder / TEMPLATE_FILE, chat_template)
         if GENERATION not in carried:
             write_json(folder / GENERATION, _generation(model.config))
         write_family(folder / FAMILY_FILE, family, members, provenance or {})

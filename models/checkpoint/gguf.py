@@ -9,7 +9,6 @@ each of its query and key heads are interleaved on the way; Qwen's are halves on
 """
 
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,15 @@ from models.base.errors import NestlingError
 from models.checkpoint.weights import EMBEDDING, HEAD, weights_of
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
+from models.elastic.rope import rope_frequencies
+from models.elastic.rope_scaling import RopeScaling, yarn_attention_factor
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "Q8_0"}
 """Our names of dtypes -> those of the format; Q8_0 is 8 bits with a scale for every 32 numbers."""
 FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32
+FREQUENCY_DIVISORS = "rope_freqs.weight"
+"""The tensor by which each rotary frequency is divided (Llama 3)."""
 TOKENIZER_MODEL = "tokenizer.ggml.model"
 OURS = "nestling.granularity"
 """The key of what a file was cut out as."""
@@ -34,8 +37,8 @@ _ADDERS = {
     int: lambda writer, key, value: writer.add_uint32(key, value),
     list: lambda writer, key, value: writer.add_array(key, value),
 }
-_ENDS = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
-_PARTS = {
+ENDS = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
+PARTS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -48,14 +51,6 @@ _PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-def check_installed() -> None:
-    """Raise NestlingError unless the package that writes the format is there."""
-    if find_spec("gguf") is None:
-        raise NestlingError(
-            "--format gguf needs the package gguf, which is missing; pip install 'nestling[gguf]'"
-        )
 
 
 def write_gguf(
@@ -131,7 +126,7 @@ def is_ours(path: Path) -> bool:
 
 
 def holds(config: ElasticConfig, dtype: str) -> bool:
-    """Whether the format has this dtype at these widths: int8 comes in whole blocks."""
+    """Return whether the format has this dtype at these widths: int8 comes in whole blocks."""
     widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
     return dtype != "int8" or all(width % Q8_BLOCK == 0 for width in widths)
 
@@ -155,6 +150,25 @@ def _write_shape(writer: Any, config: ElasticConfig) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.rope_scaling is not None:
+        _write_rope_scaling(writer, config.rope_scaling)
+
+
+def _write_rope_scaling(writer: Any, scaling: RopeScaling) -> None:
+    """Write the settings; of Llama 3's the file keeps a tensor of divisors instead, see `_arrays`."""
+    import gguf
+
+    if scaling.rope_type == "llama3":
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.rope_type == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
+        # llama.cpp multiplies by the paper's own factor as well
+        own = yarn_attention_factor(scaling.factor)
+        writer.add_rope_scaling_yarn_attn_factor(scaling.attention_factor / own)
 
 
 def _arrays(model: ElasticLM, dtype: str) -> Iterator[tuple[str, Any, Any]]:
@@ -169,17 +183,21 @@ def _arrays(model: ElasticLM, dtype: str) -> Iterator[tuple[str, Any, Any]]:
 
 def _tensors(model: ElasticLM) -> Iterator[tuple[str, Tensor]]:
     """Their name and the tensor, on the CPU; a tied head is left to the embedding."""
-    interleaved = _architecture(model.config) == "llama"
+    config = model.config
+    interleaved = _architecture(config) == "llama"
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
+        stretched_K = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        yield FREQUENCY_DIVISORS, rope_frequencies(config.head_dim, config.rope_theta) / stretched_K
     for name, tensor in weights_of(model).items():
         tensor = tensor.cpu()
-        if name in _ENDS:
-            yield _ENDS[name], tensor
+        if name in ENDS:
+            yield ENDS[name], tensor
             continue
         layer, _, rest = name.removeprefix("model.layers.").partition(".")
         part, _, kind = rest.rpartition(".")
         if interleaved and part in ("self_attn.q_proj", "self_attn.k_proj"):
-            tensor = interleave(tensor, model.config.head_dim)
-        yield f"blk.{layer}.{_PARTS[part]}.{kind}", tensor
+            tensor = interleave(tensor, config.head_dim)
+        yield f"blk.{layer}.{PARTS[part]}.{kind}", tensor
 
 
 def interleave(weight_OI: Tensor, head_dim: int) -> Tensor:

@@ -9,28 +9,26 @@ long s after an apostrophe, which is an s there for us and not for llama.cpp.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
 from models.base.errors import NestlingError
-from models.base.files import read_json
 from models.elastic.config import ElasticConfig
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of tokens: special ones are CONTROL, others that were added to the vocabulary USER_DEFINED."""
 
-_DIGITS = "digits"  # each digit by itself
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS = "digits"  # each digit by itself
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3, _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
     + number
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for number in (r"\p{N}{1,3}", r"\p{N}")
 )
-_PRE = {(_GPT2,): "gpt-2", (_DIGITS, _GPT2): "smollm", (_LLAMA3,): "llama-bpe", (_QWEN2,): "qwen2"}
-_IGNORES_MERGES = "llama-bpe"  # a word that is a token is that token, whatever its merges would give
+PATTERNS = {(GPT2,): "gpt-2", (DIGITS, GPT2): "smollm", (_LLAMA3,): "llama-bpe", (_QWEN2,): "qwen2"}
+IGNORES_MERGES = "llama-bpe"  # a word that is a token is that token, whatever its merges would give
 
 
 def tokenizer_keys(
@@ -79,17 +77,6 @@ def differs_on(tokenizer: Tokenizer) -> str | None:
     return None if tokenizer.normalizer is None else "text that Unicode's NFC would change"
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a model folder: a file of its own, or part of the tokenizer's settings."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8") or None
-    settings = folder / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(template, list):  # several, by name
-        return next((one["template"] for one in template if one.get("name") == "default"), None)
-    return template or None
-
-
 def _check(state: Mapping[str, Any]) -> str:
     """The name of the pattern that cuts words; raises NestlingError unless the rest is plain BPE of bytes."""
     model, normalizer = state["model"], state["normalizer"]
@@ -107,10 +94,10 @@ def _check(state: Mapping[str, Any]) -> str:
         flags = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
         if flags:
             raise _refusal(f"has the token {token['content']!r} with {flags[0]}")
-    pre = _PRE.get(_steps(state["pre_tokenizer"]))
+    pre = PATTERNS.get(_steps(state["pre_tokenizer"]))
     if pre is None:
-        raise _refusal(f"cuts words in a way that is none of {', '.join(_PRE.values())}")
-    if bool(model.get("ignore_merges")) != (pre == _IGNORES_MERGES):
+        raise _refusal(f"cuts words in a way that is none of {', '.join(PATTERNS.values())}")
+    if bool(model.get("ignore_merges")) != (pre == IGNORES_MERGES):
         raise _refusal(f"has ignore_merges={bool(model.get('ignore_merges'))} with the pattern of {pre}")
     return pre
 
@@ -130,9 +117,9 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
     for part in parts:
         match part:
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
-                steps += [_GPT2] if use_regex else []
+                steps += [GPT2] if use_regex else []
             case {"type": "Digits", "individual_digits": True}:
-                steps.append(_DIGITS)
+                steps.append(DIGITS)
             case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
                 steps.append(regex)
             case _:

@@ -24,6 +24,7 @@ __all__ = [
     "config_to_hugging_face",
     "from_hugging_face",
     "load_stock",
+    "load_stock_tokenizer",
     "to_hugging_face",
 ]
 
@@ -78,6 +79,14 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
     if wrong:
         raise NestlingError(f"{path} does not open cleanly in transformers: {wrong}")
     return cast("PreTrainedModel", stock.eval())
+
+
+def load_stock_tokenizer(path: str | Path) -> Any:
+    """Open the tokenizer of a model folder as a stranger would: transformers alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return tokenizer
 
 
 def compile_config() -> Any:

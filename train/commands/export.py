@@ -14,7 +14,7 @@ from models.base.files import finite, naming, write_file
 from models.checkpoint.extract import Parity, cut, extract, provenance, verify_extraction
 from models.checkpoint.folder import ModelFolder
 from models.checkpoint.gguf import OURS, check_gguf, holds, is_ours, write_gguf
-from models.checkpoint.gguf_tokenizer import differs_on, read_chat_template, tokenizer_keys
+from models.checkpoint.gguf_tokenizer import differs_on, tokenizer_keys
 from models.checkpoint.weights import count_tensors, dtype_name
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
@@ -95,9 +95,8 @@ def extract_gguf(
         )
     if folder.tokenizer is None:
         raise NestlingError(f"{folder.path} has no tokenizer.json, which a GGUF file holds; add it")
-    template = read_chat_template(folder.path)
     with naming(folder.path):
-        tokenizer = tokenizer_keys(folder.tokenizer, model.config, chat_template=template)
+        tokenizer = tokenizer_keys(folder.tokenizer, model.config, chat_template=folder.chat_template)
     parameters = count_tensors(model)
     metadata = {
         "general.name": out.stem,

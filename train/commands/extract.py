@@ -30,7 +30,7 @@ def extract(
         typer.Option(
             "--format",
             metavar="hf|gguf",
-            help="A stock Hugging Face folder, or one file for llama.cpp (needs the package gguf).",
+            help="A stock Hugging Face folder, or one file for llama.cpp.",
         ),
     ] = "hf",
     dtype: Annotated[
@@ -86,8 +86,7 @@ def _check_format(format_: str, dtype: str | None, out: Path) -> None:
         if out.suffix == ".gguf":
             raise UsageError(f"--out {out} would be a folder; add --format gguf, or choose another name")
         return
-    from models.checkpoint.gguf import DTYPES, check_installed
+    from models.checkpoint.gguf import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is none of {', '.join(DTYPES)}; choose one of them")
-    check_installed()

@@ -1,7 +1,6 @@
 """A file holds the model that was written, and llama.cpp computes the same; skipped without its packages."""
 
 import dataclasses
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 
 pytestmark = [
-    pytest.mark.skipif(find_spec("gguf") is None, reason="needs the extra `gguf`"),
     # It forgets itself when the interpreter ends, and its own close() fails then.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

@@ -1,7 +1,6 @@
 """Our tokenizers as keys of a GGUF file: llama.cpp cuts text as we do, or the tokenizer is refused."""
 
 import random
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from models.base.errors import NestlingError
 from models.bench.llama import is_installed, open_llama
+from models.checkpoint.chat import read_chat_template
 from models.checkpoint.gguf import write_gguf
-from models.checkpoint.gguf_tokenizer import differs_on, read_chat_template, tokenizer_keys
+from models.checkpoint.gguf_tokenizer import differs_on, tokenizer_keys
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 
@@ -202,7 +202,6 @@ def test_llama_cpp_cuts_text_into_our_tokens_and_puts_it_together_again(pre: str
     assert llama.token_eos() == 0
 
 
-@pytest.mark.skipif(find_spec("gguf") is None, reason="needs the extra `gguf`")
 @torch.no_grad()
 def test_the_file_holds_the_keys(tmp_path: Path) -> None:
     import gguf

@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,10 +64,6 @@ def test_a_family_is_never_replaced_by_its_member(model: Path, fails: Fails) -> 
     assert (model / "model.safetensors").read_bytes() == before
 
 
-needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the extra `gguf`")
-
-
-@needs_gguf
 @pytest.mark.parametrize(("dtype", "written"), [(None, "fp32"), ("fp16", "fp16"), ("int8", "int8")])
 def test_a_member_comes_out_as_one_file(
     dtype: str | None, written: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -95,7 +90,6 @@ def test_a_member_comes_out_as_one_file(
     assert [path.name for path in out.parent.iterdir()] == ["S.gguf"]
 
 
-@needs_gguf
 @pytest.mark.parametrize(
     ("arguments", "named", "code"),
     [
@@ -115,7 +109,6 @@ def test_what_a_file_cannot_hold_is_named_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_gguf
 def test_a_file_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fails: Fails) -> None:
     (tmp_path / "thesis.gguf").write_text("years of work")
     for out, named in ((tmp_path / "thesis.gguf", "not ours"), (tmp_path, "is a folder")):
@@ -125,7 +118,6 @@ def test_a_file_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fail
     assert (tmp_path / "thesis.gguf").read_text() == "years of work"
 
 
-@needs_gguf
 def test_a_model_without_a_tokenizer_or_with_another_kind_is_named(
     model: Path, tmp_path: Path, fails: Fails
 ) -> None:
@@ -140,15 +132,6 @@ def test_a_model_without_a_tokenizer_or_with_another_kind_is_named(
     tokenizer.unlink()
     assert "tokenizer.json" in fails(*command, code=1)
     assert not out.exists()
-
-
-def test_a_missing_package_is_named(
-    model: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("models.checkpoint.gguf.find_spec", lambda _: None)
-    out = tmp_path / "S.gguf"
-    line = fails("extract", model, "--granularity", "S", "--format", "gguf", "--out", out, code=1)
-    assert "pip install 'nestling[gguf]'" in line
 
 
 @pytest.mark.skipif(not is_installed(), reason="needs the extra `llama`")

@@ -1,0 +1,273 @@
+"""A GGUF file of llama.cpp, opened: its shape, its weights dequantized, its tokenizer and chat template.
+
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every quantization that the package `gguf`
+dequantizes is read. Llama's rotary rows, which the file interleaves, are put back in halves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from models.base.errors import NestlingError, UsageError
+from models.base.files import naming
+from models.checkpoint.gguf import ENDS, FREQUENCY_DIVISORS, OURS, PARTS
+from models.checkpoint.gguf_vocabulary import read_tokenizer
+from models.checkpoint.weights import HEAD
+from models.elastic.config import ElasticConfig
+from models.elastic.rope import rope_frequencies
+from models.elastic.rope_scaling import RopeScaling, yarn_attention_factor
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_CONTEXTS = [1024 * 2**power for power in range(8)]
+"""Original contexts of models that were stretched as Llama 3 was."""
+_NAMES = {theirs: ours for ours, theirs in ENDS.items()} | {
+    f"{theirs}.{kind}": f"{ours}.{kind}" for ours, theirs in PARTS.items() for kind in ("weight", "bias")
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufModel:
+    """What a GGUF file holds.
+
+    Args:
+        config: the shape.
+        tensors: by Hugging Face name, dequantized.
+        tokenizer: the same cuts as llama.cpp's; None where the file has none.
+        chat_template: Jinja, if the file has one.
+        quantizations: how the matrices are stored, such as `Q4_1`; the most frequent first.
+        granularity: what one of our own files was cut out as.
+    """
+
+    config: ElasticConfig
+    tensors: dict[str, Tensor]
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    quantizations: tuple[str, ...]
+    granularity: str | None
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file begins as the format does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def read_gguf_config(path: Path) -> ElasticConfig:
+    """Read the shape alone.
+
+    Raises:
+        NestlingError: if the file is damaged, or of a kind that cannot be held.
+    """
+    return _config(path, _open(path))
+
+
+def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> GgufModel:
+    """Open a file.
+
+    Args:
+        path: the file.
+        dtype: of the tensors; None gives fp32, which holds every quantization exactly.
+
+    Raises:
+        UsageError: if there is no file.
+        NestlingError: naming what is damaged, or of a kind that cannot be held.
+    """
+    reader = _open(path)
+    keys = _keys(reader)
+    config = _config(path, reader)
+    kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
+    return GgufModel(
+        config=config,
+        tensors=dict(_tensors(path, reader, config, dtype or torch.float32)),
+        tokenizer=read_tokenizer(path, keys),
+        chat_template=keys.get("tokenizer.chat_template") or None,
+        quantizations=tuple(sorted(set(kinds), key=kinds.count, reverse=True)),
+        granularity=keys.get(OURS),
+    )
+
+
+def _open(path: Path) -> Any:
+    import gguf
+
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; give a GGUF file or a model folder")
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, OverflowError, KeyError, UnicodeDecodeError, MemoryError) as error:
+        raise NestlingError(f"{path} is damaged, or no GGUF file ({error}); fetch it again") from None
+
+
+def _keys(reader: Any) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+class _Shape:
+    """Keys of a file below the name of its architecture."""
+
+    def __init__(self, path: Path, reader: Any) -> None:
+        self.path, self.fields = path, reader.fields
+        self.sizes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
+        self.kind = self.of("general.architecture")
+        if self.kind not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise NestlingError(f"{path} holds the architecture {self.kind!r}; {known} are supported")
+
+    def of(self, key: str, default: Any = None) -> Any:
+        if key in self.fields:
+            return self.fields[key].contents()
+        if default is None:
+            raise NestlingError(f"{self.path} has no {key}, which the shape needs; fetch the file again")
+        return default
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        return self.of(f"{self.kind}.{key}", default)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self(key, default)
+        if isinstance(value, list):
+            raise NestlingError(f"{self.path}: {key} differs between layers; only equal layers are supported")
+        return int(value)
+
+    def check(self, head_dim: int) -> None:
+        """Raise NestlingError for what the elastic class does not compute."""
+        if self.integer("rope.dimension_count", head_dim) != head_dim:
+            raise NestlingError(f"{self.path} turns a part of each head only (rope.dimension_count)")
+        if self.integer("expert_count", 0):
+            raise NestlingError(f"{self.path} is a mixture of experts; dense models are supported")
+
+
+def _config(path: Path, reader: Any) -> ElasticConfig:
+    shape = _Shape(path, reader)
+    embedding = shape.sizes.get("token_embd.weight")
+    if embedding is None:
+        raise NestlingError(f"{path} has no tensor token_embd.weight; fetch the file again")
+    hidden, heads = shape.integer("embedding_length"), shape.integer("attention.head_count")
+    head_dim = shape.integer("attention.key_length", hidden // heads)
+    shape.check(head_dim)
+    theta = float(shape("rope.freq_base", 10000.0))
+    with naming(path):
+        return ElasticConfig(
+            vocab_size=embedding[1],
+            hidden_size=hidden,
+            intermediate_size=shape.integer("feed_forward_length"),
+            num_hidden_layers=shape.integer("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=shape.integer("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=shape.integer("context_length"),
+            rope_theta=theta,
+            rope_scaling=_scaling(shape, _factors(reader), theta, head_dim),
+            # The file keeps fp32; the configuration that was converted had a short decimal.
+            rms_norm_eps=_short(shape("attention.layer_norm_rms_epsilon")),
+            tie_word_embeddings=ENDS[HEAD] not in shape.sizes,
+            attention_bias="blk.0.attn_q.bias" in shape.sizes,
+            qk_norm="blk.0.attn_q_norm.weight" in shape.sizes,
+            bos_token_id=_token(shape.fields, "bos"),
+            eos_token_id=_token(shape.fields, "eos"),
+        )
+
+
+def _short(number: float) -> float:
+    """Return the shortest decimal that rounds to this fp32.
+
+    >>> _short(9.999999747378752e-06)
+    1e-05
+    """
+    return float(str(np.float32(number)))
+
+
+def _token(fields: Any, role: str) -> int | None:
+    key = f"tokenizer.ggml.{role}_token_id"
+    return int(fields[key].contents()) if key in fields else None
+
+
+def _factors(reader: Any) -> Tensor | None:
+    """Return what each rotary frequency is divided by, where the file says it (Llama 3)."""
+    for tensor in reader.tensors:
+        if tensor.name == FREQUENCY_DIVISORS:
+            return torch.from_numpy(np.array(_dequantized(tensor), dtype=np.float32))
+    return None
+
+
+def _scaling(shape: _Shape, factors_K: Tensor | None, theta: float, head_dim: int) -> RopeScaling | None:
+    if factors_K is not None:
+        return _llama3(factors_K, theta, head_dim)
+    rule, factor = shape("rope.scaling.type", "none"), float(shape("rope.scaling.factor", 1.0))
+    attention = float(shape("rope.scaling.yarn_attn_factor", shape("rope.scaling.attn_factor", 1.0)))
+    match rule:
+        case "none":
+            return None
+        case "linear":
+            return RopeScaling(rope_type="linear", factor=factor)
+        case "yarn":
+            return RopeScaling(
+                rope_type="yarn",
+                factor=factor,
+                original_max_position_embeddings=shape.integer("rope.scaling.original_context_length"),
+                beta_fast=float(shape("rope.scaling.yarn_beta_fast", 32.0)),
+                beta_slow=float(shape("rope.scaling.yarn_beta_slow", 1.0)),
+                attention_factor=attention * yarn_attention_factor(factor),
+            )
+    raise NestlingError(f"positions are stretched by {rule!r}; linear, yarn and Llama 3's are supported")
+
+
+def _llama3(factors_K: Tensor, theta: float, head_dim: int) -> RopeScaling:
+    """Return the settings of which the file keeps only the divisors of the frequencies that they lead to."""
+    found_K = rope_frequencies(head_dim, theta) / factors_K
+    for original in _CONTEXTS:
+        scaling = RopeScaling(
+            rope_type="llama3", factor=float(factors_K.max()), original_max_position_embeddings=original
+        )
+        if torch.allclose(rope_frequencies(head_dim, theta, scaling), found_K, rtol=1e-5):
+            return scaling
+    raise NestlingError(f"{FREQUENCY_DIVISORS} divides rotary frequencies in a way that is not Llama 3's")
+
+
+def _tensors(
+    path: Path, reader: Any, config: ElasticConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    interleaved = not (config.qk_norm or config.attention_bias)
+    for tensor in reader.tensors:
+        if tensor.name == FREQUENCY_DIVISORS:
+            continue
+        name = _name(path, tensor.name)
+        weight = torch.from_numpy(np.array(_dequantized(tensor))).to(dtype)
+        if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = in_halves(weight, config.head_dim)
+        yield name, weight
+
+
+def _dequantized(tensor: Any) -> Any:
+    import gguf
+
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+def _name(path: Path, theirs: str) -> str:
+    if theirs in _NAMES:
+        return _NAMES[theirs]
+    block, _, rest = theirs.partition(".")
+    layer, _, part = rest.partition(".")
+    if block != "blk" or part not in _NAMES:
+        raise NestlingError(f"{path} has the tensor {theirs}, which no supported architecture has")
+    return f"model.layers.{layer}.{_NAMES[part]}"
+
+
+def in_halves(weight_OI: Tensor, head_dim: int) -> Tensor:
+    """Return the rows of each head as two halves: the inverse of `models.checkpoint.gguf.interleave`.
+
+    >>> from models.checkpoint.gguf import interleave
+    >>> in_halves(interleave(torch.arange(8).reshape(8, 1), 4), 4).flatten().tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    pairs = weight_OI.reshape(-1, head_dim // 2, 2, weight_OI.shape[1])
+    return pairs.transpose(1, 2).reshape(weight_OI.shape)
