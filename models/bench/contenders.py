@@ -93,7 +93,7 @@ class Target:
         return self._in_place(load_stock(self.folder.path))
 
     def llamas(self, choice: Drafting | None, num_positions: int) -> llama.Llamas | None:
-        """The folder in llama.cpp, by itself or with a draft; None if the format does not hold the draft."""
+        """Return the folder in llama.cpp, alone or with a draft; None if the format cannot hold that."""
         key = (None if choice is None else choice.name, num_positions)
         if key not in self._llamas:
             draft = None if choice is None else self._draft_file(choice)
@@ -135,7 +135,7 @@ class Target:
         return engine_threads(engine, self._most_threads, context=self.model.config.max_position_embeddings)
 
     def assistant(self, choice: Drafting) -> Stock | None:
-        """The draft as a stock model; None if no stock architecture holds it."""
+        """Return the draft as a stock model; None if no stock architecture holds it."""
         if choice.name not in self._assistants:
             model = _own_model(choice)
             self._assistants[choice.name] = None if model is None else self._in_place(to_hugging_face(model))

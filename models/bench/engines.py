@@ -113,7 +113,7 @@ class StockEngine:
         """See `Engine`."""
         options = {**self.options, **_sampling(self.params)}
         if self.assistant is not None:
-            # Set anew each time: some schedules change the settings as they go.
+            # Set each time: some schedules change the settings as they go.
             self.assistant.generation_config.update(**{**DEFAULT_SCHEDULE, **self.schedule})
             options["assistant_model"] = self.assistant
         torch.manual_seed(seed)
@@ -147,7 +147,7 @@ DEFAULT_SCHEDULE = {
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
-    """Every setting is given: those that are left out differ between the libraries (top_k is 50 there)."""
+    """Return every setting: those left out differ between the libraries (top_k is 50 there)."""
     penalty = {"repetition_penalty": params.repetition_penalty}
     if params.is_greedy:
         return {"do_sample": False, **penalty}

@@ -93,7 +93,7 @@ class RandomModel:
 
 
 def check_exit(config: ElasticConfig, exit_: Granularity) -> int:
-    """The number of layers of an exit.
+    """Return the number of layers of an exit.
 
     Raises:
         UsageError: if it is another kind of member, or the full model.
@@ -108,7 +108,7 @@ def check_exit(config: ElasticConfig, exit_: Granularity) -> int:
 
 
 def needed_bytes(config: ElasticConfig, dtype: str) -> int:
-    """An estimate of the memory that a bench takes, where its two engines hold the weights.
+    """Return an estimate of the memory that a bench takes, where its two engines hold the weights.
 
     Each may hold them twice for a moment: as read, and converted or packed.
     """
@@ -140,7 +140,7 @@ def random_model(
     params: SamplingParams,
     progress: Callable[[], None] | None = None,
 ) -> RandomModel:
-    """A model of this shape, in fp32, whose exit drafts with acceptance `alpha`, to `TOLERANCE`.
+    """Return a model of this shape, in fp32, whose exit drafts with acceptance `alpha`, to `TOLERANCE`.
 
     Args:
         config: the shape.
@@ -214,7 +214,7 @@ def acceptance(model: ElasticLM, num_layers: int, tokens_BT: Tensor, params: Sam
 
 
 def _initialised(config: ElasticConfig) -> ElasticLM:
-    """Every matrix keeps the scale of what it is given, so that each layer writes about as much."""
+    """Return a model whose matrices keep the scale of their input, so that layers write about as much."""
     model = ElasticLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Cut a granularity out of a family: contiguous weights in a stock folder of its own.
 
 A member whose layers are equal is a smaller model of a stock architecture, so that
-`AutoModelForCausalLM.from_pretrained` opens it with no code of ours (law 1). Source: MatFormer,
+`AutoModelForCausalLM.from_pretrained` opens it with no code of ours (invariant 1). Source: MatFormer,
 https://arxiv.org/abs/2310.07707.
 """
 
@@ -45,7 +45,7 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Whether law 1 holds: ids exactly, logits to `LOGITS_TOLERANCE`."""
+        """Whether invariant 1 holds: ids exactly, logits to `LOGITS_TOLERANCE`."""
         return self.ids_equal and self.difference <= LOGITS_TOLERANCE
 
 

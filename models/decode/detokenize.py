@@ -101,7 +101,7 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it.
+    """Return length of the longest end of `text` that is a beginning of `stop`, but not all of it.
 
     >>> _overlap("abab", "abac")
     2

@@ -110,7 +110,7 @@ class Plan:
         )
 
     def contains(self, other: "Plan") -> bool:
-        """Whether the other member's weights are a subset of this one's (law 3)."""
+        """Whether the other member's weights are a subset of this one's (invariant 3)."""
         mine = {layer.index: layer for layer in self.layers}
         return all(
             layer.index in mine

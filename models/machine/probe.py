@@ -41,7 +41,7 @@ class DtypeRates:
     """Tokens -> seconds of a pass over 24 matrices of 768 x 3072; empty if the dtype is hopeless."""
 
     def slowdown(self) -> dict[int, float]:
-        """v(m): the cost of a pass on m tokens, in passes on one."""
+        """Return v(m), the cost of a pass on m tokens in passes on one."""
         return {num: value / self.pass_seconds[1] for num, value in self.pass_seconds.items()}
 
 
@@ -121,13 +121,13 @@ class _Bench:
         self.bytes_read = self.weights["fp32"].nbytes
 
     def choose_threads(self, counts: Sequence[int], budget: float) -> dict[tuple[str, str], int]:
-        """The best number of threads, out of `counts`, for each (dtype, "product" or "decode")."""
+        """Return the best number of threads, out of `counts`, for each (dtype, "product" or "decode")."""
         cells = {(dtype, "product"): work for dtype, (_, work) in self.products.items()}
         cells |= {(dtype, "decode"): self._weights_pass(dtype, *DECODE_TOKENS) for dtype in self.useful}
         return fastest_threads(cells, counts, budget=budget, clock=self.clock)
 
     def cells(self, threads: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], Work]:
-        """All that is timed. Neighbours read different weights: none finds its own in a cache."""
+        """List all that is timed. Neighbours read different weights: none finds its own in a cache."""
         cells = {
             (dtype, "product"): threaded(work, threads[dtype, "product"])
             for dtype, (_, work) in self.products.items()
@@ -155,7 +155,7 @@ class _Bench:
         )
 
     def _sized_product(self, dtype: str, cores: int) -> tuple[int, Work]:
-        """The side of a square product that keeps all cores at work for a few milliseconds, and the work."""
+        """Return the side of a square product that keeps all cores busy for a while, and the work."""
         side = 256
         while True:
             work = self._product(dtype, side)

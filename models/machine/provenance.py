@@ -31,7 +31,7 @@ PACKAGES = (
 
 
 def make_card(*, dtypes: Mapping[str, str]) -> dict[str, Any]:
-    """The card of what this process has just done, for JSON.
+    """Return the card of what this process has just done, for JSON.
 
     Args:
         dtypes: what ran in which dtype, such as {"model": "bf16", "draft": "fp32"}.
@@ -58,7 +58,7 @@ def make_card(*, dtypes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """The commit of this code, with `-dirty` if files differ from it; None outside a checkout."""
+    """Return the commit of this code, with `-dirty` if files differ from it; None outside a checkout."""
     if not (root / ".git").exists():  # else git would answer for a repository around the installation
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -70,7 +70,7 @@ def commit(root: Path = ROOT) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, as far as they are installed."""
+    """Return versions of Python and of the packages that matter, as far as they are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

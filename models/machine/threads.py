@@ -1,4 +1,4 @@
-"""The one chooser of thread counts: each work is timed with every number that may be its best.
+"""The one choice of thread counts: each work is timed with every number that may be its best.
 
 The machine card's numbers are for weights that exceed the caches. A small model's passes may be over
 before a second thread has woken up, so that models and engines are timed by their own work.

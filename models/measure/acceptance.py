@@ -184,9 +184,7 @@ def _compare(
         p_NV = sampling_probs(target.head(p_ND[rows]), params)
         for name, draft in drafts.items():
             x_ND = by_view[id(_view(draft))][rows]
-            q_NV = sampling_probs(
-                draft.head(x_ND) if isinstance(draft, FewTokens) else draft.model.head(x_ND), params
-            )
+            q_NV = sampling_probs(draft.head(x_ND), params)
             yield name, _values(p_NV, q_NV, chosen_N1[rows], is_greedy=params.is_greedy)
 
 

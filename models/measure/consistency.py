@@ -82,7 +82,7 @@ def evaluate_shared_alpha(
 ) -> dict[str, float]:
     """Measure alpha of each draft in place, which reads the full model's keys and values.
 
-    Positions are cut into blocks of `block`, as if each were a round of decoding that drafts so many
+    Positions are cut into blocks of `block`, as if each were a round of decoding that drafts as many
     tokens: a position reads the full model's cache before its block and the draft's own within it.
 
     Args:

@@ -1,4 +1,4 @@
-"""Loss and perplexity of one member on text.
+"""Means over the tokens of a text, whatever is measured.
 
 Sums over tokens are kept in float64 and divided once by the number of valid tokens, so that batches,
 their order and ignored positions do not matter. The vocabulary head runs over a few rows at a time:
@@ -9,16 +9,13 @@ B batch, T positions, N valid positions, D model, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from models.base.errors import NestlingError
 from models.base.labels import IGNORE_INDEX
-from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 
 Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
@@ -28,50 +25,6 @@ Progress: TypeAlias = Callable[[], object]
 
 CHUNK_NUMBERS = 2**22
 """Numbers in the largest [N, V] tensor; several of that size live at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """The loss of a member on text."""
-
-    loss: float
-    """Nats per token."""
-    num_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return to_perplexity(self.loss)
-
-
-@torch.no_grad()
-def evaluate_loss(
-    model: ElasticLM,
-    batches: Batches,
-    granularity: Granularity = FULL,
-    *,
-    progress: Progress | None = None,
-) -> Loss:
-    """Return the mean negative log-likelihood of the labels.
-
-    Raises:
-        UsageError: if the granularity does not fit the model.
-        NestlingError: if no position has a label.
-    """
-    device = model.lm_head.weight.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    num_tokens = 0
-    for tokens_BT, labels_BT in batches:
-        x_BTD = model.states(tokens_BT.to(device), granularity)[-1]
-        labels_N, (x_ND,) = select_valid(labels_BT.to(device), [x_BTD])
-        for rows in row_chunks(len(labels_N), model.config.vocab_size):
-            logits_NV = exact_logits(model, x_ND[rows])
-            loss_N = cross_entropy(logits_NV, labels_N[rows], reduction="none")
-            total += loss_N.sum(dtype=torch.float64)
-        num_tokens += len(labels_N)
-        if progress:
-            progress()
-    return Loss(loss=total.item() / check_some(num_tokens), num_tokens=num_tokens)
 
 
 def exact_logits(model: ElasticLM, x_ND: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ SAMPLINGS: Mapping[str, SamplingParams] = {
     "T=1 penalty=1.3": SamplingParams(temperature=1.0, repetition_penalty=1.3),
     "all": SamplingParams(temperature=1.5, top_k=3, top_p=0.95, min_p=0.05, repetition_penalty=0.8),
     GREEDY: SamplingParams(),
+    "greedy penalty=3": SamplingParams(repetition_penalty=3.0),
 }
 PRECISE = "fp64"
 COUNTED_GAMMA = 2
@@ -119,7 +120,7 @@ def check_dtype(few: TinyVocab, precise: TinyVocab, case: Case, *, dtype: str, b
         value=distance,
         bound=bound,
         passed=distance <= bound,
-        note=f"from fp64 to {dtype} the law moves by {of_dtype:.1e}",
+        note=f"from fp64 to {dtype} the distribution moves by {of_dtype:.1e}",
     )
 
 

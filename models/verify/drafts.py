@@ -1,4 +1,4 @@
-"""Drafts of the distribution tests: members, another model, copied text, a hostile model.
+"""Drafts of the distribution tests: members, another model, copied text, an adversarial model.
 
 A test names a draft. It is made for a target, which may hold a few of the model's tokens only, and is new
 for each request.
@@ -14,7 +14,7 @@ import torch
 from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.drafters import DRAFTERS
-from models.decode.engine.policy import Fixed, Plan, Policy, Round
+from models.decode.engine.policy import Fixed, Policy, Round, RoundPlan
 from models.decode.engine.state import Model, State
 from models.decode.tune.controller import Controller
 from models.decode.tune.predict import MAX_GAMMA
@@ -42,26 +42,29 @@ class Subject(NamedTuple):
 ForModel: TypeAlias = Callable[[Subject], MakeDraft]
 Gamma: TypeAlias = int | Literal["auto"]
 
-HOSTILE = "hostile"
+ADVERSARIAL = "adversarial"
 AUTO: Literal["auto"] = "auto"
 ANY = "any"
 """The controller's choice among all drafts of a test."""
 
 
-def member(granularity: Granularity, precision: str | None = None) -> ForModel:
-    """A member of the target in place, or packed in a precision."""
+def member(
+    granularity: Granularity, precision: str | None = None, vocabulary: Sequence[int] | None = None
+) -> ForModel:
+    """Return what makes a member of the target in place, or packed in a precision, for some tokens or all."""
 
     def of(subject: Subject) -> MakeDraft:
         target = subject.target
         source = target if precision is None else pack(target, precision, granularity)
         seen = subject.view(source, granularity)
-        return lambda: NestedDraft(seen)
+        ids = None if vocabulary is None else torch.tensor(vocabulary)
+        return lambda: NestedDraft(seen, ids)
 
     return of
 
 
 def separate(other: ElasticLM, precision: str | None = None) -> ForModel:
-    """Another model with the same tokens, in the target's dtype or packed in a precision."""
+    """Return what makes another model over the target's tokens, in its dtype or packed in a precision."""
 
     def of(subject: Subject) -> MakeDraft:
         target = subject.target
@@ -77,8 +80,8 @@ def registered(name: str) -> ForModel:
     return lambda subject: partial(DRAFTERS[name], subject.target)
 
 
-def hostile(subject: Subject) -> MakeDraft:
-    """A very small model of its own, which knows nothing and is sure of it."""
+def adversarial(subject: Subject) -> MakeDraft:
+    """Return what makes a very small model of its own, which knows nothing and is sure of it."""
     target = subject.target
     config = ElasticConfig(
         vocab_size=target.config.vocab_size,
@@ -90,9 +93,9 @@ def hostile(subject: Subject) -> MakeDraft:
         max_position_embeddings=target.config.max_position_embeddings,
         initializer_range=0.5,
     )
-    stranger = ElasticLM(config)
-    stranger.init_weights(torch.Generator().manual_seed(99))
-    seen = subject.view(stranger.to(device=target.device, dtype=target.dtype).eval(), FULL)
+    adversary = ElasticLM(config)
+    adversary.init_weights(torch.Generator().manual_seed(99))
+    seen = subject.view(adversary.to(device=target.device, dtype=target.dtype).eval(), FULL)
     return lambda: ModelDraft(seen)
 
 
@@ -112,8 +115,8 @@ class Drafts:
         if gamma != AUTO:
             return Fixed(None if name is None else self._made[name](), gamma)
         assert name == ANY, name
-        # The hostile draft is taken first, so that the controller soon has a reason to change its mind.
-        names = sorted(self._made, key=lambda each: each != HOSTILE)
+        # The adversarial draft is taken first, so that the controller soon has a reason to change its mind.
+        names = sorted(self._made, key=lambda each: each != ADVERSARIAL)
         costs = Costs({m: 1.0 + SLOPE * (m - 1) for m in range(1, MAX_GAMMA + 2)}, dict.fromkeys(names, STEP))
         return Steady(Controller({each: self._made[each]() for each in names}, costs), costs)
 
@@ -136,7 +139,7 @@ class Steady:
         """See `Policy`."""
         self.controller.check(target)
 
-    def choose(self, state: State, most: int) -> Plan:
+    def choose(self, state: State, most: int) -> RoundPlan:
         """See `Policy`."""
         return self.controller.choose(state, most)
 

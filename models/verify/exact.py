@@ -52,7 +52,7 @@ class ScriptedRandom:
         return self._take(probs_V.tolist())
 
     def noise(self, position: int, num_tokens: int) -> Tensor:
-        """Real numbers have no list of options."""
+        """Refuse: real numbers have no list of options."""
         raise NotImplementedError("the noise of coupled decoding cannot be enumerated")
 
     def _take(self, weights: list[float]) -> int:
@@ -65,7 +65,7 @@ class ScriptedRandom:
         return options[taken]
 
     def next_script(self) -> list[int] | None:
-        """The script of the next branch, depth first; None after the last one."""
+        """Return the script of the next branch, depth first; None after the last one."""
         trail = list(self.trail)
         while trail and trail[-1][0] + 1 == trail[-1][1]:
             trail.pop()

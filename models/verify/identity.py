@@ -45,12 +45,12 @@ class Whole:
     def decode(
         self, prompt: Sequence[int], params: SamplingParams, policy: Policy | None = None
     ) -> list[int]:
-        """The tokens by `coupled`, for which greedy parameters have no use."""
+        """Return the tokens by `coupled`, for which greedy parameters have no use."""
         tokens = stream(self.model, prompt, self._config(params), policy=policy)
         return [token.id for token in tokens]
 
     def decode_together(self, params: SamplingParams, policies: Iterable[Policy]) -> list[list[int]]:
-        """The tokens of every prompt, in one batch with a policy for each."""
+        """Return the tokens of every prompt, in one batch with a policy for each."""
         streams = stream_batch(
             self.model,
             self.prompts,
@@ -61,7 +61,7 @@ class Whole:
         return [[token.id for token in tokens] for tokens in streams]
 
     def plain(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
-        """The same without a draft, alone."""
+        """Return the same without a draft, alone."""
         key = (tuple(prompt), params)
         if key not in self._plain:
             self._plain[key] = self.decode(prompt, params)
@@ -80,7 +80,7 @@ MakePolicy: TypeAlias = Callable[[Gamma], Policy]
 def check_identity(
     whole: Whole, name: str, make_policy: MakePolicy, *, sampling: str, gammas: Sequence[Gamma] = GAMMAS
 ) -> Check:
-    """Tokens with a draft and without one: the same, or tied where they first differ.
+    """Check that tokens with a draft and without one are the same, or tied where they first differ.
 
     Args:
         whole: the model and its prompts.
@@ -99,7 +99,7 @@ def check_identity(
 
 
 def check_batch(whole: Whole, policies: Mapping[tuple[str, Gamma], MakePolicy], *, sampling: str) -> Check:
-    """Tokens of all prompts decoded together, a draft each in turn, and of each alone without one.
+    """Check that prompts decoded together, a draft each in turn, give the tokens of each alone.
 
     Args:
         whole: the model and its prompts.
@@ -114,7 +114,7 @@ def check_batch(whole: Whole, policies: Mapping[tuple[str, Gamma], MakePolicy], 
 
 
 def _compare(whole: Whole, ours: Sequence[list[int]], sampling: str, **case: Any) -> Check:
-    """Texts of all prompts and plain ones."""
+    """Compare texts of all prompts with plain ones."""
     params = SAMPLINGS[sampling]
     num_same, num_total, gaps = 0, 0, []
     for prompt, text in zip(whole.prompts, ours, strict=True):

@@ -7,7 +7,7 @@
     coupled   the whole model: a seed's tokens with a draft and without one
     greedy    the whole model: the same for the likeliest tokens
 
-Drafts take part one by one (members, other models, copied text, a hostile one); by the choice of the
+Drafts take part one by one (members, other models, copied text, an adversarial one); by the choice of the
 controller of `--gamma auto`, whose clock is arithmetic here; and in batches, where each text has another.
 
 Walks draw nothing and cannot fail by chance. Counts can: all of them together do so with a probability
@@ -37,14 +37,14 @@ from models.verify.checks import (
     check_exact,
 )
 from models.verify.drafts import (
+    ADVERSARIAL,
     ANY,
     AUTO,
-    HOSTILE,
     Drafts,
     ForModel,
     Gamma,
     Subject,
-    hostile,
+    adversarial,
     registered,
 )
 from models.verify.identity import GAMMAS, Whole, check_batch, check_identity
@@ -69,12 +69,12 @@ def plan_checks(
     length: int,
     seed: int = 0,
 ) -> list[Callable[[], Check]]:
-    """Every test of a model, to be run in turn.
+    """Return every test of a model, to be run in turn.
 
     Args:
         model: in the dtype that decodes, packed or not.
         dtype: its name, one of `PRECISIONS`.
-        drafts: by name, at least one; a hostile one and copied text come on top.
+        drafts: by name, at least one; an adversarial one and copied text come on top.
         verifiers: names in `VERIFIER_NAMES`. Greedy decoding, which has no use for them, is always tested.
         prompts: token ids, at least one. The few tokens are the likeliest after them; identities go on
             from them.
@@ -83,7 +83,7 @@ def plan_checks(
         seed: random seed.
     """
     first = next(iter(drafts))
-    drafts = {**drafts, HOSTILE: hostile, **{name: registered(name) for name in DRAFTERS}}
+    drafts = {**drafts, ADVERSARIAL: adversarial, **{name: registered(name) for name in DRAFTERS}}
     vocab_size, walked = model.config.vocab_size, [one for one in verifiers if one != COUPLED]
     tokens = likeliest_tokens(model, prompts, min(vocab_size, max(NUM_TOKENS.values())))
     restricted = {gamma: restrict(model, tokens[:number]) for gamma, number in NUM_TOKENS.items()}
@@ -91,17 +91,19 @@ def plan_checks(
     own = TinyVocab(pack(restrict(model, tokens[: NUM_TOKENS[COUNTED_GAMMA]]), dtype), drafts, tokens=tokens)
     jobs = [job for verifier in walked for job in _exact(precise, verifier, list(drafts), first)]
     if walked:
-        alone = {name: drafts[name] for name in (first, HOSTILE)}
+        alone = {name: drafts[name] for name in (first, ADVERSARIAL)}
         small = TinyVocab(restricted[3].double(), alone, tokens=tokens, remember=False)
         small_own = TinyVocab(pack(restricted[3], dtype), alone, tokens=tokens, remember=False)
         for verifier in walked:
             case = Case(verifier, first, 1)
             jobs.append(partial(check_exact, small, case, beside=True))
             jobs.append(partial(check_dtype, small_own, small, case, dtype=dtype, beside=True))
-    counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, HOSTILE, *DRAFTERS)]
+    counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, ADVERSARIAL, *DRAFTERS)]
     jobs += [partial(check_dtype, own, precise[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
     if COUPLED in verifiers:
-        counted.append(Case(COUPLED, HOSTILE, COUNTED_GAMMA) if dtype == "fp32" else Case(COUPLED, None, 0))
+        counted.append(
+            Case(COUPLED, ADVERSARIAL, COUNTED_GAMMA) if dtype == "fp32" else Case(COUPLED, None, 0)
+        )
     count = partial(check_counts, own, dtype=dtype, num_trials=num_trials, seed=seed)
     jobs += [partial(count, case, bound=FALSE_ALARM / 10 / len(counted)) for case in counted]
     wholes = {"fp32": pack(restrict(model, range(vocab_size), torch.float32), "fp32"), dtype: model}
@@ -116,7 +118,7 @@ def plan_checks(
 def _identities(
     whole: Whole, made: Drafts, drafts: Sequence[str], sampling: str
 ) -> list[Callable[[], Check]]:
-    """Every draft, the controller's choice among them, and a batch."""
+    """List identities of every draft, of the controller's choice among them, and of a batch."""
     jobs: list[Callable[[], Check]] = [
         partial(check_identity, whole, draft, partial(made.policy, draft), sampling=sampling)
         for draft in drafts
@@ -124,7 +126,10 @@ def _identities(
     jobs.append(
         partial(check_identity, whole, ANY, partial(made.policy, ANY), sampling=sampling, gammas=[AUTO])
     )
-    rows: list[tuple[str, Gamma]] = [*zip((drafts[0], HOSTILE, *DRAFTERS), GAMMAS, strict=False), (ANY, AUTO)]
+    rows: list[tuple[str, Gamma]] = [
+        *zip((drafts[0], ADVERSARIAL, *DRAFTERS), GAMMAS, strict=False),
+        (ANY, AUTO),
+    ]
     policies = {row: partial(made.policy, row[0]) for row in rows}
     return [*jobs, partial(check_batch, whole, policies, sampling=sampling)]
 
@@ -137,6 +142,6 @@ def _exact(
     jobs += [partial(check_exact, few[1], Case(verifier, draft, 1)) for draft in drafts]
     sampled = [name for name, params in SAMPLINGS.items() if not params.is_greedy]
     jobs += [partial(check_exact, few[2], Case(verifier, first, 2, name)) for name in sampled]
-    jobs += [partial(check_exact, few[3], Case(verifier, draft, 3)) for draft in (first, HOSTILE)]
+    jobs += [partial(check_exact, few[3], Case(verifier, draft, 3)) for draft in (first, ADVERSARIAL)]
     jobs.append(partial(check_exact, few[3], Case(verifier, ANY, AUTO)))
-    return [*jobs, partial(check_exact, few[2], Case(verifier, HOSTILE, 2), ends=True)]
+    return [*jobs, partial(check_exact, few[2], Case(verifier, ADVERSARIAL, 2), ends=True)]

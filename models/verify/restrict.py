@@ -10,7 +10,7 @@ from models.elastic.model import ElasticLM
 
 
 def likeliest_tokens(model: ElasticLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[int]:
-    """The tokens [num_tokens] that are likeliest after the prompts, on average; the likeliest first."""
+    """Return the `num_tokens` tokens that are likeliest after the prompts, on average, likeliest first."""
     device = model.device
     with torch.inference_mode():
         ends = [model(torch.tensor([list(ids)], device=device), num_last=1)[0, -1] for ids in prompts]

@@ -19,7 +19,7 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
 from models.measure.reference import full_pass_probs, plain_decode
-from models.verify.drafts import HOSTILE, Drafts, ForModel, Gamma, Subject
+from models.verify.drafts import ADVERSARIAL, Drafts, ForModel, Gamma, Subject
 from models.verify.exact import Distribution, exact_distribution
 
 _Key: TypeAlias = tuple[int, Granularity, int, int | None, tuple[int, ...]]
@@ -49,23 +49,23 @@ class Passes:
         self.start()
 
     def start(self) -> None:
-        """The passes from now on are those of a new request, whose stores are empty."""
+        """Begin the passes of a new request, whose stores are empty."""
         self._following = self._first
         self._found: list[tuple[KVCache, int, _Remembered]] = []
 
     def view(self, model: ElasticLM, granularity: Granularity = FULL) -> View:
-        """A member whose passes are remembered; the model must stay alive as long as this."""
+        """Return a member whose passes are remembered; the model must stay alive as long as this."""
         return _RememberedView(model, granularity, self)
 
     def alone(self, view: View, tokens_BT: Tensor, num_last: int | None) -> Tensor:
-        """Logits [B, T, V] of a pass that reads nothing else, made or found."""
+        """Return logits [B, T, V] of a pass that reads nothing else, made or found."""
         key = (id(view.model), view.granularity, 0, num_last, tuple(tokens_BT.flatten().tolist()))
         if key not in self._alone:
             self._alone[key] = View.__call__(view, tokens_BT, num_last=num_last)
         return self._alone[key]
 
     def score(self, view: View, ids: Sequence[int], cache: KVCache, num_last: int) -> Tensor:
-        """Logits [num_last, V] of a pass of decoding, made or found; see `View.score`."""
+        """Return logits [num_last, V] of a pass of decoding, made or found; see `View.score`."""
         start, num_layers = cache.length, view.model.config.num_hidden_layers
         key = (id(view.model), view.granularity, start, num_last, tuple(ids))
         one = self._following.get(key)
@@ -112,7 +112,7 @@ class _RememberedView(View):
 
 
 def _positions(memory: KVCache, num_layers: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
-    """Views of the stores' keys and values at these positions, committed or not."""
+    """Return views of the stores' keys and values at these positions, committed or not."""
     whole = memory.view()
     whole.rewind(0)
     whole.commit(end)
@@ -135,7 +135,10 @@ class TinyVocab:
 
     PROMPT = (0, 1, 0)
     """Its end is known from before if token 1 follows: then there is something to copy."""
-    COMPANIONS: Mapping[Sequence[int], tuple[str | None, int]] = {(1,): (None, 0), (0, 1, 1, 0): (HOSTILE, 3)}
+    COMPANIONS: Mapping[Sequence[int], tuple[str | None, int]] = {
+        (1,): (None, 0),
+        (0, 1, 1, 0): (ADVERSARIAL, 3),
+    }
     """Prompts of other lengths with a draft and gamma, decoded together with the walk's."""
 
     def __init__(
@@ -164,7 +167,7 @@ class TinyVocab:
     def decode_beside(
         self, random: Random, *, draft: str | None, length: int, gamma: Gamma = 0, **options: Any
     ) -> list[int]:
-        """The same in a batch, beside `COMPANIONS` that make choices of their own; nothing is remembered."""
+        """Return the same in a batch with `COMPANIONS`, that choose by themselves, remembering nothing."""
         rows = {self.PROMPT: (draft, gamma), **self.COMPANIONS}
         policies = (self._drafts.policy(*row) for row in rows.values())
         randoms = [random, *(SeededRandom(0, row) for row in range(1, len(rows)))]
@@ -176,13 +179,13 @@ class TinyVocab:
         return written
 
     def distribution(self, *, beside: bool = False, **options: Any) -> Distribution:
-        """The exact distribution of `decode`, or of `decode_beside`."""
+        """Return the exact distribution of `decode`, or of `decode_beside`."""
         return exact_distribution(partial(self.decode_beside if beside else self.decode, **options))
 
     def reference(
         self, params: SamplingParams, length: int, eos_token_ids: Collection[int] = ()
     ) -> Distribution:
-        """The target's distribution by a full pass for every token: no cache, no draft, no engine."""
+        """Return the target's distribution by a full pass for every token: no cache, no draft, no engine."""
         p = full_pass_probs(self._target, params)
         options: dict[str, Any] = {"max_new_tokens": length, "eos_token_ids": eos_token_ids}
         return exact_distribution(lambda random: plain_decode(p, list(self.PROMPT), random=random, **options))

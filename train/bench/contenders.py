@@ -67,7 +67,7 @@ class BenchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """All that is settled before the clock starts."""
+    """All that is prepared before the clock starts."""
 
     targets: Sequence[Target]
     prompt_ids: Sequence[Sequence[int]]
@@ -94,7 +94,7 @@ def folder_contest(model: Path, options: BenchSettings, *, prompts: Path | None,
 def random_contest(
     size: str, alpha: float, options: BenchSettings, *, progress: Callable[[], None] | None = None
 ) -> Contest:
-    """A random model of a published shape, whose exit drafts with acceptance `alpha`.
+    """Return a random model of a published shape, whose exit drafts with acceptance `alpha`.
 
     Raises:
         UsageError: if there is no such shape, the draft is no exit, memory is short, or more than one
@@ -183,7 +183,7 @@ def _contest(
 
 
 def _open_targets(model: Path, options: BenchSettings) -> list[Target]:
-    """The model in each dtype, once, with the threads that `nestling generate` would take for it."""
+    """Return the model in each dtype, once, with the threads that `nestling generate` would take for it."""
     targets: dict[str, Target] = {}
     for asked in dict.fromkeys(options.dtypes):
         folder, name = open_for_decoding(model, asked)

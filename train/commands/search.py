@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from models.decode.tune.tuned import Plans
     from train.search.confirm import Confirmed
     from train.search.drafts import Result
-    from train.search.measure import Estimate, Progress, Text
+    from train.search.measure import Prediction, Progress, Text
 
 NUM_PROMPT, NUM_NEW = 32, 96
 """Tokens of a row of text: the prompt, and what the target writes."""
@@ -186,7 +186,7 @@ def _figures(result: "Result") -> dict[str, Any]:
     """The fields of docs/json.md."""
     return {
         "results": [_result(one) for one in result.confirmed],
-        "estimates": [_estimate(one) for one in result.estimates],
+        "estimates": [_prediction(one) for one in result.predictions],
         "v": result.slowdown,
         "num_candidates": result.num_candidates,
         "num_tried": result.num_tried,
@@ -195,19 +195,19 @@ def _figures(result: "Result") -> dict[str, Any]:
 
 
 def _result(one: "Confirmed") -> dict[str, Any]:
-    """Plain decoding has no prediction."""
+    """Return the fields of a result; plain decoding has no prediction."""
     return {
         "temperature": one.params.temperature,
-        **(_estimate(one.estimate) if one.estimate else {"draft": "none", "gamma": 0}),
+        **(_prediction(one.prediction) if one.prediction else {"draft": "none", "gamma": 0}),
         "measured": one.speedup,
         "measured_tau": one.tau,
         "measured_alpha": one.alpha,
         "tokens_per_second": one.tokens_per_second,
-        "error": one.estimate.plan.speed.predicted / one.speedup - 1 if one.estimate else None,
+        "error": one.prediction.plan.speed.predicted / one.speedup - 1 if one.prediction else None,
     }
 
 
-def _estimate(one: "Estimate") -> dict[str, Any]:
+def _prediction(one: "Prediction") -> dict[str, Any]:
     return {
         "temperature": one.params.temperature,
         "verifier": one.plan.verifier,
@@ -235,23 +235,23 @@ def _show(result: "Result", console: "Console") -> None:
         table.add_column(column, justify="left" if number in (1, 2) else "right", no_wrap=number != 1)
     for one in result.confirmed:
         measured = (f"{one.tau:.2f}", f"{one.speedup:.2f}")
-        estimate = one.estimate
-        if estimate is None:
+        prediction = one.prediction
+        if prediction is None:
             table.add_row(
                 f"{one.params.temperature:g}", "none", *["-"] * 5, "-", measured[0], "-", "1.00", "-"
             )
             continue
         table.add_row(
             f"{one.params.temperature:g}",
-            str(estimate.spec),
-            "-" if one.params.is_greedy else estimate.plan.verifier,
-            str(estimate.plan.gamma),
-            *(f"{value:.3f}" for value in (estimate.alpha, estimate.c, estimate.v)),
-            f"{estimate.tau:.2f}",
+            str(prediction.spec),
+            "-" if one.params.is_greedy else prediction.plan.verifier,
+            str(prediction.plan.gamma),
+            *(f"{value:.3f}" for value in (prediction.alpha, prediction.c, prediction.v)),
+            f"{prediction.tau:.2f}",
             measured[0],
-            f"{estimate.plan.speed.predicted:.2f}",
+            f"{prediction.plan.speed.predicted:.2f}",
             measured[1],
-            f"{estimate.plan.speed.predicted / one.speedup - 1:+.0%}",
+            f"{prediction.plan.speed.predicted / one.speedup - 1:+.0%}",
         )
     console.print(table)
     if result.busy_rounds:

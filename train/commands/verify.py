@@ -34,7 +34,7 @@ def verify(
         typer.Option(
             metavar="G[@int4|int8|bf16]|DIR",
             help="A member that drafts, or another model folder; repeatable. Default: the whole family. "
-            "A hostile draft, copied text, a controller and batches come on top.",
+            "An adversarial draft, copied text, a controller and batches come on top.",
         ),
     ] = None,
     verifier: Annotated[
@@ -190,7 +190,7 @@ def _table(checks: "Sequence[Check]", title: str) -> Table:
 
 _LEGEND = (
     "any: what a controller chooses among all drafts, by a clock that is arithmetic; batch: texts decoded at "
-    "once\nvalue: total variation to the target's law (exact, dtype), p-value (counts), or the gap between "
-    "the two tokens at a first difference (coupled, greedy)\nexact and dtype walk through every branch and "
-    "draw nothing; true laws fail a test of counts with a probability below 1e-6, all of them together"
+    "once\nvalue: total variation to the target's distribution (exact, dtype), p-value (counts), or the gap "
+    "between the two tokens at a first difference (coupled, greedy)\nexact and dtype walk through every "
+    "branch and draw nothing; counts of a correct decoder fail with a probability below 1e-6, all together"
 )

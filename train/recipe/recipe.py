@@ -36,7 +36,7 @@ from train.recipe.settings import CHECKED, SettingHelp, help_rows, show
 
 FULL_NAME = "XL"
 """The full model's name in every family."""
-NO_NAMES = frozenset({"auto", "full", "hostile", "none", *DRAFTERS})
+NO_NAMES = frozenset({"auto", "full", "adversarial", "none", *DRAFTERS})
 """Names of drafts and granularities that no member may take."""
 RENAMED = {
     "sampler.share": "sampler.row_fraction",

@@ -1,4 +1,4 @@
-"""The picture of a bench: tokens per second of each way to decode, a panel for each law and dtype."""
+"""The picture of a bench: tokens per second of each way to decode, a panel for each temperature and dtype."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

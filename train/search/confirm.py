@@ -14,14 +14,14 @@ from models.bench.run import Runs, run_cells
 from models.decode.engine.draft import NestedDraft
 from models.decode.engine.policy import Fixed
 from models.decode.sampling.params import SamplingParams
-from train.search.measure import Estimate, Measurements, Progress
+from train.search.measure import Measurements, Prediction, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmed:
-    """An estimate, or plain decoding, and what real decoding made of it."""
+    """A prediction, or plain decoding, and what real decoding made of it."""
 
-    estimate: Estimate | None
+    prediction: Prediction | None
     params: SamplingParams
     speedup: float
     """Over plain decoding, after the first token."""
@@ -33,7 +33,7 @@ class Confirmed:
 
 def confirm(
     measured: Measurements,
-    best: Mapping[SamplingParams, Sequence[Estimate]],
+    best: Mapping[SamplingParams, Sequence[Prediction]],
     num_prompts: int,
     num_rounds: int,
     dtype: str,
@@ -41,9 +41,9 @@ def confirm(
 ) -> tuple[list[Confirmed], Runs]:
     """Decode plainly and with the best drafts, in turn, each temperature on the same prompts."""
     contenders = {
-        _label(params, estimate, dtype): (params, estimate)
-        for params, estimates in best.items()
-        for estimate in (None, *estimates)
+        _label(params, prediction, dtype): (params, prediction)
+        for params, predictions in best.items()
+        for prediction in (None, *predictions)
     }
     cells = [
         Cell(label=label, engine=_engine(measured, *contender)) for label, contender in contenders.items()
@@ -60,37 +60,37 @@ def confirm(
     )
     confirmed = [
         Confirmed(
-            estimate=estimate,
+            prediction=prediction,
             params=params,
             speedup=row["decode_speedup"],
             tau=row["tau"],
             alpha=row["alpha"],
             tokens_per_second=row["decode_tokens_per_second"],
         )
-        for (params, estimate), row in zip(contenders.values(), make_rows(runs), strict=True)
+        for (params, prediction), row in zip(contenders.values(), make_rows(runs), strict=True)
     ]
     return confirmed, runs
 
 
-def _label(params: SamplingParams, estimate: Estimate | None, dtype: str) -> Label:
+def _label(params: SamplingParams, prediction: Prediction | None, dtype: str) -> Label:
     common: dict[str, Any] = {
         "engine": "nestling",
         "dtype": dtype,
         "temperature": params.temperature,
         "threads": torch.get_num_threads(),
     }
-    if estimate is None:
+    if prediction is None:
         return Label(**common, mode="plain")
-    name = f"{estimate.spec} by {estimate.plan.verifier}"
-    return Label(**common, mode="speculative", draft=name, gamma=estimate.plan.gamma)
+    name = f"{prediction.spec} by {prediction.plan.verifier}"
+    return Label(**common, mode="speculative", draft=name, gamma=prediction.plan.gamma)
 
 
-def _engine(measured: Measurements, params: SamplingParams, estimate: Estimate | None) -> Engine:
-    """Decodes as an estimate says, or plainly."""
-    if estimate is None:
+def _engine(measured: Measurements, params: SamplingParams, prediction: Prediction | None) -> Engine:
+    """Return the engine that decodes as a prediction says, or plainly."""
+    if prediction is None:
         return OurEngine(model=measured.target, params=params)
-    plan, vocabulary = estimate.plan, estimate.spec.vocabulary
-    view = measured.views[estimate.spec.member, estimate.spec.precision]
+    plan, vocabulary = prediction.plan, prediction.spec.vocabulary
+    view = measured.views[prediction.spec.member, prediction.spec.precision]
     draft = NestedDraft(view, None if vocabulary is None else torch.tensor(vocabulary))
     return OurEngine(
         model=measured.target,

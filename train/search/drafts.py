@@ -31,7 +31,7 @@ from models.elastic.model import ElasticLM
 from models.packed.quantize import INT4, INT8
 from train.search.candidates import NUM_CACHED, list_candidates
 from train.search.confirm import Confirmed, confirm
-from train.search.measure import Estimate, Measurements, Progress, Text, best_of, verifiers_of
+from train.search.measure import Measurements, Prediction, Progress, Text, best_of, verifiers_of
 
 PRECISIONS = ("fp32", "bf16", INT8, INT4)
 FIRST_TOKENS = 600
@@ -48,7 +48,7 @@ COVERAGES = (0.95, 0.99)
 class Result:
     """All that was found."""
 
-    estimates: list[Estimate]
+    predictions: list[Prediction]
     """The best gamma of each measured (draft, temperature, verifier), the fastest first."""
     confirmed: list[Confirmed]
     """Plain decoding, then the best drafts by predicted speed, for each temperature."""
@@ -104,11 +104,11 @@ def search_drafts(
     measured.time_target()
     if finalists:
         measured.time(finalists)
-    ranked = measured.estimates()
+    ranked = measured.predictions()
     best = {params: best_of(ranked, params, num_confirmed) + _coupled(ranked, params) for params in text.rows}
     confirmed, runs = confirm(measured, best, num_prompts, num_rounds, dtype, progress)
     return Result(
-        estimates=ranked,
+        predictions=ranked,
         confirmed=confirmed,
         slowdown={m: seconds / measured.target_seconds[1] for m, seconds in measured.target_seconds.items()},
         num_candidates=len(granularities),
@@ -180,7 +180,7 @@ def _runs_here(measured: Measurements, candidate: DraftSpec) -> bool:
 def _bound(
     measured: Measurements, step: DraftCosts, params: SamplingParams, like: DraftSpec | None = None
 ) -> float:
-    """The speed of a draft whose step costs so much, if it is perfect, or as good as another one."""
+    """Return the speed of a draft whose step costs so much, if it is perfect, or as good as another one."""
     verifier = verifiers_of(params)[0]
     kept = None if like is None else measured.kept.get((like, params))
     return max(
@@ -195,9 +195,9 @@ def _bound(
 
 def _may_lead(measured: Measurements, candidate: DraftSpec, like: DraftSpec | None = None) -> bool:
     """Return whether it could be among the best drafts of some temperature."""
-    estimates = measured.estimates()
+    predictions = measured.predictions()
     for params in measured.text.rows:
-        leaders = best_of(estimates, params, NUM_FINALISTS)
+        leaders = best_of(predictions, params, NUM_FINALISTS)
         least = leaders[-1].plan.speed.predicted if len(leaders) == NUM_FINALISTS else LEAST_SPEEDUP
         if _bound(measured, measured.steps[candidate, params, "block"], params, like) > least:
             return True
@@ -226,14 +226,14 @@ def _vocabulary_sizes(counts_V: Tensor) -> list[int]:
 
 
 def _leaders(measured: Measurements, count: int) -> list[DraftSpec]:
-    """The best drafts of each temperature, each once."""
-    estimates = measured.estimates()
-    found = [one.spec for params in measured.text.rows for one in best_of(estimates, params, count)]
+    """Return the best drafts of each temperature, each once."""
+    predictions = measured.predictions()
+    found = [one.spec for params in measured.text.rows for one in best_of(predictions, params, count)]
     return list(dict.fromkeys(found))
 
 
-def _coupled(ranked: Iterable[Estimate], params: SamplingParams) -> list[Estimate]:
-    """The fastest draft for those who need text that does not depend on it."""
+def _coupled(ranked: Iterable[Prediction], params: SamplingParams) -> list[Prediction]:
+    """Return the fastest draft for those who need text that does not depend on it."""
     return [one for one in ranked if (one.params, one.plan.verifier) == (params, COUPLED)][:1]
 
 
@@ -252,9 +252,9 @@ def choices(result: Result) -> dict[float, list[DraftPlan]]:
 
 
 def _choice(result: Result, params: SamplingParams, verifier: str) -> DraftPlan:
-    estimates = [one for one in result.estimates if (one.params, one.plan.verifier) == (params, verifier)]
-    confirmed = {one.estimate: one.speedup for one in result.confirmed if one.estimate in estimates}
-    best = max(confirmed, key=confirmed.__getitem__) if confirmed else next(iter(estimates), None)
+    predictions = [one for one in result.predictions if (one.params, one.plan.verifier) == (params, verifier)]
+    confirmed = {one.prediction: one.speedup for one in result.confirmed if one.prediction in predictions}
+    best = max(confirmed, key=confirmed.__getitem__) if confirmed else next(iter(predictions), None)
     if best is None:
         return DraftPlan.plain(verifier)
     speed = Speed(best.plan.speed.predicted, confirmed.get(best))

@@ -70,7 +70,7 @@ def continue_text(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Prediction:
     """The speed that the measurements predict for one draft, temperature and verifier, at the best gamma."""
 
     params: SamplingParams
@@ -162,16 +162,16 @@ class Measurements:
             tokens = {name: acceptance.tokens_per_round(name, self.gammas) for name in verifiers_of(params)}
             self.kept[candidate, params] = _Kept(acceptance.alpha, tokens)
 
-    def estimates(self) -> list[Estimate]:
-        """Return estimates of every measured draft, temperature and verifier, the fastest first."""
+    def predictions(self) -> list[Prediction]:
+        """Return predictions of every measured draft, temperature and verifier, the fastest first."""
         found = [
-            max(self._estimates(candidate, params, verifier), key=_predicted)
+            max(self._predictions(candidate, params, verifier), key=_predicted)
             for candidate, params in self.kept
             for verifier in verifiers_of(params)
         ]
         return sorted(found, key=_predicted, reverse=True)
 
-    def _estimates(self, candidate: DraftSpec, params: SamplingParams, verifier: str) -> list[Estimate]:
+    def _predictions(self, candidate: DraftSpec, params: SamplingParams, verifier: str) -> list[Prediction]:
         kept = self.kept[candidate, params]
         step = self.steps[candidate, params, drafts_as(verifier)]
         found = []
@@ -179,7 +179,7 @@ class Measurements:
             tau, (c, v) = kept.tokens[verifier][gamma], self.costs(step, gamma, params, verifier)
             speed = Speed(round_speedup(tau, gamma, c, v))
             plan = DraftPlan(spec=candidate, gamma=gamma, verifier=verifier, speed=speed)
-            found.append(Estimate(params=params, plan=plan, alpha=kept.alpha, tau=tau, c=c, v=v))
+            found.append(Prediction(params=params, plan=plan, alpha=kept.alpha, tau=tau, c=c, v=v))
         return found
 
     def costs(
@@ -192,25 +192,25 @@ class Measurements:
 
 
 def drafts_as(verifier: str) -> str:
-    """The verifier for which a draft does the same: only `coupled` has noise for it."""
+    """Return the verifier for which a draft does the same: only `coupled` has noise for it."""
     return COUPLED if verifier == COUPLED else "block"
 
 
 def verifiers_of(params: SamplingParams) -> tuple[str, ...]:
-    """Greedy decoding has no use for one."""
+    """Return the verifiers to search for; greedy decoding has no use for them."""
     return (
         ("block",) if params.is_greedy else ("block", *(name for name in VERIFIER_NAMES if name != "block"))
     )
 
 
-def best_of(estimates: Iterable[Estimate], params: SamplingParams, count: int) -> list[Estimate]:
+def best_of(predictions: Iterable[Prediction], params: SamplingParams, count: int) -> list[Prediction]:
     """Return the fastest drafts of a temperature, verified by anything but `coupled` (another text)."""
-    fitting = [one for one in estimates if one.params == params and one.plan.verifier != COUPLED]
-    best: dict[DraftSpec, Estimate] = {}
+    fitting = [one for one in predictions if one.params == params and one.plan.verifier != COUPLED]
+    best: dict[DraftSpec, Prediction] = {}
     for one in sorted(fitting, key=_predicted, reverse=True):
         best.setdefault(one.spec, one)
     return list(best.values())[:count]
 
 
-def _predicted(one: Estimate) -> float:
+def _predicted(one: Prediction) -> float:
     return one.plan.speed.predicted

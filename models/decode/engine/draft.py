@@ -1,8 +1,10 @@
 """Drafts propose the tokens that the target verifies. Any draft is safe; a good one is fast.
 
     NestedDraft   a member of the target, in place: no weights, no prefill and no cache of its own
-                  (or packed in another precision: models/packed/quantize.py; the weights are then a copy)
-    ModelDraft    a model of its own, or a member that reads its own keys and values
+                  (or packed in another precision: models/packed/quantize.py; the weights are then a copy).
+                  Self-speculative decoding: Draft & Verify (2309.08168) skips layers, LayerSkip
+                  (2404.16710) exits early; EAGLE (2401.15077) and Kangaroo (2404.18911) add layers
+    ModelDraft    a model of its own, or a member that reads its own keys and values (2211.17192)
 
 A nested draft reads the target's keys and values of the committed positions. Its own, for the few
 tokens of this round, go into the tail of the same store, where verification writes next:
@@ -156,7 +158,7 @@ class ModelDraft:
         return proposal
 
     def _rewound(self, state: State) -> KVCache:
-        """The cache, cut back to the tokens that hold; the pending one is always fed (again)."""
+        """Return the cache, cut back to the tokens that hold; the pending one is always fed (again)."""
         num_positions = min(state.cache.num_positions, self._max_positions)
         if self._cache is None or self._cache.num_positions < num_positions:
             self._cache, self._cached_ids = new_cache(self.model, num_positions), []
@@ -185,7 +187,7 @@ def propose(
 
 
 def _num_shared(ours: list[int], theirs: list[int]) -> int:
-    """Length of the common prefix; cheap when only the last few tokens differ.
+    """Return length of the common prefix; cheap when only the last few tokens differ.
 
     >>> _num_shared([1, 2, 3, 4], [1, 2, 9])
     2

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from models.base.errors import UsageError
 from models.decode.engine.draft import Draft
 from models.decode.engine.generation_config import DEFAULT, GenerationConfig
-from models.decode.engine.policy import NO_DRAFT, Fixed, Plan, Policy, Round
+from models.decode.engine.policy import NO_DRAFT, Fixed, Policy, Round, RoundPlan
 from models.decode.engine.report import Report
 from models.decode.engine.scheduler import BatchScheduler, Events, Pass, Steps, run_sequentially
 from models.decode.engine.state import Model, State, elastic_model, new_cache
@@ -55,7 +55,7 @@ class Stream(Iterator[Token]):
         self._cancel = cancel
 
     def __next__(self) -> Token:
-        """The next token; the report already counts it."""
+        """Return the next token; the report already counts it."""
         token, position, finish_reason = next(self._committed)
         self.report.count_token(position if token.drafted else None)
         self.report.finish_reason = finish_reason
@@ -221,7 +221,7 @@ def _decode(request: _Request) -> Events[_Committed]:
 
 
 def prefill(request: _Request) -> Steps[list[Token]]:
-    """Read the prompt and settle the first token."""
+    """Read the prompt and commit the first token."""
     state = request.state
     logits_TV = yield Pass(request.target, state.ids, state.cache, num_last=1)
     # commit() counts one position for each token kept; here the rest of the prompt comes on top.
@@ -229,7 +229,7 @@ def prefill(request: _Request) -> Steps[list[Token]]:
     return commit(request, request.sampler.verify(logits_TV, Proposal(state.ids)))
 
 
-def propose(request: _Request, plan: Plan) -> Steps[Proposal]:
+def propose(request: _Request, plan: RoundPlan) -> Steps[Proposal]:
     """Let the chosen draft propose tokens; none without a draft."""
     if plan.draft is None:
         return Proposal(request.state.ids)
@@ -248,7 +248,7 @@ def verify(request: _Request, proposal: Proposal) -> Steps[Verification]:
 
 
 def commit(request: _Request, verification: Verification) -> list[Token]:
-    """Settle what was kept, up to the end of the text, and return it.
+    """Commit what was kept, up to the end of the text, and return it.
 
     The pending token and all kept ones but the last enter the cache; the last is pending now.
     """

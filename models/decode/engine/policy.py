@@ -16,7 +16,7 @@ from models.decode.engine.state import Model, State
 NO_DRAFT = "none"
 
 
-class Plan(NamedTuple):
+class RoundPlan(NamedTuple):
     """The decision on one round."""
 
     draft: Draft | None
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     """The draft's name, for the report."""
 
 
-PLAIN = Plan(None, 0, NO_DRAFT)
+PLAIN = RoundPlan(None, 0, NO_DRAFT)
 
 
 class Round(NamedTuple):
@@ -62,7 +62,7 @@ class Policy(Protocol):
         """
         ...
 
-    def choose(self, state: State, most: int) -> Plan:
+    def choose(self, state: State, most: int) -> RoundPlan:
         """Decide on the next round, with at most `most` drafted tokens (0 or more)."""
         ...
 
@@ -87,10 +87,10 @@ class Fixed:
         if self.draft is not None:
             self.draft.check(target)
 
-    def choose(self, state: State, most: int) -> Plan:
+    def choose(self, state: State, most: int) -> RoundPlan:
         """See `Policy`."""
         gamma = min(self.gamma, most)
-        return PLAIN if self.draft is None or gamma < 1 else Plan(self.draft, gamma, self.name)
+        return PLAIN if self.draft is None or gamma < 1 else RoundPlan(self.draft, gamma, self.name)
 
     def observe(self, done: Round) -> None:
         """See `Policy`; there is nothing to learn."""

@@ -114,7 +114,7 @@ class BatchScheduler(Iterator[tuple[int, Event]]):
 
 
 def run(passes: Sequence[Pass]) -> list[Tensor]:
-    """Logits [T, V] of each of some passes through the same model, made in one pass.
+    """Make some passes through the same model in one; return the logits [T, V] of each.
 
     T are the last positions, `num_last` of them, and the drawn tokens but for the last. What a token was
     drawn from is a distribution. Gradients are off where this is called: turning them off once more takes
@@ -151,7 +151,7 @@ def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | list[Event]
 
 
 def _next_group(waiting: Mapping[int, Pass], target: tuple[int, Granularity]) -> list[int]:
-    """Requests that wait for the same model: for a draft while any do, since the others wait for them."""
+    """Return requests that wait for one model: for a draft while any do, since the others wait for them."""
     groups: dict[tuple[int, Granularity], list[int]] = {}
     for number, one in waiting.items():
         groups.setdefault(_identity(one.model), []).append(number)

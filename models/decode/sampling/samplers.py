@@ -202,7 +202,7 @@ def make_sampler(params: SamplingParams, random: Random, verifier: str | Verifie
 def check_verifier(name: str) -> None:
     """Raise UsageError unless there is a verifier of this name."""
     if name not in VERIFIER_NAMES:
-        raise UsageError(f"--verifier {name!r} is none of {', '.join(VERIFIER_NAMES)}")
+        raise UsageError(f"--verifier {name!r} is not one of {', '.join(VERIFIER_NAMES)}")
 
 
 def _likeliest(x_TV: Tensor) -> list[int]:

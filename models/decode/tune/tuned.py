@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from models.base.errors import NestlingError
 from models.base.files import default_cache_dir, read_json, write_json
+from models.checkpoint.weights import hash_weights
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import COUPLED
 from models.decode.tune.draft_plan import DraftPlan
@@ -36,7 +37,9 @@ def searched_path(folder: Path, dtype: str) -> Path:
     Raises:
         OSError: if the weights cannot be read.
     """
-    return default_cache_dir() / f"draft-{this_machine().key}-{_weights_key(folder)}-{dtype}.json"
+    content = (folder / "config.json").read_bytes() + hash_weights(folder).encode()
+    key = hashlib.sha256(content).hexdigest()[:16]
+    return default_cache_dir() / f"draft-{this_machine().key}-{key}-{dtype}.json"
 
 
 def write_searched(path: Path, plans: Plans, more: Mapping[str, Any]) -> None:
@@ -81,12 +84,3 @@ def _read(path: Path) -> list[tuple[float, DraftPlan]]:
     except (NestlingError, KeyError, TypeError, ValueError) as error:
         _log.warning("%s is damaged (%s); run nestling search again", path, error)
         return []
-
-
-def _weights_key(folder: Path) -> str:
-    """Return a short name of the weights' content and shape."""
-    total = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()[:16]

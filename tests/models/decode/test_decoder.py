@@ -99,7 +99,7 @@ def test_what_makes_no_sense_is_named(path: Path, tiny_model: ElasticLM, tmp_pat
     for options, named in (
         ({"draft": "Q"}, "--draft Q is neither a member of the family nor a folder"),
         ({"gamma": -1}, "--gamma must be 0 or more, or auto, got -1"),
-        ({"verifier": "tree"}, "'tree' is none of"),
+        ({"verifier": "tree"}, "'tree' is not one of"),
     ):
         with pytest.raises(UsageError, match=named):
             opened(path, **options)

@@ -9,7 +9,7 @@ from models.decode.sampling.rng import SeededRandom
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
-from models.verify.drafts import ANY, AUTO, Drafts, Subject, hostile, member, registered, separate
+from models.verify.drafts import ANY, AUTO, Drafts, Subject, adversarial, member, registered, separate
 from models.verify.restrict import restrict
 
 PROMPT = [1, 2, 3]
@@ -29,7 +29,11 @@ def test_another_model_is_kept_to_the_targets_tokens_and_dtype(tiny_model: Elast
 
 
 def test_the_controller_changes_its_mind_and_does_so_again(tiny_model: ElasticLM) -> None:
-    named = {"D": member(Granularity.parse("layers=0-1")), "lookup": registered("lookup"), "hostile": hostile}
+    named = {
+        "D": member(Granularity.parse("layers=0-1")),
+        "lookup": registered("lookup"),
+        "adversarial": adversarial,
+    }
     drafts = Drafts(Subject(tiny_model, View, range(64)), named)
 
     def rounds() -> dict[tuple[object, object], object]:
@@ -48,6 +52,6 @@ def test_the_controller_changes_its_mind_and_does_so_again(tiny_model: ElasticLM
         return {(row["draft"], row["gamma"]): row["rounds"] for row in tokens.report.choices()}
 
     first = rounds()
-    assert {name for name, _ in first} >= {"hostile", "D"}
+    assert {name for name, _ in first} >= {"adversarial", "D"}
     assert len({number for _, number in first}) > 2
     assert rounds() == first

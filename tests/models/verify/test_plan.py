@@ -21,7 +21,7 @@ from models.elastic.view import View
 from models.packed.quantize import pack
 from models.verify import plan as verify
 from models.verify.checks import COUNTED_GAMMA, SAMPLINGS, Case, Check, check_counts, check_dtype, check_exact
-from models.verify.drafts import ANY, AUTO, Drafts, Gamma, MakeDraft, Subject, hostile, member, separate
+from models.verify.drafts import ANY, AUTO, Drafts, Gamma, MakeDraft, Subject, adversarial, member, separate
 from models.verify.identity import Whole, check_batch, check_identity, gap_between
 from models.verify.plan import plan_checks
 from models.verify.restrict import restrict
@@ -41,20 +41,22 @@ def stranger(like: ElasticLM) -> ElasticLM:
 
 
 def few(model: ElasticLM, num_tokens: int, dtype: torch.dtype = torch.float64) -> TinyVocab:
-    return TinyVocab(restrict(model, range(5, 5 + num_tokens), dtype), {"D": FIRST, "hostile": hostile})
+    return TinyVocab(
+        restrict(model, range(5, 5 + num_tokens), dtype), {"D": FIRST, "adversarial": adversarial}
+    )
 
 
 def with_bug(model: ElasticLM, num_tokens: int, bug: Bug) -> tuple[TinyVocab, Case]:
     """The same, with a draft or verifier of the bug's."""
 
     def spoiled(subject: Subject) -> MakeDraft:
-        make = hostile(subject)
+        make = adversarial(subject)
         return lambda: bug(make()).get("draft", make())
 
     target = restrict(model, range(5, 5 + num_tokens), torch.float64)
     gamma = 1 if num_tokens > 2 else 2
     subject = TinyVocab(target, {"bad": spoiled})
-    verifier = bug(hostile(Subject(target, View, ()))()).get("verifier", "token")
+    verifier = bug(adversarial(Subject(target, View, ()))()).get("verifier", "token")
     return subject, Case(verifier, "bad", gamma)
 
 
@@ -94,15 +96,15 @@ def test_a_sound_engine_passes_every_test(
     assert [check for check in checks if not check.passed] == []
     assert {check.test for check in checks} == {"exact", "dtype", "counts", "coupled", "greedy"}
     assert {check.dtype for check in checks} == {"fp64", "fp32", dtype}
-    names = {"D", "S@int8", "D@int4", "folder", "hostile", "lookup", "any"}
+    names = {"D", "S@int8", "D@int4", "folder", "adversarial", "lookup", "any"}
     for test, dtypes in (("exact", ["fp64"]), ("greedy", ["fp32", dtype]), ("coupled", ["fp32", dtype])):
         found = {(check.draft, check.dtype) for check in checks if check.test == test}
         assert found >= {(name, each) for name in names for each in dtypes}, test
     together = {(check.test, check.draft, check.gamma) for check in checks if check.batch > 1}
-    rows = ("D,hostile", "1,2")  # there are two prompts
+    rows = ("D,adversarial", "1,2")  # there are two prompts
     assert together == {("exact", "D", "1"), ("dtype", "D", "1"), ("greedy", *rows), ("coupled", *rows)}
     for test in ("dtype", "counts"):
-        assert {check.draft for check in checks if check.test == test} >= {"D", "hostile", "lookup"}, test
+        assert {check.draft for check in checks if check.test == test} >= {"D", "adversarial", "lookup"}, test
     assert {check.gamma for check in checks if check.draft == "any"} == {"auto"}
     bounds = [check.bound for check in checks if check.test == "counts"]
     assert sum(bounds) == pytest.approx(verify.FALSE_ALARM / 10)
@@ -155,7 +157,7 @@ def test_a_planted_bug_fails_when_a_controller_chooses(planted_bug: Bug, tiny_mo
 
 def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch) -> None:
     target = restrict(tiny_model, [5, 6], torch.float64)
-    subject = TinyVocab(target, {"D": FIRST, "hostile": hostile}, remember=False)
+    subject = TinyVocab(target, {"D": FIRST, "adversarial": adversarial}, remember=False)
     case = Case("block", "D", 1)
     sound = check_exact(subject, case, beside=True)
     assert sound.passed
@@ -167,7 +169,7 @@ def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch:
         found = run(group)
         return [logits_TV + 0.1 * found[-1][-1] * (len(group) > 1) for logits_TV in found]
 
-    own = TinyVocab(restrict(tiny_model, [5, 6]), {"D": FIRST, "hostile": hostile}, remember=False)
+    own = TinyVocab(restrict(tiny_model, [5, 6]), {"D": FIRST, "adversarial": adversarial}, remember=False)
     in_dtype = check_dtype(own, subject, case, dtype="fp32", beside=True)
     assert (in_dtype.passed, in_dtype.batch) == (True, 3)
     monkeypatch.setattr(passes, "run", leaks)
@@ -178,19 +180,19 @@ def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch:
 
 def test_a_bug_of_one_dtype_is_seen_beside_its_rounding(tiny_model: ElasticLM) -> None:
     precise, own = few(tiny_model, 2), few(tiny_model.bfloat16(), 2, torch.bfloat16)
-    sound = check_dtype(own, precise, Case("token", "hostile", 2), dtype="bf16")
+    sound = check_dtype(own, precise, Case("token", "adversarial", 2), dtype="bf16")
     assert sound.passed
     assert sound.bound < 0.1
-    assert not check_dtype(own, precise, Case(believes, "hostile", 2), dtype="bf16").passed
+    assert not check_dtype(own, precise, Case(believes, "adversarial", 2), dtype="bf16").passed
 
 
 def test_counts_that_their_distribution_does_not_give_fail(tiny_model: ElasticLM) -> None:
     subject = few(tiny_model, 2, torch.float32)
     counts: dict[str, Any] = {"dtype": "fp32", "num_trials": 1000, "bound": 1e-8}
-    case = Case("token", "hostile", COUNTED_GAMMA)
+    case = Case("token", "adversarial", COUNTED_GAMMA)
     assert check_counts(subject, case, **counts).passed
 
-    assert not check_counts(subject, Case(believes, "hostile", COUNTED_GAMMA), **counts).passed
+    assert not check_counts(subject, Case(believes, "adversarial", COUNTED_GAMMA), **counts).passed
     law = subject.distribution
     subject.distribution = lambda **options: law(**{**options, "params": SAMPLINGS["T=0.7"]})  # type: ignore[method-assign]
     assert not check_counts(subject, case, **counts).passed

@@ -10,7 +10,7 @@ from models.decode.sampling.params import SamplingParams
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.packed.quantize import pack
-from models.verify.drafts import ForModel, hostile, member
+from models.verify.drafts import ForModel, adversarial, member
 from models.verify.exact import Distribution, total_variation
 from models.verify.restrict import likeliest_tokens, restrict
 from models.verify.tiny_vocab import TinyVocab
@@ -20,7 +20,7 @@ DRAFTS: Mapping[str, ForModel] = {
     "first layers": member(Granularity.parse("layers=0-1")),
     "narrow": member(Granularity.parse("ffn=0.5,heads=0.5,layers=1:3")),
     "narrow in int8": member(Granularity.parse("ffn=0.5,heads=0.5"), "int8"),
-    "hostile": hostile,
+    "adversarial": adversarial,
 }
 
 

@@ -48,7 +48,7 @@ def test_every_test_is_a_line_and_a_record(folder: Path, capsys: pytest.CaptureF
     assert results["passed"] is True
     assert f"{len(results['checks'])} of {len(results['checks'])} hold" in shown.out
     drafts = {check["draft"] for check in results["checks"]}
-    assert drafts == {"S", "hostile", "lookup", "any", "S,hostile,lookup,any"}
+    assert drafts == {"S", "adversarial", "lookup", "any", "S,adversarial,lookup,any"}
     assert {check["verifier"] for check in results["checks"]} == {"block", "coupled", ""}
     fields = {
         "test",

@@ -13,7 +13,7 @@ from models.elastic.model import ElasticLM
 from train.search import drafts, measure
 from train.search.confirm import Confirmed
 from train.search.drafts import Result, choices, search_drafts
-from train.search.measure import Estimate, Text, continue_text
+from train.search.measure import Prediction, Text, continue_text
 
 GREEDY, WARM = SamplingParams(), SamplingParams(temperature=1.0)
 COUNTS_V = torch.arange(64)
@@ -77,23 +77,23 @@ def result(model: ElasticLM) -> Result:
 
 def test_it_finds_the_layers_that_matter_and_says_what_real_decoding_makes_of_them(result: Result) -> None:
     best = {
-        params: next(one for one in result.estimates if one.params == params) for params in (GREEDY, WARM)
+        params: next(one for one in result.predictions if one.params == params) for params in (GREEDY, WARM)
     }
-    for estimate in best.values():
-        assert estimate.spec.member == "layers=0-1"
-        assert estimate.c == pytest.approx(0.5)
-        assert estimate.alpha > 0.9
-        assert estimate.plan.speed.predicted == pytest.approx(
-            estimate.tau / (estimate.plan.gamma * estimate.c + estimate.v)
+    for prediction in best.values():
+        assert prediction.spec.member == "layers=0-1"
+        assert prediction.c == pytest.approx(0.5)
+        assert prediction.alpha > 0.9
+        assert prediction.plan.speed.predicted == pytest.approx(
+            prediction.tau / (prediction.plan.gamma * prediction.c + prediction.v)
         )
     assert result.slowdown == dict.fromkeys(range(1, 33), 1.0)
-    confirmed = [one for one in result.confirmed if one.estimate]
+    confirmed = [one for one in result.confirmed if one.prediction]
     assert {one.params for one in confirmed} == {GREEDY, WARM}
     for one in confirmed:
-        assert one.estimate is not None
+        assert one.prediction is not None
         # Two prompts of 24 tokens, whose last round may be cut.
-        assert one.tau == pytest.approx(one.estimate.tau, rel=0.4)
-    plain = [one for one in result.confirmed if one.estimate is None]
+        assert one.tau == pytest.approx(one.prediction.tau, rel=0.4)
+    plain = [one for one in result.confirmed if one.prediction is None]
     assert [(one.params, one.speedup, one.tau) for one in plain] == [(GREEDY, 1.0, 1.0), (WARM, 1.0, 1.0)]
 
 
@@ -103,18 +103,18 @@ def test_what_cannot_lead_is_not_tried(result: Result) -> None:
 
 def test_estimates_are_told_for_every_verifier_of_a_distribution_the_fastest_first(result: Result) -> None:
     names = {
-        params: {one.plan.verifier for one in result.estimates if one.params == params}
+        params: {one.plan.verifier for one in result.predictions if one.params == params}
         for params in (GREEDY, WARM)
     }
     assert names == {GREEDY: {"block"}, WARM: {"token", "block", "coupled"}}
-    speeds = [one.plan.speed.predicted for one in result.estimates]
+    speeds = [one.plan.speed.predicted for one in result.predictions]
     assert speeds == sorted(speeds, reverse=True)
 
 
 def test_each_draft_of_a_distribution_is_confirmed_once_and_the_best_coupled_one_as_well(
     result: Result,
 ) -> None:
-    warm = [one.estimate for one in result.confirmed if one.params == WARM and one.estimate]
+    warm = [one.prediction for one in result.confirmed if one.params == WARM and one.prediction]
     assert [one.plan.verifier == "coupled" for one in warm] == [False, False, True]
     assert warm[0].spec != warm[1].spec
 
@@ -140,27 +140,27 @@ def test_the_best_drafts_are_tried_in_other_precisions_and_with_fewer_tokens(
     found = search_drafts(
         model, text_for(model, GREEDY), num_prompts=1, num_rounds=1, clock=LayerClock(model)
     )
-    texts = [str(one.spec) for one in found.estimates]
+    texts = [str(one.spec) for one in found.predictions]
     assert {"layers=0-1", "layers=0-1@int8", "full@int8", "layers=0-1@int8, 32 tokens"} <= set(texts)
     assert not any("fp32" in text or "16 tokens" in text for text in texts), "these are no cheaper"
     assert len(found.confirmed) == 4
 
 
-def estimate(verifier: str = "block", params: SamplingParams = WARM, tau: float = 2.0) -> Estimate:
+def prediction(verifier: str = "block", params: SamplingParams = WARM, tau: float = 2.0) -> Prediction:
     spec = DraftSpec(member="layers=0", vocabulary=(1, 3))
     plan = DraftPlan(spec=spec, gamma=2, verifier=verifier, speed=Speed(tau / 1.2))
-    return Estimate(params=params, plan=plan, alpha=0.8, tau=tau, c=0.1, v=1.0)
+    return Prediction(params=params, plan=plan, alpha=0.8, tau=tau, c=0.1, v=1.0)
 
 
-def confirmed(one: Estimate | None, speedup: float, params: SamplingParams = WARM) -> Confirmed:
+def confirmed(one: Prediction | None, speedup: float, params: SamplingParams = WARM) -> Confirmed:
     return Confirmed(
-        estimate=one, params=params, speedup=speedup, tau=1.0, alpha=None, tokens_per_second=100.0
+        prediction=one, params=params, speedup=speedup, tau=1.0, alpha=None, tokens_per_second=100.0
     )
 
 
-def result_of(estimates: list[Estimate], speeds: list[Confirmed]) -> Result:
+def result_of(predictions: list[Prediction], speeds: list[Confirmed]) -> Result:
     return Result(
-        estimates=estimates,
+        predictions=predictions,
         confirmed=[confirmed(None, 1.0), *speeds],
         slowdown={1: 1.0},
         num_candidates=1,
@@ -170,7 +170,7 @@ def result_of(estimates: list[Estimate], speeds: list[Confirmed]) -> Result:
 
 
 def test_what_was_confirmed_is_chosen_by_its_measured_speed_and_the_rest_by_prediction() -> None:
-    fast, slow, token = estimate(tau=2.4), estimate(tau=2.0), estimate("token", tau=1.8)
+    fast, slow, token = prediction(tau=2.4), prediction(tau=2.0), prediction("token", tau=1.8)
     slow = dataclasses.replace(slow, plan=dataclasses.replace(slow.plan, gamma=1))
     found = choices(result_of([fast, slow, token], [confirmed(fast, 1.2), confirmed(slow, 1.5)]))
     assert list(found) == [1.0]
@@ -184,7 +184,7 @@ def test_what_was_confirmed_is_chosen_by_its_measured_speed_and_the_rest_by_pred
 
 
 def test_plain_decoding_is_chosen_where_no_draft_is_faster() -> None:
-    disappointing = estimate(tau=2.4)
+    disappointing = prediction(tau=2.4)
     (block, *_) = choices(result_of([disappointing], [confirmed(disappointing, 0.97)]))[1.0]
     assert (block.spec, block.gamma) == (None, 0)
 

@@ -30,12 +30,12 @@ def committed(model: ElasticLM, ids: list[int]) -> State:
     return state
 
 
-def warm_chooser(seed: int = 0) -> Sampler:
+def warm_sampler(seed: int = 0) -> Sampler:
     return make_sampler(WARM, SeededRandom(seed), "token")
 
 
 def propose(draft: Draft, state: State, num_tokens: int = 3, seed: int = 0) -> Proposal:
-    return run_steps(draft.propose(state, num_tokens, warm_chooser(seed)))
+    return run_steps(draft.propose(state, num_tokens, warm_sampler(seed)))
 
 
 def assert_drawn_from(model: ElasticLM | View, ids: list[int], proposal: Proposal) -> None:
@@ -50,7 +50,7 @@ def model(tiny_model: ElasticLM) -> ElasticLM:
     return tiny_model.double().requires_grad_(False)
 
 
-def test_a_model_draft_follows_what_was_settled_whatever_was_accepted(model: ElasticLM) -> None:
+def test_a_model_draft_follows_what_was_committed_whatever_was_accepted(model: ElasticLM) -> None:
     draft = ModelDraft(View(model, Granularity.parse("ffn=0.5,heads=0.5")))
     ids = [1, 2, 3, 4]
     for num_accepted in (0, 3, 1, 2, 3, 0):
@@ -82,7 +82,7 @@ def test_a_nested_draft_that_is_the_target_draws_from_the_targets_laws(model: El
     assert_drawn_from(model, ids, proposal)
 
 
-def test_a_nested_draft_reads_the_targets_keys_and_values_of_what_is_settled(
+def test_a_nested_draft_reads_the_targets_keys_and_values_of_what_is_committed(
     model: ElasticLM,
 ) -> None:
     view = View(model, Granularity.parse("layers=1:3"))
@@ -95,7 +95,7 @@ def test_a_nested_draft_reads_the_targets_keys_and_values_of_what_is_settled(
 
 
 @pytest.mark.parametrize("precision", [None, "int8", "int4", "bf16"])
-def test_a_nested_draft_leaves_the_settled_positions_alone(precision: str | None, model: ElasticLM) -> None:
+def test_a_nested_draft_leaves_the_committed_positions_alone(precision: str | None, model: ElasticLM) -> None:
     state = committed(model, [1, 2, 3, 4])
     before = [store.clone() for layer in range(4) for store in state.cache.read(layer)]
     member = model if precision is None else pack(model, precision)
@@ -167,11 +167,11 @@ def test_a_draft_chooses_in_one_pass_what_it_chooses_step_by_step(
     for model in (tiny_model, packed):
         draft = NestedDraft(View(model, Granularity.parse("layers=0-1")), few)
         states = [committed(model, list(range(1, length))) for length in (5, 3, 9)]
-        choosers = [
+        samplers = [
             make_sampler(params, SeededRandom(seed), verifier if params.temperature else "token")
             for seed in range(3)
         ]
-        steps = [draft.propose(*row) for row in zip(states, (3, 1, 5), choosers, strict=True)]
+        steps = [draft.propose(*row) for row in zip(states, (3, 1, 5), samplers, strict=True)]
         if model is packed:
             passes = [next(one) for one in steps]
             assert all(one.draws is not None for one in passes)

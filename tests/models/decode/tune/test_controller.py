@@ -17,7 +17,7 @@ from models.decode.engine.policy import NO_DRAFT, PLAIN, Round
 from models.decode.engine.scheduler import Steps
 from models.decode.engine.state import Model, State
 from models.decode.sampling.samplers import Proposal, Sampler
-from models.decode.tune.controller import LOOKS, PURSE, SHARE, Controller
+from models.decode.tune.controller import BUDGET, EXPLORE_FRACTION, SLACK, Controller
 from models.decode.tune.predict import MAX_GAMMA
 
 SECONDS = 0.004  # of a plain step
@@ -120,11 +120,11 @@ def best_speed(step: float, *rates: float) -> float:
 
 
 RATES: dict[str, Rate] = {
-    "hostile": lambda _: 0.0,
+    "adversarial": lambda _: 0.0,
     "poor": lambda _: 0.3,
     "good": lambda _: 0.85,
-    "good, then hostile": lambda at: 0.9 if at.now < 150 else 0.0,
-    "hostile, then good": lambda at: 0.0 if at.now < 150 else 0.9,
+    "good, then adversarial": lambda at: 0.9 if at.now < 150 else 0.0,
+    "adversarial, then good": lambda at: 0.0 if at.now < 150 else 0.9,
     "good at first": lambda at: 0.9 if at.place < 2 else 0.1,
     "good later on": lambda at: 0.3 if at.place < 1 else 0.95,
     "now and then": lambda at: 0.95 if at.now // 40 % 2 else 0.0,
@@ -142,21 +142,21 @@ def test_it_is_never_slower_than_the_ledger_says(name: str, step: float, known: 
         overdraft = 0.0 if known else 1.5 * step
         while world.num_tokens < 400:
             world.round(controller)
-            assert world.time <= world.num_tokens + PURSE + SHARE * world.time + overdraft
+            assert world.time <= world.num_tokens + BUDGET + SLACK * world.time + overdraft
             if world.num_tokens >= 200:
                 assert world.num_tokens / world.time >= 0.97
 
 
 @pytest.mark.parametrize("step", [0.05, 0.3])
-def test_what_was_gained_before_is_not_lost_to_a_draft_that_turned_hostile(step: float) -> None:
+def test_what_was_gained_before_is_not_lost_to_a_draft_that_turned_adversarial(step: float) -> None:
     world = World({"S": step}, lambda at: 0.9 if at.now < 1000 else 0.0)
     controller = world.controller(known=True)
     assert world.play(controller, 1000) > 1.5
     assert world.play(controller, 250) >= 0.97
 
 
-def test_two_hostile_drafts_cost_no_more_than_one() -> None:
-    world = World({"S": 0.05, "D": 0.2}, RATES["hostile"])
+def test_two_adversarial_drafts_cost_no_more_than_one() -> None:
+    world = World({"S": 0.05, "D": 0.2}, RATES["adversarial"])
     assert world.play(world.controller(known=True, alpha=0.95), 250) >= 0.97
 
 
@@ -177,8 +177,8 @@ def test_it_comes_close_to_the_best_fixed_number_of_tokens(
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_it_finds_the_best_of_several_drafts(seed: int, known: bool) -> None:
-    rates = {"hostile": 0.0, "cheap": 0.5, "good": 0.85}
-    world = World({"hostile": 0.02, "cheap": 0.1, "good": 0.2}, lambda at: rates[at.draft], seed)
+    rates = {"adversarial": 0.0, "cheap": 0.5, "good": 0.85}
+    world = World({"adversarial": 0.02, "cheap": 0.1, "good": 0.2}, lambda at: rates[at.draft], seed)
     controller = world.controller(known=known)
     world.play(controller, 300)
     world.rounds.clear()
@@ -199,7 +199,7 @@ def test_looks_at_other_choices_take_at_most_their_share() -> None:
     controller = world.controller(known=True)
     for _ in range(800):
         world.round(controller)
-        assert controller.explored <= LOOKS * controller.spent + 2.5  # and one unlucky look
+        assert controller.explored <= EXPLORE_FRACTION * controller.spent + 2.5  # and one unlucky try
     assert world.rounds[NO_DRAFT, 0] > 3  # a plain step's cost is looked at again
     assert controller.spent == pytest.approx(world.time, rel=0.01)
 
@@ -261,7 +261,7 @@ def test_without_a_draft_it_decodes_plainly() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_looks_that_find_nothing_become_rare(known: bool) -> None:
+def test_tries_that_find_nothing_become_rare(known: bool) -> None:
     world = World({"S": 0.2, "D": 0.1}, lambda _: 0.0)
     controller = world.controller(known=known)
     world.play(controller, 600)
@@ -271,7 +271,7 @@ def test_looks_that_find_nothing_become_rare(known: bool) -> None:
 
 
 def test_while_plain_decoding_is_best_it_hardly_thinks() -> None:
-    """But a copy that becomes possible is thought of at once, and time and looks are accounted as ever."""
+    """But a copy that becomes possible is thought of at once, and time and tries are accounted as ever."""
     thoughts = 0
 
     class Counting(Controller):
@@ -291,4 +291,4 @@ def test_while_plain_decoding_is_best_it_hardly_thinks() -> None:
     copying.num_room = 4
     for _ in range(4):
         world.round(controller)
-    assert world.rounds["copy", 4] >= 2, "another may be a look"
+    assert world.rounds["copy", 4] >= 2, "another may be a try"

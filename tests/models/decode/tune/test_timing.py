@@ -85,5 +85,5 @@ def test_what_the_engine_does_besides_is_part_of_every_round(
     assert [host(gamma) for gamma in (0, 4)] == [1, 1]
 
 
-def test_between_what_was_measured_a_verdict_is_interpolated() -> None:
+def test_between_what_was_measured_a_verification_is_interpolated() -> None:
     assert HostCosts({0: 1.0, 2: 5.0})(1) == 3.0
