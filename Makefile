@@ -1,7 +1,9 @@
 # Everything lives in .venv; `make demo` and `make test` set it up by themselves.
 #
 #   make demo    train a family, cut it out, decode with its own draft (minutes, two cores)
-#   make test    the test suite                 make test PYTEST_ARGS="tests/models -x"
+#   make test    the test suite, a worker a core    make test PYTEST_ARGS="tests/models -x"
+#   make test-portable    its core as on processors without AVX-512, and without a compiler
+#   make gpu     what a machine with a GPU is asked for; says so where there is none
 #   make lint    style, types, floors
 #   make bench   plain decoding against speculative decoding, on the demo's model
 #   make setup   only the environment           make setup PYTHON=/path/to/python3.12
@@ -14,13 +16,20 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test test-portable gpu lint bench setup clean
 
 demo: setup
 	$(BIN)/nestling demo
 
+# A file stays with one worker, which runs on one thread: fixtures of a file are made once.
 test: setup
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+
+test-portable: setup
+	.ci/portable
+
+gpu: setup
+	$(BIN)/python docs/gpu.py
 
 lint: setup
 	$(BIN)/ruff check

@@ -29,8 +29,22 @@ settings.register_profile("ci", parent=settings.get_profile("local"), derandomiz
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_sessionstart() -> None:
+    """Compile once, for all workers and before a test has a cache of its own.
+
+    Under pytest-xdist the first process comes here before it starts the workers, which find what it made.
+    """
+    from models.kernels.build import SOURCES, library
+
+    for name in SOURCES:
+        library(name)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Mark the rooms whose results are a processor's own; skip what needs a GPU where there is none."""
+    for item in items:
+        if item.path.parent.name in ("kernels", "packed") and item.path.name != "test_build.py":
+            item.add_marker(pytest.mark.portable)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -65,6 +65,14 @@ SHAPES: Mapping[str, ElasticConfig] = {
         num_attention_heads=15,
         num_key_value_heads=5,
     ),
+    "1B": ElasticConfig(
+        vocab_size=_LLAMA_TOKENS,
+        hidden_size=1280,
+        intermediate_size=3584,
+        num_hidden_layers=54,
+        num_attention_heads=20,
+        num_key_value_heads=5,
+    ),
 }
 
 TOLERANCE = 0.01
@@ -154,11 +162,12 @@ def random_model(
         NestlingError: if no factor gives this acceptance.
     """
     num_layers = check_exit(config, exit_)
-    model = _initialised(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _initialised(config).to(device)
     rest = [cast(Block, block) for block in model.model.layers[num_layers:]]
     tokens_BT = torch.randint(
         config.vocab_size, (NUM_ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(1)
-    )
+    ).to(device)
     scale = 1.0
 
     def measure(factor: float) -> float:
@@ -171,7 +180,7 @@ def random_model(
         return found
 
     factor, found = find_factor(measure, alpha)
-    return RandomModel(model=model.eval(), alpha=found, factor=factor)
+    return RandomModel(model=model.cpu().eval(), alpha=found, factor=factor)
 
 
 def find_factor(measure: Callable[[float], float], alpha: float) -> tuple[float, float]:

@@ -77,7 +77,7 @@ def bench(
     random: Annotated[
         str | None,
         typer.Option(
-            metavar="15M|60M|125M|350M",
+            metavar="15M|60M|125M|350M|1B",
             help="No MODEL but random weights of this size, whose draft is accepted as --alpha says.",
         ),
     ] = None,

@@ -71,6 +71,7 @@ def believes(p_TV: Any, q_TV: Any, drafted: Sequence[int], random: Any) -> list[
 SLOW = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp32", "int8")]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("dtype", ["bf16", *SLOW])
 def test_a_sound_engine_passes_every_test(
     dtype: str, tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch

@@ -243,7 +243,7 @@ def test_random_weights_need_no_model_and_are_told_everywhere(
     ("arguments", "named"),
     [
         ([], "there is no MODEL; give a model folder, or --random with a size such as 125M"),
-        (["--random", "7B"], "--random 7B is not a size; choose from 15M, 60M, 125M, 350M"),
+        (["--random", "7B"], "--random 7B is not a size; choose from 15M, 60M, 125M, 350M, 1B"),
         (["model", "--random", "15M"], "MODEL model and --random 15M exclude each other"),
         (["--random", "15M", "--alpha", "1.5"], "--alpha 1.5: give a share between 0 and 1"),
         (["model", "--alpha", "0.5"], "--alpha 0.5: give a share between 0 and 1, together with --random"),

@@ -130,6 +130,7 @@ def test_in_half_precision_tokens_first_differ_where_two_are_as_good_as_tied(
         assert check.passed, check
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(("num_prompts", "num_tokens"), SHORT_AND_LONG)
 @pytest.mark.parametrize("verifier", ["greedy", "coupled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

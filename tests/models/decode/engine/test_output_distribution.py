@@ -253,6 +253,7 @@ KINDS = {
 PROCESSORS = [params for params in SAMPLINGS.values() if not params.is_greedy]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("gamma", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", KINDS)
