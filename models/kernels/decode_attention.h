@@ -5,7 +5,7 @@
 #include "pass.h"
 
 /* As many queries share the reading of values as the registers hold, and twice as many that of keys. */
-enum { QUERIES = 12, ASKED = 2 * QUERIES };
+enum { QUERIES = BLOCK_ROWS, ASKED = 24 };
 
 /* Keys of a panel of positions from `first` on, each a "neuron" whose output is its score; those from
    `count` on are not read. */
@@ -15,17 +15,9 @@ INLINE void key_panel(const uint32_t *keys, int first, int count, int entries, w
     for (int output = 0; output < PANEL; output++)
         of[output] = keys + (size_t)(first + output < count ? first + output : count - 1) * entries;
     int done = 0;
-#ifdef __AVX512F__
     for (; done + LANES <= entries; done += LANES)
-        for (int h = 0; h < HALVES; h++) {
-            __m512i rows[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) rows[i] = _mm512_loadu_si512(of[h * LANES + i] + done);
-            turn_square(rows);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + (done + i) * PANEL + h * LANES, rows[i]);
-        }
-#endif
+        for (int h = 0; h < VECTORS; h++)
+            transpose_square(of + h * LANES, (size_t)done, to + done * PANEL + h * LANES, PANEL);
     for (int i = done; i < entries; i++)
         for (int output = 0; output < PANEL; output++) to[i * PANEL + output] = of[output][i];
 }
@@ -33,7 +25,7 @@ INLINE void key_panel(const uint32_t *keys, int first, int count, int entries, w
 /* mixed [queries][size] += scores [queries][count] . values [count][size], for some of the 16s of `size`. */
 INLINE void mix(int type, int queries, int parts, const float *scores, size_t stride, const void *values,
                 size_t at, int count, int size, float *mixed) {
-    lanes sums[QUERIES][HALVES];
+    lanes sums[QUERIES][BLOCK_VECTORS];
     for (int q = 0; q < queries; q++)
         for (int p = 0; p < parts; p++) sums[q][p] = (lanes){0};
     for (int s = 0; s < count; s++)
@@ -49,8 +41,8 @@ INLINE void mix(int type, int queries, int parts, const float *scores, size_t st
 INLINE void mix_all(int type, int queries, const float *scores, size_t stride, const void *values, size_t at,
                     int count, int size, float *mixed) {
     int i = 0;
-    for (; i + PANEL <= size; i += PANEL)
-        mix(type, queries, HALVES, scores, stride, values, at + i, count, size, mixed + i);
+    for (; i + BLOCK_VECTORS * LANES <= size; i += BLOCK_VECTORS * LANES)
+        mix(type, queries, BLOCK_VECTORS, scores, stride, values, at + i, count, size, mixed + i);
     for (; i + LANES <= size; i += LANES)
         mix(type, queries, 1, scores, stride, values, at + i, count, size, mixed + i);
     for (; i < size; i++)
@@ -76,7 +68,9 @@ INLINE void mix_lots(int type, int queries, const float *scores, size_t stride, 
         switch (queries * (lot + 1) / lots - from) {
             // clang-format off
             QUERIES_OF(1) QUERIES_OF(2) QUERIES_OF(3) QUERIES_OF(4) QUERIES_OF(5) QUERIES_OF(6)
+#ifdef __AVX512F__
             QUERIES_OF(7) QUERIES_OF(8) QUERIES_OF(9) QUERIES_OF(10) QUERIES_OF(11) QUERIES_OF(12)
+#endif
             // clang-format on
         }
     }

@@ -1,8 +1,10 @@
-/* A pass of a nested transformer over a few tokens, as one call: models/packed/decode_step.py describes the model.
+/* A pass of a nested transformer over a few tokens, as one call: models/packed/decode_step.py describes the
+   model.
 
-   What is computed is models/elastic/model.py's, in fp32 but for what is stored in fewer bits: weights, in bf16, 8
-   or 4 bits with a scale for each output; keys and values; and the inputs of products, where the processor
-   multiplies pairs of bf16, and with weights of 8 or 4 bits, where they have 8 and a scale for each token.
+   What is computed is models/elastic/model.py's, in fp32 but for what is stored in fewer bits: weights, in
+   bf16, 8 or 4 bits with a scale for each output; keys and values; and the inputs of products, where the
+   processor multiplies pairs of bf16, and with weights of 8 or 4 bits, where they have 8 and a scale for each
+   token.
 
        embedding -> [ x + attention(norm(x));  x + mlp(norm(x)) ] per layer -> norm -> head
 
@@ -83,8 +85,8 @@ static void project(const Pass *pass, const Thread *thread, const Layer *layer, 
                 memcpy(pass->queries + (size_t)r * model->query_width + head * size, y, 4 * (size_t)size);
             } else {
                 void *const *stores = is_key ? row->request->keys : row->request->values;
-                put(model->cache, y, 1, size, stores[layer->index],
-                    cached_at(model, row->request, head, row->position));
+                store_row(model->cache, y, 1, size, stores[layer->index],
+                          cached_at(model, row->request, head, row->position));
             }
         }
     }

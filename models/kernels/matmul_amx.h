@@ -43,18 +43,18 @@ INLINE void end_tiles(void) {
  */
 INLINE void block_of_tiles(int type, int rows, const words *weights, const float *scales, int n, Input input,
                            int first, float *y, size_t stride) {
-    words found[HALVES][TILE];
+    words found[VECTORS][TILE];
     const char *x = entries_of(type, input, first);
     size_t each = row_of(input.room) * input_size(type);
-    int i = 0, ahead = rows == 1 ? HALVES * TILE : 0; /* more rows are not so close to the rate of memory */
+    int i = 0, ahead = rows == 1 ? VECTORS * TILE : 0; /* more rows are not so close to the rate of memory */
 #define MULTIPLY_TILES(left, right, inputs)                                                                  \
     _tile_zero(left);                                                                                        \
     _tile_zero(right);                                                                                       \
     for (; i + TILE <= n; i += TILE) {                                                                       \
-        for (int k = 0; k < ahead; k++) __builtin_prefetch(weights + (i + AHEAD) * HALVES + k);              \
+        for (int k = 0; k < ahead; k++) __builtin_prefetch(weights + (i + AHEAD) * VECTORS + k);             \
         _tile_loadd(inputs, x + 4 * i, each);                                                                \
-        _tile_loadd(3, weights + i * HALVES, HALVES * sizeof(words));                                        \
-        _tile_loadd(4, weights + i * HALVES + 1, HALVES * sizeof(words));                                    \
+        _tile_loadd(3, weights + i * VECTORS, VECTORS * sizeof(words));                                      \
+        _tile_loadd(4, weights + i * VECTORS + 1, VECTORS * sizeof(words));                                  \
         if (type == INT8) {                                                                                  \
             _tile_dpbsud(left, inputs, 3);                                                                   \
             _tile_dpbsud(right, inputs, 4);                                                                  \
@@ -73,15 +73,15 @@ INLINE void block_of_tiles(int type, int rows, const words *weights, const float
 #undef MULTIPLY_TILES
     __asm__ volatile("" : : "r"(found) : "memory"); /* the compiler does not know what a tile's store does */
     for (int r = 0; r < rows; r++)
-        for (int h = 0; h < HALVES; h++) {
+        for (int h = 0; h < VECTORS; h++) {
             words sums = found[h][r];
             for (int k = i; k < n; k++) {
-                words w = weights[k * HALVES + h];
+                words w = weights[k * VECTORS + h];
                 sums = type == INT8 ? add_four(sums, w, x + r * each, (size_t)k)
                                     : (words)add_pair((lanes)sums, w, x + r * each, (size_t)k);
             }
             lanes values =
-                type == INT8 ? meaning(type, sums, input, first + r, scales + h * LANES) : (lanes)sums;
+                type == INT8 ? dequantize(type, sums, input, first + r, scales + h * LANES) : (lanes)sums;
             store(values, y + r * stride + h * LANES);
         }
 }

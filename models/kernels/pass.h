@@ -1,12 +1,13 @@
-/* What models/kernels/decode_step.c runs: a model and requests, as models/packed/decode_step.py passes them, and a pass over
-   some of their tokens, with what its threads have. */
+/* What models/kernels/decode_step.c runs: a model and requests, as models/packed/decode_step.py passes them,
+   and a pass over some of their tokens, with what its threads have. */
 
 #pragma once
 
-#include "sample.h"
 #include "matmul.h"
+#include "sample.h"
 
-/* ---------------------------------------------------------------- what models/packed/decode_step.py passes */
+/* ---------------------------------------------------------------- what models/packed/decode_step.py passes
+ */
 
 typedef struct {
     Map query, key, value, output, gate, up, down;

@@ -1,6 +1,6 @@
-/* How a pass of models/kernels/decode_step.c chooses a token and goes on: the likeliest, a draw from the law, or
-   the winner of a race, whose noise another model shares. The law is that of models/decode/sampling/params.py:
-   temperature, top-k, top-p and min-p, in this order. */
+/* How a pass of models/kernels/decode_step.c chooses a token and goes on: the likeliest, a draw from the law,
+   or the winner of a race, whose noise another model shares. The law is that of
+   models/decode/sampling/params.py: temperature, top-k, top-p and min-p, in this order. */
 
 #include <limits.h>
 

@@ -10,7 +10,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#include "simd.h"
+#include "vector_math.h"
 
 /* One row's positions of a head are so many values apart; the values of one lie side by side. */
 typedef struct {
@@ -47,19 +47,19 @@ typedef struct {
     int num_runs;
 } Desk;
 
-/* c [rows][16 halves] = a b, or += : rows and columns of a are so far apart, and rows of b and of c. */
-INLINE void small_product(int rows, int halves, int depth, const float *a, size_t row, size_t column,
+/* c [rows][vectors] = a b, or += : rows and columns of a are so far apart, and rows of b and of c. */
+INLINE void small_product(int rows, int vectors, int depth, const float *a, size_t row, size_t column,
                           const float *b, size_t b_row, float *c, size_t c_row, int more) {
-    lanes sums[BLOCK][HALVES];
+    lanes sums[BLOCK_ROWS][BLOCK_VECTORS];
     for (int r = 0; r < rows; r++)
-        for (int h = 0; h < halves; h++) sums[r][h] = more ? load(c + r * c_row + h * LANES) : (lanes){0};
+        for (int h = 0; h < vectors; h++) sums[r][h] = more ? load(c + r * c_row + h * LANES) : (lanes){0};
     for (int k = 0; k < depth; k++)
         for (int r = 0; r < rows; r++)
-            for (int h = 0; h < halves; h++)
+            for (int h = 0; h < vectors; h++)
                 sums[r][h] =
                     fused(load(b + k * b_row + h * LANES), spread(a[r * row + k * column]), sums[r][h]);
     for (int r = 0; r < rows; r++)
-        for (int h = 0; h < halves; h++) store(sums[r][h], c + r * c_row + h * LANES);
+        for (int h = 0; h < vectors; h++) store(sums[r][h], c + r * c_row + h * LANES);
 }
 
 /* The same for any number of rows, and of columns in whole vectors. */
@@ -67,22 +67,23 @@ static void multiply(int rows, int columns, int depth, const float *a, size_t ro
                      const float *b, size_t b_row, float *c, size_t c_row, int more) {
 #define SMALL(number)                                                                                        \
     case number:                                                                                             \
-        if (columns - n > LANES)                                                                             \
-            small_product(number, HALVES, depth, left, row, column, b + n, b_row, to, c_row, more);          \
+        if (vectors == BLOCK_VECTORS)                                                                        \
+            small_product(number, BLOCK_VECTORS, depth, left, row, column, b + n, b_row, to, c_row, more);   \
         else                                                                                                 \
             small_product(number, 1, depth, left, row, column, b + n, b_row, to, c_row, more);               \
         break;
-    int lots = ceil_div(rows, BLOCK);
-    for (int n = 0; n < columns; n += PANEL) {
-        for (int lot = 0; lot < lots; lot++) {
-            int first = rows * lot / lots;
+    int blocks = ceil_div(rows, BLOCK_ROWS);
+    for (int n = 0, vectors; n < columns; n += vectors * LANES) {
+        vectors = columns - n >= BLOCK_VECTORS * LANES ? BLOCK_VECTORS : 1;
+        for (int block = 0; block < blocks; block++) {
+            int first = rows * block / blocks;
             const float *left = a + (size_t)first * row;
             float *to = c + (size_t)first * c_row + n;
-            switch (rows * (lot + 1) / lots - first) {
+            switch (rows * (block + 1) / blocks - first) {
                 // clang-format off
-                SMALL(1) SMALL(2) SMALL(3)
+                SMALL(1) SMALL(2) SMALL(3) SMALL(4) SMALL(5) SMALL(6)
 #ifdef __AVX512F__
-                SMALL(4) SMALL(5) SMALL(6) SMALL(7) SMALL(8) SMALL(9) SMALL(10) SMALL(11) SMALL(12)
+                SMALL(7) SMALL(8) SMALL(9) SMALL(10) SMALL(11) SMALL(12)
 #endif
                 // clang-format on
             }
@@ -99,7 +100,7 @@ INLINE size_t at_head(Heads heads, int row, int head, int position) {
 static void lay_out(const Attention *of, Heads heads, int row, int head, int first, int count, int width,
                     float factor, float *to) {
     for (int i = 0; i < count; i++, to += width) {
-        take(of->type, heads.values, at_head(heads, row, head, first + i), of->size, factor, to);
+        load_row(of->type, heads.values, at_head(heads, row, head, first + i), of->size, factor, to);
         for (int k = of->size; k < width; k++) to[k] = 0;
     }
 }
@@ -115,24 +116,19 @@ INLINE void lay_out_keys(const Attention *of, const Desk *desk, Heads heads, int
 INLINE void give_back(const Attention *of, const float *from, Heads heads, int row, int head, int first,
                       int count, int width, float factor) {
     for (int i = 0; i < count; i++)
-        put(of->type, from + (size_t)i * width, factor, of->size, heads.values,
-            at_head(heads, row, head, first + i));
+        store_row(of->type, from + (size_t)i * width, factor, of->size, heads.values,
+                  at_head(heads, row, head, first + i));
 }
 
 /* to [width][step] = from [count][width], of whole vectors. */
 static void turn(const float *from, int count, int width, float *to, int step) {
     int i = 0;
-#ifdef __AVX512F__
-    for (; i + LANES <= count; i += LANES)
-        for (int k = 0; k < width; k += LANES) {
-            __m512i rows[LANES];
-#pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++) rows[j] = _mm512_loadu_si512(from + (size_t)(i + j) * width + k);
-            turn_square(rows);
-#pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++) _mm512_storeu_si512(to + (size_t)(k + j) * step + i, rows[j]);
-        }
-#endif
+    for (; i + LANES <= count; i += LANES) {
+        const uint32_t *rows[LANES];
+        for (int j = 0; j < LANES; j++) rows[j] = (const uint32_t *)from + (size_t)(i + j) * width;
+        for (int k = 0; k < width; k += LANES)
+            transpose_square(rows, (size_t)k, (uint32_t *)to + (size_t)k * step + i, (size_t)step);
+    }
     for (; i < count; i++)
         for (int k = 0; k < width; k++) to[(size_t)k * step + i] = from[(size_t)i * width + k];
 }

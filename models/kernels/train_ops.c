@@ -9,10 +9,9 @@
 #include <stdlib.h>
 
 #include "train_attention.h"
-#include "simd.h"
 
 /* Sums over all rows, such as a weight's gradient, are those of so many parts of the rows. */
-enum { PARTS = 64 };
+enum { SLICES = 64 };
 /* Values that a thread walks over before it asks for more. */
 enum { GATES = 4096 };
 
@@ -34,9 +33,9 @@ typedef struct {
 
 static void normalise_row(const Norm *of, int64_t row, float *x) {
     int size = (int)of->size;
-    take(of->type, of->x, (size_t)(row * of->size), size, 1, x);
+    load_row(of->type, of->x, (size_t)(row * of->size), size, 1, x);
     of->inverse[row] = normalise(x, of->weight, size, of->epsilon, x);
-    put(of->result_type, x, 1, size, of->y, (size_t)(row * of->size));
+    store_row(of->result_type, x, 1, size, of->y, (size_t)(row * of->size));
 }
 
 /* x_grad = other_grad + inverse * (g - unit * mean(g * unit)); g = y_grad * weight, unit = x * inverse. */
@@ -44,8 +43,8 @@ static void normalise_row_back(const Norm *of, int64_t row, float *x, float *gra
     int size = (int)of->size;
     size_t at = (size_t)(row * of->size);
     float inverse = of->inverse[row], along = 0;
-    take(of->type, of->x, at, size, inverse, x);
-    take(of->result_type, of->y_grad, at, size, 1, grad);
+    load_row(of->type, of->x, at, size, inverse, x);
+    load_row(of->result_type, of->y_grad, at, size, 1, grad);
 #pragma omp simd reduction(+ : along)
     for (int i = 0; i < size; i++) {
         float both = grad[i] * x[i];
@@ -56,25 +55,25 @@ static void normalise_row_back(const Norm *of, int64_t row, float *x, float *gra
 #pragma omp simd
     for (int i = 0; i < size; i++) x[i] = (grad[i] * of->weight[i] - x[i] * along) * inverse;
     if (of->other_grad) {
-        take(of->type, of->other_grad, at, size, 1, grad);
+        load_row(of->type, of->other_grad, at, size, 1, grad);
 #pragma omp simd
         for (int i = 0; i < size; i++) x[i] += grad[i];
     }
-    put(of->type, x, 1, size, of->x_grad, at);
+    store_row(of->type, x, 1, size, of->x_grad, at);
 }
 
 /* Returns 0, or 1 if there is no memory; so do those below. */
 int nestling_norm(const Norm *of, int backward, int num_threads) {
     size_t line = padded((size_t)of->size);
-    float *memory = aligned_alloc(64, 4 * line * (2 * (size_t)num_threads + PARTS));
+    float *memory = aligned_alloc(64, 4 * line * (2 * (size_t)num_threads + SLICES));
     if (memory == NULL) return 1;
     float *weight_grads = memory + 2 * line * (size_t)num_threads;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (int part = 0; part < PARTS; part++) {
+    for (int part = 0; part < SLICES; part++) {
         float *x = memory + 2 * line * (size_t)omp_get_thread_num(),
               *weight_grad = weight_grads + line * part;
         if (backward) memset(weight_grad, 0, 4 * line);
-        for (int64_t row = of->rows * part / PARTS; row < of->rows * (part + 1) / PARTS; row++)
+        for (int64_t row = of->rows * part / SLICES; row < of->rows * (part + 1) / SLICES; row++)
             if (backward)
                 normalise_row_back(of, row, x, x + line, weight_grad);
             else
@@ -82,7 +81,7 @@ int nestling_norm(const Norm *of, int backward, int num_threads) {
     }
     if (backward) {
         memset(of->weight_grad, 0, 4 * (size_t)of->size);
-        for (int part = 0; part < PARTS; part++)
+        for (int part = 0; part < SLICES; part++)
             for (int i = 0; i < of->size; i++) of->weight_grad[i] += weight_grads[line * part + i];
     }
     free(memory);
@@ -125,13 +124,13 @@ int nestling_place(const Placed *of, int backward, int num_threads) {
             size_t here = (size_t)(token * each + i) * (size_t)size,
                    there = at_head(heads, row, head, position);
             if (backward) {
-                take(of->type, heads.values, there, size, 1, x);
+                load_row(of->type, heads.values, there, size, 1, x);
                 if (turns) rotate_back(x, cosines, sines, size / 2, y);
-                put(of->type, turns ? y : x, 1, size, of->together, here);
+                store_row(of->type, turns ? y : x, 1, size, of->together, here);
             } else {
-                take(of->type, of->together, here, size, 1, x);
+                load_row(of->type, of->together, here, size, 1, x);
                 if (turns) rotate(x, cosines, sines, size / 2, y);
-                put(of->type, turns ? y : x, 1, size, heads.values, there);
+                store_row(of->type, turns ? y : x, 1, size, heads.values, there);
             }
         }
     }
@@ -200,7 +199,7 @@ INLINE void entropy_of_row(int type, const Entropy *of, int backward, int64_t ro
     int64_t size = of->size, label = of->labels[row];
     size_t at = (size_t)(row * size);
     float own = 0, grad = backward && label >= 0 ? of->loss_grads[row] : 0;
-    if (label >= 0) take(type, of->logits, at + (size_t)label, 1, 1, &own);
+    if (label >= 0) load_row(type, of->logits, at + (size_t)label, 1, 1, &own);
     if (backward) {
         float log_sum = of->log_sums[row];
         for (int64_t i = 0; i < size; i += LANES) {
@@ -209,7 +208,7 @@ INLINE void entropy_of_row(int type, const Entropy *of, int backward, int64_t ro
         }
         if (label < 0) return;
         own = exponential(spread(own - log_sum))[0] * grad - grad;
-        put(type, &own, 1, 1, of->logits_grad, at + (size_t)label);
+        store_row(type, &own, 1, 1, of->logits_grad, at + (size_t)label);
     } else {
         float most = largest_value(type, of->logits, at, size);
         lanes sums = {0};
