@@ -22,8 +22,8 @@ import torch
 from models.checkpoint.folder import load_model
 from models.decode.engine.state import new_cache, score
 from models.elastic.granularity import FULL, Granularity
+from models.kernels.codes import FOUR_BITS
 from models.kernels.pack import make_panels
-from models.kernels.torch_linear import FOUR_BITS
 from models.packed.quantize import pack
 
 ROOT = Path(__file__).parent.parent

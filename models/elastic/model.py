@@ -37,11 +37,10 @@ class Block(nn.Module):
         self, x_BTD: Tensor, plan: LayerPlan, rotary: tuple[Tensor, Tensor], memory: Memory | None
     ) -> Tensor:
         """Add attention, then the feed-forward part, to the residual stream."""
-        normed_BTD, x_BTD = self.input_layernorm.beside(x_BTD)
-        x_BTD = self.self_attn(normed_BTD, plan.groups, rotary, memory, x_BTD)
-        normed_BTD, x_BTD = self.post_attention_layernorm.beside(x_BTD)
-        y_BTD: Tensor = self.mlp(normed_BTD, plan.ffn, x_BTD)
-        return y_BTD
+        x_BTD = self.input_layernorm.residual(
+            x_BTD, lambda y_BTD: self.self_attn(y_BTD, plan.groups, rotary, memory)
+        )
+        return self.post_attention_layernorm.residual(x_BTD, lambda y_BTD: self.mlp(y_BTD, plan.ffn))
 
 
 class Backbone(nn.Module):
@@ -88,6 +87,11 @@ class ElasticLM(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype in which the weights are stored."""
         return self.model.embed_tokens.weight.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the residual stream, without autocast."""
+        return self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -150,8 +154,7 @@ class ElasticLM(nn.Module):
         `head(states(tokens, exits=(k,))[0])` are its logits.
         """
         plan: Plan = granularity.resolve(self.config)
-        x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight)
-        x_BTD = x_BTD.to(self.model.norm.weight.dtype)  # of a packed copy, which shares the embedding
+        x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight).to(self.compute_dtype)
         num_tokens = tokens_BT.shape[1]
         positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
         rotary = self.rotary(positions, x_BTD.dtype)

@@ -1,24 +1,26 @@
 """One product of the compiled step on its own: for timing it, and for checking it."""
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from models.kernels.build import library
 from models.kernels.pack import INPUTS_PER_ENTRY, make_panels
-from models.kernels.torch_linear import Finish, Kernel, finished
 
 
 def compiles(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a compiled product here for weights of this dtype."""
+    """Return whether there is a compiled product here for weights of this dtype."""
     return dtype in INPUTS_PER_ENTRY and device.type == "cpu" and library() is not None
 
 
-def compiled_kernel(weight_OI: Tensor, dtype: torch.dtype | None = None) -> Kernel | None:
-    """The product with a weight, packed in a dtype or its own; its result is in fp32.
+def compiled_product(
+    weight_OI: Tensor, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """Return the product with a weight, packed in a dtype or in its own, from x [..., I] to fp32 [..., O].
 
-    None where the compiled step cannot run it.
+    It is None where the compiled step cannot run it.
     """
     dtype = dtype or weight_OI.dtype
     compiled = library() if compiles(dtype, weight_OI.device) else None
@@ -27,7 +29,7 @@ def compiled_kernel(weight_OI: Tensor, dtype: torch.dtype | None = None) -> Kern
         return None
     run, panels = compiled.nestling_product, make_panels(weight_OI, dtype=dtype)
 
-    def apply(x: Tensor, finish: Finish = "none", other: Tensor | None = None) -> Tensor:
+    def apply(x: Tensor) -> Tensor:
         x_TI = x.reshape(-1, num_inputs).float().contiguous()
         y_TO = torch.empty(len(x_TI), num_outputs)
         failed = run(
@@ -41,6 +43,6 @@ def compiled_kernel(weight_OI: Tensor, dtype: torch.dtype | None = None) -> Kern
         )
         if failed:
             raise MemoryError("a product found no memory")
-        return finished(y_TO.reshape(*x.shape[:-1], num_outputs), finish, other)
+        return y_TO.reshape(*x.shape[:-1], num_outputs)
 
     return apply

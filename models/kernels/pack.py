@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.kernels.torch_linear import BITS, FOUR_BITS, quantized
+from models.kernels.codes import BITS, FOUR_BITS, quantize
 
 PANEL = 32
 """Outputs of a panel."""
@@ -96,7 +96,7 @@ def make_panels(
     padding = (0, -columns % each, 0, -weight_HKI.shape[1] % PANEL)
     scales_PO = None
     if dtype in BITS:
-        codes_HKI, scales_HK1 = quantized(weight_HKI, BITS[dtype])
+        codes_HKI, scales_HK1 = quantize(weight_HKI, BITS[dtype])
         middle = 1 << (BITS[dtype] - 1)
         weight_HKI = F.pad(codes_HKI + middle, padding, value=middle).to(torch.uint8)
         scales_PO = F.pad(scales_HK1, (0, 0, *padding[2:])).reshape(-1, PANEL)

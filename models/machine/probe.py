@@ -6,6 +6,7 @@ one CPU is a trap on the next. Cells are timed in turn, round after round, so th
 each alike; since it can only add time, a cell's time is the shortest of its runs.
 """
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ import torch.nn.functional as F
 
 from models.base.dtypes import DTYPES
 from models.base.stopwatch import Clock, Work, alternate
-from models.kernels.matmul import compiled_kernel, compiles
-from models.kernels.torch_linear import linear_kernel
+from models.kernels.matmul import compiled_product, compiles
 from models.machine.threads import fastest_threads, threaded
 
 PASS_TOKENS = (1, 2, 4, 8, 16)
@@ -114,8 +114,11 @@ class _Bench:
             dtype: matrix_OI.to(DTYPES[dtype]).expand(num_matrices, -1, -1).contiguous()
             for dtype in self.useful
         }
-        self.kernels = {
-            dtype: [compiled_kernel(weight_OI) or linear_kernel(weight_OI) for weight_OI in weights_LOI]
+        self.passes = {
+            dtype: [
+                compiled_product(weight_OI) or functools.partial(F.linear, weight=weight_OI)
+                for weight_OI in weights_LOI
+            ]
             for dtype, weights_LOI in self.weights.items()
         }
         self.bytes_read = self.weights["fp32"].nbytes
@@ -179,8 +182,8 @@ class _Bench:
 
         def work() -> None:
             for x_TI in inputs:
-                for kernel in self.kernels[dtype]:
-                    kernel(x_TI)
+                for product in self.passes[dtype]:
+                    product(x_TI)
             self._wait()
 
         return work

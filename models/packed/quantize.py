@@ -1,6 +1,6 @@
 """Precision of a member: a packed copy of its weights that runs in place of the slices.
 
-    fp32 bf16 fp16   copies in that dtype, in the layout that a product on few rows reads fastest
+    fp32 bf16 fp16   copies in that dtype
     int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token; as a target
                      it keeps its keys and values in bf16, which are finer still
     int4             4-bit weights, one scale a row, and 8-bit activations: for drafts
@@ -8,13 +8,12 @@
 The copy is an `ElasticLM` that shares the source's embedding, so that any granularity runs in it and a
 draft made of it still reads and writes the target's key/value store, in the store's dtype. Weights are
 packed when they are first used, each once. A target and a draft that is a prefix of its layers use the same
-copies. Decoding runs a whole pass as one call where it can (models/packed/decode_step.py); elsewhere the
-products are models/kernels/torch_linear.py, and a layer's queries, keys and values become one.
+copies. Decoding runs a whole pass as one call where it can (models/packed/decode_step.py); elsewhere, and in
+passes over whole rows, torch multiplies with the same codes and scales.
 """
 
-import copy
-from collections.abc import Sequence
-from typing import cast
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,9 @@ from models.base.dtypes import DTYPES
 from models.base.errors import UsageError
 from models.elastic.cache import KVCache
 from models.elastic.granularity import FULL, Granularity
-from models.elastic.layers import NestedMap, RMSNorm
+from models.elastic.linear import NestedLinear
 from models.elastic.model import ElasticLM
-from models.kernels.torch_linear import FOUR_BITS, Finish, Kernel, int8_kernel, linear_kernel, quantized
+from models.kernels.codes import FOUR_BITS, int8_product, quantize
 from models.packed.decode_step import Tokens, native_step
 
 INT8 = "int8"
@@ -67,24 +66,31 @@ class PackedLM(ElasticLM):
     """
 
     def __init__(self, source: ElasticLM, precision: str) -> None:
-        nn.Module.__init__(self)  # the parts are the source's
+        with torch.device("meta"):  # without memory: every tensor is the source's
+            super().__init__(source.config)
         if precision in _CODES:
             _check_codes(precision, source.device)
         dtype = DTYPES.get(precision)
-        self.config, self.precision = source.config, precision
+        self.precision = precision
         self.native = native_step(source, dtype or _CODES[precision])
-        shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
-        # The modules are copied, the tensors are the source's.
-        for name, part in copy.deepcopy(dict(source.named_children()), shared).items():
-            self.add_module(name, part)
+        self.load_state_dict(source.state_dict(keep_vars=True), assign=True)
+        self.rotary = source.rotary
         self.train(source.training)
         if self.native is None or dtype != source.dtype or isinstance(source, PackedLM):
-            self._pack(precision, dtype or torch.float32)
+            for module in list(self.modules()):
+                for name, child in list(module.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(module, name, QuantizedLinear(child, precision))
 
     @property
     def chooses(self) -> bool:
         """See `ElasticLM.chooses`."""
         return self.native is not None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """See `ElasticLM.compute_dtype`."""
+        return DTYPES.get(self.precision, torch.float32)
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -97,13 +103,10 @@ class PackedLM(ElasticLM):
             return super().score(ids, granularity, cache, num_last=num_last)
         return self.native([Tokens(ids, cache, num_last)], granularity)
 
-    def _pack(self, precision: str, dtype: torch.dtype) -> None:
-        for module in list(self.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child, precision))
-                elif isinstance(child, RMSNorm):
-                    setattr(module, name, PackedNorm(child, dtype))
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """See `ElasticLM.head`; logits are in the wider of the weights' and the pass's dtype."""
+        logits_BTV = super().head(x_BTD)
+        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, self.dtype))
 
 
 def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> PackedLM:
@@ -147,12 +150,12 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
 def packed_bytes(model: ElasticLM) -> int:
     """Bytes of the packed weights so far, which come on top of the source's."""
     native = model.native if isinstance(model, PackedLM) else None
-    packed = sum(module.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    packed = sum(module.num_bytes for module in model.modules() if isinstance(module, QuantizedLinear))
     return packed + (0 if native is None else native.num_bytes)
 
 
-class PackedLinear(nn.Linear):
-    """A linear map whose prefixes are packed copies of the source's weight."""
+class QuantizedLinear(NestedLinear):
+    """A linear map that computes with copies of its weight's prefixes in another precision."""
 
     def __init__(self, source: nn.Linear, precision: str) -> None:
         super().__init__(source.in_features, source.out_features, bias=False, device="meta")
@@ -160,64 +163,29 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", source.bias)
         self.precision = precision
         self.num_bytes = 0
-        self._kernels: dict[tuple[int, ...], Kernel] = {}
+        self._products: dict[tuple[int, int], Callable[[Tensor], Tensor]] = {}
 
-    def prefix(
-        self, x: Tensor, *, rows: int, columns: int, finish: Finish = "none", other: Tensor | None = None
-    ) -> Tensor:
-        """See `NestedMap`."""
-        kernel = self._kernels.get((rows, columns))
-        if kernel is None:
-            kernel = self._kernels[rows, columns] = self._pack([self], [rows], columns)
-        return kernel(x, finish, other)
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """See `NestedLinear.forward`; a prefix is copied when it is first used."""
+        shape = self.out_features if rows is None else rows, x.shape[-1]
+        if shape not in self._products:
+            self._products[shape] = self._pack(*self.prefix(*shape))
+        return self._products[shape](x)
 
-    def beside(self, others: Sequence[NestedMap], x: Tensor, *, rows: Sequence[int]) -> Tensor:
-        """See `NestedMap`; one product serves all maps."""
-        kernel = self._kernels.get(tuple(rows))
-        if kernel is None:
-            maps = [self, *(cast(PackedLinear, other) for other in others)]
-            kernel = self._kernels[tuple(rows)] = self._pack(maps, rows, x.shape[-1])
-        return kernel(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The whole map, as the vocabulary's head uses it; logits come in the wider of both dtypes."""
-        y = self.prefix(x, rows=self.out_features, columns=self.in_features)
-        return y.to(torch.promote_types(y.dtype, self.weight.dtype))
-
-    def _pack(self, maps: "Sequence[PackedLinear]", rows: Sequence[int], columns: int) -> Kernel:
-        counted = list(zip(maps, rows, strict=True))
-        weight_OI = torch.cat([one.weight.detach()[:count, :columns] for one, count in counted])
-        biases: list[Tensor | None] = [one.bias for one in maps]  # torch's stubs say they are always there
-        bias_O = None
-        if biases[0] is not None:
-            bias_O = torch.cat([one.bias.detach()[:count] for one, count in counted])
+    def _pack(self, weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
+        weight_OI, bias_O = weight_OI.detach(), None if bias_O is None else bias_O.detach()
         if self.precision == INT8:
             self.num_bytes += weight_OI.numel() + 4 * len(weight_OI)  # a byte a weight, four a scale
-            return int8_kernel(weight_OI, bias_O)
+            return int8_product(weight_OI, bias_O)
         if self.precision == INT4:  # no product of torch's takes such weights with one scale for each output
-            codes_OI, scales_O1 = quantized(weight_OI, 4)
+            codes_OI, scales_O1 = quantize(weight_OI, 4)
             weight_OI = codes_OI * scales_O1
         dtype = DTYPES.get(self.precision, torch.float32)
-        self.num_bytes += weight_OI.numel() * dtype.itemsize
-        return linear_kernel(weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
-
-
-class PackedNorm(RMSNorm):
-    """RMSNorm in half the number of operations, which is what it costs on a few tokens.
-
-    x beside -x has mean zero and the mean square of x as its variance: a layer norm of both, one
-    kernel, is the RMSNorm of x in its first half.
-    """
-
-    def __init__(self, source: RMSNorm, dtype: torch.dtype) -> None:
-        super().__init__(len(source.weight), source.eps)
-        self.weight = nn.Parameter(source.weight.detach().to(dtype), requires_grad=False)
-        self._twice = torch.cat([self.weight.detach(), torch.zeros_like(self.weight)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See `RMSNorm`."""
-        y = F.layer_norm(torch.cat([x, -x], -1), self._twice.shape, self._twice, None, self.eps)
-        return y[..., : x.shape[-1]]
+        weight_OI = weight_OI.to(dtype).contiguous()
+        self.num_bytes += weight_OI.nbytes
+        return functools.partial(
+            F.linear, weight=weight_OI, bias=None if bias_O is None else bias_O.to(dtype)
+        )
 
 
 def _check_codes(precision: str, device: torch.device) -> None:

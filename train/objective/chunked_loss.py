@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.objective.divergences import at_least_fp32
+from models.elastic.ops import at_least_fp32
 
 CPU_ELEMENTS = 2**22
 """Logits of one chunk on a CPU: 16 MiB in fp32. Products on few rows are slow, and so are sums of

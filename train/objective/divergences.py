@@ -14,15 +14,11 @@ Legend: N tokens, V vocabulary, p target, q draft.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from models.kernels.calls import training_dtype
-from models.kernels.pack import TYPES
-from models.kernels.train_losses import overlap
+from models.elastic import ops
 
 TINY = torch.finfo(torch.float32).tiny
 LOG_TINY = math.log(TINY)
@@ -95,7 +91,7 @@ def total_variation(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperatu
     >>> total_variation(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.5000])
     """
-    p_NV, q_NV = _probs(target_logits_NV, temperature), _probs(draft_logits_NV, temperature)
+    p_NV, q_NV = (ops.softmax(x_NV, temperature) for x_NV in (target_logits_NV, draft_logits_NV))
     return _variation(p_NV, q_NV)
 
 
@@ -107,7 +103,7 @@ def neg_log_alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature
     >>> neg_log_alpha(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.6931])
     """
-    overlap_N = _overlap(target_logits_NV, draft_logits_NV, temperature)
+    overlap_N = ops.overlap(target_logits_NV, draft_logits_NV, temperature)
     return 0.0 - overlap_N.clamp_min(TINY).log()  # a plain minus would give -0.0 at p = q
 
 
@@ -157,7 +153,7 @@ def alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float 
     >>> alpha(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.5000])
     """
-    return _overlap(target_logits_NV, draft_logits_NV, temperature)
+    return ops.overlap(target_logits_NV, draft_logits_NV, temperature)
 
 
 @torch.no_grad()
@@ -193,64 +189,11 @@ def _variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
     return 0.5 * (p_NV - q_NV).abs().sum(-1)
 
 
-def _overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
-    draft_alone = not target_logits_NV.requires_grad and target_logits_NV.dtype in TYPES
-    if draft_alone and training_dtype(draft_logits_NV) is not None:
-        return overlap(target_logits_NV, draft_logits_NV, temperature)
-    overlap_N: Tensor = _Overlap.apply(target_logits_NV, draft_logits_NV, temperature)  # type: ignore[no-untyped-call]
-    return overlap_N
-
-
-class _Overlap(torch.autograd.Function):
-    """Sum of min(p, q), with its backward pass written out: autograd's takes several times as long on a CPU.
-
-    `q_j ([q_j < p_j] - sum of q where q < p)` for a logit of q, and the same with p and q exchanged.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
-        p_NV, q_NV = _probs(target_logits_NV, temperature), _probs(draft_logits_NV, temperature)
-        ctx.save_for_backward(p_NV, q_NV)
-        ctx.temperature, ctx.dtypes = temperature, (target_logits_NV.dtype, draft_logits_NV.dtype)
-        # Over the sum of p, which is 1 but for rounding, so that it is 1 at p = q.
-        return torch.minimum(p_NV, q_NV).sum(-1) / p_NV.sum(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        p_NV, q_NV = ctx.saved_tensors
-        scale_N1 = grad_N.unsqueeze(-1) / ctx.temperature
-        sides = zip((p_NV, q_NV), (q_NV, p_NV), ctx.needs_input_grad, ctx.dtypes, strict=False)
-        to_p, to_q = (
-            _overlap_gradient(own_NV, other_NV, scale_N1).to(dtype) if wanted else None
-            for own_NV, other_NV, wanted, dtype in sides
-        )
-        return to_p, to_q, None
-
-
-def _overlap_gradient(own_NV: Tensor, other_NV: Tensor, scale_N1: Tensor) -> Tensor:
-    is_smaller_NV = torch.lt(own_NV, other_NV, out=torch.empty_like(own_NV))  # a bool is slow to multiply
-    smaller_NV = is_smaller_NV.mul_(own_NV)
-    return smaller_NV.addcmul_(own_NV, smaller_NV.sum(-1, keepdim=True), value=-1).mul_(scale_N1)
-
-
-def _probs(logits_NV: Tensor, temperature: float) -> Tensor:
-    dtype = at_least_fp32(logits_NV.dtype)
-    if temperature == 1:
-        return logits_NV.softmax(-1, dtype=dtype)  # which reads half precision as it is
-    return _tempered(logits_NV, temperature).softmax(-1)
-
-
 def _log_probs(logits_NV: Tensor, temperature: float) -> Tensor:
     return _tempered(logits_NV, temperature).log_softmax(-1)
 
 
 def _tempered(logits_NV: Tensor, temperature: float) -> Tensor:
     assert temperature > 0, temperature
-    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
+    logits_NV = logits_NV.to(ops.at_least_fp32(logits_NV.dtype))
     return logits_NV if temperature == 1 else logits_NV / temperature
-
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: half precision is raised to fp32."""
-    return torch.promote_types(dtype, torch.float32)

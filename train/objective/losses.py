@@ -6,13 +6,11 @@ global number of valid tokens, so that the gradient is the same under any accumu
 Legend: N tokens, V vocabulary.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.base.labels import IGNORE_INDEX
-from models.kernels.calls import training_dtype
-from models.kernels.train_losses import cross_entropy as compiled_cross_entropy
-from train.objective.divergences import DIVERGENCES, SETTINGS, alpha, at_least_fp32, greedy_match
+from models.elastic import ops
+from train.objective.divergences import DIVERGENCES, SETTINGS, alpha, greedy_match
 from train.recipe.sections import LossConfig
 
 __all__ = [
@@ -50,7 +48,7 @@ def member_loss(
         step: the absolute optimizer step, from 0.
     """
     ramped = ramp(step, config)
-    loss_N = logits_NV.new_zeros(len(labels_N), dtype=at_least_fp32(logits_NV.dtype))
+    loss_N = logits_NV.new_zeros(len(labels_N), dtype=ops.at_least_fp32(logits_NV.dtype))
     if ramped < 1:
         loss_N = loss_N + (1 - ramped) * cross_entropy(logits_NV, labels_N)
     if ramped > 0:
@@ -99,10 +97,7 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
     tensor([1.3863, 0.0000])
     """
-    if training_dtype(logits_NV) is not None:
-        return compiled_cross_entropy(logits_NV, labels_N)
-    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
-    return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE_INDEX)
+    return ops.cross_entropy(logits_NV, labels_N)
 
 
 def divergence(target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossConfig) -> Tensor:

@@ -17,7 +17,7 @@ from models.base.errors import UsageError
 from models.elastic.cache import KVCache
 from models.elastic.view import View
 from models.packed.decode_step import Head, Tokens
-from models.packed.quantize import PackedLinear, PackedLM
+from models.packed.quantize import PackedLM, QuantizedLinear
 
 
 class FewTokens:
@@ -40,8 +40,8 @@ class FewTokens:
         few.weight = nn.Parameter(head.weight.detach()[self.ids_N], requires_grad=False)
         self.num_bytes = few.weight.nbytes
         self.few = few
-        if isinstance(head, PackedLinear):
-            self.few = PackedLinear(few, head.precision)
+        if isinstance(head, QuantizedLinear):
+            self.few = QuantizedLinear(few, head.precision)
 
     @property
     def chooses(self) -> bool:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.elastic.config import ElasticConfig
-from models.elastic.layers import RMSNorm, Rotary, rotate
+from models.elastic.layers import RMSNorm
 
 
 @pytest.fixture
@@ -44,12 +43,3 @@ def test_a_norm_of_zeros_has_finite_gradients(norm: RMSNorm) -> None:
     x = torch.zeros(1, 12, requires_grad=True)
     (grad,) = torch.autograd.grad(norm(x).sum(), x)
     assert grad.isfinite().all()
-
-
-def test_a_rotation_under_autocast_is_rounded_once(tiny_config: ElasticConfig) -> None:
-    """Tables in fp32 and vectors in bf16: as if the vectors had been fp32, with a gradient in bf16."""
-    tables = Rotary(tiny_config)(slice(5), torch.float32)
-    x_BTHK = torch.randn(2, 5, 2, tiny_config.head_dim).bfloat16().requires_grad_()
-    turned = rotate(x_BTHK, *tables)
-    assert torch.equal(turned, rotate(x_BTHK.float(), *tables))
-    assert torch.autograd.grad(turned.sum(), x_BTHK)[0].dtype == torch.bfloat16

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from models.kernels.build import library
-from models.kernels.matmul import compiled_kernel
+from models.kernels.codes import FOUR_BITS, quantize
+from models.kernels.matmul import compiled_product
 from models.kernels.pack import make_panels
-from models.kernels.torch_linear import FOUR_BITS, quantized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, FOUR_BITS)
 # Largest error relative to the largest value: fp32's sums, inputs of 8 bits; of 4-bit weights as rounded.
@@ -44,12 +44,12 @@ def _tiles(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 2), (32, 64), (45, 70), (100, 6)])
 def test_it_is_the_product(num_outputs: int, num_inputs: int, num_rows: int, dtype: torch.dtype) -> None:
     weight_OI, x_TI = torch.randn(num_outputs, num_inputs), torch.randn(num_rows, num_inputs)
-    kernel = compiled_kernel(weight_OI, dtype)
-    assert kernel is not None
+    product = compiled_product(weight_OI, dtype)
+    assert product is not None
     if dtype == FOUR_BITS:
-        codes_OI, scales_O1 = quantized(weight_OI, 4)
+        codes_OI, scales_O1 = quantize(weight_OI, 4)
         weight_OI = codes_OI * scales_O1
-    y_TO, exact_TO = kernel(x_TI), x_TI.double() @ weight_OI.double().T
+    y_TO, exact_TO = product(x_TI), x_TI.double() @ weight_OI.double().T
     assert y_TO.dtype == torch.float32
     assert (y_TO - exact_TO).abs().max() <= TOLERANCES[dtype] * max(1.0, float(exact_TO.abs().max()))
 
@@ -57,23 +57,23 @@ def test_it_is_the_product(num_outputs: int, num_inputs: int, num_rows: int, dty
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_bits_among_any_others_and_in_any_number_of_threads(dtype: torch.dtype) -> None:
-    kernel = compiled_kernel(torch.randn(70, 256), dtype)
-    assert kernel is not None
+    product = compiled_product(torch.randn(70, 256), dtype)
+    assert product is not None
     x_TI = torch.randn(29, 256)
-    y_TO = kernel(x_TI)
+    y_TO = product(x_TI)
     for first, last in ((0, 1), (3, 8), (10, 29)):
-        assert kernel(x_TI[first:last]).equal(y_TO[first:last])
+        assert product(x_TI[first:last]).equal(y_TO[first:last])
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert kernel(x_TI).equal(y_TO)
+        assert product(x_TI).equal(y_TO)
     finally:
         torch.set_num_threads(before)
 
 
 def test_what_it_cannot_run_is_left_to_torch() -> None:
-    assert compiled_kernel(torch.ones(4, 4, dtype=torch.float64)) is None
-    assert compiled_kernel(torch.ones(4, 5, dtype=torch.bfloat16)) is None
+    assert compiled_product(torch.ones(4, 4, dtype=torch.float64)) is None
+    assert compiled_product(torch.ones(4, 5, dtype=torch.bfloat16)) is None
 
 
 def test_panels_are_the_weight_laid_out_anew_and_heads_begin_panels() -> None:
@@ -106,7 +106,7 @@ def test_codes_are_exact_where_they_can_be(dtype: torch.dtype, most: int, num_in
     weight_OI[:, 0] = most  # the scale is one
     x_TI = torch.randint(-127, 128, (5, num_inputs)).float()
     x_TI[:, 1] = -127
-    kernel = compiled_kernel(weight_OI, dtype)
-    assert kernel is not None
-    assert kernel(x_TI).equal(x_TI @ weight_OI.T)
-    assert not kernel(torch.zeros(2, num_inputs)).any()
+    product = compiled_product(weight_OI, dtype)
+    assert product is not None
+    assert product(x_TI).equal(x_TI @ weight_OI.T)
+    assert not product(torch.zeros(2, num_inputs)).any()

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from models.elastic.cache import Recording, SharedPrefix, block_starts
 from models.elastic.config import ElasticConfig
-from models.elastic.layers import Rotary, rotate
-from models.kernels.calls import training_dtype
+from models.elastic.layers import Rotary
+from models.elastic.ops import rotate
 from models.kernels.train_losses import cross_entropy, overlap
 from models.kernels.train_ops import attention, place, rms_norm, swiglu
 
@@ -262,17 +262,3 @@ def test_what_is_not_finite_is_not_hidden(name: str, value: float) -> None:
     result, *grads = with_gradients(function, *tensors)
     assert not result.isfinite().all()
     assert not grads[0].isfinite().all()
-
-
-def test_it_runs_where_one_trains_on_a_cpu_in_fp32_or_bf16() -> None:
-    x = make(2, 4, dtype=torch.float32)
-    assert training_dtype(x) == torch.float32
-    assert training_dtype(x.bfloat16()) == torch.bfloat16
-    assert training_dtype(x.double()) is None
-    assert training_dtype(x.detach()) is None
-    with torch.no_grad():
-        assert training_dtype(x) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert training_dtype(x) == torch.bfloat16
-    with torch.autocast("cpu", torch.float16):
-        assert training_dtype(x) is None

@@ -16,8 +16,8 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.rope_scaling import RopeScaling
 from models.kernels.build import library
+from models.kernels.codes import FOUR_BITS, quantize
 from models.kernels.sample import Draws
-from models.kernels.torch_linear import FOUR_BITS, quantized
 from models.packed.decode_step import (
     COMPUTED,
     UNRELATED,
@@ -72,7 +72,7 @@ def make_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep:
 def round_weights(model: ElasticLM) -> None:
     for linear in model.modules():
         if isinstance(linear, nn.Linear):
-            codes_OI, scales_O1 = quantized(linear.weight.detach(), 4)
+            codes_OI, scales_O1 = quantize(linear.weight.detach(), 4)
             linear.weight = nn.Parameter(codes_OI * scales_O1)
 
 

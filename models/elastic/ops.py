@@ -1,0 +1,196 @@
+"""Operations between the products of a layer, and two losses: each decides here between C and torch.
+
+Where a tensor is trained through on a CPU, in fp32 or bf16, the compiled functions of
+models/kernels/train_ops.c do in one walk over memory, forward and backward, what torch's operations do in
+many. Everywhere else, and where nothing could be compiled, torch's operations run. Nothing else in the model
+or in a loss asks which. (Decoding does not come here where models/packed/decode_step.py runs whole passes.)
+
+B rows, T positions, S positions read, D model, F ffn, H query heads, G groups, R heads per group, K head dim,
+N tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from models.base.labels import IGNORE_INDEX
+from models.elastic.linear import NestedLinear
+from models.kernels import train_losses, train_ops
+from models.kernels.build import library
+from models.kernels.pack import TYPES
+
+_COMPILED = (torch.float32, torch.bfloat16)
+
+
+def compiled_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype of products that read x if compiled functions train through x here, else None."""
+    if not (torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu"):
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    fits = x.dtype in _COMPILED and dtype in _COMPILED
+    return dtype if fits and library("train_ops") is not None else None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return RMSNorm over the last dimension (https://arxiv.org/abs/1910.07467), with statistics in fp32.
+
+    Its dtype is that of x; trained under autocast on a CPU, that of the products that read it.
+    """
+    dtype = compiled_dtype(x)
+    if dtype is not None:
+        return train_ops.rms_norm(x, weight_D, eps, dtype)[0]
+    return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
+
+
+def pre_norm_residual(x: Tensor, weight_D: Tensor, eps: float, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `x + branch(rms_norm(x))`."""
+    dtype = compiled_dtype(x)
+    if dtype is None:
+        return x + branch(rms_norm(x, weight_D, eps))
+    # The norm returns x as well: its backward pass adds x's two gradients in the walk that it makes anyway.
+    # Left to autograd, that sum takes 1 to 2 % of a training step.
+    normed, x = train_ops.rms_norm(x, weight_D, eps, dtype)
+    return x + branch(normed)
+
+
+def fused_linear(x: Tensor, maps: Sequence[NestedLinear], rows: Sequence[int]) -> Tensor:
+    """Return the first `rows` outputs of each of several maps of the same input, concatenated."""
+    if compiled_dtype(x) is None:
+        return torch.cat([one(x, count) for one, count in zip(maps, rows, strict=True)], -1)
+    # One large product takes less time than several, and less memory than concatenating their results.
+    prefixes = [one.prefix(count, x.shape[-1]) for one, count in zip(maps, rows, strict=True)]
+    biases = [bias for _, bias in prefixes if bias is not None]
+    return F.linear(x, torch.cat([weight for weight, _ in prefixes]), torch.cat(biases) if biases else None)
+
+
+def rope(qkv_BTNK: Tensor, heads: int, groups: int, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Return queries [B, H, T, K] and keys [B, G, T, K], rotated, and values [B, G, T, K].
+
+    Args:
+        qkv_BTNK: queries, keys and values of N = H + 2 G heads, side by side.
+        heads: H.
+        groups: G.
+        rotary: cosines and signed sines [T, 1, K]; see `models.elastic.layers.Rotary`.
+    """
+    if compiled_dtype(qkv_BTNK) is not None:
+        return train_ops.place(qkv_BTNK, heads, groups, *(table_T1K.squeeze(1) for table_T1K in rotary))
+    rotated_BTNK, v_BTGK = qkv_BTNK.split((heads + groups, groups), dim=2)
+    q_BTHK, k_BTGK = rotate(rotated_BTNK, *rotary).split((heads, groups), dim=2)
+    # A copy of v: as a slice it would keep queries and keys alive for its sake in training.
+    return q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2).contiguous()
+
+
+def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    """Rotate each head's vector by its position's angles; linear, norm preserving.
+
+    It is computed in the precision of the tables: autocast's narrower vectors are widened first, as sums of
+    two precisions are slow.
+    """
+    x_BTHK = x_BTHK.to(cos_T1K.dtype)
+    swapped_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BTHK * cos_T1K, swapped_BTHK, sin_T1K)
+
+
+def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | None) -> Tensor:
+    """Return softmax attention [B, H, T, K] of each query head over its group's keys.
+
+    It is computed in the dtype of keys and values, which may be wider than that of the queries.
+    With few new tokens a group's query heads are laid out as rows of one matrix product, so that
+    keys and values are read once a group and never repeated in memory.
+
+    Args:
+        q_BHTK: queries.
+        k_BGSK: keys.
+        v_BGSK: values.
+        mask_TS: see `models.elastic.cache.Reading`.
+    """
+    q_BHTK = q_BHTK.to(k_BGSK.dtype)
+    num_rows, heads, num_tokens, head_dim = q_BHTK.shape
+    groups = k_BGSK.shape[1]
+    causal = mask_TS is None and num_tokens == k_BGSK.shape[2]
+    masked = mask_TS is not None and mask_TS.dtype == torch.bool and len(mask_TS) == num_tokens
+    if (causal or masked) and compiled_dtype(q_BHTK) is not None:
+        return train_ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_TS)
+    if causal:
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BGSK, v_BGSK, is_causal=num_tokens > 1, enable_gqa=groups != heads
+        )
+    repeats = heads // groups
+    if mask_TS is not None and len(mask_TS) != repeats * num_tokens:
+        mask_TS = mask_TS.repeat(repeats, 1)
+    q_BGRK = q_BHTK.reshape(num_rows, groups, repeats * num_tokens, head_dim)
+    mixed_BGRK = F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, attn_mask=mask_TS)
+    return mixed_BGRK.reshape(num_rows, heads, num_tokens, head_dim)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return `silu(gate) * up` (https://arxiv.org/abs/2002.05202)."""
+    return F.silu(gate) * up if compiled_dtype(gate) is None else train_ops.swiglu(gate, up)
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Return the negative log-likelihood [N] of each label, in nats, fp32 or wider; 0 at `IGNORE_INDEX`."""
+    if compiled_dtype(logits_NV) is not None:
+        return train_losses.cross_entropy(logits_NV, labels_N)  # ignores every negative label
+    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
+    return F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE_INDEX)
+
+
+def overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+    """Return the sum [N] of min(p, q) at a temperature: the expected acceptance of a drafted token."""
+    only_draft_learns = not target_logits_NV.requires_grad and target_logits_NV.dtype in TYPES
+    if only_draft_learns and compiled_dtype(draft_logits_NV) is not None:
+        return train_losses.overlap(target_logits_NV, draft_logits_NV, temperature)
+    overlap_N: Tensor = _Overlap.apply(target_logits_NV, draft_logits_NV, temperature)  # type: ignore[no-untyped-call]
+    return overlap_N
+
+
+def softmax(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Return probabilities [N, V] at a temperature, in fp32 or wider."""
+    assert temperature > 0, temperature
+    dtype = at_least_fp32(logits_NV.dtype)
+    if temperature == 1:
+        return logits_NV.softmax(-1, dtype=dtype)  # reads half precision as it is
+    return (logits_NV.to(dtype) / temperature).softmax(-1)
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in: half precision is raised to fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Overlap(torch.autograd.Function):
+    """Sum of min(p, q), with its backward pass written out: autograd's takes several times as long on a CPU.
+
+    The gradient of a logit of q is `q_j ([q_j < p_j] - sum of q where q < p)`; of p, with both exchanged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+        p_NV, q_NV = softmax(target_logits_NV, temperature), softmax(draft_logits_NV, temperature)
+        ctx.save_for_backward(p_NV, q_NV)
+        ctx.temperature, ctx.dtypes = temperature, (target_logits_NV.dtype, draft_logits_NV.dtype)
+        # Over the sum of p, which is 1 but for rounding, so that it is 1 at p = q.
+        return torch.minimum(p_NV, q_NV).sum(-1) / p_NV.sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        p_NV, q_NV = ctx.saved_tensors
+        scale_N1 = grad_N.unsqueeze(-1) / ctx.temperature
+        sides = zip((p_NV, q_NV), (q_NV, p_NV), ctx.needs_input_grad, ctx.dtypes, strict=False)
+        to_p, to_q = (
+            _overlap_gradient(own_NV, other_NV, scale_N1).to(dtype) if wanted else None
+            for own_NV, other_NV, wanted, dtype in sides
+        )
+        return to_p, to_q, None
+
+
+def _overlap_gradient(own_NV: Tensor, other_NV: Tensor, scale_N1: Tensor) -> Tensor:
+    is_smaller_NV = torch.lt(own_NV, other_NV, out=torch.empty_like(own_NV))  # a bool is slow to multiply
+    smaller_NV = is_smaller_NV.mul_(own_NV)
+    return smaller_NV.addcmul_(own_NV, smaller_NV.sum(-1, keepdim=True), value=-1).mul_(scale_N1)
