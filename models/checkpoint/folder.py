@@ -9,7 +9,7 @@ as well. Nothing is pickled; a save is whole or absent.
 
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from models.checkpoint.huggingface_config import (
     SPELLING,
     config_from_hugging_face,
     config_to_hugging_face,
+    end_tokens,
+    json_eos,
 )
+from models.checkpoint.tokenizer import open_tokenizer
 from models.checkpoint.weights import dtype_name, model_from, read_weights, write_weights
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import DEFAULT_FAMILY, Granularity
@@ -109,7 +112,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> ModelFolder:
 
 
 def read_config(path: Path) -> ElasticConfig:
-    """Read the shape of the model in a folder or a GGUF file, without its weights.
+    """Read the shape of the model in a folder or a GGUF file, with every end token that it states.
 
     Raises:
         UsageError: if there is neither at `path`.
@@ -125,7 +128,13 @@ def read_config(path: Path) -> ElasticConfig:
     config_path = path / "config.json"
     fields = read_json(config_path)
     with naming(config_path):
-        return config_from_hugging_face(fields)
+        config = config_from_hugging_face(fields)
+    generation_path = path / GENERATION
+    if not generation_path.is_file():
+        return config
+    with naming(generation_path):
+        more = end_tokens(read_json(generation_path))
+    return replace(config, eos_token_id=(*config.eos_token_ids, *more))
 
 
 def save_model(
@@ -178,12 +187,7 @@ def save_model(
 def _read_tokenizer(path: Path, config: ElasticConfig) -> Tokenizer | None:
     if not path.is_file():
         return None
-    try:
-        tokenizer: Tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        raise NestlingError(
-            f"{path} is not a tokenizer ({error}); restore it, or write the folder again"
-        ) from None
+    tokenizer = open_tokenizer(path)
     _check_vocabulary(tokenizer, config, str(path))
     return tokenizer
 
@@ -204,14 +208,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ElasticConfig) 
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
-    for role, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):
+    for role, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.first_eos_token_id)):
         if token_id is not None and tokenizer.id_to_token(token_id) is not None:
             settings[role] = tokenizer.id_to_token(token_id)
     write_json(folder / "tokenizer_config.json", settings)
 
 
 def _generation(config: ElasticConfig) -> dict[str, Any]:
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": json_eos(config)}
     return {
         **{name: value for name, value in ids.items() if value is not None},
         "transformers_version": SPELLING,

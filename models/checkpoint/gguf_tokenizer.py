@@ -28,6 +28,8 @@ _LLAMA3, _QWEN2 = (
     for number in (r"\p{N}{1,3}", r"\p{N}")
 )
 PATTERNS = {(GPT2,): "gpt-2", (DIGITS, GPT2): "smollm", (_LLAMA3,): "llama-bpe", (_QWEN2,): "qwen2"}
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""llama.cpp ends a text at each of them."""
 IGNORES_MERGES = "llama-bpe"  # a word that is a token is that token, whatever its merges would give
 
 
@@ -46,15 +48,18 @@ def tokenizer_keys(
     """
     state: dict[str, Any] = json.loads(tokenizer.to_str())
     pre = _check(state)
-    if config.eos_token_id is None:
+    eos = config.first_eos_token_id
+    if eos is None:
         raise NestlingError(
             "config.json has no eos_token_id, and llama.cpp would end a text at a token of its own choice; "
             "set the one that ends a text"
         )
-    bos = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    if len(config.eos_token_ids) > len(ENDS):
+        raise _refusal(f"ends a text at {len(config.eos_token_ids)} tokens")
+    bos = eos if config.bos_token_id is None else config.bos_token_id
     added = {token["id"]: token for token in state["added_tokens"]}
     names = {token_id: text for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
-    add_bos, add_eos = _added_around(tokenizer, bos, config.eos_token_id)
+    add_bos, add_eos = _added_around(tokenizer, bos, eos)
     keys = {
         "model": "gpt2",
         "pre": pre,
@@ -64,7 +69,7 @@ def tokenizer_keys(
             merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]
         ],
         "bos_token_id": bos,
-        "eos_token_id": config.eos_token_id,
+        **dict(zip(ENDS, config.eos_token_ids, strict=False)),
         "add_bos_token": add_bos,
         "add_eos_token": add_eos,
     }

@@ -50,6 +50,7 @@ def config_to_hugging_face(config: ElasticConfig, *, dtype: str = "float32") -> 
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
         **{name: getattr(config, name) for name in _SAME},
+        "eos_token_id": json_eos(config),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,
@@ -107,8 +108,25 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
         attention_bias=model_type == "qwen2",
         qk_norm=model_type == "qwen3",
         bos_token_id=_token(fields, "bos_token_id"),
-        eos_token_id=_token(fields, "eos_token_id"),
+        eos_token_id=end_tokens(fields),
     )
+
+
+def json_eos(config: ElasticConfig) -> int | list[int] | None:
+    """The tokens that end a text as a file spells them: one, a list of several, or null."""
+    ids = config.eos_token_ids
+    return list(ids) if len(ids) > 1 else config.first_eos_token_id
+
+
+def end_tokens(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every token that ends a text, by a `config.json` or a `generation_config.json`: one, a list, or none.
+
+    Raises:
+        NestlingError: naming what is no token.
+    """
+    value = fields.get("eos_token_id")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(_integer({"eos_token_id": item}, "eos_token_id") for item in values)
 
 
 _SIZES = (
@@ -127,7 +145,6 @@ _SAME = (
     "initializer_range",
     "tie_word_embeddings",
     "bos_token_id",
-    "eos_token_id",
 )
 # What transformers assumes when a file leaves a field out.
 _DEFAULTS: dict[str, dict[str, Any]] = {

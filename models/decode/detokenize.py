@@ -4,6 +4,7 @@ Both parts take what comes and return what is certain by then, so that all of it
 not depend on how it came in blocks.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from models.base.errors import UsageError
 # Decoders of some tokenizers drop a leading space: a few tokens of context keep it.
 NUM_CONTEXT_TOKENS = 6
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""A byte of a character that has no token of its own (byte fallback: Llama 2, Mistral, Gemma)."""
 
 
 class Encoded(Protocol):
@@ -34,18 +37,34 @@ class Tokenizer(Protocol):
         """Turn tokens into text without the special ones."""
         ...
 
+    def id_to_token(self, token: int, /) -> str | None:
+        """A token's own spelling."""
+        ...
+
 
 class Detokenizer:
-    """Text of the tokens after a prompt. It decodes a short window, not everything each time."""
+    """Text of the tokens after a prompt: put together, it is `continuation` of them.
+
+    It decodes a short window, not everything each time. Decoders with byte fallback turn a whole run of
+    byte tokens into replacement characters if one of them does not fit, so that nothing in a run is certain
+    before it ends.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt_ids[-NUM_CONTEXT_TOKENS:])
-        self._num_shown = len(self._window)
+        self._window = list(prompt_ids)
+        self._shorten()
+        self._in_bytes = False
 
     def add(self, token: int) -> str:
-        """Return the characters that this token completes."""
+        """Return the characters that are certain with this token."""
         self._window.append(token)
+        if self._is_byte(token):
+            self._in_bytes = True
+        elif self._in_bytes:  # a token without text, such as a special one, does not end a run
+            self._in_bytes = not self._tokenizer.decode([token])
+        if self._in_bytes:
+            return ""
         text = self._new_text()
         return "" if text.endswith(UNFINISHED) else self._show(text)
 
@@ -53,14 +72,33 @@ class Detokenizer:
         """Return the rest; an unfinished character becomes U+FFFD."""
         return self._show(self._new_text())
 
+    def _is_byte(self, token: int) -> bool:
+        return BYTE.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
+
     def _new_text(self) -> str:
         shown = self._tokenizer.decode(self._window[: self._num_shown])
         return self._tokenizer.decode(self._window)[len(shown) :]
 
     def _show(self, text: str) -> str:
-        self._window = self._window[-NUM_CONTEXT_TOKENS:] if text else self._window
+        if text:
+            self._shorten()
         self._num_shown = len(self._window)
         return text
+
+    def _shorten(self) -> None:
+        """Keep the last few tokens, more where the first has no text or may be inside a run of bytes."""
+        window, size = self._window, NUM_CONTEXT_TOKENS
+        while size < len(window) and (
+            self._is_byte(window[-size]) or not self._tokenizer.decode([window[-size]])
+        ):
+            size *= 2
+        self._window = window[-size:]
+        self._num_shown = len(self._window)
+
+
+def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of some tokens after others, as the tokenizer decodes both together."""
+    return tokenizer.decode([*prompt_ids, *ids])[len(tokenizer.decode(prompt_ids)) :]
 
 
 class StopStrings:
@@ -68,12 +106,13 @@ class StopStrings:
 
     The first is the one that is complete first, as if the text came a character at a time.
 
-    >>> stop = StopStrings(["END"])
+    >>> stop = StopStrings(["END"])  # or "END"
     >>> stop.add("The E"), stop.add("N"), stop.add("d EN"), stop.add("D of it"), stop.stopped
     ('The ', '', 'ENd ', '', True)
     """
 
     def __init__(self, stop: Collection[str]) -> None:
+        stop = (stop,) if isinstance(stop, str) else stop  # one text, as transformers takes it, too
         if "" in stop:
             raise UsageError("--stop is empty: give the text that ends the output")
         self._stop = stop

@@ -152,7 +152,7 @@ class TextStream(Iterator[Piece]):
 
 def _start_of_text(target: Model) -> list[int]:
     config = elastic_model(target).config
-    for token in (config.bos_token_id, config.eos_token_id):
+    for token in (config.bos_token_id, config.first_eos_token_id):
         if token is not None:
             return [token]
     raise UsageError("--prompt is empty, and the model has no bos or eos token to start from")

@@ -4,6 +4,7 @@ One class covers Llama, Mistral, Qwen2 (`attention_bias`) and Qwen3 (`qk_norm`);
 models/checkpoint/huggingface.py maps to and from their configurations.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.base.errors import NestlingError
@@ -31,7 +32,7 @@ class ElasticConfig:
         qk_norm: RMSNorm on each query and key head (Qwen3).
         initializer_range: standard deviation of the initial weights.
         bos_token_id: token that starts a text, if any.
-        eos_token_id: token that ends a text, if any.
+        eos_token_id: token that ends a text, if any; several as a tuple.
 
     Raises:
         NestlingError: listing every field that cannot be.
@@ -53,9 +54,13 @@ class ElasticConfig:
     qk_norm: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.eos_token_id, Sequence):
+            several = tuple(dict.fromkeys(self.eos_token_id))
+            one_or_none = several[0] if several else None
+            object.__setattr__(self, "eos_token_id", several if len(several) > 1 else one_or_none)
         problems = [
             f"{name}={getattr(self, name)} must be at least 1"
             for name in (
@@ -85,6 +90,18 @@ class ElasticConfig:
             problems.append(f"head_dim={self.head_dim} must be even and at least 2")
         if problems:
             raise NestlingError("model: " + "; ".join(problems))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    @property
+    def first_eos_token_id(self) -> int | None:
+        """The one that is named where there is room for one."""
+        return next(iter(self.eos_token_ids), None)
 
     @property
     def heads_per_group(self) -> int:

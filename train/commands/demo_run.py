@@ -30,7 +30,7 @@ from train.recipe.recipe import Recipe, load_recipe, load_saved_recipe
 from train.recipe.shipped import CONFIGS
 from train.report.tables import FAMILY_LEGEND, family_table
 from train.run.fit import fit
-from train.run.run_folder import RECIPE_FILE
+from train.run.identity import RECIPE_FILE
 
 RECIPE = CONFIGS / "demo.yaml"
 MEMBER = "S"

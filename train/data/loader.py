@@ -40,8 +40,9 @@ class StepLoader:
         seed: of the shuffles.
         num_steps: where the run ends, counted from the run's very beginning.
         start_step: where to go on.
-        offset: step s reads the rows of step s + offset: a run that went back does not read again the
-            rows on which it diverged.
+        first_row: the place of the first row of `start_step`, counted over all epochs; None: as if all steps
+            before it had been of this size. So a run may go on with other sizes, and one that went back
+            does not read again the rows on which it diverged.
         rank: this process.
         world_size: number of processes.
         num_workers: processes that read ahead; any number gives the same batches.
@@ -54,7 +55,7 @@ class StepLoader:
     seed: int
     num_steps: int
     start_step: int = 0
-    offset: int = 0
+    first_row: int | None = None
     rank: int = 0
     world_size: int = 1
     num_workers: int = 0
@@ -88,7 +89,8 @@ class StepLoader:
 
     def row_ids(self, step: int) -> NDArray[np.int64]:
         """Return the rows of a step, over all micro-batches and ranks."""
-        indices = (step + self.offset) * self.rows_per_step + np.arange(self.rows_per_step)
+        first = self.start_step * self.rows_per_step if self.first_row is None else self.first_row
+        indices = first + (step - self.start_step) * self.rows_per_step + np.arange(self.rows_per_step)
         epochs, offsets = np.divmod(indices, len(self.rows))
         ids = np.full(self.rows_per_step, len(self.rows))
         for epoch in np.unique(epochs) if self.repeat else [0]:

@@ -33,7 +33,7 @@ class TextData(pl.LightningDataModule):
     Args:
         recipe: its `data`, `seed`, `loss.teacher` and the batch sizes of `trainer` are read.
         first_step: where a resumed run goes on.
-        offset: how many steps ahead of the run its data are; see `StepLoader`.
+        first_row: the place of the first row that it reads there; see `StepLoader`.
 
     After `prepare()`:
         text_tokenizer: the tokenizer with its end token.
@@ -45,13 +45,15 @@ class TextData(pl.LightningDataModule):
     train_rows: Rows
     valid_rows: Rows
     provenance: dict[str, Any]
+    tokens_sha256: str
+    """Hash of everything that the run trains and validates on."""
 
-    def __init__(self, recipe: Recipe, *, first_step: int = 0, offset: int = 0) -> None:
+    def __init__(self, recipe: Recipe, *, first_step: int = 0, first_row: int | None = None) -> None:
         super().__init__()
         self.recipe = recipe
         self.config = recipe.data
         self.first_step = first_step
-        self.offset = offset
+        self.first_row = first_row
         self.cache_dir = cache_folder(recipe.data.cache_dir)
         self.console: Console | None = None
 
@@ -85,15 +87,17 @@ class TextData(pl.LightningDataModule):
         corpus = self._open(config.source, "data.source")
         self.text_tokenizer = self._make_tokenizer(corpus)
         tokens = self._tokenise(corpus, "data.source", self._fraction, config.max_documents)
-        train, valid = tokens.train, tokens.valid
+        train, valid, held_out_tokens = tokens.train, tokens.valid, ""
         held_out = f"{self._fraction:g} of the documents, by hash of their text"
         if config.valid:
-            valid = self._tokenise(self._open(config.valid, "data.valid"), "data.valid").train
+            own = self._tokenise(self._open(config.valid, "data.valid"), "data.valid")
+            valid, held_out_tokens = own.train, own.sha256
             held_out = config.valid
         elif min(len(train), len(valid)) == 1:  # one side holds only its leading eos
             held_out = f"the last {self._fraction:g} of the tokens, for want of documents"
             logger.warning("data.valid_fraction: validation is %s", held_out)
             train, valid = hold_out_tail(train if len(train) > 1 else valid, self._fraction)
+        self.tokens_sha256 = content_key(tokens.sha256, held_out_tokens, self.eos_token_id)
         self.train_rows = Rows(stream=train, sequence_length=config.sequence_length)
         self.valid_rows = Rows(stream=valid, sequence_length=config.sequence_length)
         self.provenance = self._describe(corpus, tokens, held_out)
@@ -111,11 +115,17 @@ class TextData(pl.LightningDataModule):
             seed=self.recipe.seed,
             num_steps=self.recipe.trainer.max_steps,
             start_step=self.first_step,
-            offset=self.offset,
+            first_row=self.first_row,
             rank=rank,
             world_size=world_size,
             num_workers=self.config.num_workers,
         )
+
+    def row_at(self, step: int) -> int:
+        """The place of the first row that a step reads, counted over all epochs."""
+        size = self.recipe.trainer.rows_per_step
+        first = self.first_step * size if self.first_row is None else self.first_row
+        return first + (step - self.first_step) * size
 
     def validation_batches(self, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Return the same tokens_BT and labels_BT every time, drawn from all over the validation text.

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import read_json, write_json, write_text
+from models.checkpoint.tokenizer import SETTINGS, for_bare_text, open_tokenizer, token_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,13 +132,12 @@ def load_tokenizer(source: str, *, key: str = "data.tokenizer") -> TextTokenizer
 
 def _from_file(path: Path, source: str, key: str) -> TextTokenizer:
     try:
-        backend: Tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        reason = " ".join(str(error).split())
-        raise NestlingError(f"{key}={source!r}: {path} is not a tokenizer ({reason})") from None
-    config_path = path.with_name("tokenizer_config.json")
+        backend = open_tokenizer(path)
+    except NestlingError as error:
+        raise NestlingError(f"{key}={source!r}: {error}") from None
+    config_path = path.with_name(SETTINGS)
     eos = read_json(config_path).get("eos_token") if config_path.is_file() else None
-    return _checked(backend, eos["content"] if isinstance(eos, dict) else eos, source, key)
+    return _checked(backend, token_name(eos), source, key)
 
 
 def _from_transformers(source: str, key: str) -> "PreTrainedTokenizerBase":
@@ -157,7 +157,7 @@ def _checked(backend: Tokenizer, eos: str | None, source: str, key: str) -> Text
     """Find the end token: the one configured, else the first common one that exists."""
     for token in [eos] if eos else COMMON_END_TOKENS:
         if backend.token_to_id(token) is not None:
-            return TextTokenizer(backend=backend, eos_token=token, name=source)
+            return TextTokenizer(backend=for_bare_text(backend), eos_token=token, name=source)
     raise UsageError(
         f"{key}={source!r}: no token that ends a text (looked for "
         f"{eos or ', '.join(COMMON_END_TOKENS)}); set eos_token in its tokenizer_config.json"

@@ -17,8 +17,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from models.base.errors import NestlingError
+from models.base.files import read_json
 from models.base.progress import progress_bar
-from train.data.cache import build_once, content_key
+from models.checkpoint.tokenizer import for_bare_text
+from train.data.cache import MANIFEST, build_once, content_key
 from train.data.corpus import Corpus, open_corpus, take_documents
 from train.data.documents import PIECE_CHARS, is_validation, split_into_pieces
 from train.data.pack import Rows
@@ -39,11 +41,13 @@ class Tokens:
         train: the training stream, memory-mapped.
         valid: the validation stream; only an eos where nothing was held out.
         facts: num_documents, num_valid_documents, num_chars.
+        sha256: of both streams, whatever they were made from.
     """
 
     train: Stream
     valid: Stream
     facts: dict[str, Any]
+    sha256: str
 
 
 def tokenise(
@@ -93,7 +97,8 @@ def tokenise(
 
     facts = build_once(folder, build)
     train, valid = (np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "valid"))
-    return Tokens(train=train, valid=valid, facts=facts)
+    sealed = read_json(folder / MANIFEST)["files"]
+    return Tokens(train=train, valid=valid, facts=facts, sha256=content_key(sealed))
 
 
 def write_streams(
@@ -197,9 +202,7 @@ def encode(pieces: Iterable[Piece], tokenizer: TextTokenizer) -> Iterator[tuple[
 
 def plain_copy(backend: Tokenizer) -> Tokenizer:
     """Return a copy that keeps all tokens, and to which a special token's name in a text is only text."""
-    copy: Tokenizer = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
+    copy = for_bare_text(backend)
     copy.encode_special_tokens = True
     return copy
 

@@ -34,10 +34,11 @@ from train.run.callbacks.signals import Signals
 from train.run.callbacks.skip_steps import Stability
 from train.run.distributed import check_agreed, make_fabric, make_strategy, side_by_side
 from train.run.fsdp import gather_model
+from train.run.identity import Identity, identify
 from train.run.malloc import keep_freed_memory
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
-from train.run.run_folder import earlier_state, find_state, open_run
+from train.run.run_folder import check_belongs, earlier_state, find_state, open_run
 from train.run.state import TrainingState
 from train.run.teacher import Teacher, check_teacher, open_teacher
 from train.run.tracking import make_loggers
@@ -86,12 +87,16 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
             check_agreed(fabric, "dtype=auto", precision)
             check_agreed(fabric, "loss.teacher", str(teacher and teacher.record))
             state = fabric.broadcast(state)
+            run = identify(recipe, data, teacher, precision)
+            if fabric.is_global_zero and resume != "never":
+                check_belongs(recipe, run, out, state, console)
+            check_agreed(fabric, "the text's hash", data.tokens_sha256)
             module = make_module(recipe, data, state, teacher)
             if fabric.is_global_zero:
-                open_run(recipe, out, state, teacher, restart=resume == "never")
+                open_run(recipe, out, state, teacher, run=run, restart=resume == "never")
             returns: list[int] = []
             while module.first_step < recipe.trainer.max_steps:
-                exit_code = train(module, data, out, state, signals, fabric, console)
+                exit_code = train(module, data, out, state, run, signals, fabric, console)
                 if exit_code is not None or not module.guard.diverged:
                     break
                 if fabric.is_global_zero:
@@ -131,7 +136,7 @@ def make_module(
     model = make_model(recipe, data)
     if state is not None:
         state.restore_weights(model)
-        data.first_step, data.offset = state.step, state.data_offset
+        data.first_step, data.first_row = state.step, state.first_row(recipe)
     return JointModule(
         model,
         recipe.granularities,
@@ -147,6 +152,7 @@ def train(
     data: TextData,
     out: Path,
     state: TrainingState | None,
+    run: Identity,
     signals: Signals,
     fabric: Fabric,
     console: Console,
@@ -161,7 +167,7 @@ def train(
     if fabric.is_global_zero:
         loggers = make_loggers(recipe.tracking, out, module.members, asdict(recipe))
         log = MetricsLog(out / "metrics.jsonl", loggers, first_step=module.first_step)
-    callbacks = [signals, *make_callbacks(module, data, out, log, state, console)]
+    callbacks = [signals, *make_callbacks(module, data, out, log, state, run, console)]
     trainer = pl.Trainer(
         max_steps=settings.max_steps - module.first_step,
         max_epochs=-1,
@@ -209,6 +215,7 @@ def make_callbacks(
     out: Path,
     log: MetricsLog,
     state: TrainingState | None,
+    run: Identity,
     console: Console,
 ) -> list[pl.Callback]:
     """Return everything optional, in the order that it must run in."""
@@ -236,6 +243,8 @@ def make_callbacks(
             metrics,
             every=settings.checkpoint_every,
             keep=settings.keep_checkpoints,
+            row_at=data.row_at,
+            run=asdict(run),
             state=state,
         )
     )

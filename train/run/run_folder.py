@@ -1,6 +1,6 @@
 """A run's folder: whether it fits the recipe, which of its states the run goes on from, what a kill left.
 
-recipe.yaml  metrics.jsonl  steps/<n>/  model/  and with a teacher teacher.json
+recipe.yaml  data.json  metrics.jsonl  steps/<n>/  model/  and with a teacher teacher.json
 """
 
 from dataclasses import asdict, replace
@@ -12,14 +12,20 @@ from models.base.errors import NestlingError, UsageError
 from models.base.files import check_replaceable, make_folder, read_json, remove_folder, sweep, write_json
 from train.data.module import TextData
 from train.recipe.recipe import Recipe, load_saved_recipe, save_recipe
+from train.run.identity import (
+    DATA_FILE,
+    RECIPE_FILE,
+    Identity,
+    check_recipe,
+    check_same_run,
+    read_identity,
+    what_changes,
+)
 from train.run.module import JointModule
 from train.run.state import TrainingState, drop_old_states, load_state, newest_state
 from train.run.teacher import Teacher
 
-RECIPE_FILE = "recipe.yaml"
 TEACHER_FILE = "teacher.json"
-FREE_TO_CHANGE = ("trainer", "tracking")
-"""Sections of a recipe that a resumed run may change."""
 
 
 def find_state(
@@ -30,10 +36,13 @@ def find_state(
     if resume == "never":
         return None
     if (out / RECIPE_FILE).is_file():
-        _check_same(recipe, load_saved_recipe(out / RECIPE_FILE), out)
+        check_recipe(asdict(recipe), asdict(load_saved_recipe(out / RECIPE_FILE)), f"--out {out}")
         _check_same_teacher(teacher, out)
     if resume != "auto":
-        return load_state(Path(resume))
+        named = load_state(Path(resume))
+        if before := _told_by(named).recipe:
+            check_recipe(asdict(recipe), before, f"--resume {resume}")
+        return named
     state, damaged = newest_state(out / "steps")
     for line in damaged:
         warn(console, line)
@@ -44,8 +53,39 @@ def find_state(
     return state
 
 
+def check_belongs(
+    recipe: Recipe, ours: Identity, out: Path, state: TrainingState | None, console: Console
+) -> None:
+    """Compare the run with its folder and its state once its data are known, and tell what may change.
+
+    Raises:
+        UsageError: naming what differs, with both values; nothing was written.
+    """
+    there = read_identity(out)
+    if there is not None:
+        check_same_run(ours, there, f"--out {out}")
+    if state is not None:
+        theirs = _told_by(state)
+        check_same_run(ours, theirs, f"--resume {state.path}")
+        for line in what_changes(recipe, ours, theirs, step=state.step, row=state.first_row(recipe)):
+            console.print(line, highlight=False, markup=False)
+
+
+def _told_by(state: TrainingState) -> Identity:
+    """The run that a state tells of; an old one tells nothing, but the folder around it may."""
+    if state.run:
+        return Identity.read(state.run)
+    return read_identity(state.path.absolute().parent.parent) or Identity(recipe={})
+
+
 def open_run(
-    recipe: Recipe, out: Path, state: TrainingState | None, teacher: Teacher | None, *, restart: bool
+    recipe: Recipe,
+    out: Path,
+    state: TrainingState | None,
+    teacher: Teacher | None,
+    *,
+    run: Identity,
+    restart: bool,
 ) -> None:
     """Make the run folder, once everything that can be refused was, and clear away what a kill left.
 
@@ -54,12 +94,13 @@ def open_run(
         out: the folder.
         state: what the run goes on from.
         teacher: recorded in it.
+        run: recorded in it.
         restart: clear an earlier run.
     """
     if restart:
         for part in (out / "steps", out / "model"):
             remove_folder(part)
-        for file in (RECIPE_FILE, TEACHER_FILE, "metrics.jsonl", "wandb_id"):
+        for file in (RECIPE_FILE, DATA_FILE, TEACHER_FILE, "metrics.jsonl", "wandb_id"):
             (out / file).unlink(missing_ok=True)
     make_folder(out)
     for folder in (out, out / "steps"):
@@ -67,18 +108,9 @@ def open_run(
     if state is not None:
         drop_old_states(out / "steps", step=state.step, keep=recipe.trainer.keep_checkpoints)
     save_recipe(recipe, out / RECIPE_FILE)  # first: it makes the folder one that may be gone on with
+    write_json(out / DATA_FILE, run.data)
     if teacher is not None:
         write_json(out / TEACHER_FILE, teacher.record)
-
-
-def _check_same(recipe: Recipe, before: Recipe, out: Path) -> None:
-    ours, theirs = asdict(recipe), asdict(before)
-    changed = [name for name in ours if name not in FREE_TO_CHANGE and ours[name] != theirs[name]]
-    if changed:
-        raise UsageError(
-            f"--out {out} holds a run with another {' and '.join(changed)} section; "
-            "choose another --out, or start over with --resume never"
-        )
 
 
 def _check_same_teacher(teacher: Teacher | None, out: Path) -> None:
@@ -122,8 +154,7 @@ def earlier_state(
         )
     returns.append(state.step)
     warn(console, f"three steps in a row were skipped before step {module.step}; back to step {state.step}")
-    offset = data.offset + module.step - state.step
-    return replace(state, data_offset=offset, guard=module.guard.after_rollback())
+    return replace(state, rows=data.row_at(module.step), guard=module.guard.after_rollback())
 
 
 def warn(console: Console, line: str) -> None:

@@ -2,7 +2,7 @@
 
     model.safetensors      weights in training precision
     optimizer.safetensors  AdamW's moments, named like the weights
-    state.json             optimizer steps and tokens done, how far the data are ahead, the guard's counters
+    state.json             optimizer steps, tokens and rows done, the guard's counters, the run that it is of
     manifest.json          size and SHA-256 of each file, written last
 
 A run needs nothing else to go on: batches, members' slots and the learning rate are functions of the
@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +26,9 @@ from models.base.errors import NestlingError, UsageError
 from models.base.files import read_json, remove_folder, utf8_path, write_folder, write_json
 from models.checkpoint.weights import WEIGHTS, write_weights
 from models.elastic.model import ElasticLM
+from train.recipe.recipe import Recipe
 from train.run.fsdp import gather, gather_model, shard_like
+from train.run.identity import check_shapes
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -40,20 +43,35 @@ class TrainingState:
         path: its folder.
         step: optimizer steps done.
         tokens: tokens trained on.
-        data_offset: step s reads the batch of step s + data_offset.
+        rows: rows of the shuffled data that were read or passed over; None in an old state.
+        data_offset: of an old state: step s reads the batch of step s + data_offset.
         guard: counters of `train/run/skip_steps.py`.
+        run: the run that it is of; empty in an old state.
     """
 
     path: Path
     step: int
     tokens: int
+    rows: int | None = None
     data_offset: int = 0
     guard: Mapping[str, float] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    def first_row(self, recipe: Recipe) -> int:
+        """The place of the next row that a run reads from here."""
+        if self.rows is not None:
+            return self.rows
+        return (self.step + self.data_offset) * recipe.trainer.rows_per_step
 
     def restore_weights(self, model: ElasticLM) -> None:
         """Put the weights into a model of the same shape."""
         with utf8_path(self.path) as path:
             saved = load_file(path / WEIGHTS)
+        check_shapes(
+            {name: parameter.shape for name, parameter in model.named_parameters()},
+            {name: tensor.shape for name, tensor in saved.items()},
+            self.path / WEIGHTS,
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(saved[name])
@@ -80,8 +98,9 @@ def save_state(
     step: int,
     tokens: int,
     keep: int,
-    data_offset: int = 0,
+    rows: int = 0,
     guard: Mapping[str, float] | None = None,
+    run: Mapping[str, Any] | None = None,
     writes: bool = True,
 ) -> Path:
     """Write `steps/<step>/`, then drop all but the newest `keep` states up to it.
@@ -105,7 +124,7 @@ def save_state(
             save_file(moments, folder / OPTIMIZER)
         except SafetensorError as error:
             raise NestlingError(f"cannot write {path / OPTIMIZER}: {error}; free some space") from error
-        facts = {"step": step, "tokens": tokens, "data_offset": data_offset, "guard": dict(guard or {})}
+        facts = {"step": step, "tokens": tokens, "rows": rows, "guard": dict(guard or {}), "run": run or {}}
         write_json(folder / STATE, facts)
         write_json(folder / MANIFEST, {file.name: _seal(file) for file in sorted(folder.iterdir())})
     for folder in _state_folders(steps):
@@ -154,7 +173,13 @@ def load_state(folder: Path) -> TrainingState:
             raise NestlingError(f"{folder / name} is missing or damaged; an older state will do")
     state = read_json(folder / STATE)
     return TrainingState(
-        folder, state["step"], state["tokens"], state.get("data_offset", 0), state.get("guard", {})
+        folder,
+        state["step"],
+        state["tokens"],
+        state.get("rows"),
+        state.get("data_offset", 0),
+        state.get("guard", {}),
+        state.get("run", {}),
     )
 
 

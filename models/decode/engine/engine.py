@@ -162,8 +162,7 @@ def _request(
     policy.check(target)
     eos_token_ids = config.eos_token_ids
     if eos_token_ids is None:
-        eos = elastic_model(target).config.eos_token_id
-        eos_token_ids = () if eos is None else (eos,)
+        eos_token_ids = elastic_model(target).config.eos_token_ids
     cache = new_cache(target, len(prompt_ids) + limit)
     return _Request(
         target=target,

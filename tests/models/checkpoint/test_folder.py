@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from models.base.errors import NestlingError, UsageError
+from models.checkpoint.extract import extract, verify_extraction
 from models.checkpoint.folder import Member, load_model, save_model
 from models.checkpoint.huggingface import load_stock, to_hugging_face
 from models.elastic.config import ElasticConfig
@@ -303,3 +304,51 @@ def test_damage_is_named_in_one_line(folder: Path, name: str) -> None:
 
 def test_an_undamaged_copy_opens(folder: Path, tmp_path: Path) -> None:
     load_model(shutil.copytree(folder, tmp_path / "copy"))
+
+
+# ---------------------------------------------------------------- tokens that end a text
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (5, None, (5,)),
+        ([5, 6], None, (5, 6)),
+        ([5], None, (5,)),
+        (None, None, ()),
+        (5, [7, 6], (5, 7, 6)),
+        ([5, 6], [6, 8], (5, 6, 8)),
+        (None, 4, (4,)),
+        ([5, 5], 5, (5,)),
+    ],
+)
+def test_every_end_token_that_the_folder_states_counts_and_goes_with_an_extraction(
+    folder: Path, tmp_path: Path, config: object, generation: object, expected: tuple[int, ...]
+) -> None:
+    change_json("config.json", eos_token_id=config)(folder)
+    change_json("generation_config.json", eos_token_id=generation)(folder)
+    opened = load_model(folder)
+    assert opened.model.config.eos_token_ids == expected
+    out = extract(opened, FAMILY["S"], tmp_path / "out")
+    assert load_model(out).model.config.eos_token_ids == expected
+    stated = json.loads((out / "config.json").read_text())["eos_token_id"]
+    assert stated == (list(expected) if len(expected) > 1 else expected[0] if expected else None)
+    ends = to_hugging_face(opened.model).config.eos_token_id
+    assert ends == stated
+
+
+@pytest.mark.parametrize("value", ["5", [1, None], {"a": 1}, True, 1.5])
+def test_an_end_token_that_is_none_is_named(folder: Path, value: object) -> None:
+    for file in ("config.json", "generation_config.json"):
+        before = (folder / file).read_bytes()
+        change_json(file, eos_token_id=value)(folder)
+        with pytest.raises(NestlingError, match=rf"{file}: eos_token_id=.* is not a whole number"):
+            load_model(folder)
+        (folder / file).write_bytes(before)
+
+
+def test_an_extraction_with_several_end_tokens_is_equal_in_transformers(folder: Path, tmp_path: Path) -> None:
+    change_json("config.json", eos_token_id=[5, 6, 7])(folder)
+    opened = load_model(folder)
+    out = extract(opened, FAMILY["S"], tmp_path / "out")
+    assert verify_extraction(opened, FAMILY["S"], out).holds

@@ -1,5 +1,6 @@
 """From prompt to text, over models that are known to say a given text."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,8 +10,9 @@ from tokenizers import Tokenizer
 
 from models.base.errors import UsageError
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
+from models.decode.engine.policy import Fixed
 from models.decode.sampling.params import SamplingParams
-from models.decode.text import stream_text
+from models.decode.text import generate_batch, stream_text
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -147,3 +149,13 @@ def test_the_result_as_a_dictionary_has_the_documented_fields(byte_tokenizer: To
     ours = stream_text(parrot(byte_tokenizer), byte_tokenizer, PROMPT).finish().as_dict()
     assert ours["text"] == TEXT
     assert {"text", "ids", "tokens_per_second", "tau", "alpha"} <= ours.keys()
+
+
+def test_each_of_several_end_tokens_ends_the_text(byte_tokenizer: Tokenizer) -> None:
+    (other,) = byte_tokenizer.encode("c").ids
+    model = parrot(byte_tokenizer, eos_token_id=[END, other])
+    assert stream_text(model, byte_tokenizer, PROMPT).finish().text == TEXT[: TEXT.index("c")]
+    plain = partial(Fixed, None, 0)
+    results = generate_batch(model, byte_tokenizer, [PROMPT, PROMPT], new_policy=plain)
+    assert [result.text for result in results] == [TEXT[: TEXT.index("c")]] * 2
+    assert {result.report.finish_reason for result in results} == {"eos"}

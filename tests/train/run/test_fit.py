@@ -118,6 +118,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_its_recipe_metrics_states_and_a_measured_family(finished: Path) -> None:
     assert sorted(path.name for path in finished.iterdir()) == [
+        "data.json",
         "metrics.jsonl",
         "model",
         "recipe.yaml",
@@ -259,7 +260,7 @@ def test_a_run_does_not_go_on_with_another_teacher(text: Path, tmp_path: Path, f
     shutil.copytree(finished / "model", teacher)
     recipe = make_recipe(text, f"loss.teacher={teacher}", "trainer.max_steps=4")
     run(recipe, out)
-    with pytest.raises(UsageError, match=r"another loss section"):
+    with pytest.raises(UsageError, match=r"loss\.teacher=.*teacher \(now .*model\)"):
         run(make_recipe(text, f"loss.teacher={finished / 'model'}"), out)
     shutil.copy(finished / "steps/00000004/model.safetensors", teacher)
     metrics = (out / "metrics.jsonl").read_bytes()
@@ -294,7 +295,9 @@ def test_a_finished_run_trains_no_further(text: Path, finished: Path) -> None:
 
 
 def test_a_run_folder_with_another_recipe_is_not_mixed_up(text: Path, finished: Path) -> None:
-    with pytest.raises(UsageError, match=r"another model and seed section.*--resume never"):
+    with pytest.raises(
+        UsageError, match=r"model\.num_hidden_layers=3 \(now 2\), seed=0 \(now 1\).*--resume never"
+    ):
         run(make_recipe(text, "seed=1", "model.num_hidden_layers=2"), finished)
 
 
@@ -407,7 +410,7 @@ def test_three_in_a_row_go_back_to_the_last_state_and_read_on(
     assert [line["step"] for line in train] == [2, 4, 6, 8, 10, 12]
     assert [line["rollbacks"] for line in train] == [0, 0, 1, 1, 1, 1]
     assert train[-1]["skipped"] == 3
-    assert read_json(tmp_path / "whole/steps/00000012/state.json")["data_offset"] == 4
+    assert read_json(tmp_path / "whole/steps/00000012/state.json")["rows"] == 4 * 16
     assert load_model(tmp_path / "whole/model").provenance["rollbacks"] == 1
     for step in (4, 8):  # killed before the next state was written, and after
         out = cut_back(tmp_path / "whole", tmp_path / f"killed-{step}", step)

@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from models.base.errors import NestlingError, UsageError
 from models.base.files import read_json, write_json
 from models.elastic.model import ElasticLM
+from train.recipe.recipe import load_recipe
 from train.recipe.sections import OptimConfig
 from train.run.optim import make_optimizer
 from train.run.state import load_state, newest_state, save_state
@@ -115,4 +117,12 @@ def test_a_state_written_before_there_was_a_guard_still_serves(tiny_model: Elast
     manifest["state.json"] = f"{len(content)} {hashlib.sha256(content).hexdigest()}"
     write_json(folder / "manifest.json", manifest)
     state = load_state(folder)
-    assert (state.step, state.tokens, state.data_offset, dict(state.guard)) == (7, 70, 0, {})
+    assert (state.step, state.tokens, dict(state.guard), dict(state.run)) == (7, 70, {}, {})
+    assert state.first_row(load_recipe(overrides=["trainer.batch_size=3"])) == 21
+
+
+def test_weights_of_another_shape_are_named(tiny_model: ElasticLM, tmp_path: Path) -> None:
+    save_at(tmp_path, tiny_model, 7)
+    other = ElasticLM(replace(tiny_model.config, vocab_size=65))
+    with pytest.raises(NestlingError, match=r"another model: model\.embed_tokens.* is \[64, 32\], here \[65"):
+        load_state(tmp_path / "00000007").restore_weights(other)

@@ -1,6 +1,8 @@
 """Writes resumable states every n steps, first and last, and puts the optimizer's state back."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -21,6 +23,8 @@ class Checkpoint(StepCallback):
         metrics: knows how many tokens were trained on.
         every: optimizer steps between states.
         keep: how many states stay.
+        row_at: the next row that the run reads after a step.
+        run: the run that the states are of.
         state: the one that the run goes on from, if any.
     """
 
@@ -31,10 +35,13 @@ class Checkpoint(StepCallback):
         *,
         every: int,
         keep: int,
+        row_at: Callable[[int], int],
+        run: Mapping[str, Any],
         state: TrainingState | None = None,
     ) -> None:
         super().__init__(every=every)
         self.steps, self.metrics, self.keep, self.state = steps, metrics, keep, state
+        self.row_at, self.run = row_at, run
         self._saved = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -58,8 +65,9 @@ class Checkpoint(StepCallback):
             step=module.step,
             tokens=self.metrics.tokens,
             keep=self.keep,
-            data_offset=self.state.data_offset if self.state else 0,
+            rows=self.row_at(module.step),
             guard=module.guard.counters(),
+            run=self.run,
             writes=trainer.is_global_zero,
         )
 

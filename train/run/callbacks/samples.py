@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import lightning.pytorch as pl
 from tokenizers import Tokenizer
 
+from models.decode.detokenize import continuation
 from models.decode.engine.engine import stream
 from models.elastic.granularity import Granularity
 from models.elastic.view import View
@@ -50,7 +51,7 @@ class Samples(StepCallback):
         for name, granularity in self.members.items():
             view = View(model, granularity)
             tokens = stream(view, self.prompt_ids, max_new_tokens=self.num_tokens)
-            texts[name] = self.tokenizer.decode([token.id for token in tokens])
+            texts[name] = continuation(self.tokenizer, self.prompt_ids, [token.id for token in tokens])
             self.lines.write("sample", module.step, {"member": name, "prompt": prompt, "text": texts[name]})
         rows = [[module.step, name, prompt, text] for name, text in texts.items()]
         self.lines.mirror_table("samples", module.step, ["step", "member", "prompt", "text"], rows)
