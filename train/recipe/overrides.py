@@ -59,7 +59,7 @@ def load(
 
     takes = {row.key: row.type for row in help_rows(section)}
     given = _given(takes, configs, overrides, renamed if saved else {})
-    unknown = [key for key in given if key not in takes and key.rpartition(".")[0] not in _tables(takes)]
+    unknown = [key for key in given if key not in takes and "table" not in takes.get(_parent(key), "")]
     problems = [_unknown(takes, key, given.pop(key), renamed, dials) for key in unknown]
     try:
         config = OmegaConf.create(TypeAdapter(section).dump_python(section(), mode="json"))
@@ -67,9 +67,9 @@ def load(
             OmegaConf.update(config, key, one.value, merge=False, force_add=True)
         made, wrong = _validate(section, OmegaConf.to_container(config, resolve=True), given)
         texts = {key: given[key].text for key in wrong if key in given and not given[key].origin}
-        if texts:  # text needs no quotes on the command line: what YAML took for a number, say
-            for key, text in texts.items():
-                OmegaConf.update(config, key, text, merge=False)
+        for key, text in texts.items():  # text needs no quotes on the command line: name=2024 is text, too
+            OmegaConf.update(config, key, text, merge=False)
+        if texts:
             made, wrong = _validate(section, OmegaConf.to_container(config, resolve=True), given)
     except _yaml_errors() as error:
         raise UsageError(f"recipe: {str(error).splitlines()[0]}") from None
@@ -104,7 +104,7 @@ def pair_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
                 raise UsageError(f"{word}: has no value; write {word}=VALUE")
         elif not key or not equals:
             raise UsageError(f"{word}: is not an override; write KEY=VALUE, as in seed=1")
-        if not _is_utf8(key + text):
+        if any("\ud800" <= one <= "\udfff" for one in key + text):  # bytes that Python could not decode
             raise UsageError(f"{key}={text!r}: is not UTF-8, as a recipe must be; give a path through a link")
         yield key, text
 
@@ -121,14 +121,6 @@ def _given(
         given.pop(key, None)  # the last word on the command line is merged last
         given[key] = Given(_parse_yaml(text), text)
     return given
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _leaves(
@@ -160,7 +152,7 @@ def _validate(
 
 
 def _unfit(takes: Mapping[str, str], key: str, given: Mapping[str, Given]) -> str:
-    expected = takes.get(key) or takes[key.rpartition(".")[0]].removeprefix("table of ")
+    expected = takes.get(key) or takes[_parent(key)].removeprefix("table of ")
     return f"{key}={show(given[key].text)}{given[key].origin}: expected {expected}"
 
 
@@ -180,15 +172,12 @@ def _unknown(
     name = difflib.get_close_matches(last, by_name, 1)
     near = difflib.get_close_matches(key, takes, 1, 0.8) or [by_name[one] for one in name]
     siblings = [known.rpartition(".")[2] for known in takes if group and known.startswith(f"{group}.")]
-    others = (
-        f"{group} has {', '.join(siblings)}" if siblings else "`nestling train --help-all` lists all keys"
-    )
+    others = f"{group} has {', '.join(siblings)}" if siblings else "see `nestling train --help-all`"
     return f"{shown}: is not a setting; {f'did you mean {near[0]}?' if near else others}"
 
 
-def _tables(takes: Mapping[str, str]) -> list[str]:
-    """The settings whose entries have free names."""
-    return [key for key, text in takes.items() if text.startswith("table of ")]
+def _parent(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _parse_yaml(text: str) -> Any:

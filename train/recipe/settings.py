@@ -4,6 +4,7 @@ A section is a frozen pydantic dataclass with `config=CHECKED`. A field's type a
 and the docstring below it is its help.
 """
 
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -67,19 +68,14 @@ def takes(hint: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def show(value: Any, limit: int = 60) -> str:
-    """Write a value as in YAML, cut to a limit.
+    """Write a value as YAML reads it, cut to a limit.
 
     >>> show({"S": "ffn=0.5"}), show((0.9, 0.95)), show(None), show(True), show("x" * 9, limit=6)
     ('{S: ffn=0.5}', '[0.9, 0.95]', 'null', 'true', 'xxx...')
     """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, Mapping):
-        text = "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
-    elif isinstance(value, list | tuple):
-        text = f"[{', '.join(show(item) for item in value)}]"
-    elif value is None:
-        text = "null"
-    else:
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+        text = text.replace('"', "")
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
