@@ -135,9 +135,9 @@ def test_the_full_model_learns_from_its_teacher_as_if_by_whole_logits(
     full_NV = tiny_model(batch.tokens_BT).flatten(0, 1)[valid_N]
     exit_NV = tiny_model(batch.tokens_BT, MEMBERS["D"]).flatten(0, 1)[valid_N]
     pairs = ((teacher(batch.tokens_BT).flatten(0, 1)[valid_N], full_NV), (full_NV.detach(), exit_NV))
-    for target_NV, learner_NV in pairs:
-        text = F.cross_entropy(learner_NV, labels_N[valid_N])
-        apart = DIVERGENCES[divergence](target_NV, learner_NV, 1.5).mean()
+    for target_NV, student_NV in pairs:
+        text = F.cross_entropy(student_NV, labels_N[valid_N])
+        apart = DIVERGENCES[divergence](target_NV, student_NV, 1.5).mean()
         ((1 - share) * text + share * 0.7 * apart).backward()
     theirs = {name: one.grad for name, one in tiny_model.named_parameters() if one.grad is not None}
     assert_same(ours, theirs)
