@@ -18,9 +18,8 @@ N positions (of all rows, one row after the other), B rows, T positions of a row
 M students.
 """
 
-import dataclasses
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,6 +63,11 @@ class _TeacherSignal(NamedTuple):
     teacher: ElasticLM
     states_ND: Tensor
 
+    def logits(self, positions: slice) -> Tensor:
+        """Return the teacher's logits [N, V] at some positions."""
+        with torch.no_grad():
+            return self.teacher.head(self.states_ND[positions])
+
 
 def joint_loss(
     model: ElasticLM,
@@ -86,35 +90,65 @@ def joint_loss(
         block: Positions of a block for members that train on the shared cache.
         teacher: A model with the same vocabulary, from which the full model learns; None: from text alone.
     """
-    full = next(name for name, granularity in members.items() if granularity == FULL)
-    slots = [_part_here(slot, batch) for slot in plan.slots if _meet(slot.rows, batch.rows_everywhere)]
-    num_positions = batch.tokens_BT.shape[1]
-    assert num_positions % plan.exit_stride == 0, (num_positions, plan.exit_stride)
-
-    recording = Recording() if any(slot.shift is not None for slot, _ in slots) else None
-    depths = {name: len(members[name].layers or ()) for name in plan.exits}
-    with torch.set_grad_enabled(torch.is_grad_enabled() and plan.full):
-        *states, last_BTD = model.states(
-            batch.tokens_BT, FULL, recording, exits=tuple(sorted(set(depths.values())))
-        )
-    by_depth = dict(zip(sorted(set(depths.values())), states, strict=True))
-
-    positions = range(batch.tokens_BT.numel())
-    students = [_Student(full, last_BTD.flatten(0, 1), positions, float(plan.full))]
-    strided = slice(plan.exit_offset, None, plan.exit_stride)  # the stride divides a row: the same in each
-    for name, depth in depths.items():
-        states_ND = by_depth[depth].flatten(0, 1)[strided]
-        students.append(_Student(name, states_ND, positions[strided], plan.exit_weight))
-    for slot, rows in slots:
-        memory = _memory(recording, rows, num_positions, slot, block)
-        states_BTD = model.states(batch.tokens_BT[rows], members[slot.name], memory)[-1]
-        here = positions[rows.start * num_positions : rows.stop * num_positions]
-        students.append(_Student(slot.name, states_BTD.flatten(0, 1), here, slot.weight))
+    slots = [slot for slot in plan.slots if _meet(slot.rows, batch.rows_everywhere)]
+    recording = Recording() if any(slot.shift is not None for slot in slots) else None
+    students = _students_of_full_pass(model, members, batch, plan, recording)
+    for slot in slots:
+        students.append(_student_of_slot(model, members[slot.name], batch, slot, recording, block))
     signal = None
     if teacher is not None and plan.full and ramp(batch.step, config) > 0:
         with torch.no_grad():
             signal = _TeacherSignal(teacher, teacher.states(batch.tokens_BT)[-1].flatten(0, 1))
     return _score(model, students, batch, config, signal)
+
+
+def _students_of_full_pass(
+    model: ElasticLM,
+    members: Mapping[str, Granularity],
+    batch: Batch,
+    plan: StepPlan,
+    recording: Recording | None,
+) -> list[_Student]:
+    """Run the full model, and return it and the exits as students."""
+    full = next(name for name, granularity in members.items() if granularity == FULL)
+    depth_of = {name: len(members[name].layers or ()) for name in plan.exits}
+    depths = tuple(sorted(set(depth_of.values())))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and plan.full):
+        *states, last_BTD = model.states(batch.tokens_BT, FULL, recording, exits=depths)
+    by_depth = dict(zip(depths, states, strict=True))
+    positions = range(batch.tokens_BT.numel())
+    students = [_Student(full, last_BTD.flatten(0, 1), positions, float(plan.full))]
+    assert batch.tokens_BT.shape[1] % plan.exit_stride == 0, (batch.tokens_BT.shape, plan.exit_stride)
+    strided = slice(plan.exit_offset, None, plan.exit_stride)  # the same positions of each row
+    for name, depth in depth_of.items():
+        states_ND = by_depth[depth].flatten(0, 1)[strided]
+        students.append(_Student(name, states_ND, positions[strided], plan.exit_weight))
+    return students
+
+
+def _student_of_slot(
+    model: ElasticLM,
+    granularity: Granularity,
+    batch: Batch,
+    slot: Slot,
+    recording: Recording | None,
+    block: int,
+) -> _Student:
+    """Run a member on those rows of its slot that this process has.
+
+    A process that has none of them runs one row with weight 0: processes that shard a model must all run the
+    same layers, and they wait for the slowest one anyway.
+    """
+    num_positions = batch.tokens_BT.shape[1]
+    first, last = bisect_left(batch.rows, slot.rows.start), bisect_left(batch.rows, slot.rows.stop)
+    rows, weight = (slice(first, last), slot.weight) if first < last else (slice(0, 1), 0.0)
+    memory = None
+    if slot.shift is not None and recording is not None:
+        starts_T = block_starts(num_positions, block, slot.shift)
+        memory = SharedPrefix(recording.rows(rows), starts_T.to(batch.tokens_BT.device))
+    states_BTD = model.states(batch.tokens_BT[rows], granularity, memory)[-1]
+    positions = range(rows.start * num_positions, rows.stop * num_positions)
+    return _Student(slot.name, states_BTD.flatten(0, 1), positions, weight)
 
 
 def _score(
@@ -124,7 +158,7 @@ def _score(
     config: LossConfig,
     signal: _TeacherSignal | None,
 ) -> JointLoss:
-    """Return the losses of all students, made chunk by chunk; the first student teaches the others."""
+    """Return the losses of all students, made chunk by chunk; the first student is the full model."""
     labels_N = batch.labels_BT.flatten()
     size = rows_per_chunk(model.config.vocab_size, labels_N.device)
     chunks = [range(start, min(start + size, len(labels_N))) for start in range(0, len(labels_N), size)]
@@ -137,24 +171,15 @@ def _score(
     if torch.is_autocast_enabled(labels_N.device.type):  # which would cast it again for each chunk
         weight_VD = weight_VD.to(torch.get_autocast_dtype(labels_N.device.type))
 
-    def terms(number: int, last_ND: Tensor, *members_ND: Tensor) -> Tensor:
-        chunk, (_, *parts_here) = chunks[number], parts[number]
-        labels_n = labels_N[chunk.start : chunk.stop]
+    def terms(number: int, *states_ND: Tensor) -> Tensor:
+        chunk = chunks[number]
+        here = slice(chunk.start, chunk.stop)
+        rows = [slice(p.start - chunk.start, p.stop - chunk.start, p.step) for p in parts[number]]
         # One product for all: an exit's few rows, and their part of the weights' gradient, are slow alone.
-        packed_NV = F.linear(torch.cat([last_ND, *members_ND]), weight_VD)
-        logits_NV, *logits = packed_NV.split([len(last_ND), *map(len, members_ND)])
-        full_NV = logits_NV.detach()
-        if signal is None:
-            loss_N = cross_entropy(logits_NV, labels_n)
-        else:
-            with torch.no_grad():
-                teacher_NV = signal.teacher.head(signal.states_ND[chunk.start : chunk.stop])
-            loss_N = member_loss(logits_NV, labels_n, teacher_NV, config, batch.step)
-        sums = [students[0].weight * loss_N.sum()]
-        for student, part, member_NV in zip(students[1:], parts_here, logits, strict=True):
-            here = slice(part.start - chunk.start, part.stop - chunk.start, part.step)
-            loss_N = member_loss(member_NV, labels_n[here], full_NV[here], config, batch.step)
-            sums.append(student.weight * loss_N.sum())
+        packed_NV = F.linear(torch.cat(states_ND), weight_VD)
+        logits = packed_NV.split([len(states) for states in states_ND])
+        losses = _losses(logits, rows, labels_N[here], signal and signal.logits(here), config, batch.step)
+        sums = [student.weight * loss_N.sum() for student, loss_N in zip(students, losses, strict=True)]
         return torch.stack(sums) / batch.num_valid
 
     total, terms_M = sum_by_chunks(terms, list(zip(*states, strict=True)), [weight_VD])
@@ -162,6 +187,24 @@ def _score(
     if not students[0].weight:
         del named[students[0].name]
     return JointLoss(total, named)
+
+
+def _losses(
+    logits: Sequence[Tensor],
+    rows: Sequence[slice],
+    labels_N: Tensor,
+    teacher_NV: Tensor | None,
+    config: LossConfig,
+    step: int,
+) -> Iterator[Tensor]:
+    """Yield each student's losses in a chunk: the full model teaches the others, and may have a teacher."""
+    full_NV = logits[0].detach()
+    if teacher_NV is None:
+        yield cross_entropy(logits[0], labels_N)
+    else:
+        yield member_loss(logits[0], labels_N, teacher_NV, config, step)
+    for member_NV, here in zip(logits[1:], rows[1:], strict=True):
+        yield member_loss(member_NV, labels_N[here], full_NV[here], config, step)
 
 
 def _within(positions: range, span: range) -> range:
@@ -177,25 +220,3 @@ def _within(positions: range, span: range) -> range:
 def _meet(rows: range, others: range) -> bool:
     """Return whether two spans of rows have a row in common."""
     return rows.start < others.stop and others.start < rows.stop
-
-
-def _part_here(slot: Slot, batch: Batch) -> tuple[Slot, slice]:
-    """Return the slot with those of its rows that this process has, counted in this process.
-
-    A process that has none of them runs one row with weight 0: processes that shard a model must all run the
-    same layers, and they wait for the slowest one anyway.
-    """
-    first, last = bisect_left(batch.rows, slot.rows.start), bisect_left(batch.rows, slot.rows.stop)
-    if first == last:
-        return dataclasses.replace(slot, weight=0.0), slice(0, 1)
-    return slot, slice(first, last)
-
-
-def _memory(
-    recording: Recording | None, rows: slice, num_positions: int, slot: Slot, block: int
-) -> SharedPrefix | None:
-    if slot.shift is None or recording is None:
-        return None
-    starts_T = block_starts(num_positions, block, slot.shift)
-    device = next(iter(recording.layers.values()))[0].device
-    return SharedPrefix(recording.rows(rows), starts_T.to(device))
