@@ -92,18 +92,19 @@ def plan_step(
     >>> plan.exits, plan.exit_stride, plan.exit_weight
     (('D',), 4, 2.0)
     """
-    rng = random.Random(f"members {seed} {step}")
+    rng = random.Random(f"members {seed} {step}")  # text seeds it alike in every process
     full = next(name for name, plan in members.items() if plan.is_full)
     others = [name for name, plan in members.items() if not plan.is_full]
     everyone = range(num_rows)
     if config.kind == "random":
         names = [*others, full]
         weights = [(config.probabilities or {}).get(name, 0.0) for name in names]
-        chosen = rng.choices(names, weights if any(weights) else None)[0]
+        chosen = rng.choices(names, weights if any(weights) else None)[0]  # None: all alike
         if chosen == full:
             return StepPlan(full=True, exits=(), slots=())
         return StepPlan(full=False, exits=(), slots=(_slot(chosen, everyone, num_rows, config, rng, weight),))
     if config.kind == "sandwich":
+        # the smallest first: it trains in every step
         others.sort(key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
         picked = rng.sample(others[1:], min(config.num_random, len(others[1:])))
         others = others[:1] + picked
@@ -112,6 +113,7 @@ def plan_step(
     rows_of = dict.fromkeys(narrow, everyone)
     if config.kind == "rows":
         size = min(config.min_rows, num_rows)
+        # `row_fraction` of the rows, in slots of `min_rows`: 1/16 of 16 rows is a slot of 4 in every 4th step
         takers = _whose_slots(narrow, config.row_fraction * num_rows / size, seed, step)
         rows_of = _divide(takers, size, num_rows)
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
@@ -122,7 +124,7 @@ def plan_step(
         slots=slots,
         exit_stride=every,
         exit_offset=rng.randrange(every),
-        exit_weight=weight * every**config.weight_power,
+        exit_weight=weight * every**config.weight_power,  # N/n of `_slot` is the stride here
     )
 
 
@@ -132,6 +134,7 @@ def _whose_slots(names: list[str], slots_per_step: float, seed: int, step: int) 
     Each member has one slot in a cycle, in an order that is drawn for each cycle: in a fixed order, every
     n-th step, which the log shows, might have the same member forever.
     """
+    # The slots of a run are numbered through; a fraction of a slot a step adds up to one now and then.
     first, last = (math.floor(count * slots_per_step) for count in (step, step + 1))
     found = []
     for number in range(first, last if names else first):
