@@ -10,7 +10,8 @@ from models.elastic.granularity import Granularity
 from models.measure.consistency import evaluate_family
 from train.commands.common import open_for_measuring
 from train.commands.console import make_console
-from train.commands.evaluate import MAX_SEQUENCE_LENGTH, choose_members, take_batches
+from train.commands.evaluate import MAX_SEQUENCE_LENGTH, choose_members
+from train.data.loader import take_batches
 from train.data.tokenizer import load_tokenizer
 from train.data.tokens import load_rows
 from train.recipe.recipe import load_recipe

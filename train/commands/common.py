@@ -55,6 +55,12 @@ def check_file(flag: str, path: Path) -> None:
         raise UsageError(f"{flag} {path} cannot be read; check its permissions")
 
 
+def check_data(source: str) -> None:
+    """Raise UsageError unless `--data` is a file that can be read, stdlib or a dataset of the hub."""
+    if source != "stdlib" and not source.startswith("hub:"):
+        check_file("--data", Path(source))
+
+
 def check_gamma(text: str | None, *, least: int) -> int | Literal["auto"] | None:
     """What `--gamma` says; None without one."""
     if text is None or text == "auto":

@@ -1,9 +1,6 @@
 """`nestling evaluate`: how well each member models a text, and how close it is to the full model."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +9,7 @@ from models.base.errors import UsageError
 from train.commands.common import (
     JsonOption,
     ModelArgument,
-    check_file,
+    check_data,
     check_json,
     open_for_measuring,
     write_results,
@@ -20,15 +17,11 @@ from train.commands.common import (
 from train.commands.console import make_console
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from models.checkpoint.folder import ModelFolder
     from models.elastic.granularity import Granularity
-    from train.data.pack import Rows
 
 # Long enough for any model that was trained here; a stock one's context may be far longer than needed.
 MAX_SEQUENCE_LENGTH = 1024
-BATCH_TOKENS = 2048
 
 
 def evaluate(
@@ -47,11 +40,11 @@ def evaluate(
 ) -> None:
     """Measure every member on a text: loss, perplexity, match, KL and alpha."""
     check_json(json)
-    if data != "stdlib" and not data.startswith("hub:"):
-        check_file("--data", Path(data))
+    check_data(data)
     if max_tokens < 0:
         raise UsageError(f"--max-tokens must be 0 (all) or more, got {max_tokens}")
     from models.measure.consistency import evaluate_family
+    from train.data.loader import take_batches
     from train.data.tokenizer import load_tokenizer
     from train.data.tokens import load_rows
     from train.report.tables import FAMILY_LEGEND, family_table
@@ -90,14 +83,3 @@ def choose_members(folder: "ModelFolder", asked: list[str]) -> "dict[str, Granul
     members = {**folder.family, **{text: one for text, one in members.items() if text not in folder.family}}
     config = folder.model.config
     return dict(sorted(members.items(), key=lambda item: count_parameters(config, item[1])))
-
-
-def take_batches(rows: "Rows", num_tokens: int) -> "Iterator[tuple[Tensor, Tensor]]":
-    """Tokens and labels [B, T] of a fair sample of the rows."""
-    from train.data.loader import one_pass
-
-    num_rows = -(-num_tokens // rows.sequence_length)
-    batch_size = max(1, min(num_rows, BATCH_TOKENS // rows.sequence_length))
-    num_batches = -(-num_rows // batch_size)
-    for batch in itertools.islice(one_pass(rows, batch_size=batch_size), num_batches):
-        yield batch.tokens_BT, batch.labels_BT

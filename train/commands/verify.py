@@ -1,13 +1,10 @@
 """`nestling verify`: the distribution tests on the user's own model; see models/verify/plan.py."""
 
-import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from models.base.errors import NestlingError, UsageError
+from models.base.errors import UsageError
 from models.base.progress import progress_bar
 from train.commands.common import (
     DtypeOption,
@@ -18,13 +15,6 @@ from train.commands.common import (
 )
 from train.commands.console import make_console
 
-if TYPE_CHECKING:
-    from models.checkpoint.folder import ModelFolder
-    from models.verify.checks import Check
-    from models.verify.drafts import ForModel
-
-NUM_PROMPTS = 4
-
 
 def verify(
     model: ModelArgument,
@@ -34,7 +24,7 @@ def verify(
         typer.Option(
             metavar="G[@int4|int8|bf16]|DIR",
             help="A member that drafts, or another model folder; repeatable. Default: the whole family. "
-            "An adversarial draft, copied text, a controller and batches come on top.",
+            "A hostile draft, copied text, a controller and batches come on top.",
         ),
     ] = None,
     verifier: Annotated[
@@ -58,7 +48,9 @@ def verify(
             raise UsageError(f"{flag} must be at least {least}, got {value}")
     from models.decode.open import open_for_decoding
     from models.decode.sampling.samplers import VERIFIER_NAMES, check_verifier
+    from models.verify.inputs import choose_drafts, encode
     from models.verify.plan import FALSE_ALARM, plan_checks
+    from models.verify.report import LEGEND, check_fields, check_table, require_passed
 
     verifiers = list(dict.fromkeys(verifier or VERIFIER_NAMES))
     for name in verifiers:
@@ -86,11 +78,10 @@ def verify(
         for job in jobs:
             checks.append(job())
             bar.advance()
-    failed = [check for check in checks if not check.passed]
-    make_console().print(_table(checks, title=f"{model}: {len(checks) - len(failed)} of {len(checks)} hold"))
+    title = f"{model}: {sum(check.passed for check in checks)} of {len(checks)} hold"
+    make_console().print(check_table(checks).to_rich(title=title, caption=LEGEND))
     results = {
-        "passed": not failed,
-        "checks": [dataclasses.asdict(check) for check in checks],
+        **check_fields(checks),
         "model": str(model),
         "false_alarm": FALSE_ALARM,
         "trials": trials,
@@ -98,99 +89,4 @@ def verify(
         "seed": seed,
     }
     write_results(json, results, dtypes={"model": dtype})
-    if failed:
-        one = failed[0]
-        raise NestlingError(
-            f"{len(failed)} of {len(checks)} tests failed, first {one.test} {one.verifier} with draft "
-            f"{one.draft}: {one.value:.1e}, bound {one.bound:.1e}; please report it with the --json file"
-        )
-
-
-def choose_drafts(folder: "ModelFolder", asked: list[str]) -> "dict[str, ForModel]":
-    """What was asked for, else every member of the family but the full one; copied text comes by itself.
-
-    Raises:
-        UsageError: if one is neither a granularity of the model nor a folder, or no draft for it, or cannot
-            run in its precision here.
-        NestlingError: if a folder cannot be opened.
-    """
-    from models.decode.engine.draft import ModelDraft
-    from models.decode.engine.drafters import DRAFTERS
-    from models.decode.tune.resolve import AUTO, is_drafter, open_separate, other_folder
-    from models.elastic.granularity import Granularity
-    from models.packed.quantize import split_precision
-    from models.verify.drafts import member, separate
-
-    config = folder.model.config
-    smaller = [name for name, one in folder.family.items() if not one.resolve(config).is_full]
-    drafts: dict[str, ForModel] = {}
-    for text in [text for text in asked if not is_drafter(folder, text)] or smaller or ["full"]:
-        if text in (AUTO, "none") and text not in folder.family:
-            remedy = f"name a member, a folder or {', '.join(DRAFTERS)}"
-            raise UsageError(f"--draft {text} is no draft to test; {remedy}")
-        other = other_folder(folder, text)
-        if other is not None:
-            path, precision = other
-            model = open_separate(folder, path).model
-            ModelDraft(model).check(folder.model)
-            drafts[text] = separate(model, precision)
-            continue
-        name, precision = split_precision(text)
-        granularity = Granularity.parse(name, folder.family)
-        granularity.resolve(config)
-        drafts[text] = member(granularity, precision)
-    return drafts
-
-
-def encode(folder: "ModelFolder", texts: list[str]) -> list[list[int]]:
-    """Token ids of the prompts; without any, of a few headings, or single tokens if there is no tokenizer.
-
-    Raises:
-        UsageError: if a prompt is empty.
-        NestlingError: if there are prompts but no tokenizer.
-    """
-    from models.decode.prompts import HEADINGS
-
-    config = folder.model.config
-    if folder.tokenizer is None:
-        if texts:
-            raise NestlingError(f"{folder.path} has no tokenizer.json; leave --prompt out")
-        return [[token % config.vocab_size] for token in range(NUM_PROMPTS)]
-    encoded = [folder.tokenizer.encode(text).ids for text in texts or HEADINGS[:NUM_PROMPTS]]
-    for text, ids in zip(texts, encoded, strict=False):
-        if not ids:
-            raise UsageError(f"--prompt {text!r} has no tokens; give at least one to continue")
-    if not texts:  # ours must fit any context
-        encoded = [ids[: max(1, config.max_position_embeddings // 2)] for ids in encoded]
-    return encoded
-
-
-def _table(checks: "Sequence[Check]", title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption=_LEGEND, caption_justify="left")
-    for column in ("test", "verifier", "draft", "gamma", "batch", "sampling", "dtype"):
-        table.add_column(column, no_wrap=True)
-    for column in ("value", "bound"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("holds")
-    table.add_column("what")
-    for check in checks:
-        bound = f"{'>=' if check.test == 'counts' else '<='} {check.bound:.0e}"
-        words = (
-            check.test,
-            check.verifier,
-            check.draft,
-            check.gamma,
-            str(check.batch),
-            check.sampling,
-            check.dtype,
-        )
-        table.add_row(*words, f"{check.value:.1e}", bound, "yes" if check.passed else "NO", check.note)
-    return table
-
-
-_LEGEND = (
-    "any: what a controller chooses among all drafts, by a clock that is arithmetic; batch: texts decoded at "
-    "once\nvalue: total variation to the target's distribution (exact, dtype), p-value (counts), or the gap "
-    "between the two tokens at a first difference (coupled, greedy)\nexact and dtype walk through every "
-    "branch and draw nothing; counts of a correct decoder fail with a probability below 1e-6, all together"
-)
+    require_passed(checks)

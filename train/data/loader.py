@@ -12,6 +12,7 @@ has an equal part of that work.
 """
 
 import functools
+import itertools
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from train.data.batch import Batch
 from train.data.pack import Rows
+
+SAMPLE_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,6 +131,15 @@ def one_pass(rows: Rows, *, batch_size: int, rank: int = 0, world_size: int = 1)
         world_size=world_size,
         repeat=False,
     )
+
+
+def take_batches(rows: Rows, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield tokens and labels [B, T] of a fair sample of the rows."""
+    num_rows = -(-num_tokens // rows.sequence_length)
+    batch_size = max(1, min(num_rows, SAMPLE_BATCH_TOKENS // rows.sequence_length))
+    num_batches = -(-num_rows // batch_size)
+    for batch in itertools.islice(one_pass(rows, batch_size=batch_size), num_batches):
+        yield batch.tokens_BT, batch.labels_BT
 
 
 @functools.lru_cache(maxsize=4)
