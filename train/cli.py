@@ -8,13 +8,13 @@ traceback goes to a file:
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import typer
 
 from models.base.errors import NestlingError
 from train.commands.bench import bench
-from train.commands.bench_train import bench_train
 from train.commands.demo import demo
 from train.commands.distill import distill
 from train.commands.evaluate import evaluate
@@ -35,8 +35,6 @@ from train.commands.train_help import TrainCommand
 from train.commands.verify import verify
 
 INTERRUPTED = 130
-TRAIN_FLAG = "--train"
-TRAINING = f"bench {TRAIN_FLAG}"
 
 app = typer.Typer(
     help="One training run, a whole family of nested language models, and a draft for free.",
@@ -44,20 +42,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=TrainCommand, context_settings=PASS_ON)(train)
-app.command(cls=TrainCommand, context_settings=PASS_ON)(distill)
-app.command("import")(import_model)
-for command in (extract, search, generate, evaluate, verify, report, machine):
-    app.command()(command)
-app.command(epilog=f"Training is measured by nestling {TRAINING} [--config FILE] [KEY=VALUE ...].")(bench)
-app.command(TRAINING, context_settings=PASS_ON, hidden=True)(bench_train)
-app.command(context_settings=PASS_ON)(demo)
+COMMANDS: Mapping[str, tuple[Callable[..., Any], str]] = {
+    "train": (train, "--config demo trainer.max_steps=2000 --out checkpoints/mine"),
+    "distill": (distill, "checkpoints/mine/model --config tiny family={} --out checkpoints/student"),
+    "import": (import_model, "model-Q4_K_M.gguf --out checkpoints/imported"),
+    "extract": (extract, "checkpoints/mine/model --granularity ffn=0.5 --out checkpoints/half"),
+    "search": (search, "checkpoints/mine/model --draft --data stdlib"),
+    "generate": (generate, 'checkpoints/mine/model --draft S --prompt "class Stack:"'),
+    "evaluate": (evaluate, "checkpoints/mine/model --data stdlib --granularity ffn=1:0.5:0.5:0.25"),
+    "verify": (verify, "checkpoints/mine/model --draft S --verifier block"),
+    "bench": (bench, "checkpoints/mine/model --data stdlib, or nestling bench --train --config demo"),
+    "report": (report, "checkpoints/mine"),
+    "machine": (machine, "--refresh"),
+    "demo": (demo, "--out checkpoints/demo"),
+}
+"""The commands in the order of `--help`, each with an example of its arguments."""
+TRAINING = ("train", "distill")
+TAKE_KEYS = (*TRAINING, "bench", "demo")
+
+for name, (command, example) in COMMANDS.items():
+    app.command(
+        name,
+        cls=TrainCommand if name in TRAINING else None,
+        context_settings=PASS_ON if name in TAKE_KEYS else None,
+        epilog=f"Example: nestling {name} {example}",
+    )(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     replace_what_cannot_be_encoded()
-    arguments = _named(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     run = typer.main.get_command(app)
     try:
         code = run(arguments, prog_name="nestling", standalone_mode=False)
@@ -72,17 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _named(arguments: list[str]) -> list[str]:
-    """`bench --train` takes a recipe where `bench` takes a model: a command of its own.
-
-    >>> _named(["bench", "--train", "seed=1"]), _named(["bench", "MODEL"])
-    (['bench --train', 'seed=1'], ['bench', 'MODEL'])
-    """
-    if arguments[:1] == ["bench"] and TRAIN_FLAG in arguments:
-        return [TRAINING, *(word for word in arguments[1:] if word != TRAIN_FLAG)]
-    return arguments
-
-
 def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:
     """Typer's message in one line, with the value, which it does not tell, and where to look."""
     message = " ".join(error.format_message().split())
@@ -91,9 +95,5 @@ def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:
         name, equals, text = flag.partition("=")
         if name in flags and (text if equals else value) not in message:
             message += f", got {(text if equals else value)!r}"
-    command = next((word for word in arguments if word in _commands()), None)
+    command = next((word for word in arguments if word in COMMANDS), None)
     return f"{message} (see {'nestling' if command is None else f'nestling {command}'} --help)"
-
-
-def _commands() -> set[str]:
-    return {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}

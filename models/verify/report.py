@@ -24,8 +24,8 @@ HEADER = (
 LEGEND = (
     "any: what a controller chooses among all drafts, by a clock that is arithmetic; batch: texts decoded at "
     "once\nvalue: total variation to the target's distribution (exact, dtype), p-value (counts), or the gap "
-    "between the two tokens at a first difference (coupled, greedy)\nexact and dtype walk through every branch "
-    "and draw nothing; a true distribution fails a test of counts with a probability below 1e-6 in all"
+    "between the two tokens at a first difference (coupled, greedy)\nexact and dtype walk through every "
+    "branch and draw nothing; true distributions fail the tests of counts with a probability below 1e-6"
 )
 
 

@@ -10,9 +10,8 @@ from typing import NoReturn
 import pytest
 
 from models.base.errors import NestlingError
-from train.cli import main
+from train.cli import COMMANDS, main
 
-COMMANDS = ["train", "extract", "generate", "evaluate", "report", "machine", "demo"]
 LIGHT = "import sys; from train.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
 
 
@@ -43,7 +42,8 @@ def test_help_comes_without_torch(arguments: list[str]) -> None:
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
-    assert f"nestling {command}" in out
+    assert f"Usage: nestling {command} " in out
+    assert f"Example: nestling {command} " in out
     assert "\x1b" not in out, "colours where there is no terminal"
 
 

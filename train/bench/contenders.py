@@ -61,7 +61,7 @@ class BenchSettings:
     compiled: bool
     engines: Collection[str]
     """Engines beside ours."""
-    scratch: Path
+    scratch: Path = Path()
     """A folder for extractions."""
 
 

@@ -12,64 +12,39 @@ cross-entropy before it. A recipe's teacher teaches the full model alone as well
 on its tokenizer and on text alone. Peak memory is that of a fresh process for each.
 """
 
-import contextlib
 import dataclasses
-import logging
+import json
 import multiprocessing
 import resource
 import statistics
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import numpy as np
 import torch
 from rich.console import Console
 
 from models.base.dtypes import DTYPES
+from models.base.files import finite
 from models.base.processor import busy_now
+from models.base.progress import Bar, progress_bar
 from models.base.stopwatch import Clock, alternate
-from models.checkpoint.huggingface import to_hugging_face
-from models.elastic.model import ElasticLM
 from models.machine.card import machine_card, num_threads
+from train.bench.trainers import Contender, train_briefly, wait_for_device
 from train.data.module import TextData
 from train.recipe.recipe import Recipe
 from train.recipe.sections import SamplerConfig
+from train.report.tables import training_table
 from train.run.dryrun import estimate_run
-from train.run.fit import OUR_OWN, make_config, make_model, training_precision
+from train.run.fit import make_config, make_model, training_precision
 from train.run.malloc import keep_freed_memory
-from train.run.module import JointModule
-from train.run.teacher import check_teacher, open_teacher
+from train.run.teacher import check_teacher
 
 PRODUCT_SIDE = 2048
 """Of the square product whose rate is the roof: large enough to reach it, small enough for a second."""
-
-WARM_STEPS = 5
-"""Not timed: while a step's arrays find their places the system is asked for memory, as later it is not."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Contender:
-    """Who trains, and what."""
-
-    engine: str
-    mode: str
-    recipe: Recipe
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingBench:
-    """The measurements; `results` has a row for each contender, the full model alone first."""
-
-    results: list[dict[str, Any]]
-    settings: dict[str, Any]
-    notes: list[str]
 
 
 def bench_training(
@@ -78,16 +53,14 @@ def bench_training(
     rounds: int,
     steps: int,
     console: Console,
-    progress: Callable[[], None] = lambda: None,
-) -> TrainingBench:
-    """Measure a recipe's training.
+) -> dict[str, Any]:
+    """Measure a recipe's training, and return the fields of docs/json.md but the card.
 
     Args:
         recipe: the family, the data and the batch.
         rounds: times that everybody trains.
         steps: timed optimizer steps of each in a round.
-        console: for the data's progress.
-        progress: called after each training.
+        console: where progress is shown.
     """
     teacher = check_teacher(recipe)
     keep_freed_memory()
@@ -99,19 +72,16 @@ def bench_training(
     contenders, notes = choose_contenders(recipe, dtype)
     data = TextData(contenders[0].recipe).prepare(console)
     roof = measure_roof(dtype, on_gpu=on_gpu, clock=clock)
-    seconds: list[list[float]] = [[] for _ in contenders]
-    for _ in range(rounds):
+    with progress_bar("training", len(contenders) * (rounds + 1), console=console) as bar:
+        seconds = _train_in_turn(contenders, data, rounds, steps, clock, bar)
+        rows = []
         for contender, taken in zip(contenders, seconds, strict=True):
-            taken.append(train_briefly(contender, data, steps, clock))
-            progress()
-    rows = []
-    for contender, taken in zip(contenders, seconds, strict=True):
-        memory = measure_memory(contender)
-        progress()
-        config = make_config(contender.recipe, data)
-        taught_by = teacher if contender.engine == "nestling" else None
-        flops = estimate_run(contender.recipe, config, card, taught_by).flops_per_step
-        rows.append(make_row(contender, taken, flops, roof, memory))
+            memory = measure_memory(contender)
+            bar.advance()
+            config = make_config(contender.recipe, data)
+            taught_by = teacher if contender.engine == "nestling" else None
+            flops = estimate_run(contender.recipe, config, card, taught_by).flops_per_step
+            rows.append(make_row(contender, taken, flops, roof, memory))
     compare(rows)
     if clock is time.process_time:
         notes.append("others kept this machine busy: one thread, and processor time instead of wall time")
@@ -126,7 +96,41 @@ def bench_training(
         "rows_per_step": recipe.trainer.rows_per_step,
         "sequence_length": recipe.data.sequence_length,
     }
-    return TrainingBench(results=rows, settings=settings, notes=notes)
+    return {"results": rows, **settings, "notes": notes}
+
+
+def show_training(results: Mapping[str, Any], console: Console) -> None:
+    """Print what was trained, a table, notes, and a last line of JSON: the object that --json writes."""
+    hardware = results["card"]["hardware"]
+    device = hardware["gpu"] or hardware["cpu"]
+    console.print(
+        f"{results['parameters']:,} parameters, {results['rows_per_step']} rows of "
+        f"{results['sequence_length']} tokens a step, {results['dtype']}, {results['threads']} threads, "
+        f"{device}; a matrix product reaches {results['roof_gflops']:,.0f} GFLOP/s",
+        markup=False,
+    )
+    console.print(training_table(results["results"]).to_rich(caption=LEGEND))
+    for note in results["notes"]:
+        console.print(f"note: {note}", markup=False)
+    print(json.dumps(finite(results)))
+
+
+LEGEND = (
+    "x full: against nestling full; MFU: of the rate of a matrix product; of it training: above what the "
+    "process held before"
+)
+
+
+def _train_in_turn(
+    contenders: Sequence[Contender], data: TextData, rounds: int, steps: int, clock: Clock, bar: Bar
+) -> list[list[float]]:
+    """Return the seconds of a step of each contender, in each round."""
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for _ in range(rounds):
+        for contender, taken in zip(contenders, seconds, strict=True):
+            taken.append(train_briefly(contender, data, steps, clock))
+            bar.advance()
+    return seconds
 
 
 def choose_contenders(recipe: Recipe, dtype: str) -> tuple[list[Contender], list[str]]:
@@ -156,109 +160,11 @@ def measure_roof(dtype: str, *, on_gpu: bool, clock: Clock) -> float:
 
     def product() -> None:
         torch.mm(a_NN, a_NN)
-        _wait()
+        wait_for_device()
 
     return (
         2e-9 * PRODUCT_SIDE**3 / alternate({"product": product}, budget=1.0, clock=clock).shortest["product"]
     )
-
-
-def train_briefly(contender: Contender, data: TextData, steps: int, clock: Clock) -> float:
-    """Train from new weights for a few steps and then so many; seconds of one of these."""
-    torch.manual_seed(contender.recipe.seed)
-    model = make_model(contender.recipe, data)
-    marks = Marks(clock)
-    with _quiet(), tempfile.TemporaryDirectory(prefix="nestling-bench-") as scratch:
-        run = _train_ours if contender.engine == "nestling" else _train_theirs
-        run(contender.recipe, model, data, WARM_STEPS + steps, marks, Path(scratch))
-    assert len(marks.times) == WARM_STEPS + steps, (len(marks.times), steps)
-    return (marks.times[-1] - marks.times[WARM_STEPS - 1]) / steps
-
-
-class Marks:
-    """The time at the end of each optimizer step."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.times: list[float] = []
-
-    def add(self) -> None:
-        """Note the time, once the device has done its work: launches return before."""
-        _wait()
-        self.times.append(self.clock())
-
-
-class _MarkSteps(pl.Callback):
-    def __init__(self, marks: Marks) -> None:
-        self.marks = marks
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.marks.add()
-
-
-def _train_ours(
-    recipe: Recipe, model: ElasticLM, data: TextData, steps: int, marks: Marks, scratch: Path
-) -> None:
-    settings = recipe.trainer
-    trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator=settings.accelerator,
-        devices=1,
-        precision="bf16-mixed" if recipe.dtype == "bf16" else "32-true",
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        gradient_clip_val=settings.gradient_clip_val,
-        callbacks=[_MarkSteps(marks)],
-        **OUR_OWN,
-        default_root_dir=scratch,
-    )
-    teacher = open_teacher(recipe, recipe.dtype)
-    module = JointModule(
-        model, recipe.granularities, recipe, teacher=None if teacher is None else teacher.model
-    )
-    trainer.fit(module, train_dataloaders=data.train_dataloader())
-
-
-def _train_theirs(
-    recipe: Recipe, model: ElasticLM, data: TextData, steps: int, marks: Marks, scratch: Path
-) -> None:
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    class MarkSteps(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **names: Any) -> None:
-            marks.add()
-
-    settings, optim = recipe.trainer, recipe.optim
-    num_rows = steps * settings.rows_per_step
-    tokens_BT, _ = data.train_rows.gather(np.arange(num_rows) % len(data.train_rows))
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate_grad_batches,
-        learning_rate=optim.lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.betas[0],
-        adam_beta2=optim.betas[1],
-        max_grad_norm=settings.gradient_clip_val or 0.0,
-        optim="adamw_torch_fused" if optim.fused else "adamw_torch",
-        bf16=recipe.dtype == "bf16",
-        use_cpu=not torch.cuda.is_available() or settings.accelerator == "cpu",
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    # Their model shifts the labels itself.
-    examples: Any = [{"input_ids": row_T, "labels": row_T} for row_T in tokens_BT]
-    stock = to_hugging_face(model).train()
-    trainer = Trainer(model=stock, args=arguments, train_dataset=examples, callbacks=[MarkSteps()])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
 
 
 def measure_memory(contender: Contender) -> dict[str, int]:
@@ -335,18 +241,3 @@ def compare(rows: list[dict[str, Any]]) -> None:
         row["step_ratio"] = statistics.median(own / alone for own, alone in pairs)
         for name in ("peak", "training"):
             row[f"{name}_ratio"] = row[f"{name}_bytes"] / full[f"{name}_bytes"]
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off the screen what both trainers say of their own settings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in ("lightning.pytorch", "lightning.fabric", "transformers", "accelerate"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        yield

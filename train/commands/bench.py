@@ -1,149 +1,247 @@
-"""`nestling bench`: ours against transformers on the same weights, side by side; see models/bench/run.py."""
+"""`nestling bench`: the speed of decoding, or of training; see train/bench/.
 
-import contextlib
-import logging
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+With `--train`, a recipe takes the place of the model: its keys are given as for `nestling train`.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from models.base.errors import UsageError
-from models.base.progress import progress_bar
-from train.commands.common import JsonOption, check_file, check_gamma, check_json, check_plot
+from train.commands.common import (
+    ConfigOption,
+    JsonOption,
+    add_card,
+    check_file,
+    check_gamma,
+    check_json,
+    check_plot,
+)
 from train.commands.console import make_console
 
-if TYPE_CHECKING:
-    from models.bench.contenders import Target
-    from models.bench.report import Row
+MODELS, SETTINGS, TRAINING = "What decodes", "How it decodes", "Training"
+BOTH = {"train", "rounds", "json", "config", "steps"}
+"""Parameters that `--train` takes; it alone takes the last two."""
+ModelOrKeys = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Model folder; with --train, recipe keys as KEY=VALUE."),
+]
+DraftsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="G[@int4|int8|bf16]|auto|none|DIR",
+        rich_help_panel=MODELS,
+        help="Draft model: a member of the family, the best one on this machine (auto), none, or another "
+        "model folder; repeatable. Default: auto; layers=0-1 with --random.",
+    ),
+]
+EnginesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="nestling|transformers|llama.cpp",
+        rich_help_panel=MODELS,
+        help="Engine to compare with; repeatable. nestling measures nothing else. Default: all.",
+    ),
+]
+DtypesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="auto|fp32|bf16|int8",
+        rich_help_panel=MODELS,
+        help="Data type of the weights; repeatable. Default: auto.",
+    ),
+]
+CompiledOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        rich_help_panel=MODELS,
+        help="Also measure transformers under torch.compile; takes minutes more and a C++ compiler.",
+    ),
+]
+RandomOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="15M|60M|125M|350M|1B",
+        rich_help_panel=MODELS,
+        help="Size of a model with random weights to measure instead of MODEL.",
+    ),
+]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=MODELS,
+        help="Fraction of drafted tokens that the random model accepts. Default: 0.8.",
+    ),
+]
+GammaOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        rich_help_panel=SETTINGS,
+        help="Number of tokens to draft in each round; auto adapts it to what it measures. Default: the "
+        "number that --draft auto finds best, or 4.",
+    ),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="JSONL",
+        rich_help_panel=SETTINGS,
+        help="File with prompts, one JSON object a line, with a field prompt, turns or text.",
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=SETTINGS,
+        help="Text whose documents' first 32 tokens are the prompts, instead of --prompts.",
+    ),
+]
+NumPromptsOption = Annotated[int, typer.Option(rich_help_panel=SETTINGS, help="Maximum number of prompts.")]
+MaxNewTokensOption = Annotated[
+    int,
+    typer.Option(rich_help_panel=SETTINGS, help="Number of tokens to generate; end tokens are ignored."),
+]
+TemperaturesOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        rich_help_panel=SETTINGS, help="Sampling temperature; 0 decodes greedily; repeatable. Default: 0."
+    ),
+]
+RoundsOption = Annotated[
+    int | None,
+    typer.Option(help="Number of rounds, of which medians are shown. Default: 5; 3 with --train."),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", rich_help_panel=SETTINGS, help="File to draw the speeds in: .svg, .png or .html."
+    ),
+]
+TrainOption = Annotated[
+    bool,
+    typer.Option(
+        "--train",
+        rich_help_panel=TRAINING,
+        help="Measure training instead: the family, the full model alone, and transformers.Trainer.",
+    ),
+]
+StepsOption = Annotated[
+    int, typer.Option(rich_help_panel=TRAINING, help="Number of timed optimizer steps in a round.")
+]
 
 
 def bench(
-    model: Annotated[
-        Path | None,
-        typer.Argument(metavar="[MODEL]", help="A model folder: a run's model/, or any stock one."),
-    ] = None,
+    context: typer.Context,
+    model: ModelOrKeys = None,
     *,
-    draft: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="G[@int4|int8|bf16]|auto|none|DIR",
-            help="What drafts: a member, the best one here, nothing, or another model folder; repeatable. "
-            "Default: auto; layers=0-1 with --random.",
-        ),
-    ] = None,
-    gamma: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|auto",
-            help="Drafted tokens a round; auto: ours follow what they measure, as in generate. "
-            "Default: the number that --draft auto finds best, or 4.",
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="JSONL", help="Prompts, one a line, as field prompt, turns or text."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Or a text: the first 32 tokens of its documents."),
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(help="At most so many prompts.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write; ends of text are ignored.")] = 64,
-    temperature: Annotated[
-        list[float] | None, typer.Option(help="0 takes the likeliest token; repeatable. Default: 0.")
-    ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(metavar="auto|fp32|bf16|int8", help="Of the weights; repeatable. Default: auto."),
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Times that everything runs; figures are medians.")] = 5,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="nestling|transformers|llama.cpp",
-            help="What runs beside ours; repeatable. nestling: ours alone. Default: all.",
-        ),
-    ] = None,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Also transformers compiled (static cache): takes minutes more and a C++ compiler.",
-        ),
-    ] = False,
-    random: Annotated[
-        str | None,
-        typer.Option(
-            metavar="15M|60M|125M|350M|1B",
-            help="No MODEL but random weights of this size, whose draft is accepted as --alpha says.",
-        ),
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="Share of drafted tokens that --random's model keeps. Default: 0.8."),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Also draw the speeds: an .svg, .png or .html file."),
-    ] = None,
+    rounds: RoundsOption = None,
     json: JsonOption = None,
+    draft: DraftsOption = None,
+    engine: EnginesOption = None,
+    dtype: DtypesOption = None,
+    compiled: CompiledOption = False,
+    random: RandomOption = None,
+    alpha: AlphaOption = None,
+    gamma: GammaOption = None,
+    prompts: PromptsOption = None,
+    data: DataOption = None,
+    num_prompts: NumPromptsOption = 8,
+    max_new_tokens: MaxNewTokensOption = 64,
+    temperature: TemperaturesOption = None,
+    plot: PlotOption = None,
+    train: TrainOption = False,
+    config: ConfigOption = None,
+    steps: StepsOption = 8,
 ) -> None:
-    """Measure plain and speculative decoding, ours and that of transformers, on the same weights."""
+    """Measure decoding, plain and speculative, ours and that of other engines; or, with --train, training."""
     check_json(json)
+    _check_flags(context, train)
+    if train:
+        _bench_training([*([model] if model else []), *context.args], config or [], rounds or 3, steps, json)
+        return
     check_plot(plot)
-    _check_numbers(num_prompts=num_prompts, max_new_tokens=max_new_tokens, rounds=rounds)
+    _check_numbers(num_prompts=(num_prompts, 1), max_new_tokens=(max_new_tokens, 2), rounds=(rounds or 5, 1))
+    _check_source(model, random, alpha, {"--prompts": prompts, "--data": data})
     number = check_gamma(gamma, least=1)
-    _check_source(model, random, alpha, prompts, data)
-    from models.base.processor import peak_memory_bytes
-    from models.bench.report import make_notes, make_rows
-    from models.bench.run import run_cells
     from models.decode.sampling.params import SamplingParams
-    from train.bench.contenders import DEFAULT_EXIT, BenchSettings, folder_contest, random_contest
+    from train.bench.contenders import DEFAULT_EXIT, BenchSettings
+    from train.bench.decode_bench import bench_decoding
 
-    console = make_console(stderr=True)
-    with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="nestling-bench-") as scratch:
-        options = BenchSettings(
-            drafts=draft or [DEFAULT_EXIT if random else "auto"],
-            gamma=number,
-            num_prompts=num_prompts,
-            max_new_tokens=max_new_tokens,
-            samplings=[SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])],
-            dtypes=dtype or ["auto"],
-            compiled=compiled,
-            engines=_engines(engine),
-            scratch=Path(scratch),
-        )
-        with console.status("preparing"):
-            if random:
-                contest = random_contest(random, DEFAULT_ALPHA if alpha is None else alpha, options)
-            else:
-                assert model is not None
-                contest = folder_contest(model, options, prompts=prompts, data=data)
-        cells, prompt_ids = contest.cells, contest.prompt_ids
-        with progress_bar("decoding", len(cells) * (1 + rounds * len(prompt_ids)), console=console) as bar:
-            runs = run_cells(
-                cells, prompt_ids, max_new_tokens=max_new_tokens, num_rounds=rounds, progress=bar.advance
-            )
-    rows = make_rows(runs)
-    settings = {
-        **contest.about,
-        "num_prompts": len(prompt_ids),
-        "num_prompt_tokens": sum(map(len, prompt_ids)),
-        "max_new_tokens": max_new_tokens,
-        "rounds": rounds,
-        "busy_rounds": sum(runs.busy),
-        "threads": {target.dtype: target.num_threads for target in contest.targets},
-        "peak_memory_bytes": peak_memory_bytes(),
-        "notes": contest.notes + make_notes(rows, runs, num_prompts=len(prompt_ids)),
-    }
-    _add_utilisation(rows, contest.targets[0], settings)
-    _finish(make_console(), json, plot, {"results": rows, **settings})
+    settings = BenchSettings(
+        drafts=draft or [DEFAULT_EXIT if random else "auto"],
+        gamma=number,
+        num_prompts=num_prompts,
+        max_new_tokens=max_new_tokens,
+        samplings=[SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])],
+        dtypes=dtype or ["auto"],
+        compiled=compiled,
+        engines=_engines(engine),
+    )
+    results = bench_decoding(
+        settings,
+        model=Path(model) if model else None,
+        random=random,
+        alpha=alpha,
+        prompts=prompts,
+        data=data,
+        rounds=rounds or 5,
+        console=make_console(stderr=True),
+    )
+    _show_decoding(results, json, plot)
 
 
-DEFAULT_ALPHA = 0.8
+def _show_decoding(results: Mapping[str, Any], json: Path | None, plot: Path | None) -> None:
+    from train.bench.decode_bench import show_decoding
+
+    document = add_card(json, results, dtypes={"model": " and ".join(results["threads"])})
+    show_decoding(document, make_console())
+    if plot is not None:
+        from train.report.speed import speed_chart
+        from train.report.style import save_chart
+
+        save_chart(speed_chart(results["results"], results["model"]), plot)
+
+
+def _bench_training(
+    words: Sequence[str], files: Sequence[Path], rounds: int, steps: int, json: Path | None
+) -> None:
+    from train.commands.train import check_flags, check_sources
+    from train.recipe.recipe import load_recipe
+
+    _check_numbers(rounds=(rounds, 1), steps=(steps, 1))
+    for file in files:
+        check_file("--config", file)
+    check_flags(words)
+    recipe = load_recipe(files, words)
+    recipe.elastic_config()  # sizes that do not fit are told before anything runs
+    check_sources(recipe)
+    from train.bench.train_bench import bench_training, show_training
+
+    results = bench_training(recipe, rounds=rounds, steps=steps, console=make_console(stderr=True))
+    show_training(add_card(json, results, dtypes={"training": results["dtype"]}), make_console())
+
+
+def _check_flags(context: typer.Context, train: bool) -> None:
+    """Refuse what the other half of the command takes, and flags that neither knows."""
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name or "")
+        given = source is not None and source.name == "COMMANDLINE" and param.name != "model"
+        if given and train and param.name not in BOTH:
+            raise UsageError(f"{param.opts[0]} has no effect with --train; leave one of them out")
+        if given and not train and param.name in ("config", "steps"):
+            raise UsageError(f"{param.opts[0]} has an effect with --train only; add it, or leave this out")
+    if context.args and not train:
+        word = context.args[0].partition("=")[0]
+        flags = [flag for one in context.command.params for flag in one.opts]
+        near = difflib.get_close_matches(word, flags, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"No such option: {word}{hint} (see nestling bench --help)")
 
 
 def _engines(asked: list[str] | None) -> Sequence[str]:
@@ -155,84 +253,25 @@ def _engines(asked: list[str] | None) -> Sequence[str]:
     return asked or ENGINES
 
 
-def _check_numbers(*, num_prompts: int, max_new_tokens: int, rounds: int) -> None:
-    for flag, value, least in (
-        ("--num-prompts", num_prompts, 1),
-        ("--max-new-tokens", max_new_tokens, 2),  # decoding alone begins with the second
-        ("--rounds", rounds, 1),
-    ):
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    for name, (value, least) in numbers.items():
         if value < least:
-            raise UsageError(f"{flag} must be at least {least}, got {value}")
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def _check_source(
-    model: Path | None, random: str | None, alpha: float | None, prompts: Path | None, data: str | None
+    model: str | None, random: str | None, alpha: float | None, texts: Mapping[str, Path | str | None]
 ) -> None:
-    """One model, and one source of prompts that goes with it."""
+    """Check that there is one model, and one source of prompts that goes with it."""
     if (model is None) == (random is None):
         given = f"MODEL {model} and --random {random} exclude each other" if model else "there is no MODEL"
         raise UsageError(f"{given}; give a model folder, or --random with a size such as 125M")
-    text = {"--prompts": prompts, "--data": data}
-    asked = [f"{flag} {value}" for flag, value in text.items() if value is not None]
+    asked = [f"{flag} {value}" for flag, value in texts.items() if value is not None]
     if random and asked:
         raise UsageError(f"{asked[0]} has no effect with --random, whose prompts are random tokens; leave it")
     if alpha is not None and (random is None or not 0 < alpha < 1):
-        raise UsageError(f"--alpha {alpha:g}: give a share between 0 and 1, together with --random")
+        raise UsageError(f"--alpha {alpha:g}: give a fraction between 0 and 1, together with --random")
     if len(asked) > 1:
         raise UsageError(f"{asked[0]} and {asked[1]} exclude each other; give one of them")
-    if prompts:
-        check_file("--prompts", prompts)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep off the screen what it warns of: its own use of its own settings."""
-    from transformers.utils import logging as theirs
-
-    before = theirs.get_verbosity()
-    theirs.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(before)
-
-
-def _add_utilisation(rows: "Sequence[Row]", target: "Target", settings: Mapping[str, Any]) -> None:
-    from models.bench.report import add_utilisation
-    from models.machine.card import machine_card
-
-    card = machine_card()
-    if not card.busy:  # a bandwidth that others shared is no yardstick
-        mean_prompt = settings["num_prompt_tokens"] / settings["num_prompts"]
-        add_utilisation(
-            rows,
-            target.model.config,
-            num_positions=mean_prompt + settings["max_new_tokens"] / 2,
-            read_gbps=card.device.read_gbps,
-        )
-
-
-def _finish(console: Console, path: Path | None, plot: Path | None, results: Mapping[str, Any]) -> None:
-    """A card, a table, notes, and one last line of JSON: the object that --json writes."""
-    import json
-
-    from models.base.files import write_json
-    from models.base.table import facts_table
-    from models.bench.report import LEGEND, facts, speed_table
-    from models.machine.provenance import make_card
-
-    card = make_card(dtypes={"model": " and ".join(results["threads"])})
-    table = speed_table(results["results"], num_prompts=results["num_prompts"])
-    console.print(facts_table(facts(results, card)).to_rich())
-    console.print(table.to_rich(caption=LEGEND))
-    for note in results["notes"]:
-        console.print(f"note: {note}", markup=False)
-    document = {**results, "card": card}
-    if path is not None:
-        write_json(path, document)
-    if plot is not None:
-        from train.report.speed import speed_chart
-        from train.report.style import save_chart
-
-        save_chart(speed_chart(results["results"], results["model"]), plot)
-    print(json.dumps(document, ensure_ascii=False))
+    if (prompts := texts["--prompts"]) is not None:
+        check_file("--prompts", Path(prompts))

@@ -15,17 +15,23 @@ if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
 
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A model folder: a run's model/, or any stock one.")
+    Path, typer.Argument(metavar="MODEL", help="Model folder: the model/ of a run, or any stock one.")
 ]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="PATH", help="Also write the results to this file.")
+    Path | None,
+    typer.Option("--json", metavar="PATH", help="File to write the results to, as JSON."),
 ]
 DtypeOption = Annotated[
     str,
     typer.Option(
         metavar="auto|fp32|bf16|int8",
-        help="Of the weights; auto takes the fastest of fp32 and bf16 here, int8 is another model.",
+        help="Data type of the weights; auto takes the faster of fp32 and bf16, int8 quantizes the model.",
     ),
+]
+SeedOption = Annotated[int, typer.Option(help="Random seed.")]
+DataOption = Annotated[
+    str,
+    typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, or stdlib."),
 ]
 
 
@@ -106,9 +112,16 @@ def open_for_measuring(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
 
 def write_results(path: Path | None, results: Mapping[str, Any], *, dtypes: Mapping[str, str]) -> None:
     """Write the results and the card of where they come from as one JSON object, if a path is given."""
-    if path is None:
-        return
+    if path is not None:
+        add_card(path, results, dtypes=dtypes)
+
+
+def add_card(path: Path | None, results: Mapping[str, Any], *, dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the results with the card of where they come from, written as JSON if a path is given."""
     from models.base.files import write_json
     from models.machine.provenance import make_card
 
-    write_json(path, {**results, "card": make_card(dtypes=dtypes)})
+    document = {**results, "card": make_card(dtypes=dtypes)}
+    if path is not None:
+        write_json(path, document)
+    return document

@@ -12,9 +12,7 @@ from train.commands.console import make_console
 def demo(
     context: typer.Context,
     *,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything lands.")] = Path(
-        "checkpoints/demo"
-    ),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Run folder to write.")] = Path("checkpoints/demo"),
     json: JsonOption = None,
 ) -> None:
     """Train a family on Python's own source, cut a member out, decode with its own draft."""

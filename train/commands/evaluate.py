@@ -7,6 +7,7 @@ import typer
 
 from models.base.errors import UsageError
 from train.commands.common import (
+    DataOption,
     JsonOption,
     ModelArgument,
     check_data,
@@ -27,18 +28,20 @@ MAX_SEQUENCE_LENGTH = 1024
 def evaluate(
     model: ModelArgument,
     *,
-    data: Annotated[
-        str, typer.Option(metavar="FILE", help="Text to measure on: .txt, .jsonl or .parquet, or stdlib.")
-    ],
+    data: DataOption,
     granularity: Annotated[
         list[str] | None,
-        typer.Option(metavar="G", help="Also measure this one, trained or not; repeatable."),
+        typer.Option(metavar="G", help="Granularity to measure besides the family; repeatable."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Measure about this many tokens; 0: all.")] = 100_000,
-    dtype: Annotated[str, typer.Option(metavar="auto|fp32|bf16|int8", help="Of the weights.")] = "fp32",
+    max_tokens: Annotated[
+        int, typer.Option(help="Approximate number of tokens to measure on; 0 takes all.")
+    ] = 100_000,
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|fp32|bf16|int8", help="Data type of the weights.")
+    ] = "fp32",
     json: JsonOption = None,
 ) -> None:
-    """Measure every member on a text: loss, perplexity, match, KL and alpha."""
+    """Measure every member of a family on a text: loss, perplexity, match, KL and alpha."""
     check_json(json)
     check_data(data)
     if max_tokens < 0:

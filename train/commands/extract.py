@@ -22,22 +22,25 @@ def extract(
     *,
     granularity: Annotated[
         str,
-        typer.Option(metavar="G", help="A member's name, or written out: ffn=0.25,heads=0.5,layers=0:3:5."),
+        typer.Option(
+            metavar="G",
+            help="Member to cut out, or a granularity: ffn=0.25,heads=0.5,layers=0:3:5.",
+        ),
     ],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="The new folder, or for gguf the new file.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="Folder to write, or file for gguf.")],
     format_: Annotated[
         str,
         typer.Option(
             "--format",
             metavar="hf|gguf",
-            help="A stock Hugging Face folder, or one file for llama.cpp.",
+            help="Output format: a stock Hugging Face folder, or one file for llama.cpp.",
         ),
     ] = "hf",
     dtype: Annotated[
         str | None,
         typer.Option(
             metavar="fp32|bf16|fp16|int8",
-            help="Of a gguf file's matrices; int8 is its Q8_0. The one on disk if not given.",
+            help="Data type of the matrices in a gguf file; int8 is its Q8_0. Default: the one on disk.",
         ),
     ] = None,
     json: JsonOption = None,

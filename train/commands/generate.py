@@ -1,6 +1,5 @@
 """`nestling generate`: continue a text, with a member of the family as the draft; see models/decode/."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +14,7 @@ from train.commands.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    SeedOption,
     check_file,
     check_gamma,
     check_json,
@@ -24,72 +24,110 @@ from train.commands.console import make_console
 
 if TYPE_CHECKING:
     from models.decode.decoder import Decoder
-    from models.decode.engine.report import Report
     from models.decode.text import GenerationResult, TextStream
-    from models.decode.tune.resolve import Drafting
+
+SAMPLING, DRAFTING = "Sampling", "Speculative decoding"
+PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File with many texts to continue: one JSON object a line, with a field prompt, turns or text.",
+    ),
+]
+BatchSizeOption = Annotated[
+    int, typer.Option(help="Number of texts of --prompts that are decoded at the same time.")
+]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Text that ends the output and is not part of it; repeatable."),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="G[@int4|int8|bf16]|auto|lookup|none|DIR",
+        rich_help_panel=DRAFTING,
+        help="Draft model: a member of the family, the best one on this machine (auto), copies of earlier "
+        "text (lookup), none, or another model folder. Default: auto; none when sampling, where each draft "
+        "gives another text for a seed (not so with --verifier coupled).",
+    ),
+]
+GammaOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        rich_help_panel=DRAFTING,
+        help="Number of tokens to draft in each round. auto adapts it to what it measures, and is hardly "
+        "slower than plain decoding whatever drafts. Default: auto; 4 when sampling with a named draft.",
+    ),
+]
+VerifierOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="token|block|coupled",
+        rich_help_panel=DRAFTING,
+        help="Rule that accepts or rejects drafted tokens when sampling; with coupled, a seed gives the same "
+        "text whatever drafts. Default: the fastest one that a search found, or block.",
+    ),
+]
+TemperatureOption = Annotated[
+    float, typer.Option(rich_help_panel=SAMPLING, help="Sampling temperature; 0 decodes greedily.")
+]
+TopKOption = Annotated[
+    int, typer.Option(rich_help_panel=SAMPLING, help="Keep only the k most likely tokens; 0 keeps all.")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        help="Keep only the most likely tokens whose probabilities add up to this value.",
+    ),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        help="Keep only tokens at least this fraction as likely as the most likely one.",
+    ),
+]
+PenaltyOption = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        help="Penalty on tokens that the text has already; above 1 makes them less likely.",
+    ),
+]
 
 
 def generate(
     model: ModelArgument,
     *,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Continue many instead: one JSON object a line with a prompt, turns or a text.",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Of --prompts: texts that share their passes.")] = 8,
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="G[@int4|int8|bf16]|auto|lookup|none|DIR",
-            help="What drafts: a member, the best one here (and lookup), copies of earlier text, nothing, or "
-            "another model folder. Default: auto; none when sampling, where each draft gives another text "
-            "for a seed (not so with --verifier coupled).",
-        ),
-    ] = None,
-    gamma: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|auto",
-            help="Drafted tokens a round. auto follows what it measures, and is hardly slower than plain "
-            "decoding whatever drafts. Default: auto; 4 when sampling with a draft that was named, since "
-            "lengths that follow the clock give another text for a seed (not so with --verifier coupled).",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep what is this share as likely as the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that the text has already become less likely.")
-    ] = 1.0,
-    verifier: Annotated[
-        str | None,
-        typer.Option(
-            metavar="token|block|coupled",
-            help="How drafted tokens are judged when sampling; coupled writes the same text for a seed "
-            "whatever drafts. Default: auto's choice, or block.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")
-    ] = None,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
+    batch_size: BatchSizeOption = 8,
+    max_new_tokens: MaxNewTokensOption = 128,
+    stop: StopOption = None,
     dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
     json: JsonOption = None,
+    draft: DraftOption = None,
+    gamma: GammaOption = None,
+    verifier: VerifierOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
 ) -> None:
-    """Continue a text; speculative decoding follows the full model's distribution whatever drafts."""
+    """Continue a text. Speculative decoding follows the full model's distribution whatever drafts."""
     check_json(json)
     _check_texts(prompt, stop or [])
     _check_source(prompt, prompts, batch_size)
     number = check_gamma(gamma, least=0)
     from models.decode.decoder import open_decoder
-    from models.decode.prompts import read_prompts
     from models.decode.sampling.params import SamplingParams
+    from models.decode.summary import setting_fields
 
     params = SamplingParams(
         temperature=temperature,
@@ -99,44 +137,49 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     decoder = open_decoder(model, draft=draft, gamma=number, params=params, verifier=verifier, dtype=dtype)
-    drafting, dtype = decoder.drafting, decoder.dtype
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
-    alone = prompt is not None  # a batch neither adapts nor copies
-    gamma_shown = "auto" if drafting.adapts and alone else drafting.gamma
-    asked: dict[str, Any] = {
-        **dataclasses.asdict(params),
-        "verifier": drafting.verifier,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    asked |= {"draft": drafting.name, "gamma": gamma_shown, "draft_dtype": drafting.precision or dtype}
-    asked |= {"draft_extra_bytes": drafting.extra_bytes}
-    who = f"{_who(drafting, gamma_shown, copies=drafting.copies and alone)} · {dtype}"
-    errors = make_console(stderr=True)
+    options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
     if prompt is not None:
-        pieces = decoder.stream(prompt, **options)
-        _show(pieces, make_console())
-        result = pieces.result()
-        errors.print(_summary(result.report, who), style="dim", soft_wrap=True)
-        results: dict[str, Any] = {"prompt": prompt, **result.as_dict(), **asked}
+        results = _continue_one(decoder, prompt, options)
     else:
         assert prompts is not None
-        texts = read_prompts(prompts)
-        started = perf_counter()
-        rows = _continue_many(decoder, texts, batch_size, options, errors)
-        num_tokens = sum(row.report.num_tokens for row in rows)
-        rate = num_tokens / (perf_counter() - started)
-        count = f"{len(rows)} texts, {num_tokens} tokens · {rate:.1f} tokens/s"
-        errors.print(f"{count} · {who} · batches of {batch_size}", style="dim", soft_wrap=True)
-        each = [{"prompt": text, **row.as_dict()} for text, row in zip(texts, rows, strict=True)]
-        results = {"results": each, "batch_size": batch_size, "tokens_per_second": rate, **asked}
-    write_results(json, results, dtypes={"model": dtype})
+        results = _continue_many(decoder, prompts, batch_size, options)
+    results |= setting_fields(decoder, seed=seed, in_batch=prompt is None)
+    write_results(json, results, dtypes={"model": decoder.dtype})
+
+
+def _continue_one(decoder: "Decoder", prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+    from models.decode.summary import describe_draft, summarize
+
+    pieces = decoder.stream(prompt, **options)
+    _show(pieces, make_console())
+    result = pieces.result()
+    line = summarize(result.report, describe_draft(decoder, in_batch=False))
+    make_console(stderr=True).print(line, style="dim", markup=False, soft_wrap=True)
+    return {"prompt": prompt, **result.as_dict()}
 
 
 def _continue_many(
+    decoder: "Decoder", path: Path, batch_size: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    from models.decode.prompts import read_prompts
+    from models.decode.summary import describe_draft
+
+    prompts, errors = read_prompts(path), make_console(stderr=True)
+    started = perf_counter()
+    results = _decode_batches(decoder, prompts, batch_size, options, errors)
+    num_tokens = sum(result.report.num_tokens for result in results)
+    rate = num_tokens / (perf_counter() - started)
+    line = f"{len(results)} texts, {num_tokens} tokens · {rate:.1f} tokens/s"
+    line += f" · {describe_draft(decoder, in_batch=True)} · batches of {batch_size}"
+    errors.print(line, style="dim", markup=False, soft_wrap=True)
+    each = [{"prompt": text, **one.as_dict()} for text, one in zip(prompts, results, strict=True)]
+    return {"results": each, "batch_size": batch_size, "tokens_per_second": rate}
+
+
+def _decode_batches(
     decoder: "Decoder", prompts: Sequence[str], batch_size: int, options: dict[str, Any], errors: Console
 ) -> "list[GenerationResult]":
-    """Continue each prompt, so many at a time, and show the texts of a batch when it is done."""
+    """Continue the prompts in batches, and show the texts of a batch when it is done."""
     results: list[GenerationResult] = []
     console = make_console()
     with progress_bar("decoding", len(prompts), console=errors) as bar:
@@ -178,20 +221,3 @@ def _show(pieces: "TextStream", console: Console) -> None:
         console.file.flush()
     console.file.write("\n")
     console.file.flush()
-
-
-def _who(drafting: "Drafting", gamma: int | str, *, copies: bool) -> str:
-    note = f" ({drafting.note})" if drafting.note else ""
-    number = f", gamma {gamma}" if gamma else ""
-    from models.decode.engine.drafters import DRAFTERS
-
-    others = f" or {', '.join(DRAFTERS)}" if copies else ""
-    return f"draft {drafting.name}{note}{others}{number}"
-
-
-def _summary(report: "Report", who: str) -> str:
-    parts = [f"{report.num_tokens} tokens", f"{report.tokens_per_second or 0:.1f} tokens/s"]
-    parts += [f"{report.speedup:.2f}x plain"] if report.speedup and report.drafted else []
-    parts += [] if report.tau is None else [f"tau {report.tau:.2f}"]
-    parts += [] if report.alpha is None else [f"alpha {report.alpha:.3f}"]
-    return " · ".join([*parts, who, report.finish_reason])

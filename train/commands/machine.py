@@ -11,7 +11,9 @@ from train.commands.console import make_console
 
 def machine(
     *,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again, even if this machine is known.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Show what this machine does well: bandwidth, products, threads and the dtypes that pay."""

@@ -13,7 +13,7 @@ def report(
     *,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The page. Default: report.html in the run, or beside several."),
+        typer.Option(metavar="FILE", help="File to write. Default: report.html in or beside the runs."),
     ] = None,
 ) -> None:
     """Write one HTML page about a run, or a comparison of several."""

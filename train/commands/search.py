@@ -8,6 +8,7 @@ import typer
 from models.base.errors import UsageError
 from models.base.progress import progress_bar
 from train.commands.common import (
+    DataOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
@@ -28,22 +29,23 @@ def search(
     model: ModelArgument,
     *,
     draft: Annotated[
-        bool, typer.Option("--draft", help="Search for the draft; --draft auto takes what was found.")
+        bool, typer.Option("--draft", help="Search for the fastest draft, which --draft auto then takes.")
     ] = False,
-    data: Annotated[
-        str, typer.Option(metavar="FILE", help="Text to measure on: .txt, .jsonl or .parquet, or stdlib.")
-    ],
-    num_tokens: Annotated[int, typer.Option(help="Measure acceptance on so many tokens.")] = 4096,
+    data: DataOption,
+    num_tokens: Annotated[int, typer.Option(help="Number of tokens to measure acceptance on.")] = 4096,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(help="0 takes the likeliest token; repeatable. Default: 0 and 1."),
+        typer.Option(help="Sampling temperature; 0 decodes greedily; repeatable. Default: 0 and 1."),
     ] = None,
     granularity: Annotated[
-        list[str] | None, typer.Option(metavar="G", help="Also consider this one; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="G", help="Granularity to consider besides the family; repeatable."),
     ] = None,
-    confirm: Annotated[int, typer.Option(help="Drafts of each temperature that really decode.")] = 3,
-    num_prompts: Annotated[int, typer.Option(help="Prompts that they continue.")] = 12,
-    rounds: Annotated[int, typer.Option(help="Times that they do; figures are medians.")] = 3,
+    confirm: Annotated[
+        int, typer.Option(help="Number of drafts that are confirmed by decoding, for each temperature.")
+    ] = 3,
+    num_prompts: Annotated[int, typer.Option(help="Number of prompts that they continue.")] = 12,
+    rounds: Annotated[int, typer.Option(help="Number of rounds, of which medians are shown.")] = 3,
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
 ) -> None:

@@ -10,6 +10,7 @@ from train.commands.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    SeedOption,
     check_json,
     write_results,
 )
@@ -23,21 +24,21 @@ def verify(
         list[str] | None,
         typer.Option(
             metavar="G[@int4|int8|bf16]|DIR",
-            help="A member that drafts, or another model folder; repeatable. Default: the whole family. "
-            "A hostile draft, copied text, a controller and batches come on top.",
+            help="Draft to test: a member of the family, or another model folder; repeatable. Default: the "
+            "whole family. An adversarial draft, copied text, a controller and batches are tested too.",
         ),
     ] = None,
     verifier: Annotated[
         list[str] | None,
-        typer.Option(metavar="token|block|coupled", help="What is tested; repeatable. Default: all."),
+        typer.Option(metavar="token|block|coupled", help="Verifier to test; repeatable. Default: all."),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="What to continue; repeatable. Default: a few headings."),
+        typer.Option(metavar="TEXT", help="Text to continue; repeatable. Default: a few headings."),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Texts drawn for each test of counts.")] = 10_000,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the texts that must be the same.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    trials: Annotated[int, typer.Option(help="Number of texts drawn for each test of counts.")] = 10_000,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the texts that must be identical.")] = 64,
+    seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
 ) -> None:

@@ -9,7 +9,7 @@ from models.decode.tune.draft_plan import DraftPlan, DraftSpec
 from models.decode.tune.tuned import Plans
 from train.search.confirm import Confirmed
 from train.search.drafts import Result
-from train.search.measure import Estimate
+from train.search.measure import Prediction
 
 HEADER = (
     "T", "draft", "verifier", "gamma", "alpha", "c", "v",
@@ -26,7 +26,7 @@ def result_fields(result: Result) -> dict[str, Any]:
     """Return what was measured, for JSON."""
     return {
         "results": [_confirmed_fields(one) for one in result.confirmed],
-        "estimates": [_estimate_fields(one) for one in result.estimates],
+        "estimates": [_prediction_fields(one) for one in result.predictions],
         "v": result.slowdown,
         "num_candidates": result.num_candidates,
         "num_tried": result.num_tried,
@@ -71,18 +71,18 @@ def _describe(plan: DraftPlan) -> str:
 
 
 def _row(one: Confirmed) -> tuple[str, ...]:
-    temperature, estimate = f"{one.params.temperature:g}", one.estimate
+    temperature, prediction = f"{one.params.temperature:g}", one.prediction
     tau, speedup = f"{one.tau:.2f}", f"{one.speedup:.2f}"
-    if estimate is None:  # plain decoding has no prediction
+    if prediction is None:  # plain decoding has no prediction
         return (temperature, "none", *[NOTHING] * 6, tau, NOTHING, "1.00", NOTHING)
-    predicted = estimate.plan.speed.predicted
+    predicted = prediction.plan.speed.predicted
     return (
         temperature,
-        str(estimate.spec),
-        NOTHING if one.params.is_greedy else estimate.plan.verifier,
-        str(estimate.plan.gamma),
-        *(f"{value:.3f}" for value in (estimate.alpha, estimate.c, estimate.v)),
-        f"{estimate.tau:.2f}",
+        str(prediction.spec),
+        NOTHING if one.params.is_greedy else prediction.plan.verifier,
+        str(prediction.plan.gamma),
+        *(f"{value:.3f}" for value in (prediction.alpha, prediction.c, prediction.v)),
+        f"{prediction.tau:.2f}",
         tau,
         f"{predicted:.2f}",
         speedup,
@@ -93,16 +93,16 @@ def _row(one: Confirmed) -> tuple[str, ...]:
 def _confirmed_fields(one: Confirmed) -> dict[str, Any]:
     return {
         "temperature": one.params.temperature,
-        **(_estimate_fields(one.estimate) if one.estimate else {"draft": "none", "gamma": 0}),
+        **(_prediction_fields(one.prediction) if one.prediction else {"draft": "none", "gamma": 0}),
         "measured": one.speedup,
         "measured_tau": one.tau,
         "measured_alpha": one.alpha,
         "tokens_per_second": one.tokens_per_second,
-        "error": one.estimate.plan.speed.predicted / one.speedup - 1 if one.estimate else None,
+        "error": one.prediction.plan.speed.predicted / one.speedup - 1 if one.prediction else None,
     }
 
 
-def _estimate_fields(one: Estimate) -> dict[str, Any]:
+def _prediction_fields(one: Prediction) -> dict[str, Any]:
     return {
         "temperature": one.params.temperature,
         "verifier": one.plan.verifier,

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from train.bench import train_bench
-from train.bench.train_bench import Contender, choose_contenders, compare, make_row
+from train.bench.train_bench import choose_contenders, compare, make_row
+from train.bench.trainers import Contender
 from train.cli import main
 from train.data.module import TextData
 from train.recipe.recipe import load_recipe
