@@ -218,6 +218,11 @@ def utf8_path(path: str | Path) -> Iterator[Path]:
         yield path
 
 
+def shown(path: str | Path) -> str:
+    """Return a path as text that can be shown; bytes that are not UTF-8 become question marks."""
+    return str(path).encode("utf-8", errors="replace").decode()
+
+
 def sync(path: Path) -> None:
     """Force a file or a folder's names to disk."""
     descriptor = os.open(path, os.O_RDONLY)

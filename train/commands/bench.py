@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from models.base.errors import UsageError
+from models.base.files import shown
 from train.commands.common import (
     ConfigOption,
     JsonOption,
@@ -205,7 +206,7 @@ def _show_decoding(results: Mapping[str, Any], json: Path | None, plot: Path | N
         from train.report.speed import speed_chart
         from train.report.style import save_chart
 
-        save_chart(speed_chart(results["results"], results["model"]), plot)
+        save_chart(speed_chart(results["results"], shown(results["model"])), plot)
 
 
 def _bench_training(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import naming, read_json
+from models.base.files import naming, read_json, shown
 from models.checkpoint.family import FAMILY_FILE, Member, read_family
 from models.checkpoint.huggingface_config import config_from_hugging_face
 from models.elastic.config import ElasticConfig
@@ -68,9 +68,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     if not folders:
         raise UsageError("no run folder was given; give one or more, such as checkpoints/<run>")
     unique = list({path.resolve(): path for path in map(Path, folders)}.values())
-    names = [path.resolve().name for path in unique]
+    names = [shown(path.resolve().name) for path in unique]
     return [
-        _read_run(path, name if names.count(name) == 1 else str(path))
+        _read_run(path, name if names.count(name) == 1 else shown(path))
         for path, name in zip(unique, names, strict=True)
     ]
 
