@@ -67,28 +67,28 @@ class Check:
     passed: bool
 
 
-def check_exact(few: TinyVocab, case: Case, *, ends: bool = False, beside: bool = False) -> Check:
+def check_exact(few: TinyVocab, case: Case, *, ends: bool = False, in_batch: bool = False) -> Check:
     """Compare the joint distribution of a few tokens: the prefill's, a round's, and what its cache leads to.
 
     Args:
         few: in float64.
         case: not `coupled`, whose noise cannot be walked through.
         ends: whether the last of the few tokens ends the text, wherever in a block it falls.
-        beside: whether the text is one of a batch.
+        in_batch: whether the text is one of a batch.
     """
     eos = {few.num_tokens - 1} if ends else set()
     length = (COUNTED_GAMMA if case.gamma == AUTO else case.gamma) + 2
     options: dict[str, Any] = {"length": length, "params": SAMPLINGS[case.sampling], "eos_token_ids": eos}
     theirs = few.reference(**options)
     ours = few.distribution(
-        draft=case.draft, gamma=case.gamma, verifier=case.verifier, beside=beside, **options
+        draft=case.draft, gamma=case.gamma, verifier=case.verifier, in_batch=in_batch, **options
     )
     distance = total_variation(ours, theirs)
     return _check(
         "exact",
         case,
         dtype=PRECISE,
-        batch=1 + len(few.COMPANIONS) if beside else 1,
+        batch=1 + len(few.COMPANIONS) if in_batch else 1,
         value=distance,
         bound=EXACT,
         passed=distance <= EXACT,
@@ -96,7 +96,9 @@ def check_exact(few: TinyVocab, case: Case, *, ends: bool = False, beside: bool 
     )
 
 
-def check_dtype(few: TinyVocab, precise: TinyVocab, case: Case, *, dtype: str, beside: bool = False) -> Check:
+def check_dtype(
+    few: TinyVocab, precise: TinyVocab, case: Case, *, dtype: str, in_batch: bool = False
+) -> Check:
     """Compare distributions in the dtype that decodes, where a pass rounds by its number of tokens.
 
     The yardstick is how far plain decoding is from that of `precise`, the same model in float64.
@@ -110,13 +112,13 @@ def check_dtype(few: TinyVocab, precise: TinyVocab, case: Case, *, dtype: str, b
     plain = few.distribution(draft=None, **options)
     of_dtype = total_variation(plain, precise.reference(**options))
     drafted = {"draft": case.draft, "gamma": case.gamma, "verifier": case.verifier}
-    ours = few.distribution(**drafted, beside=beside, **options)
+    ours = few.distribution(**drafted, in_batch=in_batch, **options)
     distance, bound = total_variation(ours, plain), max(DTYPE_FLOOR, DTYPE_FACTOR * of_dtype)
     return _check(
         "dtype",
         case,
         dtype=dtype,
-        batch=1 + len(few.COMPANIONS) if beside else 1,
+        batch=1 + len(few.COMPANIONS) if in_batch else 1,
         value=distance,
         bound=bound,
         passed=distance <= bound,

@@ -96,8 +96,8 @@ def plan_checks(
         small_own = TinyVocab(pack(restricted[3], dtype), alone, tokens=tokens, remember=False)
         for verifier in walked:
             case = Case(verifier, first, 1)
-            jobs.append(partial(check_exact, small, case, beside=True))
-            jobs.append(partial(check_dtype, small_own, small, case, dtype=dtype, beside=True))
+            jobs.append(partial(check_exact, small, case, in_batch=True))
+            jobs.append(partial(check_dtype, small_own, small, case, dtype=dtype, in_batch=True))
     counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, ADVERSARIAL, *DRAFTERS)]
     jobs += [partial(check_dtype, own, precise[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
     if COUPLED in verifiers:

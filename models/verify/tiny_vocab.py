@@ -85,8 +85,8 @@ class Passes:
 
     def _write_what_was_found(self) -> None:
         for memory, num_layers, one in self._found:
-            places = _positions(memory, num_layers, one.start, one.end)
-            for (k_BGTK, v_BGTK), (k, v) in zip(places, one.written, strict=True):
+            stores = _positions(memory, num_layers, one.start, one.end)
+            for (k_BGTK, v_BGTK), (k, v) in zip(stores, one.written, strict=True):
                 k_BGTK.copy_(k)
                 v_BGTK.copy_(v)
         self._found.clear()
@@ -164,7 +164,7 @@ class TinyVocab:
         options |= {"policy": self._drafts.policy(draft, gamma), "max_new_tokens": length, "random": random}
         return [token.id for token in stream(self._target, self.PROMPT, **options)]
 
-    def decode_beside(
+    def decode_in_batch(
         self, random: Random, *, draft: str | None, length: int, gamma: Gamma = 0, **options: Any
     ) -> list[int]:
         """Return the same in a batch with `COMPANIONS`, that choose by themselves, remembering nothing."""
@@ -178,9 +178,9 @@ class TinyVocab:
             other.close()
         return written
 
-    def distribution(self, *, beside: bool = False, **options: Any) -> Distribution:
-        """Return the exact distribution of `decode`, or of `decode_beside`."""
-        return exact_distribution(partial(self.decode_beside if beside else self.decode, **options))
+    def distribution(self, *, in_batch: bool = False, **options: Any) -> Distribution:
+        """Return the exact distribution of `decode`, or of `decode_in_batch`."""
+        return exact_distribution(partial(self.decode_in_batch if in_batch else self.decode, **options))
 
     def reference(
         self, params: SamplingParams, length: int, eos_token_ids: Collection[int] = ()

@@ -4,7 +4,7 @@ The longest ending of the text that occurred in it before is looked up, at its l
 stood behind it is proposed. A copy may run into itself, so that a text that repeats itself is continued
 for as long as one likes:
 
-    a b c a b c a b | c a b c ...      the last tokens `c a b` occurred 3 places before
+    a b c a b c a b | c a b c ...      the last tokens `c a b` occurred 3 positions before
 
 Its tokens are certain, no draw: q is a point mass at each, which every verifier takes like any other
 distribution (https://github.com/apoorvumang/prompt-lookup-decoding).
@@ -53,7 +53,7 @@ class LookupDraft:
         distance = len(state.ids) - source
         # A copy longer than the distance goes on with its own first tokens.
         period = state.ids[source : source + num_tokens]
-        return Proposal(state.ids, [period[place % distance] for place in range(num_tokens)])
+        return Proposal(state.ids, [period[position % distance] for position in range(num_tokens)])
 
     def _source(self, state: State) -> int | None:
         """Return where the copy starts: after the latest earlier occurrence of the longest known ending."""

@@ -69,7 +69,7 @@ def choose_draft(
     Args:
         acceptance: each member's chance that one drafted token is kept, by name.
         costs: of the target and of these members.
-        verifier: that judges them.
+        verifier: verifies their tokens.
         least: the smallest predicted speed-up that is worth it.
 
     >>> costs = Costs({1: 1.0, 2: 1.1, 3: 1.2}, {"S": 0.2, "L": 0.6})

@@ -83,7 +83,7 @@ def time_drafts(
     Timed are one token and several, each time after a pass of the target.
 
     Args:
-        target: what judges.
+        target: verifies their tokens.
         drafts: by name.
         params: how tokens are chosen.
         verifier: see `make_sampler`.

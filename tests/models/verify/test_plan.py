@@ -160,7 +160,7 @@ def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch:
     target = restrict(tiny_model, [5, 6], torch.float64)
     subject = TinyVocab(target, {"D": FIRST, "adversarial": adversarial}, remember=False)
     case = Case("block", "D", 1)
-    sound = check_exact(subject, case, beside=True)
+    sound = check_exact(subject, case, in_batch=True)
     assert sound.passed
     assert sound.batch == 3
     run = passes.run
@@ -171,12 +171,12 @@ def test_a_bug_of_batches_is_seen_in_a_batch(tiny_model: ElasticLM, monkeypatch:
         return [logits_TV + 0.1 * found[-1][-1] * (len(group) > 1) for logits_TV in found]
 
     own = TinyVocab(restrict(tiny_model, [5, 6]), {"D": FIRST, "adversarial": adversarial}, remember=False)
-    in_dtype = check_dtype(own, subject, case, dtype="fp32", beside=True)
+    in_dtype = check_dtype(own, subject, case, dtype="fp32", in_batch=True)
     assert (in_dtype.passed, in_dtype.batch) == (True, 3)
     monkeypatch.setattr(passes, "run", leaks)
     assert check_exact(subject, case).passed
-    assert not check_exact(subject, case, beside=True).passed
-    assert not check_dtype(own, subject, case, dtype="fp32", beside=True).passed
+    assert not check_exact(subject, case, in_batch=True).passed
+    assert not check_dtype(own, subject, case, dtype="fp32", in_batch=True).passed
 
 
 def test_a_bug_of_one_dtype_is_seen_beside_its_rounding(tiny_model: ElasticLM) -> None:
