@@ -91,19 +91,14 @@ def plan_checks(
     own = TinyVocab(pack(restrict(model, tokens[: NUM_TOKENS[COUNTED_GAMMA]]), dtype), drafts, tokens=tokens)
     jobs = [job for verifier in walked for job in _exact(precise, verifier, list(drafts), first)]
     if walked:
-        alone = {name: drafts[name] for name in (first, ADVERSARIAL)}
-        small = TinyVocab(restricted[3].double(), alone, tokens=tokens, remember=False)
-        small_own = TinyVocab(pack(restricted[3], dtype), alone, tokens=tokens, remember=False)
-        for verifier in walked:
-            case = Case(verifier, first, 1)
-            jobs.append(partial(check_exact, small, case, in_batch=True))
-            jobs.append(partial(check_dtype, small_own, small, case, dtype=dtype, in_batch=True))
-    counted = [Case(one, name, COUNTED_GAMMA) for one in walked for name in (first, ADVERSARIAL, *DRAFTERS)]
+        pair = {name: drafts[name] for name in (first, ADVERSARIAL)}
+        jobs += _in_batch(restricted[3], pair, tokens, walked, dtype)
+    names = (first, ADVERSARIAL, *DRAFTERS)
+    counted = [Case(verifier, name, COUNTED_GAMMA) for verifier in walked for name in names]
     jobs += [partial(check_dtype, own, precise[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
     if COUPLED in verifiers:
-        counted.append(
-            Case(COUPLED, ADVERSARIAL, COUNTED_GAMMA) if dtype == "fp32" else Case(COUPLED, None, 0)
-        )
+        draft, gamma = (ADVERSARIAL, COUNTED_GAMMA) if dtype == "fp32" else (None, 0)
+        counted.append(Case(COUPLED, draft, gamma))
     count = partial(check_counts, own, dtype=dtype, num_trials=num_trials, seed=seed)
     jobs += [partial(count, case, bound=FALSE_ALARM / 10 / len(counted)) for case in counted]
     wholes = {"fp32": pack(restrict(model, range(vocab_size), torch.float32), "fp32"), dtype: model}
@@ -112,6 +107,24 @@ def plan_checks(
         made = Drafts(Subject(one, View, range(vocab_size)), drafts)
         for sampling in (GREEDY, UNCHANGED) if COUPLED in verifiers else (GREEDY,):
             jobs += _identities(whole, made, list(drafts), sampling)
+    return jobs
+
+
+def _in_batch(
+    model: ElasticLM,
+    drafts: Mapping[str, ForModel],
+    tokens: Sequence[int],
+    verifiers: Iterable[str],
+    dtype: str,
+) -> list[Callable[[], Check]]:
+    """List walks of a text that is one of a batch, in float64 and in the dtype."""
+    precise = TinyVocab(model.double(), drafts, tokens=tokens, remember=False)
+    own = TinyVocab(pack(model, dtype), drafts, tokens=tokens, remember=False)
+    jobs: list[Callable[[], Check]] = []
+    for verifier in verifiers:
+        case = Case(verifier, next(iter(drafts)), 1)
+        jobs.append(partial(check_exact, precise, case, in_batch=True))
+        jobs.append(partial(check_dtype, own, precise, case, dtype=dtype, in_batch=True))
     return jobs
 
 
