@@ -178,7 +178,7 @@ def test_who_stops_taking_tokens_cancels_and_the_report_counts_what_was_taken(
         ([], {}, "--prompt is empty"),
         ([1], {"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
         ([1], {"gamma": -1}, "--gamma must be 0 or more, got -1"),
-        ([1], {"verifier": "tokens"}, "--verifier 'tokens' is none of token, block, coupled"),
+        ([1], {"verifier": "tokens"}, "--verifier 'tokens' is not one of token, block, coupled"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_before_the_first_token(
