@@ -122,7 +122,7 @@ class TextData(pl.LightningDataModule):
         )
 
     def row_at(self, step: int) -> int:
-        """The place of the first row that a step reads, counted over all epochs."""
+        """Return the index of the first row that a step reads, counted over all epochs."""
         size = self.recipe.trainer.rows_per_step
         first = self.first_step * size if self.first_row is None else self.first_row
         return first + (step - self.first_step) * size

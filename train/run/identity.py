@@ -1,4 +1,4 @@
-"""What makes a run this run: recipe, text, tokenizer and teacher; whether a folder or a state belongs to it.
+"""The identity of a run: recipe, text, tokenizer and teacher; a folder or state of another run is refused.
 
 A state of other text would go on with a tokenizer that its weights never saw, so such a run is refused before
 anything is written. What may change on the way (how long, how many rows a step) is told in a line.
@@ -57,7 +57,7 @@ class Identity:
 
     @staticmethod
     def read(fields: Mapping[str, Any]) -> "Identity":
-        """From the fields of a JSON object; unknown ones are left out."""
+        """Make an identity from the fields of a JSON object; unknown ones are left out."""
         known = {name: fields[name] for name in Identity.__dataclass_fields__ if name in fields}
         return Identity(**{"recipe": {}, **known})
 
@@ -75,7 +75,7 @@ def identify(recipe: Recipe, data: TextData, teacher: Teacher | None, dtype: str
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """What a run folder tells of its run; None if it holds none."""
+    """Return the identity of the run in a folder; None if there is no run."""
     if not (folder / RECIPE_FILE).is_file():
         return None
     recipe = asdict(load_saved_recipe(folder / RECIPE_FILE))

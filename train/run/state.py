@@ -58,7 +58,7 @@ class TrainingState:
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def first_row(self, recipe: Recipe) -> int:
-        """The place of the next row that a run reads from here."""
+        """The index of the next row that a run reads from here."""
         if self.rows is not None:
             return self.rows
         return (self.step + self.data_offset) * recipe.trainer.rows_per_step
