@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from models.base.errors import UsageError
 
 PIECE_CHARS = 1 << 20
-"""Longer documents are tokenised in pieces: bounded memory, and work for every core."""
+"""Longer documents are tokenized in pieces: bounded memory, and work for every core."""
 
 
 def content_hash(text: str, purpose: str) -> float:

@@ -21,7 +21,7 @@ from train.data.documents import is_validation, sample_documents
 from train.data.loader import StepLoader, one_pass
 from train.data.pack import Rows, hold_out_tail
 from train.data.tokenizer import SAMPLE_CHARS, TextTokenizer, load_tokenizer, train_bpe
-from train.data.tokens import Tokens, tokenise
+from train.data.tokens import Tokens, tokenize
 from train.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class TextData(pl.LightningDataModule):
         return self.text_tokenizer.eos_token_id
 
     def prepare(self, console: Console | None = None) -> "TextData":
-        """Read, tokenise and pack, or open what an earlier run left; return itself.
+        """Read, tokenize and pack, or open what an earlier run left; return itself.
 
         Args:
             console: for progress.
@@ -86,11 +86,11 @@ class TextData(pl.LightningDataModule):
         config = self.config
         corpus = self._open(config.source, "data.source")
         self.text_tokenizer = self._make_tokenizer(corpus)
-        tokens = self._tokenise(corpus, "data.source", self._fraction, config.max_documents)
+        tokens = self._tokenize(corpus, "data.source", self._fraction, config.max_documents)
         train, valid, held_out_tokens = tokens.train, tokens.valid, ""
         held_out = f"{self._fraction:g} of the documents, by hash of their text"
         if config.valid:
-            own = self._tokenise(self._open(config.valid, "data.valid"), "data.valid")
+            own = self._tokenize(self._open(config.valid, "data.valid"), "data.valid")
             valid, held_out_tokens = own.train, own.sha256
             held_out = config.valid
         elif min(len(train), len(valid)) == 1:  # one side holds only its leading eos
@@ -151,10 +151,10 @@ class TextData(pl.LightningDataModule):
             key=key,
         )
 
-    def _tokenise(
+    def _tokenize(
         self, corpus: Corpus, key: str, valid_fraction: float = 0.0, limit: int | None = None
     ) -> Tokens:
-        return tokenise(
+        return tokenize(
             corpus,
             self.text_tokenizer,
             cache_dir=self.cache_dir,

@@ -3,7 +3,7 @@
     eos d1 d1 d1 eos d2 d2 eos ...      train.npy, valid.npy: uint16 where the vocabulary allows
 
 Every document is followed by eos; the leading eos lets a document's first token be predicted too.
-Tokenising runs on all cores (Rust threads of `tokenizers`) and in bounded memory.
+Tokenizing runs on all cores (Rust threads of `tokenizers`) and in bounded memory.
 """
 
 import os
@@ -35,7 +35,7 @@ BATCH_CHARS = 1 << 21
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A tokenised corpus.
+    """A tokenized corpus.
 
     Args:
         train: the training stream, memory-mapped.
@@ -50,7 +50,7 @@ class Tokens:
     sha256: str
 
 
-def tokenise(
+def tokenize(
     corpus: Corpus,
     tokenizer: TextTokenizer,
     *,
@@ -60,7 +60,7 @@ def tokenise(
     console: Console | None = None,
     key: str = "data.source",
 ) -> Tokens:
-    """Tokenise a corpus, or open what an earlier run left.
+    """Tokenize a corpus, or open what an earlier run left.
 
     Args:
         corpus: documents.
@@ -139,7 +139,7 @@ def load_rows(
     max_documents: int | None = None,
     key: str = "--data",
 ) -> Rows:
-    """Return the rows of a text to measure on, tokenised in memory and kept nowhere.
+    """Return the rows of a text to measure on, tokenized in memory and kept nowhere.
 
     Args:
         source: anything that `open_corpus` takes.
@@ -189,7 +189,7 @@ def cut(documents: Iterable[str], valid_fraction: float) -> Iterator[Piece]:
 def encode(pieces: Iterable[Piece], tokenizer: TextTokenizer) -> Iterator[tuple[Piece, Stream]]:
     """Yield the tokens of each piece, with eos where a document ends."""
     # The library warns at a later fork (a loader's worker) that threads were in use, unless this is
-    # set; the workers never tokenise.
+    # set; the workers never tokenize.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     dtype, eos = stream_dtype(tokenizer.vocab_size), tokenizer.eos_token_id
     backend = plain_copy(tokenizer.backend)

@@ -14,11 +14,11 @@ from train.data.corpus import open_corpus
 from train.data.documents import PIECE_CHARS, is_validation
 from train.data.stream import StreamWriter
 from train.data.tokenizer import END_OF_TEXT, TextTokenizer, train_bpe
-from train.data.tokens import cut, encode, load_rows, tokenise
+from train.data.tokens import cut, encode, load_rows, tokenize
 
 
 def documents_of(stream: np.ndarray, tokenizer: TextTokenizer) -> list[str]:
-    """Undo tokenising: split at eos, decode each part."""
+    """Undo tokenizing: split at eos, decode each part."""
     borders = np.flatnonzero(stream == tokenizer.eos_token_id)
     assert borders[0] == 0
     assert borders[-1] == len(stream) - 1
@@ -41,7 +41,7 @@ def test_both_sides_together_hold_every_document_once(
 ) -> None:
     corpus = open_corpus(str(stories_txt))
 
-    ours = tokenise(corpus, tokenizer, cache_dir=tmp_path, valid_fraction=0.3)
+    ours = tokenize(corpus, tokenizer, cache_dir=tmp_path, valid_fraction=0.3)
 
     held_out = [story for story in stories if is_validation(story, 0.3)]
     assert documents_of(ours.valid, tokenizer) == held_out
@@ -94,11 +94,11 @@ def test_batches_end_anywhere_without_effect(
 def test_the_second_run_opens_what_the_first_one_wrote(
     stories_txt: Path, tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = tokenise(open_corpus(str(stories_txt)), tokenizer, cache_dir=tmp_path)
+    first = tokenize(open_corpus(str(stories_txt)), tokenizer, cache_dir=tmp_path)
     moved = stories_txt.rename(tmp_path / "moved.txt")
     monkeypatch.setattr(tokens_module, "write_streams", None)  # any use would fail
 
-    second = tokenise(open_corpus(str(moved)), tokenizer, cache_dir=tmp_path)
+    second = tokenize(open_corpus(str(moved)), tokenizer, cache_dir=tmp_path)
 
     assert np.array_equal(first.train, second.train)
     assert first.facts == second.facts
@@ -108,7 +108,7 @@ def test_other_content_and_other_settings_are_other_entries(
     stories_txt: Path, tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
     def count(valid_fraction: float = 0.0, max_documents: int | None = None) -> int:
-        tokenise(
+        tokenize(
             open_corpus(str(stories_txt)),
             tokenizer,
             cache_dir=tmp_path / "cache",
@@ -129,9 +129,9 @@ def test_another_tokenizer_of_the_same_size_is_another_entry(
 ) -> None:
     other = train_bpe(["completely different words"] * 9 + stories[:1], vocab_size=300)
     corpus = open_corpus(str(stories_txt))
-    tokenise(corpus, tokenizer, cache_dir=tmp_path)
+    tokenize(corpus, tokenizer, cache_dir=tmp_path)
 
-    ours = tokenise(corpus, other, cache_dir=tmp_path)
+    ours = tokenize(corpus, other, cache_dir=tmp_path)
 
     assert documents_of(ours.train, other) == stories
 
@@ -140,11 +140,11 @@ def test_a_damaged_stream_is_written_again(
     stories_txt: Path, tokenizer: TextTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = open_corpus(str(stories_txt))
-    whole = np.array(tokenise(corpus, tokenizer, cache_dir=tmp_path).train)
+    whole = np.array(tokenize(corpus, tokenizer, cache_dir=tmp_path).train)
     (path,) = tmp_path.glob("tokens-*/train.npy")
     path.write_bytes(path.read_bytes()[:-2])
 
-    again = tokenise(corpus, tokenizer, cache_dir=tmp_path).train
+    again = tokenize(corpus, tokenizer, cache_dir=tmp_path).train
 
     assert np.array_equal(again, whole)
     assert "train.npy is not what was written" in caplog.text
@@ -159,7 +159,7 @@ def test_a_corpus_without_text_is_an_error_and_leaves_nothing(
     cache = tmp_path / "cache"
 
     with pytest.raises(NestlingError, match=r"^data.source='.*blank.txt': no text in it"):
-        tokenise(open_corpus(str(path)), tokenizer, cache_dir=cache)
+        tokenize(open_corpus(str(path)), tokenizer, cache_dir=cache)
     with pytest.raises(NestlingError, match=r"^--data='.*blank.txt': no text in it"):
         load_rows(str(path), tokenizer, sequence_length=8)
 
@@ -173,10 +173,10 @@ def test_a_bar_on_a_terminal_changes_nothing(
     console = Console(force_terminal=True)
 
     with console.capture() as shown:
-        ours = tokenise(corpus, tokenizer, cache_dir=tmp_path / "one", console=console)
+        ours = tokenize(corpus, tokenizer, cache_dir=tmp_path / "one", console=console)
 
-    assert "tokenising" in shown.get()
-    plain = tokenise(corpus, tokenizer, cache_dir=tmp_path / "two")
+    assert "tokenizing" in shown.get()
+    plain = tokenize(corpus, tokenizer, cache_dir=tmp_path / "two")
     assert np.array_equal(ours.train, plain.train)
 
 
