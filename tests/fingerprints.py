@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from models.checkpoint.folder import load_model
-from models.decode.engine.state import new_cache, score
 from models.elastic.granularity import FULL, Granularity
+from models.elastic.request import Request
 from models.kernels.codes import FOUR_BITS
 from models.kernels.pack import make_panels
 from models.packed.quantize import pack
@@ -117,10 +117,10 @@ def scoring(folder: Path) -> Iterator[tuple[str, str]]:
         yield "logits, whole rows of S", of_tensor(model(tokens, Granularity.parse("ffn=0.25")))
         for precision in PRECISIONS:
             packed = pack(model, precision)
-            cache = new_cache(packed, 64)
-            parts = [score(packed, tokens[0, :20].tolist(), cache, num_last=20)]
+            cache = packed.new_cache(64)
+            parts = [packed.run([Request(tokens[0, :20].tolist(), cache, 20)])]
             cache.commit(20)
-            parts.append(score(packed, [7], cache, num_last=1))
+            parts.append(packed.run([Request([7], cache, 1)]))
             yield f"logits, {precision}", of_tensor(torch.cat(parts))
     weight = model.state_dict()["model.layers.0.mlp.gate_proj.weight"]
     for dtype in (torch.float32, torch.bfloat16, torch.int8, FOUR_BITS):

@@ -16,8 +16,8 @@ from torch import Tensor
 from models.decode.engine.engine import stream
 from models.decode.engine.generation_config import GenerationConfig
 from models.decode.engine.policy import Fixed, Policy
-from models.decode.engine.state import Model
 from models.decode.sampling.params import SamplingParams
+from models.elastic.view import Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from models.decode.engine.engine import Stream, stream, stream_batch
 from models.decode.engine.generation_config import DEFAULT, GenerationConfig
 from models.decode.engine.policy import Policy
 from models.decode.engine.report import Report
-from models.decode.engine.state import Model, elastic_model
+from models.elastic.view import Model
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class TextStream(Iterator[Piece]):
 
 
 def _start_of_text(target: Model) -> list[int]:
-    config = elastic_model(target).config
+    config = target.full.config
     for token in (config.bos_token_id, config.first_eos_token_id):
         if token is not None:
             return [token]

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.elastic.attention import Attention
-from models.elastic.cache import KVCache, Memory
+from models.elastic.cache import Batch, KVCache, Memory
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
 from models.elastic.layers import MLP, RMSNorm, Rotary
+from models.elastic.request import Head, Request
 
 
 class Block(nn.Module):
@@ -78,9 +79,21 @@ class ElasticLM(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if writes else std, generator=generator)
 
+    granularity = FULL
+
+    @property
+    def full(self) -> "ElasticLM":
+        """See `Scorer`."""
+        return self
+
+    @property
+    def key(self) -> tuple[int, Granularity]:
+        """See `Scorer`."""
+        return id(self), FULL
+
     @property
     def chooses(self) -> bool:
-        """Whether a pass can choose tokens and go on by itself: where it is compiled."""
+        """See `Scorer`; only compiled passes do."""
         return False
 
     @property
@@ -125,20 +138,28 @@ class ElasticLM(nn.Module):
         x_BTD = self.states(tokens_BT, granularity, memory)[-1]
         return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:])
 
-    def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
-        """Logits [num_last, V] of tokens that follow what a cache of one row has committed.
-
-        This is a pass of decoding; see `forward`.
+    def run(
+        self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None
+    ) -> Tensor:
+        """See `Scorer`; the rows are [T, V], or [T, N] of a trimmed head.
 
         Args:
-            ids: the tokens.
+            requests: of one text each.
             granularity: the member.
-            cache: its tail is written, its length stays.
-            num_last: how many of the last tokens are scored, 1 or more.
+            head: None is the model's own.
         """
-        tokens_BT = torch.tensor([ids], device=self.device)
-        logits_BTV: Tensor = self(tokens_BT, granularity, cache, num_last=num_last)
-        return logits_BTV[0]
+        assert all(one.draws is None for one in requests), "a model that does not choose cannot draw"
+        ids, counts = [token for one in requests for token in one.ids], [len(one.ids) for one in requests]
+        # A single text is read with fewer operations than a batch of one.
+        memory = requests[0].cache if len(requests) == 1 else Batch([one.cache for one in requests], counts)
+        x_TD = self.states(torch.tensor([ids], device=self.device), granularity, memory)[-1][0]
+        parts = zip(x_TD.split(counts), requests, strict=True)
+        scored_TD = torch.cat([part_TD[-one.num_last :] for part_TD, one in parts])
+        return self.head(scored_TD) if head is None else cast(Tensor, head.map(self.norm(scored_TD)))
+
+    def new_cache(self, num_positions: int) -> KVCache:
+        """Return an empty cache for one row, in the dtype and on the device that passes expect."""
+        return KVCache(self.config, num_positions=num_positions, dtype=self.cache_dtype, device=self.device)
 
     def states(
         self,

@@ -1,16 +1,50 @@
 """A granularity seen in place: calls like a model, owns no memory."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from models.base.errors import UsageError
-from models.elastic.cache import KVCache, Memory
+from models.elastic.cache import Memory
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, Plan
 from models.elastic.model import ElasticLM
+from models.elastic.request import Request
+
+
+class Scorer(Protocol):
+    """Anything that scores tokens in decoding: a model, a member in place, or one with a trimmed head."""
+
+    @property
+    def full(self) -> ElasticLM:
+        """The full model whose weights these are."""
+        ...
+
+    @property
+    def granularity(self) -> Granularity:
+        """The member of the full model that runs."""
+        ...
+
+    @property
+    def key(self) -> Hashable:
+        """Requests to scorers with equal keys may share a pass."""
+        ...
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a pass can draw tokens and go on by itself."""
+        ...
+
+    def run(self, requests: Sequence[Request]) -> Tensor:
+        """Return the rows of requests, whose tokens share one pass; those of the first come first.
+
+        A row is the logits [V] of a scored token, or the probabilities that a token was drawn from. The
+        pass writes keys and values behind what the caches have committed, and commits nothing.
+        """
+        ...
 
 
 class View:
@@ -55,13 +89,23 @@ class View:
         return self.model.head(x_BTD)
 
     @property
+    def full(self) -> ElasticLM:
+        """See `Scorer`."""
+        return self.model
+
+    @property
+    def key(self) -> tuple[int, Granularity]:
+        """See `Scorer`."""
+        return id(self.model), self.granularity
+
+    @property
     def chooses(self) -> bool:
-        """See `ElasticLM.chooses`."""
+        """See `Scorer`."""
         return self.model.chooses
 
-    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
-        """Logits [num_last, V]; see `ElasticLM.score`."""
-        return self.model.score(ids, self.granularity, cache, num_last=num_last)
+    def run(self, requests: Sequence[Request]) -> Tensor:
+        """See `Scorer`."""
+        return self.model.run(requests, self.granularity)
 
     @property
     def config(self) -> ElasticConfig:
@@ -90,3 +134,7 @@ class View:
                 tensor = full[f"model.layers.{layer.index}.{name}"]
                 state[f"model.layers.{position}.{name}"] = tensor[tuple(map(slice, shape))]
         return state
+
+
+Model: TypeAlias = ElasticLM | View
+"""Anything that decodes: the elastic model, or a member of it in place."""

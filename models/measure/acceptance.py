@@ -25,10 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.decode.engine.trimmed_head import FewTokens
+from models.decode.engine.trimmed_head import TrimmedHead
 from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.decode.sampling.samplers import COUPLED
 from models.elastic.cache import KVCache
+from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
 from models.measure.consistency import draft_states
@@ -131,7 +132,7 @@ def continue_rows(
 @torch.inference_mode()
 def measure_acceptance(
     target: ElasticLM,
-    drafts: Mapping[str, View | FewTokens],
+    drafts: Mapping[str, View | TrimmedHead],
     tokens_RT: Tensor,
     params: SamplingParams,
     *,
@@ -167,14 +168,15 @@ def measure_acceptance(
 
 def _compare(
     target: ElasticLM,
-    drafts: Mapping[str, View | FewTokens],
+    drafts: Mapping[str, View | TrimmedHead],
     rows_RT: Tensor,
     params: SamplingParams,
     num_prompt: int,
     block: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each draft's three values at the new tokens of some rows, chunk by chunk: [3, N]."""
-    views = {id(view): view for view in map(_view, drafts.values())}  # few or all tokens: one pass
+    # Drafts that differ in their vocabulary alone share a pass.
+    views = {_member(draft): View(draft.full, draft.granularity) for draft in drafts.values()}
     device = target.device
     states = draft_states(target, list(views.values()), rows_RT[:, :-1].to(device), shared_block=block)
     p_ND, *q_NDs = (x_RTD[:, num_prompt - 1 :].flatten(0, 1) for x_RTD in states)
@@ -183,7 +185,7 @@ def _compare(
     for rows in row_chunks(len(chosen_N1), target.config.vocab_size):
         p_NV = sampling_probs(target.head(p_ND[rows]), params)
         for name, draft in drafts.items():
-            x_ND = by_view[id(_view(draft))][rows]
+            x_ND = by_view[_member(draft)][rows]
             q_NV = sampling_probs(draft.head(x_ND), params)
             yield name, _values(p_NV, q_NV, chosen_N1[rows], is_greedy=params.is_greedy)
 
@@ -201,5 +203,5 @@ def _values(p_NV: Tensor, q_NV: Tensor, chosen_N1: Tensor, *, is_greedy: bool) -
     return torch.stack([overlap_N, ratio_N, coupled_N]).double().cpu()
 
 
-def _view(draft: View | FewTokens) -> View:
-    return draft.view if isinstance(draft, FewTokens) else draft
+def _member(draft: View | TrimmedHead) -> tuple[int, Granularity]:
+    return id(draft.full), draft.granularity

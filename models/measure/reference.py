@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from models.decode.engine.state import Model
 from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.decode.sampling.rng import Random
+from models.elastic.view import Model
 
 NextProbs = Callable[[list[int]], Tensor]
 """Tokens so far -> the distribution [V] of the next one."""

@@ -19,14 +19,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from models.elastic.cache import KVCache
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, LayerPlan
 from models.elastic.layers import RMSNorm
 from models.elastic.model import Block, ElasticLM
+from models.elastic.request import Head, Request
 from models.kernels.build import library
 from models.kernels.pack import TYPES, Map, Panels, make_panels
-from models.kernels.sample import Draws, Law
+from models.kernels.sample import Law
 
 COMPUTED = frozenset(
     {
@@ -87,36 +87,6 @@ class _Request(ctypes.Structure):
     ]
 
 
-class Tokens(NamedTuple):
-    """New tokens of a request, behind what its cache has committed."""
-
-    ids: Sequence[int]
-    cache: KVCache
-    num_last: int
-    """How many of the last are scored, 1 or more."""
-    draws: Draws | None = None
-    """More tokens that are chosen and, but for the last, read and scored."""
-
-    @property
-    def are_laws(self) -> bool:
-        """Whether the rows of drawn tokens are laws, not logits."""
-        return self.draws is not None and self.draws.temperature > 0
-
-    @property
-    def num_rows(self) -> int:
-        """Of logits, or laws."""
-        return self.num_last + (0 if self.draws is None else self.draws.num_read)
-
-
-class Head(NamedTuple):
-    """What gives logits."""
-
-    map: nn.Linear
-    """From D to V, or N."""
-    ids_N: Tensor | None = None
-    """Which tokens those are; None means all."""
-
-
 class NativeStep:
     """Runs members of one model, in one dtype of weights; `native_step` tells where there is one."""
 
@@ -141,7 +111,7 @@ class NativeStep:
         self._member(granularity, Head(self._model.lm_head))
 
     def __call__(
-        self, requests: Sequence[Tokens], granularity: Granularity, head: Head | None = None
+        self, requests: Sequence[Request], granularity: Granularity, head: Head | None = None
     ) -> Tensor:
         """Write the keys and values of all tokens, and give logits [all T, V or N] in fp32.
 

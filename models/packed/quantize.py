@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from models.base.dtypes import DTYPES
 from models.base.errors import UsageError
-from models.elastic.cache import KVCache
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.linear import NestedLinear
 from models.elastic.model import ElasticLM
+from models.elastic.request import Head, Request
 from models.kernels.codes import FOUR_BITS, int8_product, quantize
-from models.packed.decode_step import Tokens, native_step
+from models.packed.decode_step import native_step
 
 INT8 = "int8"
 INT4 = "int4"
@@ -97,11 +97,13 @@ class PackedLM(ElasticLM):
         """See `ElasticLM.cache_dtype`; of a draft in place it is the target's that counts."""
         return torch.bfloat16 if self.precision in _CODES else super().cache_dtype
 
-    def score(self, ids: Sequence[int], granularity: Granularity, cache: KVCache, *, num_last: int) -> Tensor:
-        """See `ElasticLM.score`; one call where it can be."""
+    def run(
+        self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None
+    ) -> Tensor:
+        """See `ElasticLM.run`; it is one call of compiled code where it can be."""
         if self.native is None:
-            return super().score(ids, granularity, cache, num_last=num_last)
-        return self.native([Tokens(ids, cache, num_last)], granularity)
+            return super().run(requests, granularity, head)
+        return self.native(requests, granularity, head)
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """See `ElasticLM.head`; logits are in the wider of the weights' and the pass's dtype."""

@@ -15,13 +15,13 @@ from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.drafters import DRAFTERS
 from models.decode.engine.policy import Fixed, Policy, Round, RoundPlan
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
 from models.decode.tune.controller import Controller
 from models.decode.tune.predict import MAX_GAMMA
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.view import View
+from models.elastic.view import Model, View
 from models.packed.quantize import pack
 from models.verify.restrict import restrict
 

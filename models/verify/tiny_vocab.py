@@ -17,6 +17,7 @@ from models.decode.sampling.rng import Random, SeededRandom
 from models.elastic.cache import KVCache, Memory
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.request import Request
 from models.elastic.view import View
 from models.measure.reference import full_pass_probs, plain_decode
 from models.verify.drafts import ADVERSARIAL, Drafts, ForModel, Gamma, Subject
@@ -64,14 +65,15 @@ class Passes:
             self._alone[key] = View.__call__(view, tokens_BT, num_last=num_last)
         return self._alone[key]
 
-    def score(self, view: View, ids: Sequence[int], cache: KVCache, num_last: int) -> Tensor:
-        """Return logits [num_last, V] of a pass of decoding, made or found; see `View.score`."""
+    def run(self, view: View, request: Request) -> Tensor:
+        """Return logits [num_last, V] of a pass of decoding, made or found; see `Scorer.run`."""
+        ids, cache, num_last, _ = request
         start, num_layers = cache.length, view.model.config.num_hidden_layers
         key = (id(view.model), view.granularity, start, num_last, tuple(ids))
         one = self._following.get(key)
         if one is None:
             self._write_what_was_found()
-            logits_TV = View.score(view, ids, cache, num_last=num_last)
+            logits_TV = View.run(view, [request])
             end = start + len(ids)
             written = [
                 (k_BGTK.clone(), v_BGTK.clone())
@@ -107,8 +109,9 @@ class _RememberedView(View):
         assert memory is None, memory
         return self._passes.alone(self, tokens_BT, num_last)
 
-    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
-        return self._passes.score(self, ids, cache, num_last)
+    def run(self, requests: Sequence[Request]) -> Tensor:
+        (request,) = requests  # exact distributions are those of one text alone
+        return self._passes.run(self, request)
 
 
 def _positions(memory: KVCache, num_layers: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from models.decode.engine.draft import Draft, Prior
 from models.decode.engine.scheduler import Steps
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
 from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.decode.sampling.rng import Random
 from models.decode.sampling.samplers import Proposal, Sampled, Sampler, Verification
 from models.decode.sampling.verifiers import Verifier, residual
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
+from models.elastic.view import Model
 
 TRUNCATED = SamplingParams(temperature=1.5, top_p=0.6)
 

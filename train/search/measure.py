@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.base.stopwatch import Clock
 from models.decode.engine.costs import DraftCosts
-from models.decode.engine.trimmed_head import FewTokens
+from models.decode.engine.trimmed_head import TrimmedHead
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import COUPLED, VERIFIER_NAMES
 from models.decode.tune.draft_plan import DraftPlan, DraftSpec, Speed
@@ -120,7 +120,7 @@ class Measurements:
         self.target_seconds = time_target(self.target, MOST_TOKENS, budget=SECONDS, clock=self.clock)
         self.hosts = time_hosts(self.target, self.kinds, budget=SECONDS, clock=self.clock)
 
-    def scorer(self, candidate: DraftSpec) -> View | FewTokens:
+    def scorer(self, candidate: DraftSpec) -> View | TrimmedHead:
         """Return what drafts; views of a precision share one packed copy.
 
         Raises:
@@ -135,7 +135,7 @@ class Measurements:
                 model = self.packed[candidate.precision]
             self.views[key] = View(model, granularity)
         view = self.views[key]
-        return view if candidate.vocabulary is None else FewTokens(view, torch.tensor(candidate.vocabulary))
+        return view if candidate.vocabulary is None else TrimmedHead(view, torch.tensor(candidate.vocabulary))
 
     def time(self, candidates: Sequence[DraftSpec]) -> None:
         """Time a step of each, side by side."""

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from models.base.errors import UsageError
 from models.decode.engine.scheduler import Pass, Steps
-from models.decode.engine.state import Model, Scorer, State, elastic_model, granularity_of, new_cache
-from models.decode.engine.trimmed_head import FewTokens
+from models.decode.engine.state import State
+from models.decode.engine.trimmed_head import TrimmedHead
 from models.decode.sampling.samplers import Proposal, Sampler
 from models.elastic.cache import KVCache
 from models.elastic.count import count_parameters
-from models.elastic.view import View
+from models.elastic.view import Model, Scorer, View
 
 
 class Prior(NamedTuple):
@@ -90,17 +90,15 @@ class NestedDraft:
 
     def __init__(self, view: View, vocabulary: Tensor | None = None) -> None:
         self.view = view
-        self.scorer: Scorer = view if vocabulary is None else FewTokens(view, vocabulary)
+        self.scorer: Scorer = view if vocabulary is None else TrimmedHead(view, vocabulary)
 
     def check(self, target: Model) -> None:
         """See `Draft`."""
-        whole = elastic_model(target)
-        ours, theirs = self.view.model.model.embed_tokens.weight, whole.model.embed_tokens.weight
+        ours, theirs = (one.full.model.embed_tokens.weight for one in (self.view, target))
         assert ours is theirs, "a nested draft is a view of its target's weights, or of a packed copy"
-        granularity = granularity_of(target)
-        if not granularity.resolve(whole.config).contains(self.view.plan):
+        if not target.granularity.resolve(target.full.config).contains(self.view.plan):
             raise UsageError(
-                f"--draft {self.view.granularity} is larger than its target {granularity}: "
+                f"--draft {self.view.granularity} is larger than its target {target.granularity}: "
                 "it must be a part of it"
             )
 
@@ -123,13 +121,13 @@ class ModelDraft:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._max_positions = elastic_model(model).config.max_position_embeddings
+        self._max_positions = model.full.config.max_position_embeddings
         self._cache: KVCache | None = None
         self._cached_ids: list[int] = []
 
     def check(self, target: Model) -> None:
         """See `Draft`."""
-        ours, theirs = elastic_model(self.model).config, elastic_model(target).config
+        ours, theirs = self.model.full.config, target.full.config
         if ours.vocab_size != theirs.vocab_size:
             raise UsageError(
                 f"--draft has a vocabulary of {ours.vocab_size} tokens and its target one of "
@@ -161,26 +159,26 @@ class ModelDraft:
         """Return the cache, cut back to the tokens that hold; the pending one is always fed (again)."""
         num_positions = min(state.cache.num_positions, self._max_positions)
         if self._cache is None or self._cache.num_positions < num_positions:
-            self._cache, self._cached_ids = new_cache(self.model, num_positions), []
+            self._cache, self._cached_ids = self.model.full.new_cache(num_positions), []
         self._cache.rewind(_num_shared(self._cached_ids, state.ids[:-1]))
         return self._cache
 
 
 def propose(
-    model: Scorer, state: State, cache: KVCache, num_tokens: int, sampler: Sampler
+    scorer: Scorer, state: State, cache: KVCache, num_tokens: int, sampler: Sampler
 ) -> Steps[Proposal]:
     """Draft token by token, after the committed tokens that the cache lacks (at least the pending one)."""
     proposal, ids = Proposal(state.ids), state.ids[cache.length :]
     draws = None
-    if model.chooses:
-        draws = sampler.draws(proposal, num_tokens, elastic_model(model).config.vocab_size)
+    if scorer.chooses:
+        draws = sampler.draws(proposal, num_tokens, scorer.full.config.vocab_size)
     if draws is not None:
-        rows_TV = yield Pass(model, ids, cache, num_last=1, draws=draws)
+        rows_TV = yield Pass(scorer, ids, cache, num_last=1, draws=draws)
         cache.commit(len(ids) + draws.num_read)
         proposal.add(draws, rows_TV)
         return proposal
     while len(proposal.ids) < num_tokens:
-        logits_TV = yield Pass(model, ids, cache, num_last=1)
+        logits_TV = yield Pass(scorer, ids, cache, num_last=1)
         cache.commit(len(ids))
         ids = [sampler.draft(logits_TV[0], proposal)]
     return proposal
@@ -199,4 +197,4 @@ def _num_shared(ours: list[int], theirs: list[int]) -> int:
 
 
 def _num_parameters(model: Model) -> int:
-    return count_parameters(elastic_model(model).config, granularity_of(model))
+    return count_parameters(model.full.config, model.granularity)

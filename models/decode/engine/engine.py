@@ -24,9 +24,10 @@ from models.decode.engine.generation_config import DEFAULT, GenerationConfig
 from models.decode.engine.policy import NO_DRAFT, Fixed, Policy, Round, RoundPlan
 from models.decode.engine.report import Report
 from models.decode.engine.scheduler import BatchScheduler, Events, Pass, Steps, run_sequentially
-from models.decode.engine.state import Model, State, elastic_model, new_cache
+from models.decode.engine.state import State
 from models.decode.sampling.rng import Random, SeededRandom
 from models.decode.sampling.samplers import Proposal, Sampler, Verification, make_sampler
+from models.elastic.view import Model
 
 
 class Token(NamedTuple):
@@ -162,8 +163,8 @@ def _request(
     policy.check(target)
     eos_token_ids = config.eos_token_ids
     if eos_token_ids is None:
-        eos_token_ids = elastic_model(target).config.eos_token_ids
-    cache = new_cache(target, len(prompt_ids) + limit)
+        eos_token_ids = target.full.config.eos_token_ids
+    cache = target.full.new_cache(len(prompt_ids) + limit)
     return _Request(
         target=target,
         policy=policy,
@@ -263,7 +264,7 @@ def commit(request: _Request, verification: Verification) -> list[Token]:
 
 
 def _num_new_tokens(target: Model, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
-    context = elastic_model(target).config.max_position_embeddings
+    context = target.full.config.max_position_embeddings
     if not prompt_ids:
         raise UsageError("--prompt is empty: give at least one token to continue")
     if len(prompt_ids) >= context:

@@ -12,8 +12,9 @@ distribution (https://github.com/apoorvumang/prompt-lookup-decoding).
 
 from models.decode.engine.draft import Prior
 from models.decode.engine.scheduler import Steps
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
 from models.decode.sampling.samplers import Proposal, Sampler
+from models.elastic.view import Model
 
 
 class LookupDraft:

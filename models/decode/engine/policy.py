@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 from models.base.errors import UsageError
 from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
+from models.elastic.view import Model
 
 NO_DRAFT = "none"
 

@@ -13,18 +13,16 @@ that it makes alone, whatever its companions, their lengths, their drafts and wh
 T positions, V vocabulary.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from models.decode.engine.state import Model, Scorer, elastic_model, granularity_of, score, score_together
-from models.decode.engine.trimmed_head import FewTokens
 from models.elastic.cache import KVCache
-from models.elastic.granularity import Granularity
+from models.elastic.request import Request
+from models.elastic.view import Scorer
 from models.kernels.sample import Draws
-from models.packed.decode_step import Tokens
 
 Result = TypeVar("Result")
 Event = TypeVar("Event")
@@ -33,7 +31,7 @@ Event = TypeVar("Event")
 class Pass(NamedTuple):
     """A pass over tokens that follow what a cache has committed."""
 
-    model: Scorer
+    scorer: Scorer
     ids: list[int]
     cache: KVCache
     num_last: int
@@ -77,9 +75,9 @@ class BatchScheduler(Iterator[tuple[int, Event]]):
         target: of all of them.
     """
 
-    def __init__(self, requests: Sequence[Events[Event]], target: Model) -> None:
+    def __init__(self, requests: Sequence[Events[Event]], target: Scorer) -> None:
         self._requests = list(requests)
-        self._target = _identity(target)
+        self._target = target.key
         self._waiting: dict[int, Pass] = {}
         self._events = self._run()
 
@@ -120,11 +118,9 @@ def run(passes: Sequence[Pass]) -> list[Tensor]:
     drawn from is a distribution. Gradients are off where this is called: turning them off once more takes
     time.
     """
-    model, ids, cache, num_last, draws = passes[0]
-    if len(passes) == 1 and draws is None:
-        return [score(model, ids, cache, num_last=num_last)]
-    requests = [Tokens(*one[1:]) for one in passes]
-    return list(score_together(model, requests).split([one.num_rows for one in requests]))
+    requests = [Request(*one[1:]) for one in passes]
+    rows_TV = passes[0].scorer.run(requests)
+    return [rows_TV] if len(passes) == 1 else list(rows_TV.split([one.num_rows for one in requests]))
 
 
 @torch.inference_mode()
@@ -150,13 +146,9 @@ def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | list[Event]
         return None
 
 
-def _next_group(waiting: Mapping[int, Pass], target: tuple[int, Granularity]) -> list[int]:
+def _next_group(waiting: Mapping[int, Pass], target: Hashable) -> list[int]:
     """Return requests that wait for one model: for a draft while any do, since the others wait for them."""
-    groups: dict[tuple[int, Granularity], list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for number, one in waiting.items():
-        groups.setdefault(_identity(one.model), []).append(number)
+        groups.setdefault(one.scorer.key, []).append(number)
     return max(groups.items(), key=lambda group: (group[0] != target, len(group[1])))[1]
-
-
-def _identity(model: Scorer) -> tuple[int, Granularity]:
-    return id(model if isinstance(model, FewTokens) else elastic_model(model)), granularity_of(model)

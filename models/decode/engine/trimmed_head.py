@@ -1,27 +1,28 @@
-"""A member whose head scores only some tokens: the rest of the vocabulary has no chance in its law.
+"""A member whose head scores some tokens only: a trimmed vocabulary (https://arxiv.org/abs/2502.14856).
 
-Any law may draft, also one that is zero almost everywhere: verification makes up for it. The head is
+Any distribution may draft, also one that is zero almost everywhere: verification makes up for it. The head is
 read once for every drafted token, and in a small model it outweighs the layers of a good draft, while
-a quarter of the vocabulary makes up nearly all of a text. Whether that pays is for measurement to say.
+a quarter of the vocabulary makes up nearly all of a text. Measurement says whether that pays.
 
-B batch, T positions, D model, N tokens that are scored, V vocabulary.
+T rows, D model, N tokens that are scored, V vocabulary.
 """
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from models.base.errors import UsageError
-from models.elastic.cache import KVCache
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.request import Head, Request
 from models.elastic.view import View
-from models.packed.decode_step import Head, Tokens
-from models.packed.quantize import PackedLM, QuantizedLinear
+from models.packed.quantize import QuantizedLinear
 
 
-class FewTokens:
-    """Scores like the view that it is made of; logits of all other tokens are -inf.
+class TrimmedHead:
+    """A `Scorer` like the view that it is made of; logits of all other tokens are -inf.
 
     Args:
         view: the member.
@@ -32,50 +33,63 @@ class FewTokens:
     """
 
     def __init__(self, view: View, ids_N: Tensor) -> None:
-        head, vocab_size = view.model.lm_head, view.model.config.vocab_size
-        _check(ids_N, vocab_size)
-        self.view, self.model = view, view.model
+        head = view.model.lm_head
+        _check(ids_N, view.model.config.vocab_size)
+        self.view = view
         self.ids_N = ids_N.to(head.weight.device)
-        few = nn.Linear(head.in_features, len(ids_N), bias=False, device="meta")
-        few.weight = nn.Parameter(head.weight.detach()[self.ids_N], requires_grad=False)
-        self.num_bytes = few.weight.nbytes
-        self.few = few
+        rows: nn.Linear = nn.Linear(head.in_features, len(ids_N), bias=False, device="meta")
+        rows.weight = nn.Parameter(head.weight.detach()[self.ids_N], requires_grad=False)
+        self.num_bytes = rows.weight.nbytes
         if isinstance(head, QuantizedLinear):
-            self.few = QuantizedLinear(few, head.precision)
+            rows = QuantizedLinear(rows, head.precision)
+        self._head = Head(rows, self.ids_N)
+
+    @property
+    def full(self) -> ElasticLM:
+        """See `Scorer`."""
+        return self.view.full
+
+    @property
+    def granularity(self) -> Granularity:
+        """See `Scorer`."""
+        return self.view.granularity
+
+    @property
+    def key(self) -> int:
+        """See `Scorer`; others have other tokens."""
+        return id(self)
 
     @property
     def chooses(self) -> bool:
-        """See `ElasticLM.chooses`."""
+        """See `Scorer`."""
         return self.view.chooses
 
-    def score(self, ids: Sequence[int], cache: KVCache, *, num_last: int) -> Tensor:
-        """Logits [num_last, V]; see `ElasticLM.score`."""
-        whole, granularity = self.model, self.view.granularity
-        if isinstance(whole, PackedLM) and whole.native is not None:
-            requests = [Tokens(ids, cache, num_last)]
-            return self.among_all(whole.native(requests, granularity, self.native_head))
-        tokens_BT = torch.tensor([ids], device=self.ids_N.device)
-        return self.head(whole.states(tokens_BT, granularity, cache)[-1][0, -num_last:])
+    def run(self, requests: Sequence[Request]) -> Tensor:
+        """See `Scorer`; of tokens that are drawn greedily the rows are [T, N], since nobody reads them."""
+        rows_TN = self.full.run(requests, self.granularity, self._head)
+        if all(one.draws is not None and not one.draws_from_probs for one in requests):
+            return rows_TN
+        return self._scatter(rows_TN, 0.0 if _are_probs(requests) else -math.inf)
 
-    @property
-    def native_head(self) -> Head:
-        """What a compiled pass reads."""
-        return Head(self.few, self.ids_N)
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Return logits [T, V] of residual streams [T, D]."""
+        return self._scatter(cast(Tensor, self._head.map(self.view.norm(x_TD))), -math.inf)
 
-    def head(self, x_BTD: Tensor) -> Tensor:
-        """Logits [..., V] of residual streams [..., D]."""
-        few_BTN: Tensor = self.few(self.view.norm(x_BTD))
-        return self.among_all(few_BTN)
+    def _scatter(self, rows_TN: Tensor, others: float) -> Tensor:
+        """Return rows [T, V] with one value for all tokens that are not scored."""
+        rows_TV = rows_TN.new_full((*rows_TN.shape[:-1], self.full.config.vocab_size), others)
+        return rows_TV.index_copy_(-1, self.ids_N, rows_TN)
 
-    def among_all(self, few_BTN: Tensor, *, laws: bool = False) -> Tensor:
-        """Logits, or laws, [..., V] from those of the tokens that are scored [..., N]."""
-        others = 0.0 if laws else -math.inf
-        logits_BTV = few_BTN.new_full((*few_BTN.shape[:-1], self.model.config.vocab_size), others)
-        return logits_BTV.index_copy_(-1, self.ids_N, few_BTN)
+
+def _are_probs(requests: Sequence[Request]) -> bool:
+    """Return whether all rows are probabilities: drafts of a batch are alike in that."""
+    found = {one.draws_from_probs and one.num_last == 1 for one in requests}
+    assert len(found) == 1, requests
+    return found.pop()
 
 
 def most_frequent(counts_V: Tensor, num_tokens: int) -> Tensor:
-    """Ids [N] of the most frequent tokens, ascending; of equally frequent ones the lower ids.
+    """Return ids [N] of the most frequent tokens, ascending; of equally frequent ones the lower ids.
 
     >>> import torch
     >>> most_frequent(torch.tensor([3, 1, 0, 3, 2]), 3).tolist()

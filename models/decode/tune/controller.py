@@ -32,9 +32,10 @@ from typing import NamedTuple
 from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft
 from models.decode.engine.policy import NO_DRAFT, PLAIN, Round, RoundPlan
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
 from models.decode.tune.predict import MAX_GAMMA
 from models.decode.tune.running_stats import Clocks, Rates
+from models.elastic.view import Model
 
 SLACK = 0.01
 BUDGET = 3.5

@@ -17,12 +17,12 @@ from time import perf_counter
 
 from models.checkpoint.family import Member
 from models.decode.engine.costs import Costs
-from models.decode.engine.state import Scorer
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import COUPLED
 from models.decode.tune.draft_plan import DraftPlan, DraftSpec, Speed
 from models.decode.tune.timing import filled_cache, one_pass, time_drafts, time_hosts, time_target
 from models.elastic.model import ElasticLM
+from models.elastic.view import Scorer
 from models.machine.threads import fastest_threads, thread_counts
 
 MAX_GAMMA = 8

@@ -24,12 +24,14 @@ from models.decode.engine.draft import propose
 from models.decode.engine.engine import Token, stream
 from models.decode.engine.generation_config import GenerationConfig
 from models.decode.engine.scheduler import run_steps
-from models.decode.engine.state import Scorer, State, new_cache, score
+from models.decode.engine.state import State
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import SeededRandom
 from models.decode.sampling.samplers import Proposal, make_sampler
 from models.elastic.cache import KVCache
 from models.elastic.model import ElasticLM
+from models.elastic.request import Request
+from models.elastic.view import Scorer
 
 PLAIN_PASSES = 8
 """Plain passes in a row that are timed, after as many that are not."""
@@ -142,7 +144,7 @@ def filled_cache(target: ElasticLM, num_tokens: int) -> KVCache:
     """Return a cache as in the middle of a text, with room for `num_tokens` tokens or all of the context."""
     context = target.config.max_position_embeddings
     num_tokens = min(num_tokens, context)
-    cache = new_cache(target, min(NUM_POSITIONS + num_tokens, context))
+    cache = target.new_cache(min(NUM_POSITIONS + num_tokens, context))
     cache.commit(cache.num_positions - num_tokens)
     return cache
 
@@ -152,7 +154,7 @@ def one_pass(model: Scorer, cache: KVCache, num_tokens: int) -> Work:
 
     @torch.inference_mode()
     def work() -> None:
-        logits_TV = score(model, [0] * num_tokens, cache, num_last=num_tokens)
+        logits_TV = model.run([Request([0] * num_tokens, cache, num_tokens)])
         logits_TV[-1, 0].item()  # a GPU has only been told so far
 
     return work

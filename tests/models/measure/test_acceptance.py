@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.decode.engine.draft import NestedDraft
 from models.decode.engine.engine import stream
-from models.decode.engine.trimmed_head import FewTokens
+from models.decode.engine.trimmed_head import TrimmedHead
 from models.decode.sampling.params import SamplingParams, sampling_probs
 from models.decode.sampling.rng import SeededRandom
 from models.decode.sampling.samplers import VERIFIER_NAMES, Coupled, Proposal
@@ -71,8 +71,8 @@ def test_alpha_is_the_shared_alpha_of_the_same_places(tiny_model: ElasticLM, pre
 def test_few_tokens_are_measured_by_their_own_law(tiny_model: ElasticLM) -> None:
     tokens_RT, view = text_of(tiny_model, WARM), View(tiny_model, EXIT)
     few, everything = torch.arange(0, 64, 2), torch.arange(64)
-    drafts: dict[str, View | FewTokens]
-    drafts = {"all": view, "few": FewTokens(view, few), "everything": FewTokens(view, everything)}
+    drafts: dict[str, View | TrimmedHead]
+    drafts = {"all": view, "few": TrimmedHead(view, few), "everything": TrimmedHead(view, everything)}
     measured = measure_acceptance(tiny_model, drafts, tokens_RT, WARM, num_prompt=4)
     assert measured["everything"].alpha == pytest.approx(measured["all"].alpha, rel=FP32_SUMS)
     odd_RN = tokens_RT[:, 4:].numpy() % 2 == 1

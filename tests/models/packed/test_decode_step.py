@@ -14,6 +14,7 @@ from models.elastic.cache import KVCache
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.request import Head, Request
 from models.elastic.rope_scaling import RopeScaling
 from models.kernels.build import library
 from models.kernels.codes import FOUR_BITS, quantize
@@ -21,9 +22,7 @@ from models.kernels.sample import Draws
 from models.packed.decode_step import (
     COMPUTED,
     UNRELATED,
-    Head,
     NativeStep,
-    Tokens,
     native_step,
     supports,
 )
@@ -101,7 +100,7 @@ def test_logits_keys_and_values_are_torchs(
         step.prepare(FULL)  # a part has the scales of the whole then
     ours, theirs = new_cache(model), new_cache(exact)
     expected_TV = exact(torch.tensor([IDS]), member, theirs)[0]
-    logits_TV = step([Tokens(IDS, ours, len(IDS))], member)
+    logits_TV = step([Request(IDS, ours, len(IDS))], member)
     for cache in (ours, theirs):
         cache.commit(len(IDS))
     for one, other in ((logits_TV, expected_TV), (kept(ours, 4), kept(theirs, 4))):
@@ -115,7 +114,7 @@ def test_a_tokens_result_is_the_same_bits_in_every_pass(
 ) -> None:
     model = make_model(tiny_config, stored_as(dtype))
     step, whole = make_step(model, dtype), new_cache(model)
-    whole_TV = step([Tokens(IDS, whole, len(IDS))], FULL)
+    whole_TV = step([Request(IDS, whole, len(IDS))], FULL)
     whole.commit(len(IDS))
     before = torch.get_num_threads()
     for cuts, num_threads in (((1, 2, 3, 50), 1), ((13, 14, 27, 59), 3)):
@@ -123,7 +122,7 @@ def test_a_tokens_result_is_the_same_bits_in_every_pass(
         torch.set_num_threads(num_threads)
         try:
             for start, end in zip((0, *cuts), (*cuts, len(IDS)), strict=True):
-                requests = [Tokens(IDS[start:end], cache, end - start), Tokens([5, 9], companion, 1)]
+                requests = [Request(IDS[start:end], cache, end - start), Request([5, 9], companion, 1)]
                 rows_TV = step(requests, FULL)
                 assert rows_TV[: end - start].equal(whole_TV[start:end])
                 cache.commit(end - start)
@@ -142,8 +141,8 @@ def test_only_the_last_tokens_are_scored_and_garbage_behind_them_changes_nothing
     for store in dirty._stores:
         for tensor in store:
             tensor.fill_(1e30)
-    all_TV = step([Tokens(IDS[:20], clean, 20)], FULL)
-    last_TV = step([Tokens(IDS[:20], dirty, 3)], FULL)
+    all_TV = step([Request(IDS[:20], clean, 20)], FULL)
+    last_TV = step([Request(IDS[:20], dirty, 3)], FULL)
     assert last_TV.equal(all_TV[-3:])
 
 
@@ -154,12 +153,12 @@ def test_members_share_what_is_packed_and_it_grows_when_a_larger_one_comes(
     model = make_model(tiny_config)
     step = make_step(model, torch.float32)
     small, sizes = Granularity.parse("ffn=0.5,layers=0-1"), []
-    first_TV = step([Tokens(IDS, new_cache(model), 1)], small)
+    first_TV = step([Request(IDS, new_cache(model), 1)], small)
     for member in (small, Granularity.parse("ffn=0.25,layers=0"), FULL, small):
         step.prepare(member)
         sizes.append(step.num_bytes)
     assert sizes[0] == sizes[1] < sizes[2] == sizes[3]
-    assert step([Tokens(IDS, new_cache(model), 1)], small).equal(first_TV)
+    assert step([Request(IDS, new_cache(model), 1)], small).equal(first_TV)
     alone = make_step(model, torch.float32)
     alone.prepare(FULL)
     assert alone.num_bytes == sizes[2]
@@ -171,16 +170,16 @@ def test_a_head_of_few_tokens_gives_those_tokens_logits(tiny_config: ElasticConf
     step, ids = make_step(model, torch.float32), torch.tensor([3, 9, 40])
     few = nn.Linear(32, 3, bias=False)
     few.weight = nn.Parameter(model.lm_head.weight.detach()[ids])
-    whole_TV = step([Tokens(IDS, new_cache(model), 4)], FULL)
-    few_TN = step([Tokens(IDS, new_cache(model), 4)], FULL, Head(few))
+    whole_TV = step([Request(IDS, new_cache(model), 4)], FULL)
+    few_TN = step([Request(IDS, new_cache(model), 4)], FULL, Head(few))
     assert few_TN.equal(whole_TV[:, ids])
 
 
 @torch.inference_mode()
 def test_weights_may_be_in_another_dtype_than_the_store(tiny_config: ElasticConfig) -> None:
     model = make_model(tiny_config)
-    expected_TV = make_step(model, torch.float32)([Tokens(IDS, new_cache(model), 5)], FULL)
-    half_TV = make_step(model, torch.bfloat16)([Tokens(IDS, new_cache(model), 5)], FULL)
+    expected_TV = make_step(model, torch.float32)([Request(IDS, new_cache(model), 5)], FULL)
+    half_TV = make_step(model, torch.bfloat16)([Request(IDS, new_cache(model), 5)], FULL)
     far = (half_TV - expected_TV).abs().max() / expected_TV.abs().max()
     assert 1e-4 < far < RTOL[torch.bfloat16]
 
@@ -221,17 +220,17 @@ def test_every_field_of_a_configuration_is_known_to_it() -> None:
 def test_what_is_no_token_is_refused(token: int, tiny_config: ElasticConfig) -> None:
     model = make_model(tiny_config)
     with pytest.raises(IndexError, match=f"from 0 to 63, got .*{token}"):
-        make_step(model, torch.float32)([Tokens([1, token], new_cache(model), 1)], FULL)
+        make_step(model, torch.float32)([Request([1, token], new_cache(model), 1)], FULL)
 
 
 @torch.inference_mode()
 def test_it_computes_with_the_weights_that_it_was_made_of(tiny_config: ElasticConfig) -> None:
     model = make_model(tiny_config)
     step = make_step(model, torch.float32)
-    before_TV = step([Tokens(IDS, new_cache(model), 3)], FULL)
+    before_TV = step([Request(IDS, new_cache(model), 3)], FULL)
     model.to(torch.bfloat16)  # new storage for every weight
     cache = KVCache(model.config, num_positions=64)
-    assert step([Tokens(IDS, cache, 3)], FULL).equal(before_TV)
+    assert step([Request(IDS, cache, 3)], FULL).equal(before_TV)
 
 
 SAMPLINGS = {
@@ -293,11 +292,11 @@ def test_a_pass_that_chooses_tokens_is_as_many_passes(
                 if races:
                     how = {"races_CV": torch.rand(count, 64, generator=rng, dtype=torch.float64) + 0.1}
                 draws = Draws(count=count, **fields, **how)  # type: ignore[arg-type]
-            asked.append(Tokens(IDS[:length], new_cache(model), num_last, draws))
+            asked.append(Request(IDS[:length], new_cache(model), num_last, draws))
         rows = step(asked, FULL, head).split([one.num_rows for one in asked])
         for (tokens, ours, num_last, draws), rows_TN in zip(asked, rows, strict=True):
             theirs = new_cache(model)
-            logits_TN = step([Tokens(tokens, theirs, num_last)], FULL, head)
+            logits_TN = step([Request(tokens, theirs, num_last)], FULL, head)
             theirs.commit(len(tokens))
             for position in range(0 if draws is None else draws.count):
                 assert draws is not None
@@ -311,7 +310,7 @@ def test_a_pass_that_chooses_tokens_is_as_many_passes(
                         assert ((row_N > 0) == (law_N > 0)).all()
                 assert draws.ids[position] == choose(row_N, draws, position, ids_N)
                 if position + 1 < draws.count:
-                    logits_TN = step([Tokens([draws.ids[position]], theirs, 1)], FULL, head)
+                    logits_TN = step([Request([draws.ids[position]], theirs, 1)], FULL, head)
                     theirs.commit(1)
             ours.commit(len(tokens) + (0 if draws is None else draws.num_read))
             assert kept(ours, 4).equal(kept(theirs, 4))
@@ -325,10 +324,10 @@ def test_numbers_draw_each_token_as_often_as_its_distribution_says(tiny_config: 
     counts_V, law_V = torch.zeros(64), torch.empty(64)
     for number in range(num):
         draws = Draws(count=1, temperature=1.0, uniforms=[(number + 0.5) / num])
-        law_V = step([Tokens(IDS[:5], new_cache(model), 1, draws)], FULL)[0]
+        law_V = step([Request(IDS[:5], new_cache(model), 1, draws)], FULL)[0]
         counts_V[draws.ids[0]] += 1
     assert (counts_V / num - law_V).abs().max() <= 1 / num + ROW_ATOL
     assert (counts_V > 0).sum() > 10
     draws = Draws(count=1, temperature=1.0, uniforms=[math.nextafter(1.0, 0.0)])
-    step([Tokens(IDS[:5], new_cache(model), 1, draws)], FULL)
+    step([Request(IDS[:5], new_cache(model), 1, draws)], FULL)
     assert law_V[draws.ids[0]] > 0

@@ -6,11 +6,11 @@ from torch import nn
 
 from models.base.errors import UsageError
 from models.checkpoint.weights import weights_of
-from models.decode.engine.state import new_cache
 from models.elastic.cache import KVCache
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.request import Request
 from models.elastic.view import View
 from models.packed import decode_step as native
 from models.packed.quantize import QuantizedLinear, pack, packed_bytes, prepare, split_precision
@@ -87,12 +87,12 @@ def test_an_int8_targets_logits_do_not_depend_on_what_is_scored_beside_them(tiny
 @torch.inference_mode()
 def test_an_int8_target_keeps_keys_and_values_in_bf16_and_decodes_as_it_scores(tiny_model: ElasticLM) -> None:
     target = pack(tiny_model, "int8")
-    cache = new_cache(target, 12)
+    cache = target.new_cache(12)
     assert cache.dtype == torch.bfloat16
-    assert new_cache(pack(tiny_model, "fp32"), 12).dtype == torch.float32
-    decoded = target.score([0, 1, 2, 3, 4], FULL, cache, num_last=5)
+    assert pack(tiny_model, "fp32").new_cache(12).dtype == torch.float32
+    decoded = target.run([Request([0, 1, 2, 3, 4], cache, 5)])
     cache.commit(5)
-    decoded = torch.cat([decoded, target.score([5, 6, 7, 8, 9, 10, 11], FULL, cache, num_last=7)])
+    decoded = torch.cat([decoded, target.run([Request([5, 6, 7, 8, 9, 10, 11], cache, 7)])])
     assert distance(decoded, logits(target)[0]) < RTOL["int8"]
     assert distance(decoded, logits(tiny_model)[0]) < RTOL["int8"]
 
@@ -107,9 +107,9 @@ def test_a_packed_member_reads_and_writes_a_store_of_the_targets_dtype(
     cache = KVCache(target.config, num_positions=16, dtype=dtype)
     target(TOKENS[:1, :8], memory=cache)
     cache.commit(8)
-    theirs = View(target, Granularity.parse("S")).score([8], cache.view(), num_last=1)
+    theirs = View(target, Granularity.parse("S")).run([Request([8], cache.view(), 1)])
     member = View(pack(target, precision), Granularity.parse("S"))
-    ours = member.score([8], cache.view(), num_last=1)
+    ours = member.run([Request([8], cache.view(), 1)])
     assert distance(ours.double(), theirs.double()) < RTOL[precision]
     assert ours.dtype in {dtype, torch.promote_types(dtype, torch.float32)}
 

@@ -12,12 +12,12 @@ from models.decode.engine import scheduler as passes
 from models.decode.engine.draft import Draft, Prior
 from models.decode.engine.policy import Fixed, Policy
 from models.decode.engine.scheduler import Steps
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
 from models.decode.sampling.samplers import VERIFIER_NAMES, Proposal, Sampler
 from models.decode.sampling.verifiers import Verifier
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.view import View
+from models.elastic.view import Model, View
 from models.packed.quantize import pack
 from models.verify import plan as verify
 from models.verify.checks import COUNTED_GAMMA, SAMPLINGS, Case, Check, check_counts, check_dtype, check_exact

@@ -14,13 +14,12 @@ import torch
 
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.engine import stream
-from models.decode.engine.state import Model
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import SeededRandom, gumbel_noise
 from models.decode.sampling.samplers import Coupled, Proposal
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.view import View
+from models.elastic.view import Model, View
 from models.measure.reference import full_pass_probs, plain_decode
 from models.verify.exact import chi_square, exact_distribution
 

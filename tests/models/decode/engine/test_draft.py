@@ -8,12 +8,13 @@ from models.base.errors import UsageError
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.engine import stream
 from models.decode.engine.scheduler import Steps, run, run_steps
-from models.decode.engine.state import State, new_cache, score
+from models.decode.engine.state import State
 from models.decode.sampling.params import SamplingParams, penalise, sampling_probs
 from models.decode.sampling.rng import SeededRandom
 from models.decode.sampling.samplers import Proposal, Sampler, make_sampler
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.request import Request
 from models.elastic.view import View
 from models.packed.quantize import pack
 
@@ -24,8 +25,8 @@ LAW_ATOL = 1e-12  # float64
 
 
 def committed(model: ElasticLM, ids: list[int]) -> State:
-    state = State(list(ids), new_cache(model, 40))
-    score(model, ids[:-1], state.cache, num_last=1)
+    state = State(list(ids), model.new_cache(40))
+    model.run([Request(ids[:-1], state.cache, 1)])
     state.cache.commit(len(ids) - 1)
     return state
 
@@ -88,7 +89,7 @@ def test_a_nested_draft_reads_the_targets_keys_and_values_of_what_is_committed(
     view = View(model, Granularity.parse("layers=1:3"))
     state = committed(model, [1, 2, 3, 4])
     proposal = propose(NestedDraft(view), state)
-    theirs_V = sampling_probs(score(view, [4], state.cache.view(), num_last=1)[0], WARM)
+    theirs_V = sampling_probs(view.run([Request([4], state.cache.view(), 1)])[0], WARM)
     torch.testing.assert_close(proposal.probs[0][0], theirs_V, rtol=0, atol=LAW_ATOL)
     own_V = sampling_probs(view(torch.tensor([[1, 2, 3, 4]]))[0, -1], WARM)
     assert (proposal.probs[0] - own_V).abs().max() > 1e-3

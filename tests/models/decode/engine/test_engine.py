@@ -17,14 +17,14 @@ from models.decode.engine.engine import stream, stream_batch
 from models.decode.engine.lookup import LookupDraft
 from models.decode.engine.policy import Fixed
 from models.decode.engine.scheduler import Pass, Steps, run
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import SeededRandom
 from models.decode.sampling.samplers import Proposal, Sampler
 from models.decode.tune.controller import Controller
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.view import View
+from models.elastic.view import Model, View
 from models.kernels.build import library
 from models.measure.reference import full_pass_probs, plain_decode, speculative_decode
 from models.packed.quantize import PRECISIONS, pack

@@ -12,12 +12,13 @@ from models.base.errors import UsageError
 from models.decode.engine.draft import Draft, NestedDraft, Prior
 from models.decode.engine.engine import stream
 from models.decode.engine.scheduler import Steps
-from models.decode.engine.state import Model, State, new_cache, score
+from models.decode.engine.state import State
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import Proposal, Sampler
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.view import View
+from models.elastic.request import Request
+from models.elastic.view import Model, View
 
 MakeModel = Callable[..., ElasticLM]
 
@@ -76,8 +77,8 @@ def test_before_every_round_the_cache_is_a_fresh_prefill(
 
     def compare(state: State) -> None:
         assert state.cache.length == len(state.ids) - 1
-        fresh = new_cache(model, len(state.ids))
-        score(model, state.ids[:-1], fresh, num_last=1)
+        fresh = model.new_cache(len(state.ids))
+        model.run([Request(state.ids[:-1], fresh, 1)])
         fresh.commit(len(state.ids) - 1)
         for layer in range(model.config.num_hidden_layers):
             for ours, theirs in zip(state.cache.read(layer), fresh.read(layer), strict=True):

@@ -10,7 +10,7 @@ import torch
 from models.decode.engine.engine import stream
 from models.decode.engine.lookup import LookupDraft
 from models.decode.engine.scheduler import run_steps
-from models.decode.engine.state import State, new_cache
+from models.decode.engine.state import State
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import SeededRandom
 from models.decode.sampling.samplers import Proposal, Sampler, make_sampler
@@ -25,7 +25,7 @@ StateOf = Callable[[Sequence[int]], State]
 
 @pytest.fixture
 def state_of(tiny_model: ElasticLM) -> StateOf:
-    cache = new_cache(tiny_model, 64)
+    cache = tiny_model.new_cache(64)
     return lambda ids: State(list(ids), cache)
 
 

@@ -19,14 +19,14 @@ from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.engine import stream
 from models.decode.engine.lookup import LookupDraft
 from models.decode.engine.policy import PLAIN, Round, RoundPlan
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import Random
 from models.decode.sampling.verifiers import VERIFIERS, Verifier
 from models.decode.tune.controller import Controller
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.view import View
+from models.elastic.view import Model, View
 from models.measure.reference import full_pass_probs, plain_decode
 from models.verify.checks import EXACT, SAMPLINGS, Case, check_exact
 from models.verify.drafts import ForModel, MakeDraft, Subject, adversarial, member

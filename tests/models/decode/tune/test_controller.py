@@ -15,10 +15,11 @@ from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft, Prior
 from models.decode.engine.policy import NO_DRAFT, PLAIN, Round
 from models.decode.engine.scheduler import Steps
-from models.decode.engine.state import Model, State
+from models.decode.engine.state import State
 from models.decode.sampling.samplers import Proposal, Sampler
 from models.decode.tune.controller import BUDGET, EXPLORE_FRACTION, SLACK, Controller
 from models.decode.tune.predict import MAX_GAMMA
+from models.elastic.view import Model
 
 SECONDS = 0.004  # of a plain step
 NOWHERE = cast("State", None)

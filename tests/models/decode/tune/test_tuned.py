@@ -9,13 +9,13 @@ import pytest
 from models.checkpoint.folder import load_model, save_model
 from models.decode.engine.costs import Costs
 from models.decode.engine.draft import NestedDraft
-from models.decode.engine.state import Scorer
-from models.decode.engine.trimmed_head import FewTokens
+from models.decode.engine.trimmed_head import TrimmedHead
 from models.decode.sampling.params import SamplingParams
 from models.decode.tune.draft_plan import DraftPlan, DraftSpec, Speed
 from models.decode.tune.resolve import choose_drafting
 from models.decode.tune.tuned import Plans, find_draft, searched_path, write_searched
 from models.elastic.model import ElasticLM
+from models.elastic.view import Scorer
 from models.packed.quantize import PackedLM
 
 GREEDY, WARM = SamplingParams(), SamplingParams(temperature=1.0)
@@ -97,8 +97,8 @@ def test_what_is_timed_before_decoding_is_the_draft_that_was_found(
     opened = load_model(folder)
     drafting = choose_drafting(opened, "auto", None, WARM, dtype="fp32")
     scorer, kind = timed
-    assert isinstance(scorer, FewTokens)
+    assert isinstance(scorer, TrimmedHead)
     assert isinstance(drafting.draft, NestedDraft)
     assert scorer is drafting.draft.scorer
-    assert isinstance(scorer.model, PackedLM)
+    assert isinstance(scorer.full, PackedLM)
     assert kind == (WARM, "token")
