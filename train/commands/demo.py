@@ -20,4 +20,4 @@ def demo(
     from train.commands.demo_run import run_demo
 
     results = run_demo(out, make_console(), overrides=context.args)
-    write_results(json, results, dtypes={"decoding": "fp32"})
+    write_results(json, results, dtypes={"decoding": results["decoding"]["dtype"]})

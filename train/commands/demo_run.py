@@ -1,43 +1,40 @@
 """`nestling demo`: the whole chain in a few minutes on two cores, from Python's own source.
 
 train a family -> its table -> cut S out, prove it equal in stock transformers
-               -> complete a function plainly and with the family's own draft: the same text
+               -> complete a function plainly and with the family's own draft (train/commands/demo_decode.py)
+
+It takes at most six minutes on two slow cores: training has as many steps as fit into three.
 """
 
-import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from models.base.errors import NestlingError
-from models.base.numbers import NOTHING, fixed, optional
-from models.base.table import Table
-from models.checkpoint.folder import ModelFolder, load_model
-from models.decode.engine.generation_config import GenerationConfig
-from models.decode.engine.policy import Fixed
-from models.decode.open import open_for_decoding
-from models.decode.sampling.params import GREEDY
-from models.decode.text import GenerationResult, stream_text
-from models.decode.tune.predict import choose_draft, known_acceptance, measure_costs
-from models.decode.tune.resolve import Drafting, nested_drafting
-from models.elastic.view import View
+from models.checkpoint.folder import load_model
+from models.machine.card import machine_card, num_threads
+from train.bench.train_bench import choose_contenders, train_briefly
+from train.commands.demo_decode import complete_function
 from train.commands.export import extract_and_prove
+from train.data.module import TextData
 from train.recipe.recipe import Recipe, load_recipe, load_saved_recipe
 from train.recipe.shipped import CONFIGS
 from train.report.tables import FAMILY_LEGEND, family_table
-from train.run.fit import fit
+from train.run.fit import fit, training_precision
 from train.run.identity import RECIPE_FILE
 
 RECIPE = CONFIGS / "demo.yaml"
 MEMBER = "S"
-# No line break at its end: a token holds the break and the indent that follows.
-PROMPT = 'def read_config(path, encoding="utf-8"):'
-NUM_TOKENS = 128
-NUM_RUNS = 5
+TRAINING_SECONDS = 180
+"""Training takes about this long where the recipe's steps would take longer."""
+LEAST_STEPS = 300
+"""Fewer steps leave nothing to look at."""
+TIMED_STEPS = 4
 
 
 def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -56,8 +53,7 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
     """
     started = time.perf_counter()
     console.rule("1. train a family on the Python standard library")
-    recipe = load_recipe([RECIPE], overrides)
-    resume = "auto" if _was_interrupted(recipe, out) else "never"
+    recipe, resume = choose_recipe(out, overrides, console)
     path = fit(recipe, out, resume=resume, console=console)
     folder = load_model(path)
     console.print(family_table(folder.members).to_rich(caption=FAMILY_LEGEND))
@@ -66,86 +62,81 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
     parity = extract_and_prove(folder, folder.family[MEMBER], out / MEMBER, console)
 
     console.rule("3. complete a function, plainly and with the family's own draft")
-    speed = _decode(open_for_decoding(path, "fp32")[0], console)
+    speed = complete_function(path, console)
 
     page = _report(out)
     seconds = time.perf_counter() - started
     console.rule(f"done in {seconds / 60:.1f} minutes")
     console.print(_next_steps(out, page), markup=False)
     return {
-        "members": [dataclasses.asdict(member) for member in folder.members],
-        "extraction": dataclasses.asdict(parity),
+        "members": [asdict(member) for member in folder.members],
+        "extraction": asdict(parity),
         "decoding": speed,
         "seconds": seconds,
     }
 
 
-def _was_interrupted(recipe: Recipe, out: Path) -> bool:
-    """Whether a run of this very recipe waits there to go on."""
-    try:
-        return not (out / "model").exists() and load_saved_recipe(out / RECIPE_FILE) == recipe
-    except NestlingError:  # no recipe there, or one of another release
-        return False
+def choose_recipe(out: Path, overrides: Sequence[str], console: Console) -> tuple[Recipe, str]:
+    """Return the recipe with as many steps as fit into `TRAINING_SECONDS` here, and what to resume from.
+
+    An interrupted demo keeps the number of steps that it began with, and `trainer.max_steps=N` fixes it.
+    """
+    recipe = load_recipe([RECIPE], overrides)
+    waiting = _interrupted(out)
+    if waiting is not None and with_steps(recipe, waiting.trainer.max_steps) == waiting:
+        return waiting, "auto"
+    if recipe.trainer.max_steps == load_recipe([RECIPE]).trainer.max_steps:
+        steps = count_steps(_seconds_per_step(recipe, console), most=recipe.trainer.max_steps)
+        recipe = with_steps(recipe, steps)
+        console.print(f"{steps} steps, as many as this machine takes in about {TRAINING_SECONDS} s")
+    return recipe, "never"
 
 
-def _decode(folder: ModelFolder, console: Console) -> dict[str, Any]:
-    """Alternate plain and speculative decoding; both must write the same tokens."""
-    choice = _choose(folder)
-    plain, drafted = [], []
-    for _ in range(NUM_RUNS):
-        plain.append(_complete(folder, None))
-        drafted.append(_complete(folder, choice))
-    ids_equal = all(result.ids == plain[0].ids for result in plain + drafted)
-    console.print(PROMPT, end="", style="dim", markup=False)
-    console.print(plain[0].text, markup=False)
-    console.print(_speed_table(choice, plain, drafted).to_rich())
-    console.print(f"medians of {NUM_RUNS} alternating runs" + ids_equal * "; the same tokens in all of them")
-    if _median_speed(drafted) < _median_speed(plain):
-        console.print("so small a model is plainly decoded faster than its draft can pay; larger ones gain")
-    if not ids_equal:
-        raise NestlingError("speculative decoding wrote other tokens than plain; please report this")
-    return {
-        "ids_equal": ids_equal,
-        "draft": choice.name,
-        "gamma": choice.gamma,
-        "plain_tokens_per_second": _median_speed(plain),
-        "tokens_per_second": _median_speed(drafted),
-        "tau": drafted[0].report.tau,
-        "alpha": drafted[0].report.alpha,
-    }
+def count_steps(seconds_per_step: float, *, most: int) -> int:
+    """Return a multiple of fifty steps that fits into `TRAINING_SECONDS`, within bounds.
+
+    >>> count_steps(0.1, most=900), count_steps(0.5, most=900), count_steps(9.0, most=900)
+    (900, 350, 300)
+    """
+    return max(LEAST_STEPS, min(most, int(TRAINING_SECONDS / seconds_per_step) // 50 * 50))
 
 
-def _choose(folder: ModelFolder) -> Drafting:
-    """The member that drafts best here, even if plain decoding should be as fast."""
-    acceptance = known_acceptance(folder.members, GREEDY)
-    drafts = {name: View(folder.model, folder.family[name]) for name in acceptance}
-    plan = choose_draft(acceptance, measure_costs(folder.model, drafts, GREEDY), least=0.0)
-    assert plan is not None, "a trained family has measured members"
-    assert plan.spec is not None, plan
-    return nested_drafting(folder, plan.spec, plan.gamma)
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """Return a recipe over another number of steps, what happens at a step in proportion."""
 
+    def scaled(step: int) -> int:
+        return max(1, step * steps // recipe.trainer.max_steps) if step else 0
 
-def _complete(folder: ModelFolder, choice: Drafting | None) -> GenerationResult:
-    assert folder.tokenizer is not None
-    policy = Fixed(None, 0) if choice is None else Fixed(choice.draft, choice.gamma)
-    config = GenerationConfig(max_new_tokens=NUM_TOKENS)
-    return stream_text(folder.model, folder.tokenizer, PROMPT, config, policy=policy).finish()
-
-
-def _speed_table(choice: Drafting, plain: list[GenerationResult], drafted: list[GenerationResult]) -> Table:
-    report = drafted[0].report
-    ours = (
-        f"drafted by {choice.name}, gamma {choice.gamma}",
-        f"{_median_speed(drafted):.0f}",
-        f"{report.tau or 1:.2f}",
-        optional(report.alpha, fixed(3)),
+    loss, optim, trainer = recipe.loss, recipe.optim, recipe.trainer
+    return replace(
+        recipe,
+        loss=replace(loss, ramp_start=scaled(loss.ramp_start), ramp_steps=scaled(loss.ramp_steps)),
+        optim=replace(optim, warmup_steps=scaled(optim.warmup_steps)),
+        trainer=replace(
+            trainer,
+            max_steps=steps,
+            val_check_interval=scaled(trainer.val_check_interval),
+            checkpoint_every=scaled(trainer.checkpoint_every),
+        ),
     )
-    header = ("decoding", "tokens/s", "tau", "alpha")
-    return Table(header, (("plain", f"{_median_speed(plain):.0f}", "1.00", NOTHING), ours))
 
 
-def _median_speed(results: list[GenerationResult]) -> float:
-    return statistics.median(result.report.tokens_per_second or 0.0 for result in results)
+def _seconds_per_step(recipe: Recipe, console: Console) -> float:
+    """Train a few steps as the run will; what the corpus is cut into is kept for it."""
+    card, dtype = machine_card(), training_precision(recipe.dtype)
+    torch.set_num_threads(num_threads(card, dtype, purpose="training"))
+    data = TextData(recipe).prepare(console)
+    (joint,) = (one for one in choose_contenders(recipe, dtype)[0] if one.mode == "joint")
+    with console.status("measuring this machine"):
+        return train_briefly(joint, data, TIMED_STEPS, time.perf_counter)
+
+
+def _interrupted(out: Path) -> Recipe | None:
+    """Return the recipe of a run that waits there to go on, if one does."""
+    try:
+        return None if (out / "model").exists() else load_saved_recipe(out / RECIPE_FILE)
+    except NestlingError:  # no recipe there, or one of another release
+        return None
 
 
 def _report(out: Path) -> Path:

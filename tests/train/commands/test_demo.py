@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from models.base.errors import UsageError
 from train.cli import main
+from train.commands import demo_run
 from train.commands.demo_run import RECIPE
-from train.recipe.recipe import load_recipe
+from train.recipe.recipe import load_recipe, save_recipe
 
 SMALL = [
     "model.hidden_size=32",
@@ -46,8 +48,8 @@ def test_the_results_say_that_the_draft_changed_nothing(out: Path) -> None:
     results = json.loads(out.with_suffix(".json").read_text())
     assert results["decoding"]["ids_equal"] is True
     assert results["extraction"]["ids_equal"] is True
-    assert results["decoding"]["draft"] in {"S", "M", "L", "D"}
-    assert [member["name"] for member in results["members"]] == ["S", "M", "L", "D", "XL"]
+    assert results["decoding"]["draft"] in {"S", "M", "L", "D", "E"}
+    assert [member["name"] for member in results["members"]] == ["S", "M", "L", "D", "E", "XL"]
 
 
 def test_given_again_it_starts_anew(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +57,22 @@ def test_given_again_it_starts_anew(out: Path, capsys: pytest.CaptureFixture[str
     assert main(["demo", "--out", str(out), *SMALL, "seed=7"]) == 0
     assert "resuming" not in capsys.readouterr().out
     assert (out / "model" / "model.safetensors").read_bytes() != before
+
+
+def test_a_slow_machine_trains_fewer_steps_and_an_interrupted_demo_keeps_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console, whole = Console(quiet=True), load_recipe([RECIPE])
+    monkeypatch.setattr(demo_run, "_seconds_per_step", lambda *_: 0.45)
+    recipe, resume = demo_run.choose_recipe(tmp_path, [], console)
+    assert (recipe.trainer.max_steps, resume) == (400, "never")
+    assert recipe.loss.ramp_start * whole.trainer.max_steps == pytest.approx(
+        whole.loss.ramp_start * recipe.trainer.max_steps, rel=0.01
+    )
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    monkeypatch.setattr(demo_run, "_seconds_per_step", lambda *_: 0.001)
+    assert demo_run.choose_recipe(tmp_path, [], console) == (recipe, "auto")
+    assert demo_run.choose_recipe(tmp_path, ["seed=3"], console)[0].trainer == whole.trainer
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
