@@ -61,7 +61,9 @@ def test_every_path_that_a_document_names_exists(document: str) -> None:
 
 def test_every_command_of_the_readme_exists_and_every_command_is_told() -> None:
     commands = {
-        info.callback.__name__ for info in app.registered_commands if info.callback and not info.hidden
+        info.name or info.callback.__name__
+        for info in app.registered_commands
+        if info.callback and not info.hidden
     }
     told = set(re.findall(r"\bnestling (\w+)", README))
     assert {word for word in told if word in commands} == commands - {"demo"}

@@ -18,7 +18,8 @@ from rich.console import Console
 from models.base.errors import NestlingError
 from models.checkpoint.folder import load_model
 from models.machine.card import machine_card, num_threads
-from train.bench.train_bench import choose_contenders, train_briefly
+from train.bench.train_bench import choose_contenders
+from train.bench.trainers import train_briefly
 from train.commands.demo_decode import complete_function
 from train.commands.export import extract_and_prove
 from train.data.module import TextData
