@@ -11,6 +11,7 @@ from models.measure.consistency import evaluate_family
 from train.commands.common import open_for_measuring
 from train.commands.console import make_console
 from train.commands.evaluate import MAX_SEQUENCE_LENGTH, choose_members
+from train.data.corpus import as_trained
 from train.data.loader import take_batches
 from train.data.tokenizer import load_tokenizer
 from train.data.tokens import load_rows
@@ -44,6 +45,7 @@ def evaluate(
     data: str,
     *,
     granularities: Sequence[str] = (),
+    text_field: str | None = None,
     max_tokens: int = 100_000,
     dtype: str = "fp32",
 ) -> list[Member]:
@@ -53,6 +55,7 @@ def evaluate(
         model: the model folder.
         data: a .txt, .jsonl or .parquet file, or "stdlib".
         granularities: members to measure besides the family, trained or not.
+        text_field: field that holds the text; None is the one that the model was trained on.
         max_tokens: measure about this many tokens; 0 means all.
         dtype: dtype of the weights: auto, fp32, bf16 or int8.
 
@@ -61,7 +64,8 @@ def evaluate(
     """
     folder, _ = open_for_measuring(Path(model), dtype)
     length = min(folder.model.config.max_position_embeddings, MAX_SEQUENCE_LENGTH)
-    rows = load_rows(data, load_tokenizer(str(model), key="model"), sequence_length=length)
+    tokenizer = load_tokenizer(str(model), key="model")
+    rows = load_rows(data, tokenizer, sequence_length=length, **as_trained(folder.provenance, text_field))
     batches = list(take_batches(rows, max_tokens or rows.num_labels))
     return list(evaluate_family(folder.model, choose_members(folder, list(granularities)), batches))
 

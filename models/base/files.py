@@ -224,12 +224,38 @@ def shown(path: str | Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file or a folder's names to disk."""
+    """Force a file or a folder's names to disk.
+
+    Some file systems (vboxsf, OpenAFS, old CIFS) cannot do that to a folder, which costs no file.
+
+    Raises:
+        NestlingError: naming the file that cannot be synced.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in _DISK_REFUSES:
+            raise
+        if error.errno not in _CANNOT_SYNC or not path.is_dir():
+            raise NestlingError(f"cannot write {path}: {error.strerror}; choose another place") from error
     finally:
         os.close(descriptor)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON; whatever is wrong with it is a ValueError that says so in one line.
+
+    >>> parse_json("[" * 100_000)
+    Traceback (most recent call last):
+    ValueError: nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}: line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -240,7 +266,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise NestlingError(f"{path} is missing; restore it, or write the folder again") from None
     except ValueError as error:  # bad JSON and bad UTF-8 alike
@@ -293,6 +319,9 @@ _DISK_REFUSES = {
     errno.EPERM,
     errno.EROFS,
 }
+
+
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def _is_left_over(path: Path) -> bool:

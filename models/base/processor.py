@@ -1,12 +1,16 @@
 """What this process may use of the machine, and how much of it others are using right now."""
 
+import math
 import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from models.base.errors import UsageError
 
 # A machine is busy when other processes take more than this share of its processors' time.
 BUSY_SHARE = 0.15
@@ -47,11 +51,77 @@ def busy_now(seconds: float = 0.1) -> bool:
     return before.is_busy(Load.now())
 
 
-def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use. A container's quota counts: threads beyond it are throttled."""
+def usable_cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return how many cores this process may use, which is also the most threads that it takes.
+
+    The quota of its control group counts, and of every group around that one: threads beyond it are
+    throttled. `OMP_NUM_THREADS` counts, too. A child that was forked after threads were in use has one: the
+    others did not survive, and whoever waits for them does so for ever.
+
+    Raises:
+        UsageError: if OMP_NUM_THREADS is no number of threads.
+    """
+    if _forked:
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit, _, period = quota.read_text().partition(" ") if quota.exists() else ("max", "", "")
-    return cores if limit == "max" else max(1, min(cores, int(limit) // int(period)))
+    quotas = [math.floor(quota) for quota in _quotas(groups, own)]
+    return max(1, min([cores, *quotas, *_openmp_threads()]))
+
+
+def one_thread_after_fork() -> None:
+    """From now on a forked child of this process knows that it has one thread."""
+    if not _watches_forks and hasattr(os, "register_at_fork"):
+        _watches_forks.append(True)
+        os.register_at_fork(after_in_child=_alone)
+
+
+_watches_forks: list[bool] = []
+_forked: list[bool] = []
+
+
+def _alone() -> None:
+    _forked.append(True)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+def _openmp_threads() -> list[int]:
+    """Return what OMP_NUM_THREADS allows: a number, or one for each level of nesting."""
+    value = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not value:
+        return []
+    first = value.partition(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise UsageError(f"OMP_NUM_THREADS={value}: give a number of threads, 1 or more, or unset it")
+    return [int(first)]
+
+
+def _quotas(groups: Path, own: Path) -> Iterator[float]:
+    """Yield the cores' worth of time that this process's control groups grant, of version 2 and 1."""
+    lines = own.read_text().splitlines() if own.exists() else []
+    for line in lines or ["0::/"]:
+        _, controllers, name = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = groups / controllers if controllers else groups
+        inside = root / name.strip().lstrip("/")
+        for folder in (inside, *inside.parents):
+            if folder.is_relative_to(root):
+                yield from _quota(folder)
+
+
+def _quota(folder: Path) -> Iterator[float]:
+    """Yield what one group grants; see https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu."""
+    try:
+        if (folder / "cpu.max").is_file():
+            limit, period = (folder / "cpu.max").read_text().split()
+        else:
+            limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if limit != "max" and float(limit) > 0 and float(period) > 0:
+            yield float(limit) / float(period)
+    except (OSError, ValueError):  # none, or of a kind that is not known
+        return
 
 
 def processor_name(info: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ...]]:

@@ -87,9 +87,7 @@ def _check(state: Mapping[str, Any]) -> str:
     model, normalizer = state["model"], state["normalizer"]
     if model["type"] != "BPE" or _kind(state["decoder"]) != "ByteLevel":
         raise _refusal(f"is no byte-level BPE (model {model['type']}, decoder {_kind(state['decoder'])})")
-    missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in model["vocab"]]
-    if missing:
-        raise _refusal(f"has no token for {len(missing)} of the 256 bytes")
+    _check_vocabulary(model)
     if _kind(normalizer) not in ("None", "NFC"):
         raise _refusal(f"normalises text ({_kind(normalizer)})")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -105,6 +103,14 @@ def _check(state: Mapping[str, Any]) -> str:
     if bool(model.get("ignore_merges")) != (pre == IGNORES_MERGES):
         raise _refusal(f"has ignore_merges={bool(model.get('ignore_merges'))} with the pattern of {pre}")
     return pre
+
+
+def _check_vocabulary(model: Mapping[str, Any]) -> None:
+    missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in model["vocab"]]
+    if missing:
+        raise _refusal(f"has no token for {len(missing)} of the 256 bytes")
+    if not model["merges"]:  # an empty list has no type of its own there
+        raise _refusal("has no merges, only single bytes")
 
 
 def _refusal(what: str) -> NestlingError:

@@ -5,6 +5,7 @@ Names are Hugging Face's. A tied vocabulary head is the embedding matrix and is 
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -163,6 +164,7 @@ def _check(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) ->
             "not floating point",
             [f"{name} ({tensor.dtype})" for name, tensor in found.items() if not tensor.is_floating_point()],
         ),
+        *_named("not finite (nan or infinity)", [name for name in expected if _is_sick(found.get(name))]),
     ]
     if problems:
         raise NestlingError(
@@ -170,6 +172,14 @@ def _check(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) ->
             "use the config.json that was saved with them"
         )
     return found
+
+
+def _is_sick(tensor: Tensor | None) -> bool:
+    """Whether a tensor holds what is no number, or none that is finite."""
+    if tensor is None or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return False
+    low, high = tensor.detach().float().aminmax() if tensor.element_size() < 2 else tensor.detach().aminmax()
+    return not (math.isfinite(low) and math.isfinite(high))
 
 
 def _named(what: str, names: list[str]) -> list[str]:

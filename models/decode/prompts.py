@@ -1,12 +1,12 @@
 """Prompts: a few Python headings, or those of a file of JSON lines."""
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.base.errors import NestlingError, UsageError
+from models.base.files import parse_json
 from models.decode.detokenize import Tokenizer
 
 PROMPT_TOKENS = 32
@@ -28,14 +28,22 @@ HEADINGS = (
 """Written for this project; for a model of code such as the demo's."""
 
 
-def read_prompts(path: Path, num_prompts: int | None = None) -> list[str]:
+class Prompt(NamedTuple):
+    """A text to continue."""
+
+    text: str
+    where: str
+    """How an error names it, as in `--prompts FILE, line 3`."""
+
+
+def read_prompts(path: Path, num_prompts: int | None = None) -> list[Prompt]:
     """Read the prompts of a file, or the first ones: each line's `prompt`, first of `turns`, or `text`.
 
     Raises:
         NestlingError: naming the line that holds no prompt, or the file if it is empty.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             prompts = list(itertools.islice(_prompts(file, path), num_prompts))
     except UnicodeDecodeError as error:
         raise NestlingError(f"--prompts {path} is not UTF-8 text ({error.reason}); encode it so") from None
@@ -64,21 +72,60 @@ def beginnings(documents: Iterable[str], tokenizer: Tokenizer, num_prompts: int)
     return found
 
 
-def encode_prompts(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+def encode_prompts(prompts: Iterable[Prompt], tokenizer: Tokenizer) -> list[list[int]]:
     """Return the token ids of each text.
 
     Raises:
         NestlingError: if a text has no tokens.
     """
-    prompts = [tokenizer.encode(text).ids for text in texts]
-    for number, ids in enumerate(prompts, 1):
-        if not ids:
-            raise NestlingError(f"prompt {number} is empty; give at least one token to continue")
-    return prompts
+    encoded = []
+    for text, where in prompts:
+        encoded.append(tokenizer.encode(text).ids)
+        if not encoded[-1]:
+            raise NestlingError(f"{where} is empty; give at least one token to continue")
+    return encoded
 
 
-def check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, context: int) -> None:
+def check_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, *, context: int, has_start: bool) -> None:
+    """Check that each prompt leaves room for a new token, before any of them is decoded.
+
+    Args:
+        prompts: the texts.
+        tokenizer: the model's.
+        context: tokens that the model's context holds.
+        has_start: whether a token stands for an empty text.
+
+    Raises:
+        UsageError: naming the first line that cannot be continued, and how many more there are.
+    """
+    wrong = []
+    for text, where in prompts:
+        size = len(tokenizer.encode(text).ids)
+        if size >= context:
+            remedy = f"the model's context holds {context}: shorten it to at most {context - 1}"
+            wrong.append(f"{where} has {size} tokens, but {remedy}")
+        elif size == 0 and not has_start:
+            wrong.append(f"{where} is empty, and the model has no bos or eos token to start from")
+    if wrong:
+        lines = [one.partition(", line ")[2].partition(" ")[0] for one in wrong[1:6]]
+        more = f" (so are {len(wrong) - 1} more, as in line {', '.join(lines)})" if lines else ""
+        raise UsageError(f"{wrong[0]}{more}; nothing was decoded")
+
+
+def check_room(
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    context: int,
+    names: Sequence[str] | None = None,
+) -> None:
     """Check that every continuation fits into the context: engines differ in what they do beyond it.
+
+    Args:
+        prompts: token ids of each.
+        max_new_tokens: tokens that are to follow.
+        context: tokens that the model's context holds.
+        names: how an error names each; None counts them.
 
     Raises:
         UsageError: naming the longest prompt.
@@ -87,22 +134,23 @@ def check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, context
     room = context - len(prompts[longest])
     if max_new_tokens > room:
         remedy = f"give at most {room}" if room > 1 else "shorten the prompt"
+        name = names[longest] if names else f"prompt {longest + 1}"
         raise UsageError(
-            f"--max-new-tokens {max_new_tokens}: prompt {longest + 1} has {len(prompts[longest])} tokens "
+            f"--max-new-tokens {max_new_tokens}: {name} has {len(prompts[longest])} tokens "
             f"and the model's context holds {context}; {remedy}"
         )
 
 
-def _prompts(lines: Iterable[str], path: Path) -> Iterator[str]:
+def _prompts(lines: Iterable[str], path: Path) -> Iterator[Prompt]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"--prompts {path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise NestlingError(f"{where} is not JSON ({error.msg}); repair the line") from None
-        yield _prompt(record, where)
+            record = parse_json(line)
+        except ValueError as error:
+            raise NestlingError(f"{where} is not JSON ({error}); repair the line") from None
+        yield Prompt(_prompt(record, where), where)
 
 
 def _prompt(record: Any, where: str) -> str:
@@ -116,4 +164,5 @@ def _prompt(record: Any, where: str) -> str:
         raise NestlingError(
             f"{where}: {names[0]} holds {type(value).__name__}, not text; put the prompt there"
         )
-    return value
+    # half a surrogate pair, which JSON can hold and UTF-8 cannot, is replaced
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import default_cache_dir, write_file
-from models.base.processor import processor_name
+from models.base.processor import one_thread_after_fork, processor_name
 
 HERE = Path(__file__).parent
 SOURCES = {"decode_step": ("nestling_step", "decoding"), "train_ops": ("nestling_norm", "training")}
@@ -45,6 +45,7 @@ def library(name: str = "decode_step") -> ctypes.CDLL | None:
         return None
     try:
         path = build(name)
+        one_thread_after_fork()
         try:
             return load(path, name)
         except NestlingError:  # damaged: it is made again, once
@@ -65,7 +66,7 @@ def build(name: str = "decode_step", *, cache_dir: Path | None = None) -> Path:
     Raises:
         NestlingError: without a compiler that can, or a place to keep what it makes.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = compiler_words()
     if shutil.which(compiler[0]) is None:
         raise NestlingError(f"there is no C compiler {compiler[0]!r}; install gcc or name another by CC")
     source = HERE / f"{name}.c"
@@ -77,6 +78,10 @@ def build(name: str = "decode_step", *, cache_dir: Path | None = None) -> Path:
     )
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     path = (cache_dir or default_cache_dir()) / f"{name}-{key}.so"
+    if runs_nothing(path.parent):  # it would be compiled at every start, for nothing
+        raise NestlingError(
+            f"{path.parent} is on a file system mounted noexec; set XDG_CACHE_HOME to a folder on another"
+        )
     if path.exists():
         return path
     try:
@@ -89,6 +94,25 @@ def build(name: str = "decode_step", *, cache_dir: Path | None = None) -> Path:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NestlingError(f"{path}: {error}") from None
     return path
+
+
+def compiler_words() -> list[str]:
+    """Return the compiler's name and what goes with it, as `CC` says; `cc` where it is unset or blank.
+
+    Raises:
+        NestlingError: if its quotes do not match.
+    """
+    value = os.environ.get("CC", "")
+    try:
+        return shlex.split(value) or ["cc"]
+    except ValueError as error:
+        raise NestlingError(f"CC={value!r} cannot be read ({error}); set it to a C compiler's name") from None
+
+
+def runs_nothing(folder: Path) -> bool:
+    """Whether a folder, or the one that it will be made in, lies on a file system that is mounted noexec."""
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return bool(os.statvfs(place).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 
 def load(path: Path, name: str = "decode_step") -> ctypes.CDLL:

@@ -176,7 +176,7 @@ def num_threads(card: MachineCard, dtype: str, *, purpose: Purpose) -> int:
     """
     rates = card.cpu.dtypes.get(dtype, card.cpu.dtypes["fp32"])
     best = rates.product_threads if purpose == "training" else rates.decode_threads
-    return card.cores if card.busy else best
+    return min(card.cores if card.busy else best, usable_cores())
 
 
 def facts(card: MachineCard) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ from models.decode.open import open_for_decoding
 from models.decode.prompts import (
     HEADINGS,
     PROMPT_TOKENS,
+    Prompt,
     beginnings,
     check_room,
     encode_prompts,
@@ -43,7 +44,7 @@ from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
 from models.machine.card import machine_card, resolve_dtype
 from models.packed.quantize import INT8, split_precision
-from train.data.corpus import open_corpus
+from train.data.corpus import as_trained, open_corpus
 
 DEFAULT_EXIT = "layers=0-1"
 
@@ -63,6 +64,8 @@ class BenchSettings:
     """Engines beside ours."""
     scratch: Path = Path()
     """A folder for extractions."""
+    text_field: str | None = None
+    """The field of `data` that holds the text; None is the one that the model was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,13 +213,17 @@ def _open_prompts(
 ) -> list[list[int]]:
     assert folder.tokenizer is not None
     num_prompts = options.num_prompts
+    names: list[str] | None
     if data:
-        ids = beginnings(open_corpus(data, key="--data").documents(), folder.tokenizer, num_prompts)
+        corpus = open_corpus(data, key="--data", **as_trained(folder.provenance, options.text_field))
+        ids, names = beginnings(corpus.documents(), folder.tokenizer, num_prompts), None
     else:
-        texts = read_prompts(prompts, num_prompts) if prompts else HEADINGS[:num_prompts]
+        own = [Prompt(text, f"prompt {number}") for number, text in enumerate(HEADINGS[:num_prompts], 1)]
+        texts = read_prompts(prompts, num_prompts) if prompts else own
         ids = encode_prompts(texts, folder.tokenizer)
+        names = [prompt.where for prompt in texts]
     context = folder.model.config.max_position_embeddings
-    check_room(ids, max_new_tokens=options.max_new_tokens, context=context)
+    check_room(ids, max_new_tokens=options.max_new_tokens, context=context, names=names)
     return ids
 
 

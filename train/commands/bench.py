@@ -15,6 +15,7 @@ from models.base.files import shown
 from train.commands.common import (
     ConfigOption,
     JsonOption,
+    TextFieldOption,
     add_card,
     check_file,
     check_gamma,
@@ -152,6 +153,7 @@ def bench(
     gamma: GammaOption = None,
     prompts: PromptsOption = None,
     data: DataOption = None,
+    text_field: TextFieldOption = None,
     num_prompts: NumPromptsOption = 8,
     max_new_tokens: MaxNewTokensOption = 64,
     temperature: TemperaturesOption = None,
@@ -169,6 +171,8 @@ def bench(
     check_plot(plot)
     _check_numbers(num_prompts=(num_prompts, 1), max_new_tokens=(max_new_tokens, 2), rounds=(rounds or 5, 1))
     _check_source(model, random, alpha, {"--prompts": prompts, "--data": data})
+    if text_field is not None and data is None:
+        raise UsageError(f"--text-field {text_field}: has no effect without --data; give one of its files")
     number = check_gamma(gamma, least=1)
     from models.decode.sampling.params import SamplingParams
     from train.bench.contenders import DEFAULT_EXIT, BenchSettings
@@ -183,6 +187,7 @@ def bench(
         dtypes=dtype or ["auto"],
         compiled=compiled,
         engines=_engines(engine),
+        text_field=text_field,
     )
     results = bench_decoding(
         settings,

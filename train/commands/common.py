@@ -21,6 +21,13 @@ JsonOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="PATH", help="File to write the results to, as JSON."),
 ]
+TextFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Field of --data's rows that holds the text. Default: the one that the model was trained on.",
+    ),
+]
 DtypeOption = Annotated[
     str,
     typer.Option(

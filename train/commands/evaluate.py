@@ -10,6 +10,7 @@ from train.commands.common import (
     DataOption,
     JsonOption,
     ModelArgument,
+    TextFieldOption,
     check_data,
     check_json,
     open_for_measuring,
@@ -29,6 +30,7 @@ def evaluate(
     model: ModelArgument,
     *,
     data: DataOption,
+    text_field: TextFieldOption = None,
     granularity: Annotated[
         list[str] | None,
         typer.Option(metavar="G", help="Granularity to measure besides the family; repeatable."),
@@ -47,6 +49,7 @@ def evaluate(
     if max_tokens < 0:
         raise UsageError(f"--max-tokens must be 0 (all) or more, got {max_tokens}")
     from models.measure.consistency import evaluate_family
+    from train.data.corpus import as_trained
     from train.data.loader import take_batches
     from train.data.tokenizer import load_tokenizer
     from train.data.tokens import load_rows
@@ -56,7 +59,8 @@ def evaluate(
     members = choose_members(folder, granularity or [])
     tokenizer = load_tokenizer(str(model), key="MODEL")
     length = min(folder.model.config.max_position_embeddings, MAX_SEQUENCE_LENGTH)
-    rows = load_rows(data, tokenizer, sequence_length=length)
+    reading = as_trained(folder.provenance, text_field)
+    rows = load_rows(data, tokenizer, sequence_length=length, **reading)
     console = make_console()
     with console.status("measuring"):
         batches = list(take_batches(rows, max_tokens or rows.num_labels))

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from models.base.errors import UsageError
+from models.base.files import is_stream
 from models.base.progress import progress_bar
 from train.commands.common import (
     DtypeOption,
@@ -22,8 +23,12 @@ from train.commands.common import (
 )
 from train.commands.console import make_console
 
+WRITE_SECONDS = 5.0
+"""The least time between two writes of unfinished results."""
+
 if TYPE_CHECKING:
     from models.decode.decoder import Decoder
+    from models.decode.prompts import Prompt
     from models.decode.text import GenerationResult, TextStream
 
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding"
@@ -126,9 +131,11 @@ def generate(
     _check_source(prompt, prompts, batch_size)
     number = check_gamma(gamma, least=0)
     from models.decode.decoder import open_decoder
+    from models.decode.prompts import read_prompts
     from models.decode.sampling.params import SamplingParams
     from models.decode.summary import setting_fields
 
+    lines = read_prompts(prompts) if prompts else []
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -138,13 +145,15 @@ def generate(
     )
     decoder = open_decoder(model, draft=draft, gamma=number, params=params, verifier=verifier, dtype=dtype)
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
+    asked = setting_fields(decoder, seed=seed, in_batch=prompt is None)
     if prompt is not None:
         results = _continue_one(decoder, prompt, options)
+        write_results(json, results | asked, dtypes={"model": decoder.dtype})
     else:
-        assert prompts is not None
-        results = _continue_many(decoder, prompts, batch_size, options)
-    results |= setting_fields(decoder, seed=seed, in_batch=prompt is None)
-    write_results(json, results, dtypes={"model": decoder.dtype})
+        texts = [line.text for line in lines]
+        _check_lines(decoder, lines)
+        answers = Answers(texts, {"batch_size": batch_size, **asked}, json, decoder.dtype)
+        _continue_many(decoder, answers, batch_size, options)
 
 
 def _continue_one(decoder: "Decoder", prompt: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -158,39 +167,85 @@ def _continue_one(decoder: "Decoder", prompt: str, options: dict[str, Any]) -> d
     return {"prompt": prompt, **result.as_dict()}
 
 
-def _continue_many(
-    decoder: "Decoder", path: Path, batch_size: int, options: dict[str, Any]
-) -> dict[str, Any]:
-    from models.decode.prompts import read_prompts
+class Answers:
+    """The texts that `--prompts` gave so far; `--json` has them while the rest is decoded, and if that fails.
+
+    Args:
+        prompts: all of them.
+        asked: what else the results tell.
+        path: of the results; None writes none.
+        dtype: that the model runs in.
+    """
+
+    def __init__(self, prompts: Sequence[str], asked: dict[str, Any], path: Path | None, dtype: str) -> None:
+        self.prompts, self.asked, self.path, self.dtype = prompts, asked, path, dtype
+        self.done: list[GenerationResult] = []
+        self._started = self._written = perf_counter()
+
+    def summary(self) -> str:
+        """Return how many there are, and how fast they came."""
+        return f"{len(self.done)} texts, {self._num_tokens} tokens · {self._rate:.1f} tokens/s"
+
+    def write_now_and_then(self) -> None:
+        """Write what there is, unless that was done a moment ago or what is written cannot be replaced."""
+        if self.path and not is_stream(self.path) and perf_counter() - self._written > WRITE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write what there is."""
+        each = [
+            {"prompt": prompt, **one.as_dict()} for prompt, one in zip(self.prompts, self.done, strict=False)
+        ]
+        counts = {"num_prompts": len(self.prompts), "tokens_per_second": self._rate}
+        write_results(self.path, {"results": each, **counts, **self.asked}, dtypes={"model": self.dtype})
+        self._written = perf_counter()
+
+    @property
+    def _num_tokens(self) -> int:
+        return sum(one.report.num_tokens for one in self.done)
+
+    @property
+    def _rate(self) -> float:
+        return self._num_tokens / max(perf_counter() - self._started, 1e-9)
+
+
+def _continue_many(decoder: "Decoder", answers: Answers, batch_size: int, options: dict[str, Any]) -> None:
+    """Continue the prompts in batches, show the texts of a batch when it is done, and say how it went."""
     from models.decode.summary import describe_draft
 
-    prompts, errors = read_prompts(path), make_console(stderr=True)
-    started = perf_counter()
-    results = _decode_batches(decoder, prompts, batch_size, options, errors)
-    num_tokens = sum(result.report.num_tokens for result in results)
-    rate = num_tokens / (perf_counter() - started)
-    line = f"{len(results)} texts, {num_tokens} tokens · {rate:.1f} tokens/s"
-    line += f" · {describe_draft(decoder, in_batch=True)} · batches of {batch_size}"
+    errors = make_console(stderr=True)
+    try:
+        _decode_batches(decoder, answers, batch_size, options, errors)
+    finally:
+        if answers.done:
+            answers.write()
+    line = f"{answers.summary()} · {describe_draft(decoder, in_batch=True)} · batches of {batch_size}"
     errors.print(line, style="dim", markup=False, soft_wrap=True)
-    each = [{"prompt": text, **one.as_dict()} for text, one in zip(prompts, results, strict=True)]
-    return {"results": each, "batch_size": batch_size, "tokens_per_second": rate}
 
 
 def _decode_batches(
-    decoder: "Decoder", prompts: Sequence[str], batch_size: int, options: dict[str, Any], errors: Console
-) -> "list[GenerationResult]":
-    """Continue the prompts in batches, and show the texts of a batch when it is done."""
-    results: list[GenerationResult] = []
-    console = make_console()
+    decoder: "Decoder", answers: Answers, batch_size: int, options: dict[str, Any], errors: Console
+) -> None:
+    console, prompts = make_console(), answers.prompts
     with progress_bar("decoding", len(prompts), console=errors) as bar:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             done = decoder.generate_batch(batch, **options)
             for prompt, result in zip(batch, done, strict=True):
                 console.file.write(f"{prompt}{result.text}\n\n")
-            results += done
+            console.file.flush()
+            answers.done += done
+            answers.write_now_and_then()
             bar.advance(len(batch))
-    return results
+
+
+def _check_lines(decoder: "Decoder", lines: "Sequence[Prompt]") -> None:
+    from models.decode.prompts import check_prompts
+
+    config = decoder.folder.model.config
+    has_start = config.bos_token_id is not None or config.first_eos_token_id is not None
+    context = config.max_position_embeddings
+    check_prompts(lines, decoder.tokenizer, context=context, has_start=has_start)
 
 
 def _check_source(prompt: str | None, prompts: Path | None, batch_size: int) -> None:

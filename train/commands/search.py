@@ -12,6 +12,7 @@ from train.commands.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    TextFieldOption,
     check_data,
     check_json,
     write_results,
@@ -32,6 +33,7 @@ def search(
         bool, typer.Option("--draft", help="Search for the fastest draft, which --draft auto then takes.")
     ] = False,
     data: DataOption,
+    text_field: TextFieldOption = None,
     num_tokens: Annotated[int, typer.Option(help="Number of tokens to measure acceptance on.")] = 4096,
     temperature: Annotated[
         list[float] | None,
@@ -69,7 +71,13 @@ def search(
         one.resolve(folder.model.config)
     with progress_bar("searching", console=make_console(stderr=True)) as bar:
         text = open_text(
-            folder, data, samplings, num_tokens=num_tokens, num_prompts=num_prompts, progress=bar.show
+            folder,
+            data,
+            samplings,
+            text_field=text_field,
+            num_tokens=num_tokens,
+            num_prompts=num_prompts,
+            progress=bar.show,
         )
         result = search_drafts(
             folder.model,

@@ -1,7 +1,7 @@
 """A corpus is a stream of documents; this is the door to every kind of it.
 
     stdlib                          the source of the Python standard library on this disk
-    FILE, FOLDER or GLOB            .txt, .jsonl (also .xz, .gz) and .parquet
+    FILE, FOLDER or GLOB            .txt, .jsonl, .json (also .gz, .xz, .bz2, .zst) and .parquet
     owner/name, hub:owner/name:config@split    a dataset on the Hugging Face hub
     hub:FOLDER                      a folder as `datasets` itself reads it
 
@@ -11,9 +11,9 @@ an order that never changes.
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypedDict
 
 from train.data.files import find_files, kind_of
 from train.data.hub import HubDataset
@@ -35,7 +35,7 @@ class Corpus(Protocol):
 
     @property
     def num_skipped(self) -> int:
-        """Files left out because they are not UTF-8."""
+        """Files left out: hidden ones, other kinds, and in `stdlib` those that are not UTF-8."""
 
     @property
     def num_bytes(self) -> int | None:
@@ -77,6 +77,36 @@ def open_corpus(
     if looks_like_hub_name(source) and not Path(source).exists():
         return HubDataset.load(source, text_field=text_field, cache_dir=cache_dir, key=key)
     return find_files(source, text_field=text_field, separator=separator, cache_dir=cache_dir, key=key)
+
+
+class Reading(TypedDict, total=False):
+    """How the text of files is found, as arguments of `open_corpus`."""
+
+    text_field: str
+    separator: str
+
+
+def as_trained(provenance: Mapping[str, Any], text_field: str | None = None) -> Reading:
+    """How a model's own text was read, as arguments of `open_corpus`; of a member, how its family's was.
+
+    Args:
+        provenance: of a model folder.
+        text_field: is taken instead, if it is given.
+
+    >>> as_trained({"parent_provenance": {"recipe": {"data": {"text_field": "content"}}}})
+    {'text_field': 'content'}
+    """
+    while isinstance(provenance.get("parent_provenance"), Mapping):
+        provenance = provenance["parent_provenance"]
+    recipe = provenance.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, Mapping) else None
+    told = data if isinstance(data, Mapping) else {}
+    reading = Reading()
+    if isinstance(field := text_field or told.get("text_field"), str):
+        reading["text_field"] = field
+    if isinstance(separator := told.get("separator"), str):
+        reading["separator"] = separator
+    return reading
 
 
 def take_documents(corpus: Corpus, max_documents: int | None) -> Iterator[str]:

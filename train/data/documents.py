@@ -85,7 +85,18 @@ def sample_documents(documents: Iterable[str], max_chars: int) -> list[str]:
     return [piece for _, _, piece in sorted(kept, key=lambda entry: entry[1])]
 
 
-def require_field(fields: Iterable[str], text_field: str, where: str) -> None:
+def field_setting(key: str) -> str:
+    """What names the text field where a source came from `key`, a recipe's setting or a flag.
+
+    >>> field_setting("data.valid"), field_setting("--data")
+    ('data.text_field', '--text-field')
+    """
+    return "--text-field" if key.startswith("--") else "data.text_field"
+
+
+def require_field(
+    fields: Iterable[str], text_field: str, where: str, setting: str = "data.text_field"
+) -> None:
     """Check that the text field exists.
 
     Raises:
@@ -94,11 +105,11 @@ def require_field(fields: Iterable[str], text_field: str, where: str) -> None:
     names = list(fields)
     if text_field not in names:
         raise UsageError(
-            f"data.text_field={text_field!r}: {where} has no such field; it has: {', '.join(names) or 'none'}"
+            f"{setting}={text_field!r}: {where} has no such field; it has: {', '.join(names) or 'none'}"
         )
 
 
-def checked_text(value: object, text_field: str, where: str) -> str:
+def checked_text(value: object, text_field: str, where: str, setting: str = "data.text_field") -> str:
     """Return a text that can be written as UTF-8: half a surrogate pair, which JSON can hold, is replaced.
 
     Raises:
@@ -106,9 +117,7 @@ def checked_text(value: object, text_field: str, where: str) -> str:
     """
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise UsageError(
-            f"data.text_field={text_field!r}: {where} holds {kind}, not text; name another field"
-        )
+        raise UsageError(f"{setting}={text_field!r}: {where} holds {kind}, not text; name another field")
     if value.isascii():
         return value
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

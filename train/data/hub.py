@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.base.errors import NestlingError, UsageError
-from train.data.documents import checked_text, hash_documents, require_field
+from train.data.documents import checked_text, field_setting, hash_documents, require_field
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset  # type: ignore[import-untyped]
@@ -64,7 +64,7 @@ class HubDataset:
                 f"{key}={name!r}: {one_line(error)}; give a path, or owner/name[:config][@split]"
             ) from error
         assert isinstance(table, Dataset), type(table)
-        require_field(table.column_names, text_field, name)
+        require_field(table.column_names, text_field, name, field_setting(key))
         return HubDataset(source=name, table=table, text_field=text_field)
 
     @property

@@ -7,6 +7,7 @@ import torch
 from models.base.errors import NestlingError
 from models.checkpoint.folder import ModelFolder
 from models.decode.sampling.params import SamplingParams
+from train.data.corpus import as_trained
 from train.data.loader import take_batches
 from train.data.pack import document_starts
 from train.data.tokenizer import load_tokenizer
@@ -22,6 +23,7 @@ def open_text(
     data: str,
     samplings: Sequence[SamplingParams],
     *,
+    text_field: str | None = None,
     num_tokens: int,
     num_prompts: int,
     progress: Progress,
@@ -35,6 +37,7 @@ def open_text(
         folder: the model and its tokenizer.
         data: the source of the text.
         samplings: how tokens are chosen.
+        text_field: field that holds the text; None is the one that the model was trained on.
         num_tokens: how many tokens the model is to write, at least.
         num_prompts: how many rows there are, at least.
         progress: called before each part.
@@ -46,7 +49,9 @@ def open_text(
     num_prompt = min(NUM_PROMPT, config.max_position_embeddings // 4)
     num_new = min(NUM_NEW, config.max_position_embeddings - num_prompt)
     progress("reading the text", 0, 1)
-    rows = load_rows(data, load_tokenizer(str(folder.path), key="MODEL"), sequence_length=num_prompt)
+    tokenizer = load_tokenizer(str(folder.path), key="MODEL")
+    reading = as_trained(folder.provenance, text_field)
+    rows = load_rows(data, tokenizer, sequence_length=num_prompt, **reading)
     counts_V = torch.bincount(torch.from_numpy(rows.stream.astype("int64")), minlength=config.vocab_size)
     num_rows = max(num_prompts, -(-num_tokens // num_new))
     prompts_RP = torch.from_numpy(document_starts(rows.stream, num_prompt, num_rows))

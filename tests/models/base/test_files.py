@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -302,3 +303,35 @@ def test_a_folder_and_its_parents_are_forced_to_disk_by_name(
         fill(folder, "new")
     assert synced[-1] == tmp_path / "a" / "b"
     assert {path.name for path in synced[:-1]} >= {MARKER, folder.name}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders_still_takes_files(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    write_json(tmp_path / "a.json", {"a": 1})
+    with write_folder(tmp_path / "deep" / "folder", marker="mark") as partial:
+        (partial / "mark").write_text("")
+        (partial / "inner").mkdir()
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert (tmp_path / "deep" / "folder" / "mark").is_file()
+
+
+def test_a_file_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", nothing)
+    with pytest.raises(NestlingError, match=r"cannot write .*a\.json.*: Invalid argument"):
+        write_json(tmp_path / "a.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_byte_order_mark_in_a_json_file_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}

@@ -256,6 +256,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         change_tensors(lambda it: it.update({NORM: torch.ones(32, dtype=torch.int8)})),
         rf"not floating point: {NORM} \(torch.int8\)",
     ),
+    "not a number": (
+        change_tensors(lambda it: it[NORM].fill_(float("nan"))),
+        rf"not finite \(nan or infinity\): {NORM}",
+    ),
+    "infinity in bf16": (
+        change_tensors(lambda it: it.update({NORM: torch.full((32,), float("-inf"), dtype=torch.bfloat16)})),
+        rf"not finite \(nan or infinity\): {NORM}",
+    ),
     "another head": (
         change_tensors(lambda it: it.update({"lm_head.weight": torch.ones(64, 32)})),
         r"lm_head\.weight differs from model\.embed_tokens\.weight",

@@ -1,6 +1,7 @@
 """The step is compiled once, and without a compiler there is a reason, not a crash."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,33 @@ def test_a_damaged_one_is_made_again(
     with caplog.at_level(logging.WARNING):
         assert library.__wrapped__() is not None
     assert not caplog.text
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_a_blank_cc_is_as_good_as_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", value)
+    assert building.compiler_words() == ["cc"]
+
+
+@pytest.mark.parametrize("value", ["gcc '", '"', "gcc \\"])
+def test_a_cc_that_cannot_be_read_is_named_and_torch_decodes(
+    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", value)
+    library.cache_clear()
+    assert library() is None
+    library.cache_clear()
+    assert f"CC={value!r} cannot be read" in caplog.text
+
+
+def test_nothing_is_compiled_where_nothing_may_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "runs_nothing", lambda folder: folder == tmp_path / "cache")
+    with pytest.raises(NestlingError, match=r"cache is on a file system mounted noexec; set XDG_CACHE_HOME"):
+        build(cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_on_a_file_system_that_runs_programs_is_known(tmp_path: Path) -> None:
+    assert not building.runs_nothing(tmp_path / "not" / "made" / "yet")
+    if Path("/proc").is_mount() and os.statvfs("/proc").f_flag & os.ST_NOEXEC:
+        assert building.runs_nothing(Path("/proc"))

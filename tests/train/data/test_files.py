@@ -1,6 +1,8 @@
+import bz2
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -182,3 +184,103 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(NestlingError, match=r"a.txt: cannot be read \(No such file or directory\)"):
         _ = files.fingerprint
+
+
+# ---------------------------------------------------------------- what users' folders hold
+
+
+def test_hidden_and_foreign_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a.jsonl", "__MACOSX/b.jsonl", "sub/c.jsonl"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(data / name, [{"text": name}])
+    (data / "README.md").write_text("about")
+    (data / ".DS_Store").write_bytes(b"\0")
+
+    files = find(data)
+    assert list(files.documents()) == ["a.jsonl", "sub/c.jsonl"]
+    assert files.num_skipped == 5
+
+
+def test_a_hidden_file_that_is_named_is_read(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / ".hidden.jsonl", [{"text": "mine"}])
+    assert list(find(path).documents()) == ["mine"]
+
+
+def test_a_glob_leaves_folders_out(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "folder").mkdir()
+    assert list(find(f"{tmp_path}/*").documents()) == ["a"]
+
+
+def test_linked_folders_are_entered_once_and_circles_end(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    write_jsonl(outside / "b.jsonl", [{"text": "b"}])
+    data = tmp_path / "data"
+    data.mkdir()
+    write_jsonl(data / "a.jsonl", [{"text": "a"}])
+    (data / "linked").symlink_to(outside)
+    (data / "again").symlink_to(outside)
+    (outside / "round").symlink_to(data)
+    assert sorted(find(data).documents()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl", "a.json", "a.TXT", "a.txt.gz", "a.jsonl.bz2", "a.json.xz"]
+)
+def test_a_byte_order_mark_is_as_if_it_were_not_there(tmp_path: Path, name: str) -> None:
+    content = b"\xef\xbb\xbf" + (b"hello" if ".txt" in name.lower() else b'{"text": "hello"}\n')
+    pack: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }
+    path = tmp_path / name
+    path.write_bytes(pack.get(path.suffix, bytes)(content))
+    assert list(find(path).documents()) == ["hello"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.json.zst", "a.ndjson.ZST", "a.NDJSON", "a.json.gz"])
+def test_other_endings_that_corpora_come_in_are_read(tmp_path: Path, name: str) -> None:
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    path = tmp_path / name
+    if name.lower().endswith(".zst"):
+        content = pa.Codec("zstd").compress(content, asbytes=True)
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(find(path).documents()) == ["one", "two"]
+
+
+def test_a_json_file_may_be_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "one"}, {"text": None}, {"text": "two"}], indent=2))
+    assert list(find(path).documents()) == ["one", "two"]
+    path.write_text('[{"text": "one"}, 3]')
+    with pytest.raises(NestlingError, match=r"a.json, item 2, is a int, not an object"):
+        list(find(path).documents())
+    path.write_text("[1")
+    with pytest.raises(NestlingError, match=r"a.json is not JSON .*repair it"):
+        list(find(path).documents())
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "1" * 5000 + "}"])
+def test_json_that_python_cannot_hold_is_named_with_its_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(line)
+    with pytest.raises(NestlingError, match=r"line 1, is not JSON"):
+        list(find(path).documents())
+
+
+def test_a_separator_inside_a_line_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one<|endoftext|>two\n<|endoftext|>\nthree")
+    assert list(find(path).documents()) == ["one<|endoftext|>two", "three"]
+    assert "data.separator='<|endoftext|>' stands inside 1 lines of" in caplog.text
+
+
+def test_an_error_about_the_text_field_names_what_the_command_takes(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"content": "one"}])
+    with pytest.raises(UsageError, match=r"^--text-field='text': .*it has: content"):
+        list(find(path, key="--data").documents())
+    with pytest.raises(UsageError, match=r"^data.text_field='text': "):
+        list(find(path, key="data.valid").documents())

@@ -1,4 +1,6 @@
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from models.base.errors import NestlingError, UsageError
-from train.data.tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer, train_bpe
+from train.data.tokenizer import (
+    END_OF_TEXT,
+    TextTokenizer,
+    cut_long_words,
+    interruptible,
+    load_tokenizer,
+    train_bpe,
+)
 
 
 @given(st.text())
@@ -103,3 +112,42 @@ def test_a_missing_tokenizer_is_wrong_usage(source: str) -> None:
         load_tokenizer(source)
 
     assert "\n" not in str(it.value)
+
+
+@pytest.mark.parametrize(
+    "run", ["\0" * 1_000_000, " " * 1_000_000, "ACGT" * 250_000, "0123456789" * 100_000, "\n" * 1_000_000]
+)
+def test_long_runs_of_characters_are_trained_on_in_seconds(run: str) -> None:
+    started = time.perf_counter()
+    trained = train_bpe([f"the cat {run} sat"], vocab_size=300)
+    assert time.perf_counter() - started < 20
+    ids = trained.backend.encode(run).ids
+    assert trained.backend.decode(ids) == run
+    assert time.perf_counter() - started < 40
+
+
+def test_texts_without_long_runs_are_trained_on_as_they_are() -> None:
+    text = "the cat sat on the mat " * 500
+    assert list(cut_long_words(text)) == [text]
+    cut = list(cut_long_words("a" * 2500 + " b"))
+    assert ("".join(cut), [len(part) for part in cut]) == ("a" * 2500 + " b", [1000, 1000, 502])
+
+
+def test_a_signal_is_heard_while_merges_are_learned() -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    started = time.perf_counter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interruptible(lambda: time.sleep(5))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.perf_counter() - started < 3
+
+
+def test_what_fails_while_merges_are_learned_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0)
