@@ -123,6 +123,11 @@ def change(name: str) -> Tokenizer:
         case "bytes":
             tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
             tokenizer.pre_tokenizer, tokenizer.decoder = gpt2, decoders.ByteLevel()
+        case "merges":
+            vocabulary = {letter: number for number, letter in enumerate(sorted(gpt2.alphabet()))}
+            tokenizer = Tokenizer(models.BPE(vocabulary, []))
+            tokenizer.pre_tokenizer, tokenizer.decoder = gpt2, decoders.ByteLevel()
+            tokenizer.add_special_tokens([END])
         case "normalizer":
             tokenizer.normalizer = normalizers.Lowercase()
         case "pattern":
@@ -145,6 +150,7 @@ def change(name: str) -> Tokenizer:
     [
         ("unigram", "Unigram"),
         ("bytes", "no token for 254 of the 256 bytes"),
+        ("merges", "has no merges, only single bytes"),
         ("normalizer", "Lowercase"),
         ("pattern", "cuts words"),
         ("no pattern", "cuts words"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,3 +68,28 @@ def test_what_cannot_be_measured_is_named(
     Path("empty.txt").write_text("")
     Path("picture.png").write_bytes(b"\x89PNG")
     assert named in fails("evaluate", model, *flags, code=code)
+
+
+def test_a_text_is_read_as_the_models_own_was_or_as_the_flag_says(
+    model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    told = json.loads((other / "nestling.json").read_text())
+    told["provenance"]["recipe"]["data"]["text_field"] = "content"
+    (other / "nestling.json").write_text(json.dumps({**told, "provenance": told["provenance"]}))
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"content": "def area(width, height):\n" * 40, "body": "x = 1\n" * 90}) + "\n")
+
+    measured = ("--data", data, "--max-tokens", 64)
+    assert main(["evaluate", str(other), *map(str, measured)]) == 0
+    assert main(["evaluate", str(model), *map(str, measured), "--text-field", "body"]) == 0
+    line = fails("evaluate", model, *measured, code=2)
+    assert "--text-field='text'" in line
+    assert "it has: content, body" in line
+    line = fails("search", model, "--draft", "--data", data, code=2)
+    assert "--text-field='text'" in line
+    line = fails("bench", model, "--data", data, "--text-field", "nothing", code=2)
+    assert "--text-field='nothing'" in line
+    line = fails("bench", model, "--text-field", "body", code=2)
+    assert "has no effect without --data" in line

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from models.base.errors import NestlingError
 from models.checkpoint.folder import load_model, save_model
+from models.decode.decoder import Decoder
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 from train.cli import main
@@ -249,3 +251,44 @@ def test_one_prompt_or_a_file_of_them(model: Path, tmp_path: Path, fails: Fails)
     assert "--prompt TEXT or --prompts FILE" in fails("generate", model, code=2)
     assert "--batch-size" in fails("generate", model, "--prompts", file, "--batch-size", "0", code=2)
     assert "does not exist" in fails("generate", model, "--prompts", tmp_path / "none.jsonl", code=2)
+
+
+# ---------------------------------------------------------------- files of prompts
+
+
+def write_prompts(path: Path, *texts: str) -> Path:
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+def test_a_prompt_beyond_the_context_is_named_before_the_first_is_decoded(
+    model: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "generate_batch", None)
+    prompts = write_prompts(tmp_path / "p.jsonl", "def a", "x " * 500, "def b", "y " * 500)
+    out = tmp_path / "out.json"
+    line = fails("generate", model, "--prompts", prompts, "--draft", "none", "--json", out, code=2)
+    assert f"--prompts {prompts}, line 2 has" in line
+    assert "so are 1 more, as in line 4" in line
+    assert not out.exists()
+
+
+def test_what_was_decoded_is_written_when_a_later_batch_fails(
+    model: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = Decoder.generate_batch, []
+
+    def break_at_the_third(self: Decoder, prompts: list[str], **options: Any) -> Any:
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise NestlingError("the machine is on fire")
+        return whole(self, prompts, **options)
+
+    monkeypatch.setattr(Decoder, "generate_batch", break_at_the_third)
+    prompts = write_prompts(tmp_path / "p.jsonl", *(f"def a{number}" for number in range(6)))
+    out = tmp_path / "out.json"
+    words = ("--batch-size", 2, "--max-new-tokens", 2, "--draft", "none", "--json", out)
+    assert "on fire" in fails("generate", model, "--prompts", prompts, *words, code=1)
+    results = json.loads(out.read_text())
+    assert [one["prompt"] for one in results["results"]] == [f"def a{number}" for number in range(4)]
+    assert results["num_prompts"] == 6
