@@ -82,7 +82,7 @@ def _write_file(
 def _check_format(format_: str, dtype: str | None, out: Path) -> None:
     """Say before the weights are read what cannot be."""
     if format_ not in FORMATS:
-        raise UsageError(f"--format {format_} is none of {', '.join(FORMATS)}; choose one of them")
+        raise UsageError(f"--format {format_} is not one of {', '.join(FORMATS)}; choose one of them")
     if format_ == "hf":
         if dtype is not None:
             raise UsageError(f"--dtype {dtype} is for --format gguf; a folder keeps the dtype on disk")
@@ -92,4 +92,4 @@ def _check_format(format_: str, dtype: str | None, out: Path) -> None:
     from models.checkpoint.gguf import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype} is none of {', '.join(DTYPES)}; choose one of them")
+        raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}; choose one of them")

@@ -106,7 +106,7 @@ def test_a_broken_verifier_ends_in_exit_code_1(
 @pytest.mark.parametrize(
     ("words", "named", "code"),
     [
-        (["--verifier", "blocks"], "--verifier 'blocks' is none of token, block, coupled", 2),
+        (["--verifier", "blocks"], "--verifier 'blocks' is not one of token, block, coupled", 2),
         (["--trials", "10"], "--trials must be at least 100, got 10", 2),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0", 2),
         (["--draft", "Q"], "--draft Q is neither a member of the family nor a folder", 2),
