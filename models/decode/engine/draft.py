@@ -90,7 +90,10 @@ class NestedDraft:
 
     def __init__(self, view: View, vocabulary: Tensor | None = None) -> None:
         self.view = view
-        self.scorer: Scorer = view if vocabulary is None else TrimmedHead(view, vocabulary)
+        head = None if vocabulary is None else TrimmedHead(view, vocabulary)
+        self.scorer: Scorer = head or view
+        self.num_bytes = 0 if head is None else head.num_bytes
+        """Size of the trimmed head, which only this draft has."""
 
     def check(self, target: Model) -> None:
         """See `Draft`."""

@@ -16,7 +16,6 @@ from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.drafters import DRAFTERS
 from models.decode.engine.policy import NO_DRAFT, Fixed, Policy
-from models.decode.engine.trimmed_head import TrimmedHead
 from models.decode.sampling.params import SamplingParams
 from models.decode.tune.controller import Controller
 from models.decode.tune.draft_plan import DraftPlan, DraftSpec
@@ -157,8 +156,7 @@ def nested_drafting(folder: ModelFolder, spec: DraftSpec, gamma: int, note: str 
         extra_bytes = packed_bytes(model)
     vocabulary = None if spec.vocabulary is None else torch.tensor(spec.vocabulary)
     draft = NestedDraft(View(model, granularity), vocabulary)
-    if isinstance(draft.scorer, TrimmedHead):
-        extra_bytes += draft.scorer.num_bytes
+    extra_bytes += draft.num_bytes
     return Drafting(
         draft=draft,
         name=spec.text,

@@ -194,8 +194,8 @@ def test_counts_that_their_distribution_does_not_give_fail(tiny_model: ElasticLM
     assert check_counts(subject, case, **counts).passed
 
     assert not check_counts(subject, Case(believes, "adversarial", COUNTED_GAMMA), **counts).passed
-    law = subject.distribution
-    subject.distribution = lambda **options: law(**{**options, "params": SAMPLINGS["T=0.7"]})  # type: ignore[method-assign]
+    exact = subject.distribution
+    subject.distribution = lambda **options: exact(**{**options, "params": SAMPLINGS["T=0.7"]})  # type: ignore[method-assign]
     assert not check_counts(subject, case, **counts).passed
     assert not check_counts(subject, Case("coupled", None, 0), **counts).passed
 

@@ -106,7 +106,7 @@ def teacher(tiny_config: ElasticConfig) -> ElasticLM:
 def test_micro_batches_of_any_number_give_the_gradient_of_the_whole_step(
     tiny_model: ElasticLM, teacher: ElasticLM, kind: Any, parts: int, taught: bool
 ) -> None:
-    """Law 6: one divisor, the valid tokens of the step, though rows hold different numbers of them."""
+    """Invariant 6: one divisor, the valid tokens of the step, though rows hold different numbers of them."""
     plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
     config = SamplerConfig(kind=kind, row_fraction=0.5, shared_cache=0.5, exit_stride=4)
     batch = make_batch()

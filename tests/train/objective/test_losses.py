@@ -92,7 +92,7 @@ def test_a_recipe_s_temperature_and_setting_reach_the_divergence(name: str) -> N
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_the_gradient_is_the_same_under_any_accumulation(member: Any, name: str, parts: int) -> None:
-    """Law 6: sums over tokens, divided once by the global number of valid tokens."""
+    """Invariant 6: sums over tokens, divided once by the global number of valid tokens."""
     logits, labels, target = member
     config = replace(CONFIG, divergence=name)  # type: ignore[arg-type]
     num_valid = (labels != IGNORE_INDEX).sum()

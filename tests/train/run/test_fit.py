@@ -213,7 +213,7 @@ SLOW = [
 def test_a_run_killed_and_resumed_equals_the_run_never_killed(
     text: Path, tmp_path: Path, finished: Path, kind: str, accumulate: int, num_workers: int, taught: bool
 ) -> None:
-    """Law 7: weights, optimizer and metrics, bit for bit; killed after step 6, saved last at 4."""
+    """Invariant 7: weights, optimizer and metrics, bit for bit; killed after step 6, saved last at 4."""
     recipe = make_recipe(
         text,
         f"sampler.kind={kind}",

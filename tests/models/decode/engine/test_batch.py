@@ -55,9 +55,9 @@ def taken_in_turn(streams: list[Stream]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["plain", "exit", "narrow", "own cache", "lookup"])
-@pytest.mark.parametrize("law", SAMPLINGS)
-def test_each_row_is_what_it_is_alone(law: str, name: str, model: ElasticLM) -> None:
-    params, verifier = SAMPLINGS[law]
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_each_row_is_what_it_is_alone(sampling: str, name: str, model: ElasticLM) -> None:
+    params, verifier = SAMPLINGS[sampling]
     new_policy = policies(model)[name]
     together = stream_batch(
         model,

@@ -24,7 +24,7 @@ P_VALUE = 1e-7
 WARM = SamplingParams(temperature=1.0)
 
 
-def laws() -> tuple[Tensor, Tensor]:
+def distributions() -> tuple[Tensor, Tensor]:
     """p of gamma + 1 positions; q of gamma of them, which likes best what p likes least."""
     slopes_T1 = torch.tensor([[0.12], [-0.2], [0.3]])
     p_TV = (slopes_T1 * torch.arange(VOCAB_SIZE)).softmax(-1)
@@ -33,7 +33,7 @@ def laws() -> tuple[Tensor, Tensor]:
 
 def gamma_plus_one_tokens(verifier: str | Verifier, random: Random) -> list[int]:
     """A round as the engine runs it; if it ends early, plain decoding goes on."""
-    p_TV, q_TV = laws()
+    p_TV, q_TV = distributions()
     sampler, proposal = make_sampler(WARM, random, verifier), Proposal([0])
     for q_V in q_TV:
         sampler.draft(q_V.log(), proposal)
@@ -46,7 +46,7 @@ def gamma_plus_one_tokens(verifier: str | Verifier, random: Random) -> list[int]
 
 def p_values(verifier: str | Verifier, num_trials: int) -> list[float]:
     """One for each pair of neighbours."""
-    p_TV, _ = laws()
+    p_TV, _ = distributions()
     rounds = [gamma_plus_one_tokens(verifier, SeededRandom(trial)) for trial in range(num_trials)]
     found = []
     for t in range(GAMMA):
