@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:
-    """Typer's message in one line, with the value, which it does not tell, and where to look."""
+    """Return Typer's message in one line, with the value, which it leaves out, and where to look."""
     message = " ".join(error.format_message().split())
     flags = error.param.opts if isinstance(error, typer.BadParameter) and error.param else []
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):

@@ -114,7 +114,11 @@ def check_output(flag: str, path: Path) -> None:
     """
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a folder; give the path of a file")
-    place = path if is_stream(path) else Path(os.path.realpath(path)).parent
+    place = path.parent
+    if is_stream(path):
+        place = path
+    elif path.is_symlink():
+        place = Path(os.path.realpath(path)).parent
     if not place.exists():
         raise UsageError(f"{flag} {path}: the folder {place} does not exist; make it first")
     if not os.access(place, os.W_OK):
@@ -122,7 +126,7 @@ def check_output(flag: str, path: Path) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path means a device, a pipe, a socket or an open file of a process.
+    """Return True for a device, a pipe, a socket or an open file of a process.
 
     >>> is_stream(Path("/dev/null")), is_stream(Path("/dev/stdout")), is_stream(Path("results.json"))
     (True, True, False)
@@ -140,7 +144,7 @@ def is_stream(path: Path) -> bool:
 
 
 _MOST_LINKS = 40
-"""As the system follows: https://man7.org/linux/man-pages/man7/path_resolution.7.html"""
+"""Links that the system follows: https://man7.org/linux/man-pages/man7/path_resolution.7.html"""
 
 
 @contextlib.contextmanager
@@ -279,7 +283,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The value with null where JSON has no number for it: NaN and infinity."""
+    """Return the value with null where JSON has no number for it: NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from models.base.errors import UsageError
 
-# A machine is busy when other processes take more than this share of its processors' time.
-BUSY_SHARE = 0.15
+# A machine is busy when other processes take more than this fraction of its processors' time.
+BUSY_FRACTION = 0.15
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Load:
         return Load(active / per_second - time.process_time(), sum(ticks) / per_second)
 
     def is_busy(self, later: "Load") -> bool:
-        """Whether others kept the machine busy between this moment and a later one.
+        """Return True if others kept the machine busy between this moment and a later one.
 
         >>> Load(0.0, 10.0).is_busy(Load(1.0, 12.0))
         True
         """
         total = later.total - self.total
-        return total > 0 and (later.others - self.others) / total > BUSY_SHARE
+        return total > 0 and (later.others - self.others) / total > BUSY_FRACTION
 
 
 def busy_now(seconds: float = 0.1) -> bool:
@@ -125,7 +125,7 @@ def _quota(folder: Path) -> Iterator[float]:
 
 
 def processor_name(info: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ...]]:
-    """The model's name, and its instruction sets and other features, sorted."""
+    """Return the model's name, and its instruction sets and other features, sorted."""
     lines = info.read_text().splitlines() if info.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     features = fields.get("flags") or fields.get("Features") or ""  # x86 or ARM
@@ -134,19 +134,19 @@ def processor_name(info: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, 
 
 
 def memory_bytes() -> int:
-    """Main memory."""
+    """Return the size of main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_memory_bytes(info: Path = Path("/proc/meminfo")) -> int:
-    """Main memory that a process could still take; all of it where the system does not tell."""
+    """Return the main memory that a process could still take; all of it where the system does not tell."""
     lines = info.read_text().splitlines() if info.exists() else []
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else memory_bytes()
 
 
 def peak_memory_bytes() -> int:
-    """The most main memory that this process ever held at once."""
+    """Return the most main memory that this process ever held at once."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (
         peak if sys.platform == "darwin" else peak * 1024

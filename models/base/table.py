@@ -101,5 +101,5 @@ class Table:
 
 
 def facts_table(facts: Sequence[tuple[str, str]]) -> Table:
-    """Names and values, without a header."""
+    """Return names and values as a table without a header."""
     return Table(("", ""), tuple(facts), num_labels=2)

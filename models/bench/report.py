@@ -136,7 +136,7 @@ def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str
 VERSIONS = ("nestling", "torch", "transformers", "llama-cpp-python", "python")
 
 BEST = "*"
-"""Follows the speed of the best row of its engine and mode."""
+"""Mark behind the speed of the best row of its engine and mode."""
 
 LEGEND = (
     "tokens/s: prefill included, median over rounds and its range; decode: after the first target pass; "
@@ -183,13 +183,13 @@ def _row(label: Label, rounds: Sequence[Sequence[Sample]], plain: Sequence[Seque
 
 
 def _fastest(rows: Sequence[Row], **fields: Any) -> Row | None:
-    """The fastest of the rows with these fields."""
+    """Return the fastest of the rows with these fields."""
     found = [row for row in rows if all(row[name] == value for name, value in fields.items())]
     return max(found, key=lambda row: row["tokens_per_second"], default=None)
 
 
 def _comparison(row: Row, rows: Sequence[Row]) -> str:
-    """Our best drafted decoding against the best that each engine offers."""
+    """Compare our best drafted decoding with the best that each engine offers."""
     kind = {name: row[name] for name in KIND}
     others = [
         (engine, mode)
@@ -204,7 +204,7 @@ def _comparison(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _figures(prefix: str, by_round: Sequence[float | None], plain: Sequence[float | None]) -> Row:
-    """Median, range and speed-up of one kind of speed; nulls where some round has none."""
+    """Return median, range and speed-up of one kind of speed; nulls where some round has none."""
     ours, theirs = ([speed for speed in speeds if speed is not None] for speeds in (by_round, plain))
     known = len(ours) == len(by_round) and len(theirs) == len(plain)
     return {
@@ -229,7 +229,7 @@ def _num_decoded(samples: Sequence[Sample]) -> int:
 
 
 def _num_identical(rounds: Sequence[Sequence[Sample]], plain: Sequence[Sequence[Sample]]) -> int:
-    """Prompts whose every round gave the ids of the first plain one."""
+    """Count the prompts whose every round gave the ids of the first plain one."""
     return sum(
         all(samples[number].ids == first.ids for samples in rounds) for number, first in enumerate(plain[0])
     )

@@ -61,7 +61,7 @@ class Machine:
 
     @property
     def key(self) -> str:
-        """A short name, for the cache file."""
+        """Return a short name, for the cache file."""
         text = json.dumps([FORMAT, dataclasses.asdict(self)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -74,7 +74,7 @@ class MachineCard:
     cores: int
     torch_version: str
     measured: str
-    """When, as an ISO date and time in UTC."""
+    """Date and time in UTC, in ISO's format."""
     busy: bool
     """True if other programs were at work: the rates are one thread's and lower than they could be."""
     cpu: DeviceRates
@@ -82,11 +82,11 @@ class MachineCard:
 
     @property
     def device(self) -> DeviceRates:
-        """The device that work goes to: the GPU if there is one."""
+        """Return the device that work goes to: the GPU if there is one."""
         return self.gpu or self.cpu
 
     def to_json(self) -> dict[str, Any]:
-        """The card as what JSON can hold; `from_json` reads it back."""
+        """Return the card as what JSON can hold; `from_json` reads it back."""
         return dataclasses.asdict(self)
 
     @staticmethod
@@ -110,7 +110,7 @@ def machine_card(
     cache_dir: Path | None = None,
     measure: Callable[[Machine], MachineCard] | None = None,
 ) -> MachineCard:
-    """This machine's card: from the cache, or measured now (in two or three seconds) and cached.
+    """Return this machine's card, from the cache or measured now, in two or three seconds.
 
     A damaged card is measured again, and one from a busy machine as soon as the machine is quiet.
 
@@ -134,19 +134,19 @@ def machine_card(
 
 
 def known_card(*, cache_dir: Path | None = None) -> MachineCard | None:
-    """This machine's card if it was measured before; nothing is measured now."""
+    """Return this machine's card if it was measured before; nothing is measured now."""
     return _read(_path(this_machine(), cache_dir))
 
 
 def training_dtype(card: MachineCard) -> str:
-    """The dtype to train in: "bf16" only where its measured product is clearly faster than fp32's."""
+    """Return the dtype to train in: "bf16" only where its measured product is clearly faster than fp32's."""
     rates = card.device.dtypes
     pays = rates["bf16"].product_gflops > TRAINING_MARGIN * rates["fp32"].product_gflops
     return "bf16" if pays else "fp32"
 
 
 def decoding_dtype(card: MachineCard) -> str:
-    """The dtype to decode in: "bf16" only where passes over the weights on 1 to 16 tokens are faster.
+    """Return the dtype to decode in: "bf16" only where passes over the weights on 1 to 16 tokens are faster.
 
     fp16 is never chosen, however fast: its range is smaller than that of weights trained in the others.
     """
@@ -170,7 +170,7 @@ def resolve_dtype(name: str, card: MachineCard, *, purpose: Purpose) -> str:
 
 
 def num_threads(card: MachineCard, dtype: str, *, purpose: Purpose) -> int:
-    """The number of CPU threads that measured best for this work; all cores where nothing could tell.
+    """Return the number of CPU threads that measured best for this work; all cores where nothing could tell.
 
     What is no dtype of weights, as int8, was not measured: it takes fp32's number.
     """
@@ -180,7 +180,7 @@ def num_threads(card: MachineCard, dtype: str, *, purpose: Purpose) -> int:
 
 
 def facts(card: MachineCard) -> list[tuple[str, str]]:
-    """The card in words: rows of name and value."""
+    """Return the card in words: rows of name and value."""
     gpu = f"{card.gpu.name}, {size(card.gpu.memory_bytes)}" if card.gpu else "none"
     rows = [
         ("processor", f"{card.cpu.name}, {card.cores} cores, {size(card.cpu.memory_bytes)}"),
@@ -250,7 +250,7 @@ def measure_card(machine: Machine, *, num_matrices: int = 24, budget: float = 1.
 
 
 def _measure_cpu(machine: Machine, num_matrices: int, budget: float) -> tuple[DeviceRates, bool]:
-    """The processor's rates, and whether others were busy; what they disturbed midway is done again."""
+    """Return the processor's rates, and True if others were busy; what they disturbed is measured again."""
 
     def measure(threads: list[int], clock: Clock) -> DeviceRates:
         return measure_device(
@@ -276,7 +276,7 @@ def _path(machine: Machine, cache_dir: Path | None) -> Path:
 
 
 def _typical_pass(rates: DtypeRates) -> float:
-    """Geometric mean, so that plain decoding and verifying weigh alike whatever each takes."""
+    """Return the geometric mean, so that plain decoding and verifying weigh alike whatever each takes."""
     return math.exp(math.fsum(map(math.log, rates.pass_seconds.values())) / len(rates.pass_seconds))
 
 

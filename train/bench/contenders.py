@@ -84,7 +84,7 @@ def folder_contest(model: Path, options: BenchSettings, *, prompts: Path | None,
     """Open a model folder in each dtype, over prompts from the file `prompts`, from `data`, or our own.
 
     Raises:
-        UsageError: for a dtype or draft that is none, if there is no model or no `data`, or if a
+        UsageError: for an unknown dtype or draft, if there is no model or no `data`, or if a
             continuation does not fit into the context.
         NestlingError: if the folder has no tokenizer or cannot be opened, or a file holds no prompt.
     """

@@ -44,7 +44,7 @@ from train.run.malloc import keep_freed_memory
 from train.run.teacher import check_teacher
 
 PRODUCT_SIDE = 2048
-"""Of the square product whose rate is the roof: large enough to reach it, small enough for a second."""
+"""Side of the square product whose rate is the roof: large enough to reach it, small enough for a second."""
 
 
 def bench_training(
@@ -134,7 +134,7 @@ def _train_in_turn(
 
 
 def choose_contenders(recipe: Recipe, dtype: str) -> tuple[list[Contender], list[str]]:
-    """Everyone that can run here, on one device, and notes on who cannot."""
+    """Return everyone that can run here, on one device, and notes on who cannot."""
     joint = dataclasses.replace(
         recipe,
         dtype="bf16" if dtype == "bf16" else "fp32",
@@ -154,7 +154,7 @@ def choose_contenders(recipe: Recipe, dtype: str) -> tuple[list[Contender], list
 
 
 def measure_roof(dtype: str, *, on_gpu: bool, clock: Clock) -> float:
-    """Rate of a large square product in this dtype, with the threads that training has, in GFLOP/s."""
+    """Return the GFLOP/s of a large square product in this dtype, with the threads that training has."""
     device = "cuda" if on_gpu else "cpu"
     a_NN = torch.ones(PRODUCT_SIDE, PRODUCT_SIDE, dtype=DTYPES[dtype], device=device)
 
@@ -168,14 +168,14 @@ def measure_roof(dtype: str, *, on_gpu: bool, clock: Clock) -> float:
 
 
 def measure_memory(contender: Contender) -> dict[str, int]:
-    """Peak bytes of a fresh process that trains a few steps; see `_peak`."""
+    """Return the peak bytes of a fresh process that trains a few steps; see `_peak`."""
     spawn = multiprocessing.get_context("spawn")  # a fork would start with this process's memory
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_peak, contender, torch.get_num_threads()).result()
 
 
 def _peak(contender: Contender, threads: int) -> dict[str, int]:
-    """Peak memory, and how far it is above what was held before the first training step.
+    """Return peak memory, and how far it is above what was held before the first training step.
 
     On a GPU that of its allocator; else the resident memory of the process, libraries included.
     """
@@ -196,7 +196,7 @@ def _peak(contender: Contender, threads: int) -> dict[str, int]:
 
 
 def _memory_now(field: str) -> int:
-    """Resident memory of this process, now or at its peak; where Linux does not tell, at its peak.
+    """Return the resident memory of this process, now or at its peak; elsewhere than on Linux, at its peak.
 
     Not `ru_maxrss` on Linux, which a new process inherits from the one that started it.
     """
@@ -210,7 +210,7 @@ def _memory_now(field: str) -> int:
 def make_row(
     contender: Contender, seconds: Sequence[float], flops: float, roof: float, memory: dict[str, int]
 ) -> dict[str, Any]:
-    """One contender's figures, without comparisons.
+    """Return one contender's figures, without comparisons.
 
     Args:
         contender: who.

@@ -36,7 +36,7 @@ class Contender:
 
 
 def train_briefly(contender: Contender, data: TextData, steps: int, clock: Clock) -> float:
-    """Train from new weights for a few steps and then so many; seconds of one of these."""
+    """Train new weights, and return the seconds of a step after the warm-up."""
     torch.manual_seed(contender.recipe.seed)
     model = make_model(contender.recipe, data)
     marks = Marks(clock)

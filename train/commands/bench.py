@@ -255,7 +255,7 @@ def _engines(asked: list[str] | None) -> Sequence[str]:
 
     for name in asked or ():
         if name not in ENGINES:
-            raise UsageError(f"--engine {name} is none; choose from {', '.join(ENGINES)}")
+            raise UsageError(f"--engine {name} is not an engine; choose from {', '.join(ENGINES)}")
     return asked or ENGINES
 
 

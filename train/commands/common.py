@@ -75,7 +75,7 @@ def check_data(source: str) -> None:
 
 
 def check_gamma(text: str | None, *, least: int) -> int | Literal["auto"] | None:
-    """What `--gamma` says; None without one."""
+    """Return what `--gamma` says; None without one."""
     if text is None or text == "auto":
         return None if text is None else "auto"
     try:

@@ -42,7 +42,7 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
     """Run it.
 
     Args:
-        out: the run folder; a finished demo there starts anew, an interrupted one goes on.
+        out: the run folder; a finished demo there is replaced, an interrupted one goes on.
         console: where it tells.
         overrides: recipe keys that differ from configs/demo.yaml.
 

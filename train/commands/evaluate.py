@@ -78,7 +78,7 @@ def evaluate(
 
 
 def choose_members(folder: "ModelFolder", asked: list[str]) -> "dict[str, Granularity]":
-    """The family and what was asked for, by name; the largest last.
+    """Return the family and what was asked for, by name; the largest last.
 
     Raises:
         UsageError: if one does not fit the model.

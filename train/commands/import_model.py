@@ -52,7 +52,7 @@ def import_model(
 
 
 def write_and_prove(folder: "ModelFolder", out: Path) -> dict[str, Any]:
-    """Write a model folder, open it as a stranger would, and compare.
+    """Write a model folder, open it in stock transformers, and compare.
 
     Raises:
         UsageError: if `out` cannot be replaced.

@@ -25,7 +25,7 @@ PANEL = {"width": 330, "height": 270}
 def curve(
     rows: Sequence[Row], key: Key, *, title: str, points: bool, zero: bool = False, top: float | None = None
 ) -> alt.LayerChart:
-    """Lines over training tokens, one a series.
+    """Draw lines over training tokens, one for each series.
 
     Args:
         rows: `tokens`, `value`, `step` and the key's field.
@@ -56,7 +56,7 @@ def curve(
 
 
 def loss_panel(rows: Sequence[Row], key: Key) -> alt.LayerChart:
-    """The family's Pareto: loss against parameters; the line joins members that no smaller one beats.
+    """Draw loss against parameters; a line joins the members that no smaller one beats.
 
     Args:
         rows: as `family_rows` makes them.
@@ -72,10 +72,12 @@ def loss_panel(rows: Sequence[Row], key: Key) -> alt.LayerChart:
 
 
 def alpha_panel(rows: Sequence[Row], key: Key) -> alt.LayerChart:
-    """Acceptance against cost; a draft on a dotted line would make decoding so many times as fast."""
+    """Draw acceptance against cost; dotted lines join drafts that would make decoding equally fast."""
     rows = [row for row in rows if row["alpha"] is not None]
     low = max(0.0, min((row["alpha"] for row in rows), default=0.5) - 0.1)
-    x = alt.X("share:Q", title="share of the full model's parameters", scale=alt.Scale(domain=[0, 1.08]))
+    x = alt.X(
+        "fraction:Q", title="fraction of the full model's parameters", scale=alt.Scale(domain=[0, 1.08])
+    )
     y = alt.Y("alpha:Q", title="alpha, expected acceptance", scale=alt.Scale(domain=[low, 1.04]))
     x, y = x.axis(format="%", tickCount=5), y.axis(tickCount=6)
     contours = [point for speed in SPEED_UPS for point in speed_up_contour(speed) if point["alpha"] >= low]
@@ -88,7 +90,7 @@ def alpha_panel(rows: Sequence[Row], key: Key) -> alt.LayerChart:
 
 
 def family_chart(members: Sequence[Member]) -> Chart:
-    """Two panels for a file: loss against parameters, alpha against the share of the parameters."""
+    """Draw two panels for a file: loss against parameters, alpha against their fraction."""
     rows = family_rows(members)
     full = next((row["member"] for row in rows if row["granularity"] == "full"), None)
     key = Key("member", tuple(row["member"] for row in rows), full)
@@ -102,25 +104,25 @@ def family_chart(members: Sequence[Member]) -> Chart:
 
 
 def family_rows(members: Sequence[Member], run: str = "") -> list[dict[str, Any]]:
-    """Members as rows of the two panels, by ascending parameters."""
+    """Return members as rows of the two panels, by ascending parameters."""
     ordered = sorted(members, key=lambda member: member.parameters)
     rows: list[dict[str, Any]] = []
     best = float("inf")
     for member in ordered:
         frontier = member.loss is not None and member.loss < best
         best = min(best, float("inf") if member.loss is None else member.loss)
-        share = member.parameters / ordered[-1].parameters
+        fraction = member.parameters / ordered[-1].parameters
         fields = {name: getattr(member, name) for name in ("granularity", "parameters", "loss", "alpha")}
         names = {"run": run, "member": member.name, "label": member.name}
-        rows.append({**names, **fields, "share": share, "frontier": frontier})
+        rows.append({**names, **fields, "fraction": fraction, "frontier": frontier})
     return rows
 
 
 @functools.cache
 def speed_up_contour(speed: float, num_points: int = 40) -> tuple[dict[str, Any], ...]:
-    """Where decoding is `speed` times as fast: the alpha needed at each cost, up to alpha = 1.
+    """Return the alpha that decoding needs at each cost to be `speed` times as fast, up to 1.
 
-    A draft step costs its share of a target step, and a target pass on a few tokens what it costs on one.
+    A draft step costs its fraction of a target step, and a target pass on a few tokens what it costs on one.
 
     >>> points = speed_up_contour(2.0)
     >>> points[0]["alpha"] < points[-1]["alpha"] <= 1.0
@@ -131,7 +133,7 @@ def speed_up_contour(speed: float, num_points: int = 40) -> tuple[dict[str, Any]
     return tuple(
         {
             "speed": f"{speed:g}×",
-            "share": last * index / num_points,
+            "fraction": last * index / num_points,
             "alpha": _needed_alpha(speed, last * index / num_points),
             "end": index == num_points,
         }

@@ -37,7 +37,7 @@ class Figure:
 
 
 def make_key(runs: Sequence[Run]) -> Key:
-    """Colours: by member for one run, by run for several."""
+    """Return colours by member for one run, by run for several."""
     if len(runs) > 1:
         return Key("run", tuple(run.name for run in runs))
     (run,) = runs
@@ -45,7 +45,7 @@ def make_key(runs: Sequence[Run]) -> Key:
 
 
 def family_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
-    """Loss and acceptance of each measured member against its size."""
+    """Draw loss and acceptance of each measured member against its size."""
     rows = [row for run in runs for row in family_rows(run.members, run.name)]
     panels = (
         ("loss", "Loss against parameters", LOSS, loss_panel),
@@ -59,7 +59,7 @@ def family_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
 
 
 def loss_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
-    """Validation loss and the training objective while the run went on."""
+    """Draw validation loss and the training objective over the run."""
     caption = "Nats per token on held-out text. The first tenth may run off the top."
     validation = _by_member(runs, key, "valid/{}/loss", "Validation loss", caption, everyone=True)
     trained = [rows for run in runs for rows in _objective(run, full_only=len(runs) > 1)]
@@ -76,7 +76,7 @@ def loss_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
 
 
 def consistency_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
-    """How close each smaller member is to the full model while the run went on."""
+    """Draw over the run how close each smaller member is to the full model."""
     alpha = "The chance that one token drafted by this member is kept. The full model's is 1."
     match = "How often the member's greedy token is the full model's, in percent of positions."
     speedup = (
@@ -91,7 +91,7 @@ def consistency_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
 
 
 def gradient_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
-    """How strongly each member pulls at the weights, and how far it pulls where the full model does."""
+    """Draw how strongly each member pulls at the weights, and how far in the full model's direction."""
     norm = "Of each member's own loss, a mean over the same few rows of held-out text."
     cosine = (
         "Of the angle between the member's gradient and the full model's on the weights that both have: "
@@ -104,15 +104,15 @@ def gradient_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
 
 
 def machine_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
-    """The run's own health; for one run, a single line in the colour of text."""
+    """Draw the run's own health; for one run, a single line in the colour of text."""
     key = key if len(runs) > 1 else Key("run", (runs[0].name,), full=runs[0].name)
     shown = {
         "tokens_per_second": ("Tokens per second", "Training throughput, validation left out."),
         "mfu": (
             "Utilisation",
-            "Share of the rate that a large product was measured at here.",
+            "Fraction of the rate that a large product was measured at here.",
         ),
-        "data_wait": ("Data wait", "The share of the time spent waiting for data; near 0 is good."),
+        "data_wait": ("Data wait", "The fraction of the time spent waiting for data; near 0 is good."),
         "gradient_norm": ("Gradient norm", "Before clipping. Spikes that stay are a warning."),
         "lr": ("Learning rate", "As scheduled."),
     }
@@ -124,7 +124,7 @@ def machine_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
 
 
 def _labelled(rows: Rows, measure: str) -> Rows:
-    """Each member's name once, at its highest point: those of several runs would lie on top of each other."""
+    """Label each member once, at its highest point: labels of several runs would overlap."""
     highest = {row["member"]: row for row in sorted(rows, key=lambda row: float(row[measure]))}
     return [{**row, "label": row["member"] if row is highest[row["member"]] else ""} for row in rows]
 
@@ -132,7 +132,7 @@ def _labelled(rows: Rows, measure: str) -> Rows:
 def _by_member(
     runs: Sequence[Run], key: Key, pattern: str, title: str, caption: str, *, everyone: bool = False
 ) -> list[Figure]:
-    """One figure with a line a member, or for several runs a figure a member."""
+    """Draw one figure with a line for each member, or for several runs a figure for each member."""
     series = [
         _rows(run, [*run.valid, *run.gradients], pattern.format(name), name)
         for run in runs
@@ -172,7 +172,7 @@ def _objective(run: Run, *, full_only: bool) -> list[Rows]:
 
 
 def _rows(run: Run, lines: Iterable[Line], field: str, member: str) -> Rows:
-    """The finite values of a field, neighbours averaged where there are too many."""
+    """Return the finite values of a field, neighbours averaged where there are too many."""
     found = [
         {
             "run": run.name,
@@ -193,7 +193,7 @@ def _average(rows: Rows) -> dict[str, Any]:
 
 
 def _top(rows: Rows) -> float | None:
-    """The highest value after the start; None where the start is no higher."""
+    """Return the highest value after the start; None where the start is no higher."""
     late = max(row["tokens"] for row in rows) * START
     top: float = max(row["value"] for row in rows if row["tokens"] >= late)
     return top if any(row["value"] > top for row in rows) else None

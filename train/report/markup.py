@@ -21,7 +21,7 @@ GLYPHS = {
 
 
 def section(title: str, *parts: str, lead: str = "") -> str:
-    """A section with a heading, or nothing at all if it has no content."""
+    """Return a section with a heading, or nothing at all if it has no content."""
     body = "".join(parts)
     if not body:
         return ""
@@ -30,14 +30,14 @@ def section(title: str, *parts: str, lead: str = "") -> str:
 
 
 def grid(charts: Sequence[Figure], key: Key | None = None) -> str:
-    """A grid of figures below the legend that they share."""
+    """Return a grid of figures below the legend that they share."""
     if not charts:
         return ""
     return (legend(key) if key else "") + f'<div class="grid">{"".join(map(figure, charts))}</div>'
 
 
 def figure(drawn: Figure) -> str:
-    """One figure: the chart's JSON waits in the page until page.js draws it."""
+    """Return one figure: the chart's JSON waits in the page until page.js draws it."""
     spec = styled(drawn.chart.properties(width="container", height=250)).to_dict()
     caption = f"<figcaption>{escape(drawn.caption)}</figcaption>" if drawn.caption else ""
     return (
@@ -48,7 +48,7 @@ def figure(drawn: Figure) -> str:
 
 
 def legend(key: Key) -> str:
-    """What each colour and shape stands for."""
+    """Say what each colour and shape stands for."""
     entries = []
     for name in key.names:
         color, shape = key.look(name)
@@ -59,13 +59,13 @@ def legend(key: Key) -> str:
 
 
 def facts(values: Mapping[str, str]) -> str:
-    """The few figures that a reader looks for first."""
+    """Return the few figures that a reader looks for first."""
     tiles = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
     return f'<dl class="facts">{"".join(tiles)}</dl>'
 
 
 def sample(member: str, comparison: Comparison, full: bool) -> str:
-    """One member's text; what the full model does not say is marked."""
+    """Return one member's text; what the full model does not say is marked."""
     note = "full model" if full else f"{comparison.same:.0%} the same"
     text = "".join(
         escape(piece) if same else f"<mark>{escape(piece)}</mark>" for piece, same in comparison.pieces
@@ -76,12 +76,12 @@ def sample(member: str, comparison: Comparison, full: bool) -> str:
 
 
 def details(title: str, body: str) -> str:
-    """A part that opens on demand."""
+    """Return a part that opens on demand."""
     return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
 def embedded(value: Any) -> str:
-    r"""JSON that may stand inside a script element.
+    r"""Return JSON that may stand inside a script element.
 
     >>> embedded({"prompt": "</script>"})
     '{"prompt": "\\u003c/script>"}'

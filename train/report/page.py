@@ -32,7 +32,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as text, the same for the same runs."""
+    """Return the page as text, the same for the same runs."""
     # Charts take a second to import: they wait until the runs were read and found good.
     import altair
     import vl_convert

@@ -24,11 +24,11 @@ class Run:
 
     name: str
     train: list[Line]
-    """By ascending step; so are the next ones."""
+    """Training lines by ascending step, as in the next fields."""
     valid: list[Line]
     samples: list[Line]
     members: list[Member]
-    """As measured at the end; empty while the run has no model folder."""
+    """Members as measured at the end; empty while the run has no model folder."""
     decode: dict[str, Any]
     """Speeds of plain and speculative decoding, if they were measured."""
     recipe: str
@@ -37,13 +37,13 @@ class Run:
 
     @property
     def full(self) -> str | None:
-        """The full model's name; None if nothing tells which one it is."""
+        """Return the full model's name; None if nothing tells which one it is."""
         measured = [member.name for member in self.members if member.granularity == "full"]
         return next(iter([*measured, *(name for name in self.member_names if name == FULL_NAME)]), None)
 
     @property
     def member_names(self) -> list[str]:
-        """Every member that any line or the model folder names, in order of appearance."""
+        """Return every member that any line or the model folder names, in order of appearance."""
         trained = (key.removeprefix("loss/") for line in self.train for key in line if "loss/" in key)
         measured = (key.split("/")[1] for line in self.valid for key in line if key.startswith("valid/"))
         spoken = (line["member"] for line in self.samples)
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Training time; the clock in the lines starts again at every resume."""
+        """Return the training time; the clock in the lines starts again at every resume."""
         clocks = [line["seconds"] for line in self.train if "seconds" in line]
         pairs = zip(clocks, [*clocks[1:], 0.0], strict=True)
         return sum(now for now, following in pairs if following < now) if clocks else None
@@ -76,7 +76,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def last_by_step(lines: Iterable[Line], kind: str, *also: str) -> list[Line]:
-    """Lines of one kind by step; of several with equal step (and equal `also` fields) the last one.
+    """Return lines of one kind by step; the last one of those with equal step and `also` fields.
 
     >>> last_by_step([{"kind": "a", "step": 2, "x": 1}, {"kind": "a", "step": 2, "x": 1}], "a", "x")
     [{'kind': 'a', 'step': 2, 'x': 1}]

@@ -77,7 +77,7 @@ def bring_up_to_date(stale: Mapping[Path, str], *, check: bool, command: str) ->
 
 
 def stale_files(root: Path) -> dict[Path, str]:
-    """Every generated file that is not what the result files say, with what it should hold.
+    """Return every generated file that is not what the result files say, with what it should hold.
 
     Raises:
         NestlingError: if a result file is damaged, or README.md names one that is not there.
@@ -117,7 +117,7 @@ def read_result(path: Path) -> Result:
 
 
 def fill_readme(text: str, results: Mapping[str, Result]) -> str:
-    """README.md with every marked block replaced by its result.
+    """Return README.md with every marked block replaced by its result.
 
     Raises:
         NestlingError: if a block does not end, or names a result that is not there.
@@ -158,7 +158,7 @@ def _page(result: Result) -> str:
 
 
 def _readme_block(result: Result) -> str:
-    """The picture, one short table, and where to read on."""
+    """Return the picture, one short table, and where to read on."""
     if result.speed:
         table = brief_speed_table(result.speed)
     elif result.training:
@@ -185,7 +185,7 @@ def _tables(result: Result, folder: Path) -> list[str]:
 
 
 def _where(card: Mapping[str, Any]) -> str:
-    """Hardware, commit and date, as far as the card knows them."""
+    """Return hardware, commit and date, as far as the card knows them."""
     known = {name: value for name, value in flatten(card).items() if value != NOTHING}
     hardware = [known[name] for name in ("hardware.gpu", "hardware.cpu", "hardware") if name in known][:1]
     commit = [f"commit {known['commit'][:12]}"] if "commit" in known else []
@@ -204,12 +204,12 @@ def _member(path: Path, item: Any) -> Member:
 
 
 def not_current(wanted: Mapping[Path, str]) -> dict[Path, str]:
-    """The files that do not say what they should."""
+    """Return the files that do not say what they should."""
     return {path: text for path, text in wanted.items() if not _is_current(path, text)}
 
 
 def _is_current(path: Path, text: str) -> bool:
-    """Whether the file says the same; a picture is known by its data, since fonts differ between machines."""
+    """Return True if the file says the same; of a picture the data, since fonts differ by machine."""
     if not path.is_file():
         return False
     there = path.read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ TOKEN = re.compile(r"\s+|\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A text in pieces, each the same as in the reference or not, and the share (0 to 1) that is."""
+    """A text in pieces, each the same as in the reference or not, and the fraction that is."""
 
     pieces: tuple[tuple[str, bool], ...]
     same: float

@@ -18,7 +18,7 @@ SAMPLES = "Every member continues the same text greedily. Marked: what the full 
 
 
 def sections(runs: Sequence[Run]) -> str:
-    """The body of the page; a section without content is left out."""
+    """Return the body of the page; a section without content is left out."""
     key = figures.make_key(runs)
     drawn = figures.family_figures(runs, key)
     return "".join(
@@ -41,7 +41,7 @@ def sections(runs: Sequence[Run]) -> str:
 
 
 def _each(runs: Sequence[Run], part: Callable[[Run], str]) -> str:
-    """A part of every run, under the run's name if there are several."""
+    """Return a part of every run, under the run's name if there are several."""
     contents = [(run.name, part(run)) for run in runs]
     names = [f"<h3>{escape(name)}</h3>" if len(runs) > 1 else "" for name, _ in contents]
     return "".join(name + content for name, (_, content) in zip(names, contents, strict=True) if content)
@@ -101,7 +101,7 @@ def _speeds(runs: Sequence[Run]) -> str:
 
 
 def _samples(run: Run) -> str:
-    """The last sample of each member, by prompt."""
+    """Return the last sample of each member, by prompt."""
     last = {(line["prompt"], line["member"]): line["text"] for line in run.samples}
     parts = []
     for prompt in dict.fromkeys(prompt for prompt, _ in last):
@@ -125,7 +125,7 @@ def _provenance(run: Run) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    """The recipe's keys whose values are not the same in all runs."""
+    """Return the recipe's keys whose values are not the same in all runs."""
     if len(runs) == 1:
         return ""
     recipes = [flatten(_recipe(run)) for run in runs]

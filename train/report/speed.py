@@ -13,7 +13,7 @@ ENGINES = {"nestling": COLORS[0], "transformers": COLORS[1], "llama.cpp": COLORS
 
 
 def speed_chart(rows: Sequence[Mapping[str, Any]], title: str) -> Chart:
-    """Bars of tokens per second, whiskers from the slowest to the fastest round.
+    """Draw bars of tokens per second, whiskers from the slowest to the fastest round.
 
     Args:
         rows: of `nestling bench`, as its JSON has them.

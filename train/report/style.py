@@ -41,7 +41,7 @@ class Key:
     full: str | None = None
 
     def look(self, name: str) -> tuple[str, str]:
-        """Colour and shape of one series.
+        """Return colour and shape of one series.
 
         >>> Key("member", ("XL", "S", "M"), full="XL").look("M")
         ('#d55e00', 'triangle-up')
@@ -53,19 +53,19 @@ class Key:
 
     @property
     def color(self) -> alt.Color:
-        """The colour channel; the legend stands outside of the charts, once."""
+        """Return the colour channel; the legend stands outside of the charts, once."""
         scale = alt.Scale(domain=list(self.names), range=[self.look(name)[0] for name in self.names])
         return alt.Color(f"{self.field}:N", scale=scale, legend=None)
 
     @property
     def shape(self) -> alt.Shape:
-        """The shape channel."""
+        """Return the shape channel."""
         scale = alt.Scale(domain=list(self.names), range=[self.look(name)[1] for name in self.names])
         return alt.Shape(f"{self.field}:N", scale=scale, legend=None)
 
 
 def styled(chart: Chart) -> Chart:
-    """The chart in the house style: quiet axes, colours of the surrounding text."""
+    """Return the chart in the house style: quiet axes, colours of the surrounding text."""
     axis = alt.AxisConfig(
         labelColor=INK,
         labelOpacity=0.75,
@@ -98,7 +98,7 @@ def styled(chart: Chart) -> Chart:
 
 
 def to_svg(chart: Chart) -> str:
-    """The chart as SVG text, the same each time, which follows the reader's light or dark theme."""
+    """Return the chart as SVG text, the same each time, which follows the reader's light or dark theme."""
     stream = io.StringIO()
     chart.save(stream, format="svg")
     # Vega numbers clipping paths on through all charts of a process.
@@ -125,7 +125,7 @@ def save_chart(chart: Chart, path: Path) -> None:
 
 
 def digest(chart: Chart) -> str:
-    """Of what the chart shows. Letters differ in width between machines, so the drawing itself tells less."""
+    """Hash what the chart shows, not the drawing: letters differ in width between machines."""
     spec = {name: part for name, part in chart.to_dict().items() if name != "$schema"}
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -16,7 +16,7 @@ FAMILY_LEGEND = (
 
 
 def family_table(members: Sequence[Member]) -> Table:
-    """One row a member, the largest first; a column that nobody measured is left out."""
+    """Return a row for each member, the largest first; a column that nobody measured is left out."""
     ordered = sorted(members, key=lambda member: -member.parameters)
     columns: Columns = {
         "name": ("member", str),
@@ -32,7 +32,7 @@ def family_table(members: Sequence[Member]) -> Table:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a way of decoding; speed-up is against the same engine's fastest plain decoding.
+    """Return a row for each way of decoding; speed-up is against the engine's fastest plain decoding.
 
     Args:
         rows: fields `run`, `engine`, `mode`, `draft`, `cache`, `schedule`, `gamma`, `dtype`, `temperature`,
@@ -75,7 +75,7 @@ def brief_speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for everyone that trained (fields of `bench --train`); ratios are to the first row."""
+    """Return a row for everyone that trained (fields of `bench --train`); ratios are to the first row."""
     columns: Columns = {
         "engine": ("engine", str),
         "mode": ("trains", str),
@@ -92,7 +92,7 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def setting(row: Mapping[str, Any]) -> str:
-    """What tells rows of one engine, mode and draft apart: the cache, or how much is drafted.
+    """Return what tells rows of one engine, mode and draft apart: the cache, or how much is drafted.
 
     >>> setting({"cache": "static"}), setting({"schedule": "default"}), setting({"gamma": 4})
     ('static cache', 'default schedule', '4 a round')
@@ -109,7 +109,7 @@ def setting(row: Mapping[str, Any]) -> str:
 
 
 def way(row: Mapping[str, Any]) -> str:
-    """A row of a bench in words.
+    """Describe a row of a bench.
 
     >>> way({"engine": "nestling", "mode": "speculative", "draft": "D", "gamma": 4})
     'nestling speculative by D, 4 a round'
@@ -119,7 +119,7 @@ def way(row: Mapping[str, Any]) -> str:
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys and text.
+    """Flatten nested mappings to dotted keys and text.
 
     >>> flatten({"trainer": {"max_steps": 100}, "seed": 1, "card": {"gpu": None}})
     {'trainer.max_steps': '100', 'seed': '1', 'card.gpu': '-'}

@@ -24,7 +24,7 @@ class Confirmed:
     prediction: Prediction | None
     params: SamplingParams
     speedup: float
-    """Over plain decoding, after the first token."""
+    """Speed-up over plain decoding, after the first token."""
     tau: float
     alpha: float | None
     tokens_per_second: float

@@ -34,7 +34,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being done, the number of parts that are done, and of how many."""
 
 MOST_TOKENS = 32
-"""v(m) is measured up to here."""
+"""The largest m for which v(m) is measured."""
 GAMMAS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 23, 31)
 SECONDS = 3.0
 """Budget of each timing."""
@@ -45,9 +45,9 @@ class Text:
     """The text that acceptance is measured on: prompts, continued by the target at each temperature."""
 
     num_prompt: int
-    """P, tokens of a prompt."""
+    """Tokens of a prompt, P."""
     rows: Mapping[SamplingParams, Tensor]
-    """[R, T], the prompts first."""
+    """Tokens [R, T] for each sampling, the prompts first."""
     counts_V: Tensor
     """Counts of each token in the whole calibration text."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,16 @@ def test_a_saved_model_comes_back_whole(tiny_model: ElasticLM, folder: Path) -> 
     assert opened.tokenizer.encode("A5").ids == byte_tokenizer().encode("A5").ids
     assert (opened.family, opened.members, opened.provenance) == (FAMILY, [MEMBER], PROVENANCE)
     assert all(parameter.requires_grad for parameter in opened.model.parameters())
+
+
+def test_a_path_need_not_be_utf8(tiny_model: ElasticLM, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.rename(path)
+    opened = load_model(path)
+    save_model(path, opened.model, tokenizer=opened.tokenizer, provenance={"data": str(path)})
+    assert load_model(path).provenance == {"data": str(path)}
+    tokens_BT = torch.arange(64)[None]
+    torch.testing.assert_close(load_stock(path)(tokens_BT).logits, tiny_model(tokens_BT))
 
 
 def test_the_rotary_table_of_a_loaded_model_is_the_original(tiny_model: ElasticLM, folder: Path) -> None:

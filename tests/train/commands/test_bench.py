@@ -245,7 +245,7 @@ def test_random_weights_need_no_model_and_are_told_everywhere(
         ([], "there is no MODEL; give a model folder, or --random with a size such as 125M"),
         (["--random", "7B"], "--random 7B is not a size; choose from 15M, 60M, 125M, 350M, 1B"),
         (["model", "--random", "15M"], "MODEL model and --random 15M exclude each other"),
-        (["--random", "15M", "--alpha", "1.5"], "--alpha 1.5: give a share between 0 and 1"),
+        (["--random", "15M", "--alpha", "1.5"], "--alpha 1.5: give a fraction between 0 and 1"),
         (["model", "--alpha", "0.5"], "--alpha 0.5: give a share between 0 and 1, together with --random"),
         (["--random", "15M", "--draft", "ffn=0.5"], "with --random it is the first layers at full width"),
         (["--random", "15M", "--data", "a.txt"], "--data a.txt has no effect with --random"),
@@ -272,7 +272,7 @@ def test_a_wrong_source_or_plot_is_refused_before_any_work(
         (
             ["--engine", "vllm"],
             2,
-            "--engine vllm is none; choose from nestling, transformers, llama.cpp",
+            "--engine vllm is not an engine; choose from nestling, transformers, llama.cpp",
         ),
         (
             ["--draft", "huge", "--max-new-tokens", "9"],

@@ -54,7 +54,9 @@ def test_the_frontier_holds_the_members_that_no_smaller_one_beats() -> None:
 def test_on_a_contour_the_best_draft_length_gives_that_speed_up(speed: float) -> None:
     points = speed_up_contour(speed)
     for point in points:
-        best = max(speedup(point["alpha"], gamma, point["share"], 1.0) for gamma in range(1, MAX_GAMMA + 1))
+        best = max(
+            speedup(point["alpha"], gamma, point["fraction"], 1.0) for gamma in range(1, MAX_GAMMA + 1)
+        )
         assert best == pytest.approx(speed, rel=1e-6)
     assert points[-1]["end"]
     assert points[-1]["alpha"] == pytest.approx(1.0)

@@ -78,6 +78,16 @@ def test_wandb_works_offline_and_keeps_its_run_id(tmp_path: Path) -> None:
     assert first.experiment.id == second.experiment.id == (tmp_path / "wandb_id").read_text()
 
 
+@pytest.mark.parametrize(("mode", "count"), [("disabled", 0), ("offline", 1)])
+def test_the_variable_of_wandb_is_obeyed(
+    mode: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)  # by which it would be online
+    monkeypatch.setattr("train.run.tracking._wandb", lambda *_, offline: Mirror() if offline else None)
+    assert len(make_loggers(TrackingConfig(), tmp_path)) == count
+
+
 def test_wandb_keeps_tables_and_the_best_values_and_says_nothing(tmp_path: Path) -> None:
     """In a process of its own: whatever the suite tells wandb must not be why it is quiet."""
     script = f"""
