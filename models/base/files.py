@@ -8,6 +8,7 @@ is followed.
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -81,6 +82,15 @@ def write_text(path: str | Path, text: str) -> None:
     same path back.
     """
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def hash_files(*paths: Path) -> str:
+    """Return the SHA-256 of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

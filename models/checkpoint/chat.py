@@ -1,6 +1,6 @@
 """Chat templates: found in a model folder, and rendered as transformers renders them.
 
-A template is Jinja that came with the weights, a stranger's code: it runs in a sandbox.
+A template is Jinja code that came with the weights and is not trusted: it runs in a sandbox.
 """
 
 import datetime
@@ -42,7 +42,7 @@ def render_chat(
         messages: each with `role` (system, user or assistant) and `content`.
         bos_token: text of the token that begins a text.
         eos_token: text of the token that ends one.
-        add_generation_prompt: whether what begins an answer is added.
+        add_generation_prompt: append the tokens that begin an answer.
 
     Raises:
         NestlingError: if the template refuses the conversation, or is no template.

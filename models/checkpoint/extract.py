@@ -19,7 +19,7 @@ from models.base.files import check_replaceable, read_json
 from models.checkpoint.family import FAMILY_FILE
 from models.checkpoint.folder import Member, ModelFolder, save_model
 from models.checkpoint.huggingface import load_stock
-from models.checkpoint.weights import count_tensors, model_from, weights_of
+from models.checkpoint.weights import count_elements, model_from, weights_of
 from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
@@ -31,7 +31,7 @@ LOGITS_TOLERANCE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How an extraction compares with its view, in fp32.
+    """Comparison of an extraction with its view, in fp32.
 
     Args:
         num_tokens: positions compared.
@@ -71,7 +71,7 @@ def extract(folder: ModelFolder, granularity: Granularity, out: str | Path) -> P
     member = Member(
         name="full",
         granularity=str(FULL),
-        parameters=count_tensors(member_model),
+        parameters=count_elements(member_model),
         loss=known.loss if known else None,
         perplexity=known.perplexity if known else None,
     )
@@ -88,7 +88,7 @@ def extract(folder: ModelFolder, granularity: Granularity, out: str | Path) -> P
 
 
 def cut(folder: ModelFolder, granularity: Granularity) -> ElasticLM:
-    """One member as a model of its own, in memory that it owns.
+    """Return one member as a model of its own, in memory that it owns.
 
     Raises:
         UsageError: if the granularity does not fit, or its layers differ.
@@ -144,10 +144,10 @@ def verify_extraction(
 
 
 def provenance(folder: ModelFolder, granularity: Granularity, parameters: int) -> dict[str, Any]:
-    """Where a member comes from: anything that JSON holds."""
+    """Return where a member comes from: anything that JSON holds."""
     return {
         "parent": str(folder.path),
-        "parent_parameters": count_tensors(folder.model),
+        "parent_parameters": count_elements(folder.model),
         "granularity": str(granularity),
         "parameters": parameters,
         "parent_provenance": folder.provenance,
@@ -195,5 +195,5 @@ def _unequal(granularity: Granularity, plan: Plan) -> str:
     return (
         f"granularity: {granularity} has unequal layers ({named}), "
         "which no stock architecture holds; "
-        f"give all of them one share of each axis, such as {equal}"
+        f"give all of them one fraction of each axis, such as {equal}"
     )

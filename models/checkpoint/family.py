@@ -23,15 +23,15 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One member of a family and what was measured on it; None where nothing was.
+    """One member of a family and its measurements; None where nothing was measured.
 
     Args:
-        name: in the family, or the granularity's own text.
+        name: its name in the family, or the granularity's own text.
         granularity: its text.
-        parameters: of its extraction, a tied head counted once.
+        parameters: numbers in its extraction, a tied head counted once.
         loss: nats per token on validation text.
         perplexity: exp(loss).
-        match: share of positions, in percent, where its greedy token is the full model's.
+        match: fraction of positions, in percent, where its greedy token is the full model's.
         kl: KL(p, q) in nats per token; p the full model, q the member.
         alpha: expected acceptance of one drafted token, the mean of sum min(p, q).
     """
@@ -67,10 +67,10 @@ def write_family(
 def read_family(
     path: Path, config: ElasticConfig
 ) -> tuple[dict[str, Granularity], list[Member], dict[str, Any]]:
-    """Family, members and provenance; a folder without the file has the default family.
+    """Return family, members and provenance; a folder without the file has the default family.
 
     Raises:
-        NestlingError: naming what in the file is not what it should be.
+        NestlingError: naming the wrong part of the file.
     """
     if not path.is_file():
         return dict(DEFAULT_FAMILY), [], {}

@@ -68,7 +68,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
 
     Args:
         path: the folder, sharded or not, or the file.
-        dtype: of the model; None keeps the one on disk.
+        dtype: dtype of the model; None keeps the one on disk.
 
     Returns:
         The model in evaluation mode, on the CPU, with all that is known about it.
@@ -148,14 +148,14 @@ def save_model(
     chat_template: str | None = None,
     like: Path | None = None,
 ) -> Path:
-    """Write a model folder, whole or not at all; a model folder that stands there is replaced.
+    """Write a model folder, whole or not at all; an existing model folder is replaced.
 
     Args:
         path: the folder.
         model: the full model.
         tokenizer: the one it was trained with, if any.
         family: named granularities.
-        members: what was measured.
+        members: measurements of members.
         provenance: recipe, commit, versions, data hash: anything that JSON holds.
         chat_template: Jinja that makes a text of a conversation, if the model has one.
         like: a model folder whose tokenizer and generation files are carried over unchanged,

@@ -29,7 +29,7 @@ FREQUENCY_DIVISORS = "rope_freqs.weight"
 """The tensor by which each rotary frequency is divided (Llama 3)."""
 TOKENIZER_MODEL = "tokenizer.ggml.model"
 OURS = "nestling.granularity"
-"""The key of what a file was cut out as."""
+"""The key of the granularity that a file was extracted as."""
 
 _ADDERS = {
     str: lambda writer, key, value: writer.add_string(key, value),
@@ -61,7 +61,7 @@ def write_gguf(
     Args:
         model: the model, its weights as they were loaded.
         path: the new file.
-        dtype: of the matrices, a key of `DTYPES`; vectors stay in fp32.
+        dtype: dtype of the matrices, a key of `DTYPES`; vectors stay in fp32.
         metadata: further keys of the file: texts, numbers that are not negative, truth values, lists.
 
     Returns:
@@ -116,7 +116,7 @@ def check_gguf(model: ElasticLM, path: Path, *, dtype: str, metadata: Mapping[st
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a GGUF file with the key `OURS`."""
+    """Return whether a file is a GGUF file with the key `OURS`."""
     import gguf
 
     try:
@@ -172,7 +172,7 @@ def _write_rope_scaling(writer: Any, scaling: RopeScaling) -> None:
 
 
 def _arrays(model: ElasticLM, dtype: str) -> Iterator[tuple[str, Any, Any]]:
-    """Name, numbers as they stand in the file, and their type there."""
+    """Yield names, numbers as they stand in the file, and their type there."""
     import gguf
 
     matrix, vector = gguf.GGMLQuantizationType[DTYPES[dtype]], gguf.GGMLQuantizationType.F32
@@ -182,7 +182,7 @@ def _arrays(model: ElasticLM, dtype: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _tensors(model: ElasticLM) -> Iterator[tuple[str, Tensor]]:
-    """Their name and the tensor, on the CPU; a tied head is left to the embedding."""
+    """Yield names and tensors, on the CPU; a tied head is left to the embedding."""
     config = model.config
     interleaved = _architecture(config) == "llama"
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
@@ -201,7 +201,7 @@ def _tensors(model: ElasticLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def interleave(weight_OI: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head, its two halves by turns.
+    """Return the rows of each head with its two halves interleaved.
 
     >>> import torch
     >>> interleave(torch.arange(8).reshape(8, 1), head_dim=4).flatten().tolist()

@@ -33,15 +33,15 @@ _NAMES = {theirs: ours for ours, theirs in ENDS.items()} | {
 
 @dataclass(frozen=True, kw_only=True)
 class GgufModel:
-    """What a GGUF file holds.
+    """The content of a GGUF file.
 
     Args:
         config: the shape.
-        tensors: by Hugging Face name, dequantized.
+        tensors: weights by Hugging Face name, dequantized.
         tokenizer: the same cuts as llama.cpp's; None where the file has none.
         chat_template: Jinja, if the file has one.
         quantizations: how the matrices are stored, such as `Q4_1`; the most frequent first.
-        granularity: what one of our own files was cut out as.
+        granularity: the member that one of our own files holds.
     """
 
     config: ElasticConfig
@@ -75,7 +75,7 @@ def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> GgufModel:
 
     Args:
         path: the file.
-        dtype: of the tensors; None gives fp32, which holds every quantization exactly.
+        dtype: dtype of the tensors; None gives fp32, which holds every quantization exactly.
 
     Raises:
         UsageError: if there is no file.
@@ -140,7 +140,7 @@ class _Shape:
     def check(self, head_dim: int) -> None:
         """Raise NestlingError for what the elastic class does not compute."""
         if self.integer("rope.dimension_count", head_dim) != head_dim:
-            raise NestlingError(f"{self.path} turns a part of each head only (rope.dimension_count)")
+            raise NestlingError(f"{self.path} rotates a part of each head only (rope.dimension_count)")
         if self.integer("expert_count", 0):
             raise NestlingError(f"{self.path} is a mixture of experts; dense models are supported")
 

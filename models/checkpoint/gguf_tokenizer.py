@@ -36,11 +36,11 @@ IGNORES_MERGES = "llama-bpe"  # a word that is a token is that token, whatever i
 def tokenizer_keys(
     tokenizer: Tokenizer, config: ElasticConfig, *, chat_template: str | None = None
 ) -> dict[str, Any]:
-    """What a GGUF file says about a tokenizer: key -> text, number, truth value or list.
+    """Return the keys of a GGUF file that describe a tokenizer: key -> text, number, truth value or list.
 
     Args:
         tokenizer: a byte-level BPE.
-        config: of the model, whose vocabulary may be larger and who names the token that ends a text.
+        config: the model's, whose vocabulary may be larger and which names the token that ends a text.
         chat_template: Jinja, if the model has one.
 
     Raises:
@@ -78,12 +78,12 @@ def tokenizer_keys(
 
 
 def differs_on(tokenizer: Tokenizer) -> str | None:
-    """On which texts llama.cpp, which never normalises, gives other tokens than this tokenizer."""
+    """Return texts on which llama.cpp, which never normalises, gives other tokens than this tokenizer."""
     return None if tokenizer.normalizer is None else "text that Unicode's NFC would change"
 
 
 def _check(state: Mapping[str, Any]) -> str:
-    """The name of the pattern that cuts words; raises NestlingError unless the rest is plain BPE of bytes."""
+    """Return the name of the pattern that cuts words; NestlingError unless all else is plain BPE."""
     model, normalizer = state["model"], state["normalizer"]
     if model["type"] != "BPE" or _kind(state["decoder"]) != "ByteLevel":
         raise _refusal(f"is no byte-level BPE (model {model['type']}, decoder {_kind(state['decoder'])})")
@@ -99,7 +99,7 @@ def _check(state: Mapping[str, Any]) -> str:
             raise _refusal(f"has the token {token['content']!r} with {flags[0]}")
     pre = PATTERNS.get(_steps(state["pre_tokenizer"]))
     if pre is None:
-        raise _refusal(f"cuts words in a way that is none of {', '.join(PATTERNS.values())}")
+        raise _refusal(f"cuts words in a way that is not one of {', '.join(PATTERNS.values())}")
     if bool(model.get("ignore_merges")) != (pre == IGNORES_MERGES):
         raise _refusal(f"has ignore_merges={bool(model.get('ignore_merges'))} with the pattern of {pre}")
     return pre
@@ -122,7 +122,7 @@ def _kind(part: Mapping[str, Any] | None) -> str:
 
 
 def _steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The patterns by which words are cut, one after the other; empty for what is not known here."""
+    """Return the patterns by which words are cut, one after the other; empty for an unknown one."""
     parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     steps: list[str] = []
     for part in parts:
@@ -145,7 +145,7 @@ def _type(token_id: int, names: Mapping[int, str], added: Mapping[int, Mapping[s
 
 
 def _added_around(tokenizer: Tokenizer, bos: int, eos: int) -> tuple[bool, bool]:
-    """Whether a text gets the token that begins one, and the one that ends one."""
+    """Return whether a text gets the token that begins one, and the one that ends one."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
     for add_bos, add_eos in ((False, False), (True, False), (False, True), (True, True)):

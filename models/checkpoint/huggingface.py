@@ -30,7 +30,7 @@ __all__ = [
 
 
 def to_hugging_face(model: ElasticLM) -> "PreTrainedModel":
-    """A stock model, in evaluation mode, that holds copies of the full model's weights.
+    """Return a stock model, in evaluation mode, that holds copies of the full model's weights.
 
     Raises:
         NestlingError: if no stock architecture holds it.
@@ -47,7 +47,7 @@ def to_hugging_face(model: ElasticLM) -> "PreTrainedModel":
 
 
 def from_hugging_face(model: "PreTrainedModel") -> ElasticLM:
-    """An elastic model that holds copies of a stock model's weights.
+    """Return an elastic model that holds copies of a stock model's weights.
 
     Raises:
         NestlingError: naming what the elastic class cannot hold exactly.
@@ -56,7 +56,7 @@ def from_hugging_face(model: "PreTrainedModel") -> ElasticLM:
 
 
 def load_stock(path: str | Path) -> "PreTrainedModel":
-    """Open a model folder as a stranger would: transformers alone; fp32, evaluation mode.
+    """Open a model folder with transformers alone, as other projects do: fp32, evaluation mode.
 
     Raises:
         NestlingError: if transformers found weights missing or unexpected.
@@ -82,7 +82,7 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
 
 
 def load_stock_tokenizer(path: str | Path) -> Any:
-    """Open the tokenizer of a model folder as a stranger would: transformers alone."""
+    """Open the tokenizer of a model folder with transformers alone, as other projects do."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -90,7 +90,7 @@ def load_stock_tokenizer(path: str | Path) -> Any:
 
 
 def compile_config() -> Any:
-    """What makes `generate` compile its decoding steps, on the CPU too, where it does not by itself."""
+    """Return settings that make `generate` compile its decoding steps, on the CPU too."""
     from transformers import CompileConfig
 
     config: Any = CompileConfig(mode="default")

@@ -29,11 +29,11 @@ SPELLING = "5.23.0"
 
 
 def config_to_hugging_face(config: ElasticConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of the stock architecture that computes the same function.
+    """Return the `config.json` of the stock architecture that computes the same function.
 
     Args:
         config: the elastic shape.
-        dtype: of the weights that it describes, as in `float32` or `bfloat16`.
+        dtype: dtype of the weights that it describes, as in `float32` or `bfloat16`.
 
     Raises:
         NestlingError: if no stock architecture holds it.
@@ -146,7 +146,7 @@ _SAME = (
     "tie_word_embeddings",
     "bos_token_id",
 )
-# What transformers assumes when a file leaves a field out.
+# Values that transformers assumes when a file leaves a field out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "all": {
         "hidden_act": "silu",
@@ -190,7 +190,7 @@ def _model_type(config: ElasticConfig) -> str:
 
 
 def _unsupported(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[str, Any, str]]:
-    """Every (field, value, remedy) that would change the function that the weights compute."""
+    """Return every (field, value, remedy) that would change the function that the weights compute."""
     architectures = fields.get("architectures")
     if architectures and architectures != [ARCHITECTURES[model_type]]:
         yield "architectures", architectures, f"only {ARCHITECTURES[model_type]} is"

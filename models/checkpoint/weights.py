@@ -3,7 +3,6 @@
 Names are Hugging Face's. A tied vocabulary head is the embedding matrix and is stored once.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.base.errors import NestlingError
-from models.base.files import read_json, utf8_path
+from models.base.files import hash_files, read_json, utf8_path
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.model import ElasticLM
@@ -26,29 +25,29 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def weights_of(model: ElasticLM) -> dict[str, Tensor]:
-    """Every tensor once, detached, sharing the model's memory."""
+    """Return every tensor once, detached, sharing the model's memory."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def dtype_name(model: ElasticLM) -> str:
-    """The dtype of the weights, as a configuration spells it."""
+    """Return the dtype of the weights, as a configuration spells it."""
     return str(model.dtype).removeprefix("torch.")
 
 
-def count_tensors(model: ElasticLM) -> int:
-    """How many numbers the tensors hold."""
+def count_elements(model: ElasticLM) -> int:
+    """Return how many numbers the tensors hold."""
     return sum(tensor.numel() for tensor in weights_of(model).values())
 
 
 def model_from(
     config: ElasticConfig, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> ElasticLM:
-    """An elastic model that holds copies of `tensors`.
+    """Return an elastic model that holds copies of `tensors`.
 
     Args:
-        config: the shape.
-        tensors: by Hugging Face name; a tied head may be there if it equals the embedding.
-        dtype: of the model; None keeps the embedding's.
+        config: shape of the model.
+        tensors: weights by Hugging Face name; a tied head may be there if it equals the embedding.
+        dtype: dtype of the model; None keeps the embedding's.
 
     Raises:
         NestlingError: naming tensors that are missing, unknown, of another shape or not numbers.
@@ -92,16 +91,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def hash_weights(folder: Path) -> str:
-    """SHA-256 of `model.safetensors`, or of all shards, one after the other.
+    """Return the SHA-256 of `model.safetensors`, or of all shards, one after the other.
 
     Raises:
         NestlingError: naming the file that is missing.
     """
-    digest = hashlib.sha256()
-    for file in _files(folder):
-        with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest()
+    return hash_files(*_files(folder))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -140,7 +135,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _check(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that a model of the expected shapes takes, and nothing else."""
+    """Return the tensors that a model of the expected shapes takes, and nothing else."""
     # Old releases of transformers stored the rotary frequencies, which the configuration gives.
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if HEAD not in expected and HEAD in found:

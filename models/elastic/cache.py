@@ -1,4 +1,4 @@
-"""What an attention layer reads besides its own keys: four memories with one verb, `extend`.
+"""The keys and values that an attention layer reads: four memories with one verb, `extend`.
 
     KVCache        decoding: a static store of committed positions; a draft's `view()` shares it
     Batch          decoding: the caches of several requests, whose tokens share one pass
@@ -37,21 +37,21 @@ class Reading(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """A reading for each request of a pass, and how many of the new tokens are its own, in order."""
+    """The reading of each request of a pass, and its number of new tokens, in order."""
 
     counts: list[int]
     each: list[Reading]
 
 
 class Memory(Protocol):
-    """What one forward pass reads from and writes to."""
+    """The keys and values that one forward pass reads and writes."""
 
     def positions(self, num_tokens: int) -> slice | Tensor:
-        """Where the new tokens stand in their texts."""
+        """Return the positions of the new tokens in their texts."""
         ...
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading | Readings:
-        """Take the new keys and values of a layer (its index in the full model)."""
+        """Take the new keys and values of a layer, by its index in the full model; return what to read."""
         ...
 
 
@@ -64,8 +64,8 @@ class KVCache:
         config: the full model's shape.
         batch_size: rows.
         num_positions: the most positions it can hold, drafted ones included.
-        dtype: of keys and values.
-        device: where the buffers live.
+        dtype: dtype of keys and values.
+        device: device of the buffers.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class KVCache:
         self._mask: Tensor | None = None
 
     def positions(self, num_tokens: int) -> slice:
-        """See `Memory`: behind the committed ones."""
+        """See `Memory`; they follow the committed ones."""
         return slice(self.length, self.length + num_tokens)
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
@@ -108,7 +108,7 @@ class KVCache:
         return Reading(k_BGSK, v_BGSK, mask_TS)
 
     def _causal(self, num_tokens: int, like: Tensor) -> Tensor:
-        """Causal mask aligned to the last position, made once for all layers of a pass.
+        """Return the causal mask aligned to the last position, made once for all layers of a pass.
 
         It is ready to be added to the scores of all query heads of a group.
         """
@@ -129,14 +129,14 @@ class KVCache:
         self.length = length
 
     def view(self) -> "KVCache":
-        """The same store with a length of its own, which starts at this one's."""
+        """Return the same store with a length of its own, which starts at this one's."""
         view = object.__new__(KVCache)
         view.__dict__.update(self.__dict__)
         view._mask = None
         return view
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Committed keys and values [B, G, length, K] of a layer."""
+        """Return the committed keys and values [B, G, length, K] of a layer."""
         k_BGSK, v_BGSK = self._stores[layer]
         return k_BGSK[:, :, : self.length], v_BGSK[:, :, : self.length]
 
@@ -157,8 +157,8 @@ class Batch:
     cache, at its own positions, as if it were alone. Nothing is padded.
 
     Args:
-        caches: of one row each, and of the same device.
-        counts: new tokens of each request.
+        caches: a cache of one row for each request, all on one device.
+        counts: number of new tokens of each request.
     """
 
     def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
@@ -197,7 +197,7 @@ class Recording:
         return Reading(k_BGTK, v_BGTK, None)
 
     def rows(self, rows: slice) -> "Recording":
-        """The recording of some rows of the batch."""
+        """Return the recording of some rows of the batch."""
         part = Recording()
         part.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
         return part
@@ -210,7 +210,7 @@ class SharedPrefix:
     on: exactly what decoding gives a draft whose round began at that start.
 
     Args:
-        recording: of the same tokens.
+        recording: the full model's pass over the same tokens.
         starts_T: for each position the first position of its block (not above the position).
     """
 
@@ -237,7 +237,7 @@ class SharedPrefix:
 
 
 def block_starts(num_positions: int, block: int, shift: int) -> Tensor:
-    """Block starts [T]: blocks of `block` positions, the first one `shift` positions short.
+    """Return block starts [T]: blocks of `block` positions, the first one `shift` positions short.
 
     >>> block_starts(7, 3, 1).tolist()
     [0, 0, 2, 2, 2, 5, 5]

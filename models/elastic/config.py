@@ -25,7 +25,7 @@ class ElasticConfig:
         head_dim: width of one head, even; 0 means `hidden_size // num_attention_heads`.
         max_position_embeddings: the longest context, in tokens.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: how those were stretched to longer contexts; None leaves them as they are.
+        rope_scaling: the rule by which they were stretched to longer contexts; None leaves them as they are.
         rms_norm_eps: epsilon of every RMSNorm.
         tie_word_embeddings: whether the vocabulary head is the embedding matrix.
         attention_bias: bias on the q, k and v projections (Qwen2).

@@ -31,7 +31,7 @@ from models.elastic.granularity import FULL, Granularity, LayerPlan
 
 
 def count_parameters(config: ElasticConfig, granularity: Granularity = FULL) -> int:
-    """Numbers that the member's extraction holds; a tied vocabulary head is its embedding, counted once.
+    """Return how many numbers the member's extraction holds; a tied head is the embedding, counted once.
 
     Raises:
         UsageError: if the granularity does not fit (so do all functions here).
@@ -48,7 +48,7 @@ def count_flops(
     num_cached: int = 0,
     num_scored: int | None = None,
 ) -> int:
-    """Operations of one forward pass over one row.
+    """Return the operations of one forward pass over one row.
 
     Args:
         config: the full model's shape.
@@ -69,14 +69,14 @@ def count_flops(
 
 
 def count_weight_bytes(config: ElasticConfig, granularity: Granularity = FULL, *, dtype_bytes: int) -> int:
-    """Bytes of the member's weights."""
+    """Return the bytes of the member's weights."""
     return count_parameters(config, granularity) * dtype_bytes
 
 
 def count_kv_bytes(
     config: ElasticConfig, granularity: Granularity = FULL, *, num_positions: int, dtype_bytes: int
 ) -> int:
-    """Bytes of one row's keys and values."""
+    """Return the bytes of one row's keys and values."""
     keys = sum(_rows(config, layer, "k") for layer in granularity.resolve(config).layers)
     return 2 * keys * num_positions * dtype_bytes
 
@@ -93,7 +93,7 @@ class TrainingBytes:
 
     @property
     def total(self) -> int:
-        """All of it, as if it were alive at once."""
+        """The sum, as if everything were alive at once."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
@@ -116,30 +116,30 @@ def estimate_training_bytes(
         config: the full model's shape.
         batch_tokens: tokens of one backward pass, over all its rows.
         activation_bytes: per number, 2 under autocast to bf16, which also keeps a cast of the weights.
-        members: members that train too, each with the share of the tokens on which it does. Prefixes
+        members: members that train too, each with the fraction of the tokens on which it does. Prefixes
             of the layers cost a head only: the full pass's states are theirs.
-        shards: processes that share out weights, gradients and moments. Beside its part each holds the
-            gathered embedding, norm and head with their gradients for the whole step, one layer that
+        shards: processes that weights, gradients and moments are sharded over. Beside its shard each holds
+            the gathered embedding, norm and head with their gradients for the whole step, one layer that
             runs and the next one.
         scored_at_once: tokens whose logits are held at the same time; all of them if None.
-        compiled: whether models/kernels/train_ops.py runs what lies between the products.
+        compiled: whether models/kernels/train_ops.py runs the operations between the products.
     """
     parameters = count_parameters(config)
     layer = _layer_weights(config, FULL.resolve(config).layers[0])
     gathered = 0 if shards == 1 else min(parameters, count_ends(config) + 2 * layer)
     held = -(-parameters // shards)
     scored, passes = 1.0, [(FULL, 1.0)]
-    for granularity, share in members:
-        scored += share
+    for granularity, fraction in members:
+        scored += fraction
         if not granularity.resolve(config).is_layer_prefix:
-            passes.append((granularity, share))
-    kept = sum(round(share * _kept_numbers(config, one, compiled=compiled)) for one, share in passes)
-    joined = sum(_joined_weights(config, one) for one, _ in passes) if compiled else 0
+            passes.append((granularity, fraction))
+    kept = sum(round(fraction * _kept_numbers(config, one, compiled=compiled)) for one, fraction in passes)
+    fused = sum(_fused_weights(config, one) for one, _ in passes) if compiled else 0
     # Logits as the head gives them, then in fp32 their log-softmax and its gradient.
     tokens_at_once = min(batch_tokens, scored_at_once or batch_tokens)
     logits = scored * tokens_at_once * config.vocab_size * (activation_bytes + 8)
     return TrainingBytes(
-        weights=4 * (held + gathered) + activation_bytes * (joined + (activation_bytes < 4) * parameters),
+        weights=4 * (held + gathered) + activation_bytes * (fused + (activation_bytes < 4) * parameters),
         gradients=4 * (held + gathered),
         optimizer=8 * held,
         activations=kept * batch_tokens * activation_bytes,
@@ -149,7 +149,7 @@ def estimate_training_bytes(
 
 @dataclass(frozen=True, kw_only=True)
 class StepTraffic:
-    """Bytes of the tensors that the processes of a training step put together.
+    """Bytes of the tensors that the processes of a training step exchange.
 
     Args:
         reduced: gradients added up and handed to every process.
@@ -162,7 +162,7 @@ class StepTraffic:
     scattered: int = 0
 
     def sent(self, processes: int) -> int:
-        """Bytes that each process sends, and receives, in rings (https://arxiv.org/abs/1802.05799)."""
+        """Return the bytes that each process sends, and receives, in rings (https://arxiv.org/abs/1802.05799)."""
         return (2 * self.reduced + self.gathered + self.scattered) * (processes - 1) // processes
 
 
@@ -173,17 +173,17 @@ def count_step_traffic(
     passes: Iterable[Granularity] = (FULL,),
     micro_batches: int = 1,
 ) -> StepTraffic:
-    """Traffic of an optimizer step with fp32 weights and gradients.
+    """Return the traffic of an optimizer step with fp32 weights and gradients.
 
-    Whole models (DDP) add up their gradients once a step. Shared out (FSDP2), a layer is gathered for
-    each pass that runs it, forward and backward, and what is left of it let go between; embedding,
+    Whole models (DDP) add up their gradients once a step. Sharded (FSDP2), a layer is gathered for
+    each pass that runs it, forward and backward, and freed in between; embedding,
     norm and head are gathered once; gradients are added up after each micro-batch.
 
     Args:
         config: the full model's shape.
         sharded: whether the weights are sharded over the processes.
         passes: members that run a trained pass in a micro-batch, the full model among them.
-        micro_batches: of a step.
+        micro_batches: number of micro-batches of a step.
 
     >>> from models.elastic.config import ElasticConfig
     >>> config = ElasticConfig(
@@ -213,7 +213,7 @@ def count_step_traffic(
 
 
 def count_ends(config: ElasticConfig) -> int:
-    """Numbers of the embedding, the final norm and the vocabulary head."""
+    """Return how many numbers there are in the embedding, the final norm and the vocabulary head."""
     embedding = config.vocab_size * config.hidden_size
     return embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
 
@@ -223,27 +223,27 @@ def _layer_weights(config: ElasticConfig, layer: LayerPlan) -> int:
 
 
 def _matrix_weights(config: ElasticConfig, layer: LayerPlan) -> int:
-    """Weights that multiply each token: all but norms and biases."""
+    """Return the number of weights that multiply each token: all but norms and biases."""
     return sum(math.prod(shape) for shape in layer.shapes(config).values() if len(shape) == 2)
 
 
 def _rows(config: ElasticConfig, layer: LayerPlan, name: str) -> int:
-    """Outputs of the layer's q, k or v projection."""
+    """Return the outputs of the layer's q, k or v projection."""
     return layer.shapes(config)[f"self_attn.{name}_proj.weight"][0]
 
 
-def _joined_weights(config: ElasticConfig, granularity: Granularity) -> int:
-    """Weights of q, k and v, of which a trained pass makes one matrix a layer."""
+def _fused_weights(config: ElasticConfig, granularity: Granularity) -> int:
+    """Return the weights of q, k and v, which a compiled training pass fuses into one matrix a layer."""
     layers = granularity.resolve(config).layers
     return config.hidden_size * sum(_rows(config, layer, name) for layer in layers for name in "qkv")
 
 
 def _kept_numbers(config: ElasticConfig, granularity: Granularity, *, compiled: bool) -> int:
-    """Numbers per token that a pass keeps for its backward pass."""
+    """Return how many numbers per token a pass keeps for its backward pass."""
     kept = 2 * config.hidden_size  # a norm keeps its input and its output
     for layer in granularity.resolve(config).layers:
         queries, keys = (_rows(config, layer, name) for name in "qk")
         kept += 2 * 2 * config.hidden_size  # both norms
         kept += 2 * queries + 2 * keys + (queries + keys if config.qk_norm else 0)  # attention
-        kept += (3 if compiled else 4) * layer.ffn  # gate, its SiLU unless it is made anew, up, their product
+        kept += (3 if compiled else 4) * layer.ffn  # gate, its SiLU unless recomputed, up, their product
     return kept

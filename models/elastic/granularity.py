@@ -46,7 +46,7 @@ class LayerPlan:
     groups: int
 
     def shapes(self, config: ElasticConfig) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor of the layer by name: its part of the full model's is the prefix.
+        """Return the shape of each tensor of the layer by name, which is a prefix of the full model's tensor.
 
         This table is the one place that says which part of a layer a member has.
 
@@ -89,28 +89,28 @@ class Plan:
 
     @functools.cached_property
     def is_full(self) -> bool:
-        """Whether this is the full model."""
+        """True for the full model."""
         return len(self.layers) == self.num_layers and self.is_full_width
 
     @functools.cached_property
     def is_full_width(self) -> bool:
-        """Whether every layer that runs keeps all its neurons and heads."""
+        """True if every layer that runs keeps all its neurons and heads."""
         return all((layer.ffn, layer.groups) == (self.ffn, self.groups) for layer in self.layers)
 
     @functools.cached_property
     def is_uniform(self) -> bool:
-        """Whether all layers that run have equal widths, so that a stock architecture holds it."""
+        """True if all layers that run have equal widths, so that a stock architecture holds them."""
         return len({(layer.ffn, layer.groups) for layer in self.layers}) == 1
 
     @functools.cached_property
     def is_layer_prefix(self) -> bool:
-        """Whether it is the first layers at full width: an early exit of the full model's own pass."""
+        """True for the first layers at full width: an early exit of the full model's own pass."""
         return self.is_full_width and all(
             position == layer.index for position, layer in enumerate(self.layers)
         )
 
     def contains(self, other: "Plan") -> bool:
-        """Whether the other member's weights are a subset of this one's (invariant 3)."""
+        """Return whether the other member's weights are a subset of this one's (invariant 3)."""
         mine = {layer.index: layer for layer in self.layers}
         return all(
             layer.index in mine
@@ -122,15 +122,15 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Granularity:
-    """How much of the full model a member keeps, for each axis.
+    """The fraction of the full model that a member keeps, for each axis.
 
     Args:
-        ffn: share of a layer's hidden neurons; one for all kept layers, or one per kept layer.
-        heads: share of a layer's key/value groups; the same rule.
+        ffn: fraction of a layer's hidden neurons; one for all kept layers, or one per kept layer.
+        heads: fraction of a layer's key/value groups; the same rule.
         layers: the layers that run, ascending; None for all.
 
     Raises:
-        UsageError: if a share is outside (0, 1] or the lists do not agree.
+        UsageError: if a fraction is outside (0, 1] or the lists do not agree.
 
     >>> str(Granularity.parse("ffn=0.25,heads=0.5,layers=0:3:5"))
     'ffn=0.25,heads=0.5,layers=0:3:5'
@@ -146,22 +146,23 @@ class Granularity:
 
     def __post_init__(self) -> None:
         for axis in ("ffn", "heads"):
-            shares: tuple[float, ...] = getattr(self, axis)
-            if not shares or not all(0 < share <= 1 for share in shares):
+            fractions: tuple[float, ...] = getattr(self, axis)
+            if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
                 raise UsageError(
-                    f"granularity: {axis}={_join(shares)} is not a share; give numbers above 0 and up to 1"
+                    f"granularity: {axis}={_join(fractions)} is not a fraction; "
+                    "give numbers above 0 and up to 1"
                 )
-            if len(set(shares)) == 1:
-                object.__setattr__(self, axis, shares[:1])
+            if len(set(fractions)) == 1:
+                object.__setattr__(self, axis, fractions[:1])
         if self.layers is not None:
             _check_layers(self.layers)
-        lengths = {len(shares) for shares in (self.ffn, self.heads) if len(shares) > 1}
+        lengths = {len(fractions) for fractions in (self.ffn, self.heads) if len(fractions) > 1}
         if self.layers is not None:
             lengths.add(len(self.layers)) if lengths else None
         if len(lengths) > 1:
             raise UsageError(
                 f"granularity: {self} lists {_join(sorted(lengths), ' and ')} layers; "
-                "a list has one share for each layer that runs"
+                "a list has one fraction for each layer that runs"
             )
 
     @staticmethod
@@ -192,23 +193,23 @@ class Granularity:
                 )
             axes[axis.strip()] = value
         return Granularity(
-            ffn=_parse_shares("ffn", axes.get("ffn", "1")),
-            heads=_parse_shares("heads", axes.get("heads", "1")),
+            ffn=_parse_fractions("ffn", axes.get("ffn", "1")),
+            heads=_parse_fractions("heads", axes.get("heads", "1")),
             layers=_parse_layers(axes["layers"]) if "layers" in axes else None,
         )
 
     def __str__(self) -> str:
         parts = [
-            f"{axis}={_join(shares)}"
-            for axis, shares in (("ffn", self.ffn), ("heads", self.heads))
-            if shares != (1.0,)
+            f"{axis}={_join(fractions)}"
+            for axis, fractions in (("ffn", self.ffn), ("heads", self.heads))
+            if fractions != (1.0,)
         ]
         if self.layers is not None:
             parts.append(f"layers={_join(_runs(self.layers))}")
         return ",".join(parts) or "full"
 
     def resolve(self, shape: Shape) -> Plan:
-        """Turn shares into absolute widths of a full model.
+        """Turn fractions into absolute widths of a full model.
 
         An FFN width is rounded to the nearest neuron; heads must come out whole, since half a
         key/value group means nothing.
@@ -247,15 +248,17 @@ def _resolve(granularity: Granularity, num_layers: int, ffn: int, groups: int) -
             f"granularity: {granularity} keeps layer {indices[-1]}, "
             f"but this model's layers are 0 to {num_layers - 1}"
         )
-    for axis, shares in (("ffn", granularity.ffn), ("heads", granularity.heads)):
-        if len(shares) not in (1, len(indices)):
+    for axis, fractions in (("ffn", granularity.ffn), ("heads", granularity.heads)):
+        if len(fractions) not in (1, len(indices)):
             raise UsageError(
-                f"granularity: {axis}={_join(shares)} lists {len(shares)} layers, "
-                f"but {len(indices)} run; give one share, or one for each of them"
+                f"granularity: {axis}={_join(fractions)} lists {len(fractions)} layers, "
+                f"but {len(indices)} run; give one fraction, or one for each of them"
             )
     layers = tuple(
-        LayerPlan(index=index, ffn=max(1, round(ffn * ffn_share)), groups=_whole(heads_share, groups))
-        for index, ffn_share, heads_share in zip(
+        LayerPlan(
+            index=index, ffn=max(1, round(ffn * ffn_fraction)), groups=_whole_groups(heads_fraction, groups)
+        )
+        for index, ffn_fraction, heads_fraction in zip(
             indices,
             _spread(granularity.ffn, len(indices)),
             _spread(granularity.heads, len(indices)),
@@ -265,27 +268,27 @@ def _resolve(granularity: Granularity, num_layers: int, ffn: int, groups: int) -
     return Plan(layers=layers, num_layers=num_layers, ffn=ffn, groups=groups)
 
 
-def _whole(share: float, groups: int) -> int:
-    kept = share * groups
+def _whole_groups(fraction: float, groups: int) -> int:
+    kept = fraction * groups
     if abs(kept - round(kept)) > 1e-6 * groups or round(kept) < 1:
         fitting = _join([f"{count / groups:g}" for count in range(1, groups + 1)], ", ")
         raise UsageError(
-            f"granularity: heads={share:g} keeps {kept:g} of {groups} key/value groups; "
-            f"shares that fit this model are {fitting}"
+            f"granularity: heads={fraction:g} keeps {kept:g} of {groups} key/value groups; "
+            f"fractions that fit this model are {fitting}"
         )
     return round(kept)
 
 
-def _spread(shares: tuple[float, ...], count: int) -> tuple[float, ...]:
-    return shares * count if len(shares) == 1 else shares
+def _spread(fractions: tuple[float, ...], count: int) -> tuple[float, ...]:
+    return fractions * count if len(fractions) == 1 else fractions
 
 
-def _parse_shares(axis: str, text: str) -> tuple[float, ...]:
+def _parse_fractions(axis: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(share) for share in text.split(":"))
+        return tuple(float(fraction) for fraction in text.split(":"))
     except ValueError:
         raise UsageError(
-            f"granularity: {axis}={text} is not a share or a list of shares; "
+            f"granularity: {axis}={text} is not a fraction or a list of fractions; "
             f"write {axis}=0.5 or {axis}=1:0.5:0.25"
         ) from None
 
@@ -326,7 +329,7 @@ def _join(items: Sequence[float | str], by: str = ":") -> str:
 
 
 def _number(value: float) -> str:
-    """The shortest text that reads back as the same number.
+    """Return the shortest text that reads back as the same number.
 
     >>> [_number(value) for value in (1.0, 0.25, 1 / 3)]
     ['1', '0.25', '0.3333333333333333']

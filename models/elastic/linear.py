@@ -1,4 +1,4 @@
-"""A linear map every prefix of which is a map of its own."""
+"""A linear map whose prefixes are linear maps of their own."""
 
 from typing import cast
 

@@ -92,7 +92,7 @@ class ElasticLM(nn.Module):
         return id(self), FULL
 
     @property
-    def chooses(self) -> bool:
+    def can_draw(self) -> bool:
         """See `Scorer`; only compiled passes do."""
         return False
 
@@ -124,13 +124,14 @@ class ElasticLM(nn.Module):
         *,
         num_last: int | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of a member.
+        """Return logits [B, T, V] of a member.
 
         Args:
             tokens_BT: token ids.
             granularity: the member.
-            memory: what attention reads besides these tokens; a `KVCache` is written to, not committed.
-            num_last: score only the last positions (decoding needs one, training all).
+            memory: the earlier keys and values that attention reads; a `KVCache` is written to, not
+                committed.
+            num_last: the number of last positions to score (decoding needs one, training all).
 
         Raises:
             UsageError: if the granularity does not fit the model.
@@ -144,7 +145,7 @@ class ElasticLM(nn.Module):
         """See `Scorer`; the rows are [T, V], or [T, N] of a trimmed head.
 
         Args:
-            requests: of one text each.
+            requests: new tokens of one text each.
             granularity: the member.
             head: None is the model's own.
         """
@@ -169,9 +170,9 @@ class ElasticLM(nn.Module):
         *,
         exits: Sequence[int] = (),
     ) -> list[Tensor]:
-        """Residual streams [B, T, D] after each number of layers in `exits`, then the final one.
+        """Return residual streams [B, T, D] after each number of layers in `exits`, then the final one.
 
-        A member that is a prefix of the layers at full width is an exit of the full model's pass:
+        A member that is a prefix of the layers at full width is an early exit of the full model's pass:
         `head(states(tokens, exits=(k,))[0])` are its logits.
         """
         plan: Plan = granularity.resolve(self.config)
@@ -179,13 +180,13 @@ class ElasticLM(nn.Module):
         num_tokens = tokens_BT.shape[1]
         positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
         rotary = self.rotary(positions, x_BTD.dtype)
-        taken: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         for count, layer_plan in enumerate(plan.layers, start=1):
             block = cast(Block, self.model.layers[layer_plan.index])
             x_BTD = block(x_BTD, layer_plan, rotary, memory)
             if count in exits:
-                taken[count] = x_BTD
-        return [*(taken[count] for count in exits), x_BTD]
+                found[count] = x_BTD
+        return [*(found[count] for count in exits), x_BTD]
 
     def norm(self, x_BTD: Tensor) -> Tensor:
         """Return what the vocabulary head reads of residual streams [..., D]."""

@@ -77,7 +77,7 @@ def rope(qkv_BTNK: Tensor, heads: int, groups: int, rotary: tuple[Tensor, Tensor
         rotary: cosines and signed sines [T, 1, K]; see `models.elastic.layers.Rotary`.
     """
     if compiled_dtype(qkv_BTNK) is not None:
-        return train_ops.place(qkv_BTNK, heads, groups, *(table_T1K.squeeze(1) for table_T1K in rotary))
+        return train_ops.rope(qkv_BTNK, heads, groups, *(table_T1K.squeeze(1) for table_T1K in rotary))
     rotated_BTNK, v_BTGK = qkv_BTNK.split((heads + groups, groups), dim=2)
     q_BTHK, k_BTGK = rotate(rotated_BTNK, *rotary).split((heads, groups), dim=2)
     # A copy of v: as a slice it would keep queries and keys alive for its sake in training.

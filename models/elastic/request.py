@@ -1,4 +1,4 @@
-"""What a pass of decoding is asked: tokens that follow what a cache has committed.
+"""A request to a pass of decoding: tokens that follow what a cache has committed.
 
 N tokens that a trimmed head knows, D model, V vocabulary.
 """
@@ -20,7 +20,7 @@ class Request(NamedTuple):
     num_last: int
     """Number of last tokens that are scored, 1 or more."""
     draws: Draws | None = None
-    """More tokens that the pass chooses and, but for the last, reads and scores; for a compiled pass."""
+    """More tokens that the pass draws and, but for the last, reads and scores; for a compiled pass."""
 
     @property
     def draws_from_probs(self) -> bool:

@@ -41,7 +41,7 @@ def _kept_by_wavelength(plain_K: Tensor, scaling: RopeScaling) -> Tensor:
 
 def _kept_by_dimension(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     def dimension(turns: float) -> float:
-        """Return the dimension whose frequency makes so many turns in the original context."""
+        """Return the dimension whose frequency makes this many turns in the original context."""
         context = scaling.original_max_position_embeddings
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 

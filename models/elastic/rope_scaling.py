@@ -14,11 +14,11 @@ RopeType = Literal["linear", "llama3", "yarn"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How the rotary frequencies of a model were stretched after its first training.
+    """The rule by which a model's rotary frequencies were stretched after its first training.
 
     Args:
         rope_type: the rule.
-        factor: by how much the context grew, 1 or more.
+        factor: ratio of the new context to the old one, 1 or more.
         original_max_position_embeddings: the context before, in tokens (llama3 and yarn).
         low_freq_factor: wavelengths above the original context / this are divided by the factor (llama3).
         high_freq_factor: wavelengths below the original context / this are kept (llama3).
@@ -63,7 +63,7 @@ class RopeScaling:
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0, mscale_all_dim: float = 0.0) -> float:
-    """Return by what yarn multiplies cosines and sines (its equation 22; DeepSeek's two exponents)."""
+    """Return yarn's factor of cosines and sines (its equation 22; DeepSeek's two exponents)."""
 
     def scale(exponent: float) -> float:
         return 0.1 * exponent * math.log(factor) + 1.0 if factor > 1 else 1.0

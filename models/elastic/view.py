@@ -34,7 +34,7 @@ class Scorer(Protocol):
         ...
 
     @property
-    def chooses(self) -> bool:
+    def can_draw(self) -> bool:
         """Whether a pass can draw tokens and go on by itself."""
         ...
 
@@ -66,7 +66,7 @@ class View:
     def __call__(
         self, tokens_BT: Tensor, memory: Memory | None = None, *, num_last: int | None = None
     ) -> Tensor:
-        """Logits [B, T, V]; see `ElasticLM.forward`."""
+        """Return logits [B, T, V]; see `ElasticLM.forward`."""
         logits_BTV: Tensor = self.model(tokens_BT, self.granularity, memory, num_last=num_last)
         return logits_BTV
 
@@ -99,9 +99,9 @@ class View:
         return id(self.model), self.granularity
 
     @property
-    def chooses(self) -> bool:
+    def can_draw(self) -> bool:
         """See `Scorer`."""
-        return self.model.chooses
+        return self.model.can_draw
 
     def run(self, requests: Sequence[Request]) -> Tensor:
         """See `Scorer`."""
@@ -109,7 +109,7 @@ class View:
 
     @property
     def config(self) -> ElasticConfig:
-        """The shape of this member alone.
+        """The shape of this member as a model of its own.
 
         Raises:
             UsageError: if its layers differ from each other, which no single shape describes.
@@ -126,7 +126,7 @@ class View:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Prefix slices of the full model's tensors, layers renumbered; they share its memory."""
+        """Return prefix slices of the full model's tensors, layers renumbered; they share its memory."""
         full = self.model.state_dict()
         state = {name: tensor for name, tensor in full.items() if not name.startswith("model.layers.")}
         for position, layer in enumerate(self.plan.layers):

@@ -1,4 +1,4 @@
-"""What is compiled, built once for this processor by the user's own C compiler, and kept.
+"""The C sources, compiled once for this processor by the user's own C compiler; the libraries are kept.
 
 It takes three to eight seconds, once, and needs a C compiler with OpenMP (gcc or clang; `CC` names another).
 Without one, everything runs on torch's kernels. `NESTLING_NATIVE=0` asks for that.
@@ -21,12 +21,12 @@ from models.base.processor import one_thread_after_fork, processor_name
 
 HERE = Path(__file__).parent
 SOURCES = {"decode_step": ("nestling_step", "decoding"), "train_ops": ("nestling_norm", "training")}
-"""What there is to compile, decode_step.c and train_ops.c: one of its functions, and who calls them."""
+"""The sources, decode_step.c and train_ops.c: a function of each, and who calls them."""
 # Sums keep their order and small numbers their value: nothing here may be called fast-math.
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-strict-aliasing"),
-    # By itself gcc writes half vectors on Intel, which then have to be waited for where a whole one is read.
+    # By default gcc stores 256-bit halves on Intel, and a 512-bit load of both must wait for them.
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
 BUILD_SECONDS = 120
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def library(name: str = "decode_step") -> ctypes.CDLL | None:
-    """What was compiled of a source; None where it is switched off or cannot be built, which is logged."""
+    """Return the library of a source; None where it is switched off or cannot be built (logged)."""
     switch = os.environ.get(SWITCH) or "1"
     if switch not in ("0", "1"):
         raise UsageError(f"{SWITCH}={switch} is neither 0 (torch's kernels) nor 1; set one of them")
@@ -57,14 +57,14 @@ def library(name: str = "decode_step") -> ctypes.CDLL | None:
 
 
 def build(name: str = "decode_step", *, cache_dir: Path | None = None) -> Path:
-    """The library for this processor, compiled if there is none yet.
+    """Return the path of the library for this processor, compiled if there is none yet.
 
     Args:
-        name: of the source, a key of `SOURCES`.
-        cache_dir: where it is kept; `default_cache_dir()` if None.
+        name: the source, a key of `SOURCES`.
+        cache_dir: the folder for libraries; `default_cache_dir()` if None.
 
     Raises:
-        NestlingError: without a compiler that can, or a place to keep what it makes.
+        NestlingError: if no compiler works, or the library cannot be stored.
     """
     compiler = compiler_words()
     if shutil.which(compiler[0]) is None:

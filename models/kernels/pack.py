@@ -20,11 +20,11 @@ PANEL = 32
 INPUTS_PER_ENTRY = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, FOUR_BITS: 8}
 """Inputs that an entry of a panel holds, in the dtypes that there are panels for."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, FOUR_BITS: 3}
-"""What decode_step.c calls a dtype."""
+"""The number by which decode_step.c knows a dtype."""
 
 
 class Map(ctypes.Structure):
-    """A linear map, as decode_step.c takes it."""
+    """The C struct of a packed linear map."""
 
     _fields_ = (
         ("panels", ctypes.c_void_p),
@@ -54,16 +54,16 @@ class Panels:
     rows: int
     columns: int
     dtype: torch.dtype
-    """Of the weight before it was laid out."""
+    """The dtype of the packed numbers."""
 
     @property
     def num_bytes(self) -> int:
-        """Of the copy."""
+        """Bytes of the packed copy."""
         tensors = (self.weight, self.bias_O, self.scales_PO)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def as_map(self) -> Map:
-        """Where it lies; good as long as this object is."""
+        """Return the C struct; it is valid while this object lives."""
         bias, scales = (
             None if tensor is None else tensor.data_ptr() for tensor in (self.bias_O, self.scales_PO)
         )
@@ -80,10 +80,10 @@ def make_panels(
     """Pack a map, or a prefix of it.
 
     Args:
-        weight_OI: in any dtype.
+        weight_OI: the weight, in any dtype.
         bias_O: its bias.
-        dtype: of the panels, one of `INPUTS_PER_ENTRY`; None is the weight's.
-        head_dim: if given, every so many outputs begin a panel.
+        dtype: dtype of the panels, one of `INPUTS_PER_ENTRY`; None is the weight's.
+        head_dim: if given, each head of that many outputs begins a panel.
 
     >>> panels = make_panels(torch.ones(40, 3), dtype=torch.bfloat16)
     >>> panels.weight.shape, panels.weight[1, 1, :, 0].sum().item(), panels.weight[0, 1, 0].tolist()

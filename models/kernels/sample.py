@@ -1,6 +1,6 @@
-"""Tokens that a compiled pass chooses by itself: what models/kernels/sample.h is told, and gives.
+"""Tokens that a compiled pass draws by itself: the arguments and results of models/kernels/sample.h.
 
-C tokens that are chosen, V vocabulary.
+C tokens that are drawn, V vocabulary.
 """
 
 import ctypes
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-MOST = 2**31 - 1  # of a number of 32 bits
+MAX_INT32 = 2**31 - 1
 
 
-class Law(ctypes.Structure):
-    """How tokens are chosen, as decode_step.c takes it."""
+class Sampling(ctypes.Structure):
+    """The C struct of sampling parameters and random numbers."""
 
     _fields_ = (
         *((name, ctypes.c_float) for name in ("temperature", "top_p", "min_p")),
@@ -26,16 +26,16 @@ class Law(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Tokens that a pass chooses by itself, each after reading the one before.
+    """Tokens that a pass draws by itself, each after reading the one before.
 
     Args:
-        count: how many, 1 or more.
-        temperature: as the other three see `SamplingParams`; 0 takes the likeliest token.
-        top_k: see there.
-        top_p: see there.
-        min_p: see there.
+        count: number of tokens, 1 or more.
+        temperature: like the next three as in `SamplingParams`; 0 takes the likeliest token.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens.
+        min_p: 0 keeps all tokens.
         uniforms: a number in [0, 1) for each token, that draws it; or
-        races_CV: [count, V] in float64, of which times its probability the largest wins.
+        races_CV: [count, V] in float64: the token with the largest product of probability and race is drawn.
     """
 
     count: int
@@ -46,18 +46,18 @@ class Draws:
     uniforms: Sequence[float] = ()
     races_CV: Tensor | None = None
     ids: list[int] = field(default_factory=list)
-    """The tokens, once the pass has run."""
+    """The drawn tokens, once the pass has run."""
 
     @property
     def num_read(self) -> int:
-        """All but the last are read, and scored."""
+        """Number of drawn tokens that are read and scored: all but the last."""
         return self.count - 1
 
-    def as_law(self) -> Law:
-        """For decode_step.c; good as long as this object is."""
-        law = Law(self.temperature, self.top_p, self.min_p, min(self.top_k, MOST))
+    def as_struct(self) -> Sampling:
+        """Return the C struct; it is valid while this object lives."""
+        sampling = Sampling(self.temperature, self.top_p, self.min_p, min(self.top_k, MAX_INT32))
         if self.uniforms:
-            law.uniforms = (ctypes.c_double * self.count)(*self.uniforms)
+            sampling.uniforms = (ctypes.c_double * self.count)(*self.uniforms)
         if self.races_CV is not None:
-            law.races, law.vocabulary = self.races_CV.data_ptr(), self.races_CV.shape[1]
-        return law
+            sampling.races, sampling.vocabulary = self.races_CV.data_ptr(), self.races_CV.shape[1]
+        return sampling

@@ -1,6 +1,6 @@
 """Losses of logits that are trained on a CPU, compiled: see train_ops.c.
 
-Logits are in fp32 or bf16 and read as they are; what lies between is in fp32, which no array ever holds.
+Logits are read in fp32 or bf16; intermediate values are fp32 and are never stored as an array.
 
 N tokens, V vocabulary.
 """
@@ -17,14 +17,14 @@ from models.kernels.pack import TYPES
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Negative log-likelihood [N] of each label, in nats and fp32; 0 for labels below 0."""
+    """Return the negative log-likelihood [N] of each label, in nats and fp32; 0 for labels below 0."""
     assert labels_N.dtype == torch.int64, labels_N.dtype
     loss_N: Tensor = _CrossEntropy.apply(logits_NV.contiguous(), labels_N.contiguous())  # type: ignore[no-untyped-call]
     return loss_N
 
 
 def overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
-    """Acceptance [N], sum of min(p, q) at this temperature, in fp32; only the draft q learns."""
+    """Return the sum [N] of min(p, q) at a temperature, in fp32; only the draft q learns."""
     both = (
         x_NV if x_NV.stride(1) == 1 else x_NV.contiguous()
         for x_NV in (target_logits_NV.detach(), draft_logits_NV)

@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a layer that is trained on a CPU, compiled: see train_ops.c.
+"""The operations between the matrix products of a layer, compiled for training on a CPU: see train_ops.c.
 
 Each function does in one walk over its arguments, forward and backward, what torch's operations do in many,
 with sums in fp32. Values are in fp32 or bf16. Gradients are the same bits on any number of threads.
@@ -20,57 +20,57 @@ from models.kernels.pack import PANEL, TYPES
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """RMSNorm (https://arxiv.org/abs/1910.07467) over the last dimension, its result in `dtype`, and x.
+    """Return RMSNorm (https://arxiv.org/abs/1910.07467) over the last dimension in `dtype`, and x.
 
-    Whoever needs x, too, takes it from here: its gradient is then added on the way.
+    A caller that reads x as well takes it from here: its gradient is then added in the same walk.
     """
     both: tuple[Tensor, Tensor] = _Norm.apply(x.contiguous(), weight_D, eps, dtype)  # type: ignore[no-untyped-call]
     return both
 
 
-def place(
-    together_BTNK: Tensor, heads: int, groups: int, cosines_TK: Tensor, sines_TK: Tensor
+def rope(
+    qkv_BTNK: Tensor, heads: int, groups: int, cosines_TK: Tensor, sines_TK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, H, T, K] and keys [B, G, T, K], rotated, and values, from all of them side by side.
+    """Return queries [B, H, T, K] and keys [B, G, T, K], rotated, and values.
 
     Args:
-        together_BTNK: N = H + 2 G heads: queries, keys, values.
+        qkv_BTNK: queries, keys and values of N = H + 2 G heads, side by side.
         heads: H.
         groups: G.
-        cosines_TK: of the positions' angles; see `models.elastic.layers.Rotary`.
-        sines_TK: with the sign of the rotation.
+        cosines_TK: cosines of the positions' angles; see `models.elastic.layers.Rotary`.
+        sines_TK: sines, with the sign of the rotation.
     """
     tables = (cosines_TK.float().contiguous(), sines_TK.float().contiguous())
-    placed: tuple[Tensor, Tensor, Tensor] = _Place.apply(  # type: ignore[no-untyped-call]
-        together_BTNK.contiguous(), heads, groups, *tables
+    rotated: tuple[Tensor, Tensor, Tensor] = _Rope.apply(  # type: ignore[no-untyped-call]
+        qkv_BTNK.contiguous(), heads, groups, *tables
     )
-    return placed
+    return rotated
 
 
 def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | None) -> Tensor:
-    """Softmax attention [B, H, T, K] of each query head over its group's keys.
+    """Return softmax attention [B, H, T, K] of each query head over its group's keys.
 
     Args:
         q_BHTK: queries.
         k_BGSK: keys, in the same dtype.
         v_BGSK: values.
-        mask_TS: which keys each query reads, one at least; None: those up to its own, where S == T.
+        mask_TS: the keys that each query reads, one at least; None is causal, with S == T.
     """
     assert q_BHTK.dtype == k_BGSK.dtype == v_BGSK.dtype, (q_BHTK.dtype, k_BGSK.dtype, v_BGSK.dtype)
     mixed_BHTK: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        *map(_side_by_side, (q_BHTK, k_BGSK, v_BGSK)), mask_TS
+        *map(_contiguous_heads, (q_BHTK, k_BGSK, v_BGSK)), mask_TS
     )
     return mixed_BHTK
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up` (https://arxiv.org/abs/2002.05202)."""
+    """Return `silu(gate) * up` (https://arxiv.org/abs/2002.05202)."""
     assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
     y: Tensor = _Gate.apply(gate.contiguous(), up.contiguous())  # type: ignore[no-untyped-call]
     return y
 
 
-# ---------------------------------------------------------------- how train_ops.c is told
+# ---------------------------------------------------------------- arguments of train_ops.c
 
 
 class _Heads(ctypes.Structure):
@@ -101,15 +101,15 @@ class _NormCall(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         *(
             (name, ctypes.c_void_p)
-            for name in ("x", "weight", "inverse", "y", "y_grad", "other_grad", "x_grad", "weight_grad")
+            for name in ("x", "weight", "inverse", "y", "y_grad", "residual_grad", "x_grad", "weight_grad")
         ),
     )
 
 
-class _PlaceCall(ctypes.Structure):
+class _RopeCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("type", "rows", "positions", "heads", "groups", "size")),
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "together")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "qkv")),
         *((name, _Heads) for name in ("queries", "keys", "values")),
     )
 
@@ -126,13 +126,13 @@ def _heads(x_BHTK: Tensor) -> _Heads:
     return _Heads(x_BHTK.data_ptr(), *x_BHTK.stride()[:3])
 
 
-def _side_by_side(x_BHTK: Tensor) -> Tensor:
-    """With the values of a head side by side; they are read from wherever they lie otherwise."""
+def _contiguous_heads(x_BHTK: Tensor) -> Tensor:
+    """Return x with contiguous heads; the other strides may be any."""
     return x_BHTK if x_BHTK.stride(3) == 1 else x_BHTK.contiguous()
 
 
 def _new_heads(x_BHTK: Tensor) -> Tensor:
-    """Empty, in memory [B, T, H, K]: as the projections before and behind attention have it."""
+    """Return an empty tensor, in memory [B, T, H, K]: the layout of the projections around attention."""
     return x_BHTK.new_empty(x_BHTK.transpose(1, 2).shape).transpose(1, 2)
 
 
@@ -155,33 +155,33 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_y: Tensor | None, other: Tensor | None
+        ctx: Any, grad_y: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight_D, inverse = ctx.saved_tensors
         if grad_y is None:
-            return other, None, None, None
+            return residual, None, None, None
         wide_D, grad_y = weight_D.float().contiguous(), grad_y.contiguous()
-        other = None if other is None else other.contiguous()
+        residual = None if residual is None else residual.contiguous()
         grad_x, grad_D = torch.empty_like(x), torch.empty_like(wide_D)
-        places = (*pointers(x, wide_D, inverse), None, *pointers(grad_y, other, grad_x, grad_D))
+        places = (*pointers(x, wide_D, inverse), None, *pointers(grad_y, residual, grad_x, grad_D))
         run("nestling_norm", _NormCall(*ctx.shape, *places), backward=True)
         return grad_x, grad_D.to(weight_D.dtype), None, None
 
 
-class _Place(torch.autograd.Function):
+class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, together_BTNK: Tensor, heads: int, groups: int, cosines_TK: Tensor, sines_TK: Tensor
+        ctx: Any, qkv_BTNK: Tensor, heads: int, groups: int, cosines_TK: Tensor, sines_TK: Tensor
     ) -> tuple[Tensor, ...]:
-        rows, positions, _, size = together_BTNK.shape
+        rows, positions, _, size = qkv_BTNK.shape
         placed = tuple(
-            together_BTNK.new_empty(rows, positions, count, size).transpose(1, 2)
+            qkv_BTNK.new_empty(rows, positions, count, size).transpose(1, 2)
             for count in (heads, groups, groups)
         )
         ctx.save_for_backward(cosines_TK, sines_TK)
-        ctx.shape = (TYPES[together_BTNK.dtype], rows, positions, heads, groups, size)
-        places = pointers(cosines_TK, sines_TK, together_BTNK)
-        call = _PlaceCall(*ctx.shape, *places, *map(_heads, placed))
+        ctx.shape = (TYPES[qkv_BTNK.dtype], rows, positions, heads, groups, size)
+        places = pointers(cosines_TK, sines_TK, qkv_BTNK)
+        call = _RopeCall(*ctx.shape, *places, *map(_heads, placed))
         run("nestling_place", call)
         return placed
 
@@ -190,12 +190,12 @@ class _Place(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         cosines_TK, sines_TK = ctx.saved_tensors
         _, rows, positions, heads, groups, size = ctx.shape
-        grads = tuple(map(_side_by_side, grads))
-        together_BTNK = grads[0].new_empty(rows, positions, heads + 2 * groups, size)
-        places = pointers(cosines_TK, sines_TK, together_BTNK)
-        call = _PlaceCall(*ctx.shape, *places, *map(_heads, grads))
+        grads = tuple(map(_contiguous_heads, grads))
+        qkv_BTNK = grads[0].new_empty(rows, positions, heads + 2 * groups, size)
+        places = pointers(cosines_TK, sines_TK, qkv_BTNK)
+        call = _RopeCall(*ctx.shape, *places, *map(_heads, grads))
         run("nestling_place", call, backward=True)
-        return together_BTNK, None, None, None, None
+        return qkv_BTNK, None, None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -211,7 +211,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        grad_BHTK = _side_by_side(grad_BHTK)
+        grad_BHTK = _contiguous_heads(grad_BHTK)
         dq_BHTK, dk_BGSK, dv_BGSK = map(_new_heads, ctx.saved_tensors[:3])
         call = _Attention.call(ctx.causal, *ctx.saved_tensors)
         call.mixed_grad, call.queries_grad = _heads(grad_BHTK), _heads(dq_BHTK)
@@ -226,7 +226,7 @@ class _Attention(torch.autograd.Function):
     ) -> _AttentionCall:  # fmt: skip
         rows, heads, num_queries, size = q_BHTK.shape
         groups, num_keys = k_BGSK.shape[1:3]
-        # The bias of the causal mask is one row, of which a query reads a later part the earlier it is.
+        # The causal bias is one row of zeros and infinities: an earlier query starts further right in it.
         start, step = (len(bias) // 2 - 1, -1) if causal else (0, bias.shape[1])
         return _AttentionCall(
             TYPES[q_BHTK.dtype], rows, groups, heads // groups, num_queries, num_keys, size,
@@ -236,7 +236,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _bias(mask_TS: Tensor) -> Tensor:
-    """0 for the keys that are read, minus infinity for others, in whole panels.
+    """Return 0 for the keys that are read, minus infinity for others, padded to whole panels.
 
     >>> _bias(torch.tensor([[True, False]])).shape, _bias(torch.tensor([[True, False]]))[0, :3]
     (torch.Size([1, 32]), tensor([0., -inf, -inf]))
@@ -247,7 +247,7 @@ def _bias(mask_TS: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _causal_bias(num_positions: int) -> Tensor:
-    """As many zeros as there are positions in whole panels, and then as many infinities."""
+    """Return a zero for each position, padded to whole panels, then as many minus infinities."""
     width = num_positions + -num_positions % PANEL
     return torch.tensor([0.0, -torch.inf]).repeat_interleave(width)
 

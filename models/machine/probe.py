@@ -1,4 +1,4 @@
-"""Timings of one device: what it reads per second, and what a matrix product costs in each dtype.
+"""Timings of one device: its read bandwidth, and the cost of a matrix product in each dtype.
 
 Decoding a token reads every weight once, so its cost is a matter of bandwidth; training and prefill
 are a matter of products. Neither follows from the type of the hardware: the dtype that is fastest on

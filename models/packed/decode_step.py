@@ -2,7 +2,7 @@
 
 A pass on one token reads every weight once. Run operation by operation it spends more time between the
 products than the products take in a small model, and half of it in one of 350M parameters. Here a pass is
-one call: threads go through the layers together, nothing is allocated between products, and a member of the
+one call: threads go through the layers in step, nothing is allocated between products, and a member of the
 family is a shorter list of layers, heads and neurons over the same packed weights.
 
 A token's result is the same bits in any pass: alone or with others, drafted, verified or prefilled. So
@@ -26,7 +26,7 @@ from models.elastic.model import Block, ElasticLM
 from models.elastic.request import Head, Request
 from models.kernels.build import library
 from models.kernels.pack import TYPES, Map, Panels, make_panels
-from models.kernels.sample import Law
+from models.kernels.sample import Sampling
 
 COMPUTED = frozenset(
     {
@@ -82,13 +82,13 @@ class _Request(ctypes.Structure):
         ("values", ctypes.POINTER(ctypes.c_void_p)),
         ("positions", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("length", "count", "scored", "num_draws")),
-        ("law", Law),
+        ("sampling", Sampling),
         ("chosen", ctypes.POINTER(ctypes.c_int64)),
     ]
 
 
 class NativeStep:
-    """Runs members of one model, in one dtype of weights; `native_step` tells where there is one."""
+    """A compiled pass over members of one model, in one dtype of weights; see `native_step`."""
 
     def __init__(self, model: ElasticLM, dtype: torch.dtype, compiled: ctypes.CDLL) -> None:
         self._model, self._dtype, self._run = model, dtype, compiled.nestling_step
@@ -99,7 +99,7 @@ class NativeStep:
 
     @property
     def num_bytes(self) -> int:
-        """Of the packed weights so far."""
+        """Bytes of the weights packed so far."""
         return sum(panels.num_bytes for panels in (*self._panels.values(), *self._heads.values()))
 
     def prepare(self, granularity: Granularity) -> None:
@@ -113,9 +113,9 @@ class NativeStep:
     def __call__(
         self, requests: Sequence[Request], granularity: Granularity, head: Head | None = None
     ) -> Tensor:
-        """Write the keys and values of all tokens, and give logits [all T, V or N] in fp32.
+        """Write the keys and values of all tokens, and return rows [all T, V or N] in fp32; see `Scorer`.
 
-        T of a request are its `num_rows`. Where a token is drawn, or runs a race, its row is a law.
+        T of a request are its `num_rows`. Where a token is drawn by sampling, its row holds probabilities.
 
         Args:
             requests: each with a cache of its own, of one row.
@@ -124,7 +124,7 @@ class NativeStep:
 
         Raises:
             UsageError: if the member does not fit the model.
-            IndexError: for what is no token id.
+            IndexError: for a number that is not a token id.
         """
         head, config = head or Head(self._model.lm_head), self._model.config
         member = self._member(granularity, head)
@@ -139,7 +139,7 @@ class NativeStep:
             one.positions, one.length = cache.num_positions, cache.length
             one.count, one.scored = len(ids), num_last
             if draws is not None:
-                one.num_draws, one.law = draws.count, draws.as_law()
+                one.num_draws, one.sampling = draws.count, draws.as_struct()
                 one.chosen = (ctypes.c_int64 * draws.count)()
         tokens = [token for one in requests for token in one.ids]
         if min(tokens) < 0 or max(tokens) >= config.vocab_size:
@@ -168,7 +168,7 @@ class NativeStep:
         return member
 
     def _make(self, granularity: Granularity, head: Head) -> "_Member":
-        """All but the dtype of a cache, which comes with each pass."""
+        """Return the C struct of a member, but for the dtype of the cache, which comes with each pass."""
         source, config = self._model, self._model.config
         plans = granularity.resolve(config).layers
         kept: list[object] = []
@@ -219,7 +219,7 @@ class NativeStep:
         )
 
     def _pack(self, layer: int, name: str, linear: nn.Linear, rows: int, columns: int) -> Panels:
-        """Panels of at least this prefix; what is packed already serves smaller ones."""
+        """Return panels of at least this prefix; what is packed already serves smaller ones."""
         packed = self._panels.get((layer, name))
         if packed is None or packed.rows < rows or packed.columns < columns:
             if packed is not None:
@@ -245,11 +245,11 @@ class NativeStep:
 class _Member(NamedTuple):
     model: _Model
     kept: list[object]
-    """What the addresses in `model` point into."""
+    """The objects that own what the addresses in `model` point to."""
 
 
 def native_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep | None:
-    """A step for the model in a dtype of weights, int8 and int4 among them; None where there is none.
+    """Return a compiled pass for the model in a dtype of weights, int8 and int4 among them, or None.
 
     Only torch's kernels run on a GPU, in fp16 and fp64, where nothing could be compiled, and for
     configurations that decode_step.c does not know.

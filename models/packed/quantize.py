@@ -1,4 +1,4 @@
-"""Precision of a member: a packed copy of its weights that runs in place of the slices.
+"""The precision of a member: a packed copy of its weights that runs in place of the slices.
 
     fp32 bf16 fp16   copies in that dtype
     int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token; as a target
@@ -35,10 +35,10 @@ _CODES = {INT8: torch.int8, INT4: FOUR_BITS}
 
 
 def split_precision(text: str) -> tuple[str, str | None]:
-    """A granularity or folder, and the precision behind its last `@`, if there is one.
+    """Return a granularity or folder, and the precision behind its last `@`, if there is one.
 
     Raises:
-        UsageError: if what follows `@` is no precision, or nothing stands before it.
+        UsageError: if what follows `@` is not a precision, or nothing stands before it.
 
     >>> split_precision("ffn=0.25@int8"), split_precision("S")
     (('ffn=0.25', 'int8'), ('S', None))
@@ -48,7 +48,7 @@ def split_precision(text: str) -> tuple[str, str | None]:
         return text, None
     problems = [] if name else ["nothing stands before the @; name a member or a folder, as in S@int8"]
     if precision not in PRECISIONS:
-        problems.append(f"{precision!r} is no precision; choose from {', '.join(PRECISIONS)}")
+        problems.append(f"{precision!r} is not a precision; choose from {', '.join(PRECISIONS)}")
     if problems:
         raise UsageError(f"--draft {text}: {'. '.join(problems)}")
     return name, precision
@@ -83,8 +83,8 @@ class PackedLM(ElasticLM):
                         setattr(module, name, QuantizedLinear(child, precision))
 
     @property
-    def chooses(self) -> bool:
-        """See `ElasticLM.chooses`."""
+    def can_draw(self) -> bool:
+        """See `ElasticLM.can_draw`."""
         return self.native is not None
 
     @property
@@ -112,7 +112,7 @@ class PackedLM(ElasticLM):
 
 
 def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> PackedLM:
-    """A copy of the model that runs in another precision, with the weights of one member packed.
+    """Return a copy of the model that runs in another precision, with the weights of one member packed.
 
     It shares the source's embedding and keeps its weights by name, so it can be saved and cut like the
     source. Where nothing says otherwise it computes in fp32 (int8, int4) or in the dtype itself.
@@ -134,7 +134,7 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
     """Pack a member's weights now rather than when it first decodes, if the model is packed at all.
 
     Returns:
-        The bytes that it took beyond what was packed before.
+        Bytes that were packed in addition to what was packed before.
 
     Raises:
         UsageError: if the member does not fit the model.
@@ -150,7 +150,7 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
 
 
 def packed_bytes(model: ElasticLM) -> int:
-    """Bytes of the packed weights so far, which come on top of the source's."""
+    """Return the bytes of the weights packed so far, which come on top of the source's."""
     native = model.native if isinstance(model, PackedLM) else None
     packed = sum(module.num_bytes for module in model.modules() if isinstance(module, QuantizedLinear))
     return packed + (0 if native is None else native.num_bytes)

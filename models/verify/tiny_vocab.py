@@ -100,7 +100,7 @@ class _RememberedView(View):
         self._passes = passes
 
     @property
-    def chooses(self) -> bool:
+    def can_draw(self) -> bool:
         return False  # every pass is to be found again
 
     def __call__(

@@ -15,7 +15,7 @@ from models.checkpoint.extract import Parity, cut, extract, provenance, verify_e
 from models.checkpoint.folder import ModelFolder
 from models.checkpoint.gguf import OURS, check_gguf, holds, is_ours, write_gguf
 from models.checkpoint.gguf_tokenizer import differs_on, tokenizer_keys
-from models.checkpoint.weights import count_tensors, dtype_name
+from models.checkpoint.weights import count_elements, dtype_name
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
 
@@ -97,7 +97,7 @@ def extract_gguf(
         raise NestlingError(f"{folder.path} has no tokenizer.json, which a GGUF file holds; add it")
     with naming(folder.path):
         tokenizer = tokenizer_keys(folder.tokenizer, model.config, chat_template=folder.chat_template)
-    parameters = count_tensors(model)
+    parameters = count_elements(model)
     metadata = {
         "general.name": out.stem,
         OURS: str(granularity),

@@ -60,7 +60,7 @@ def write_and_prove(folder: "ModelFolder", out: Path) -> dict[str, Any]:
     """
     from models.checkpoint.extract import verify_extraction
     from models.checkpoint.folder import save_model
-    from models.checkpoint.weights import count_tensors
+    from models.checkpoint.weights import count_elements
     from models.elastic.granularity import FULL
 
     config = folder.model.config
@@ -83,7 +83,7 @@ def write_and_prove(folder: "ModelFolder", out: Path) -> dict[str, Any]:
         )
     _check_tokenizer(folder, out)
     return {
-        "parameters": count_tensors(folder.model),
+        "parameters": count_elements(folder.model),
         "layers": config.num_hidden_layers,
         "quantizations": folder.provenance.get("quantizations", []),
         "tokenizer": folder.tokenizer is not None,

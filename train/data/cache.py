@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import read_json, write_folder, write_json
+from models.base.files import hash_files, read_json, write_folder, write_json
 
 MANIFEST = "manifest.json"
 
@@ -76,11 +76,7 @@ def open_entry(folder: Path) -> dict[str, Any] | None:
 
 def seal(path: Path) -> dict[str, Any]:
     """Return size and hash of a file."""
-    with path.open("rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    return {"bytes": path.stat().st_size, "sha256": hash_files(path)}
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ step (train/data/loader.py, train/objective/sampler.py, train/run/optim.py), and
 counts is in `state.json`. A damaged state is named and skipped for the last good one.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import read_json, remove_folder, utf8_path, write_folder, write_json
+from models.base.files import hash_files, read_json, remove_folder, utf8_path, write_folder, write_json
 from models.checkpoint.weights import WEIGHTS, write_weights
 from models.elastic.model import ElasticLM
 from train.recipe.recipe import Recipe
@@ -200,7 +199,6 @@ def _moments(model: ElasticLM, optimizer: Optimizer, *, wanted: bool) -> Iterato
 def _seal(file: Path) -> str:
     """Return size and hash of a file; where it cannot be read, the error, which equals neither."""
     try:
-        with file.open("rb") as stream:
-            return f"{file.stat().st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+        return f"{file.stat().st_size} {hash_files(file)}"
     except OSError as error:
         return str(error)

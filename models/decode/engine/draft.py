@@ -173,7 +173,7 @@ def propose(
     """Draft token by token, after the committed tokens that the cache lacks (at least the pending one)."""
     proposal, ids = Proposal(state.ids), state.ids[cache.length :]
     draws = None
-    if scorer.chooses:
+    if scorer.can_draw:
         draws = sampler.draws(proposal, num_tokens, scorer.full.config.vocab_size)
     if draws is not None:
         rows_TV = yield Pass(scorer, ids, cache, num_last=1, draws=draws)

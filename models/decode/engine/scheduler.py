@@ -37,7 +37,7 @@ class Pass(NamedTuple):
     num_last: int
     """Number of last positions that are scored."""
     draws: Draws | None = None
-    """More tokens that the pass chooses and, but for the last, reads; only of a model that `chooses`."""
+    """More tokens that the pass draws and, but for the last, reads; only of a model that `can_draw`."""
 
 
 Steps: TypeAlias = Generator[Pass, Tensor, Result]

@@ -1,4 +1,4 @@
-"""What decoding has committed so far: the tokens, and the keys and values of all but the last."""
+"""The state of one request: its committed tokens, and the keys and values of all but the last."""
 
 from dataclasses import dataclass
 

@@ -60,9 +60,9 @@ class TrimmedHead:
         return id(self)
 
     @property
-    def chooses(self) -> bool:
+    def can_draw(self) -> bool:
         """See `Scorer`."""
-        return self.view.chooses
+        return self.view.can_draw
 
     def run(self, requests: Sequence[Request]) -> Tensor:
         """See `Scorer`; of tokens that are drawn greedily the rows are [T, N], since nobody reads them."""

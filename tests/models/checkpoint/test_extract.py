@@ -178,7 +178,7 @@ def test_unequal_layers_are_refused_by_name(tiny_model: ElasticLM, tmp_path: Pat
     assert str(caught.value) == (
         "granularity: ffn=1:0.5:0.5,layers=0-1:3 has unequal layers "
         "(layers=0: ffn 64, key/value groups 2; layers=1:3: ffn 32, key/value groups 2), "
-        "which no stock architecture holds; give all of them one share of each axis, such as layers=0-1:3"
+        "which no stock architecture holds; give all of them one fraction of each axis, such as layers=0-1:3"
     )
     assert not (tmp_path / "out").exists()
 

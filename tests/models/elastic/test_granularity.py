@@ -79,7 +79,7 @@ def test_only_the_first_layers_at_full_width_are_an_exit(text: str, prefix: bool
     ("text", "says"),
     [
         ("Q", "choose from S, M, L, XL"),
-        ("ffn=2", "ffn=2 is not a share"),
+        ("ffn=2", "ffn=2 is not a fraction"),
         ("ffn=0", "above 0"),
         ("ffn=half", "ffn=half"),
         ("width=0.5", "the axes are ffn, heads and layers"),
@@ -87,7 +87,7 @@ def test_only_the_first_layers_at_full_width_are_an_exit(text: str, prefix: bool
         ("layers=3:1", "ascending"),
         ("layers=", "layers="),
         ("layers=0:1,ffn=1:0.5:0.25", "2 and 3"),
-        ("heads=0.3", "shares that fit this model are 0.25, 0.5, 0.75, 1"),
+        ("heads=0.3", "fractions that fit this model are 0.25, 0.5, 0.75, 1"),
         ("layers=0-6", "layers are 0 to 5"),
         ("ffn=1:0.5", "one for each of them"),
     ],

@@ -13,7 +13,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.ops import rotate
 from models.kernels.train_losses import cross_entropy, overlap
-from models.kernels.train_ops import attention, place, rms_norm, swiglu
+from models.kernels.train_ops import attention, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -104,8 +104,8 @@ def test_attention_to_large_scores_is_exact() -> None:
 
 def test_heads_are_read_where_they_lie() -> None:
     """Queries, keys and values side by side in memory, and values of a head that are not."""
-    together_BTNK = make(2, 40, 8, 16, dtype=torch.float32).detach()
-    q, k, v = (part.transpose(1, 2) for part in together_BTNK.split((4, 2, 2), dim=2))
+    qkv_BTNK = make(2, 40, 8, 16, dtype=torch.float32).detach()
+    q, k, v = (part.transpose(1, 2) for part in qkv_BTNK.split((4, 2, 2), dim=2))
     expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), None)
     assert torch.equal(attention(q, k, v, None), expected)
     assert torch.equal(attention(q, k.mT.contiguous().mT, v, None), expected)
@@ -148,20 +148,20 @@ def test_a_norm_of_which_one_result_is_used(only: int) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 10), (2, 2, 64)])
-def test_place(heads: int, groups: int, size: int, dtype: torch.dtype, tiny_config: ElasticConfig) -> None:
+def test_rope(heads: int, groups: int, size: int, dtype: torch.dtype, tiny_config: ElasticConfig) -> None:
     config = ElasticConfig(**{**vars(tiny_config), "head_dim": size})
     table = Rotary(config)(slice(21), torch.float32)
 
-    def expected(together_BTNK: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = together_BTNK.split((heads, groups, groups), dim=2)
+    def expected(qkv_BTNK: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = qkv_BTNK.split((heads, groups, groups), dim=2)
         rotary = [part.double() for part in table]
         return tuple(x.transpose(1, 2) for x in (rotate(q, *rotary), rotate(k, *rotary), v))
 
-    def ours(together_BTNK: Tensor) -> tuple[Tensor, ...]:
-        return place(together_BTNK, heads, groups, *(part.squeeze(1) for part in table))
+    def ours(qkv_BTNK: Tensor) -> tuple[Tensor, ...]:
+        return rope(qkv_BTNK, heads, groups, *(part.squeeze(1) for part in table))
 
-    together_BTNK = make(2, 21, heads + 2 * groups, size, dtype=dtype)
-    check_against(expected, ours, together_BTNK, dtype=dtype)
+    qkv_BTNK = make(2, 21, heads + 2 * groups, size, dtype=dtype)
+    check_against(expected, ours, qkv_BTNK, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -207,8 +207,8 @@ def test_a_configuration_that_it_does_not_know_is_left_to_torch(tiny_config: Ela
     assert not supports(with_flag)
     model = make_model(with_flag)
     assert native_step(model, torch.float32) is None
-    assert not pack(model, "int8").chooses
-    assert pack(make_model(without), "int8").chooses
+    assert not pack(model, "int8").can_draw
+    assert pack(make_model(without), "int8").can_draw
 
 
 def test_every_field_of_a_configuration_is_known_to_it() -> None:

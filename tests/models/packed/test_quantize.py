@@ -165,7 +165,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
 
 
 def test_a_precision_that_is_none_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"S@int3: 'int3' is no precision; choose from fp32, bf16"):
+    with pytest.raises(UsageError, match=r"S@int3: 'int3' is not a precision; choose from fp32, bf16"):
         split_precision("S@int3")
 
 

@@ -112,7 +112,7 @@ def test_a_broken_verifier_ends_in_exit_code_1(
         (["--draft", "Q"], "--draft Q is neither a member of the family nor a folder", 2),
         (["--draft", "auto"], "--draft auto is no draft to test; name a member, a folder or lookup", 2),
         (["--draft", "nowhere/model"], "--draft nowhere/model is neither", 2),
-        (["--draft", "S@int9"], "'int9' is no precision", 2),
+        (["--draft", "S@int9"], "'int9' is not a precision", 2),
         (["--draft", "layers=0:9"], "layer 9", 2),
         (["--prompt", "Once"], "has no tokenizer.json", 1),
         (["--json", "missing/x.json"], "--json missing/x.json", 2),

@@ -55,11 +55,11 @@ def test_another_folder_counts_all_its_weights_as_extra(folder: ModelFolder) -> 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("S@int3", "--draft S@int3: 'int3' is no precision"),
+        ("S@int3", "--draft S@int3: 'int3' is not a precision"),
         ("nothing@int8", "neither a member"),
         ("@int4", "--draft @int4: nothing stands before the @"),
-        ("@int5", "nothing stands before the @.* 'int5' is no precision"),
-        ("S@", "--draft S@: '' is no precision"),
+        ("@int5", "nothing stands before the @.* 'int5' is not a precision"),
+        ("S@", "--draft S@: '' is not a precision"),
         ("", "--draft '' is neither a member"),
     ],
 )
