@@ -10,6 +10,7 @@ One elastic class holds what four stock architectures compute:
 What the elastic class cannot hold exactly is refused, never approximated.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -234,6 +235,10 @@ def _number(fields: Mapping[str, Any], name: str) -> float:
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise NestlingError(f"{name}={value!r} is not a number; give the one that the weights were made with")
+    if not abs(value) <= sys.float_info.max:
+        raise NestlingError(
+            f"{name}={str(value)[:40]} is not finite; give the one that the weights were made with"
+        )
     return float(value)
 
 

@@ -4,11 +4,18 @@ One class covers Llama, Mistral, Qwen2 (`attention_bias`) and Qwen3 (`qk_norm`);
 models/checkpoint/huggingface.py maps to and from their configurations.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.base.errors import NestlingError
 from models.elastic.rope_scaling import RopeScaling
+
+_MOST = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 2**24),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"), 2**14),
+}
+"""A damaged file may say anything, and the memory is asked for before the weights show that it is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,16 @@ class ElasticConfig:
                 "max_position_embeddings",
             )
             if getattr(self, name) < 1
+        ]
+        problems += [
+            f"{name}={getattr(self, name)} is beyond {most}, which no model of this kind has"
+            for name, most in _MOST.items()
+            if getattr(self, name) > most
+        ]
+        problems += [
+            f"{name}={getattr(self, name)} must be a number above 0"
+            for name in ("rope_theta", "rms_norm_eps")
+            if not 0 < getattr(self, name) < math.inf
         ]
         if not problems and self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)

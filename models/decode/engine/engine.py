@@ -12,13 +12,14 @@ whatever the draft is (https://arxiv.org/abs/2211.17192, https://arxiv.org/abs/2
 equals plain decoding's token by token.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from models.base.errors import UsageError
+from models.base.errors import NestlingError, UsageError
 from models.decode.engine.draft import Draft
 from models.decode.engine.generation_config import DEFAULT, GenerationConfig
 from models.decode.engine.policy import NO_DRAFT, Fixed, Policy, Round, RoundPlan
@@ -224,6 +225,11 @@ def prefill(request: _Request) -> Steps[list[Token]]:
     """Read the prompt and commit the first token."""
     state = request.state
     logits_TV = yield Pass(request.target, state.ids, state.cache, num_last=1)
+    if not bool((logits_TV < math.inf).all()):  # nan is not below infinity either
+        raise NestlingError(
+            "the model's logits are not numbers: its weights do not fit its config.json, or not this dtype; "
+            "try --dtype fp32"
+        )
     # commit() counts one position for each token kept; here the rest of the prompt comes on top.
     state.cache.commit(len(state.ids) - 1)
     return commit(request, request.sampler.verify(logits_TV, Proposal(state.ids)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from models.base.errors import UsageError
+from models.base.errors import NestlingError, UsageError
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.policy import Fixed
 from models.decode.sampling.params import SamplingParams
@@ -159,3 +159,11 @@ def test_each_of_several_end_tokens_ends_the_text(byte_tokenizer: Tokenizer) -> 
     results = generate_batch(model, byte_tokenizer, [PROMPT, PROMPT], new_policy=plain)
     assert [result.text for result in results] == [TEXT[: TEXT.index("c")]] * 2
     assert {result.report.finish_reason for result in results} == {"eos"}
+
+
+def test_logits_that_are_no_numbers_end_in_one_line(byte_tokenizer: Tokenizer) -> None:
+    model = parrot(byte_tokenizer)
+    model.model.norm.weight.fill_(1e38)
+    model.lm_head.weight.fill_(1e38)
+    with pytest.raises(NestlingError, match=r"logits are not numbers.*--dtype fp32"):
+        stream_text(model, byte_tokenizer, PROMPT).finish()
