@@ -28,6 +28,7 @@ from train.commands.failure import (
 from train.commands.generate import generate
 from train.commands.import_model import import_model
 from train.commands.machine import machine
+from train.commands.order import order
 from train.commands.report import report
 from train.commands.search import search
 from train.commands.train import PASS_ON, train
@@ -46,6 +47,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "train": (train, "--config demo trainer.max_steps=2000 --out checkpoints/mine"),
     "distill": (distill, "checkpoints/mine/model --config tiny family={} --out checkpoints/student"),
     "import": (import_model, "model-Q4_K_M.gguf --out checkpoints/imported"),
+    "order": (order, "checkpoints/imported --data text.jsonl --out checkpoints/ordered"),
     "extract": (extract, "checkpoints/mine/model --granularity ffn=0.5 --out checkpoints/half"),
     "search": (search, "checkpoints/mine/model --draft --data stdlib"),
     "generate": (generate, 'checkpoints/mine/model --draft S --prompt "class Stack:"'),

@@ -13,6 +13,8 @@ from typing import Any
 from models.base.errors import NestlingError
 from models.base.files import read_json
 
+Message = Mapping[str, str]
+"""One turn of a conversation: `role` (system, user or assistant) and `content`."""
 TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -29,7 +31,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 def render_chat(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Message],
     *,
     bos_token: str = "",
     eos_token: str = "",

@@ -17,6 +17,7 @@ from torch import Tensor
 from models.base.errors import NestlingError, UsageError
 from models.base.files import naming
 from models.checkpoint.gguf import ENDS, FREQUENCY_DIVISORS, OURS, PARTS
+from models.checkpoint.gguf_tokenizer import ENDS as END_KEYS
 from models.checkpoint.gguf_vocabulary import read_tokenizer
 from models.checkpoint.weights import HEAD
 from models.elastic.config import ElasticConfig
@@ -52,6 +53,15 @@ class GgufModel:
     granularity: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class GgufTokenizer:
+    """The tokenizer of a GGUF file."""
+
+    tokenizer: Tokenizer | None
+    eos_token: str | None
+    """The text of the token that ends a text."""
+
+
 def is_gguf(path: Path) -> bool:
     """Return whether a file begins as the format does."""
     try:
@@ -68,6 +78,18 @@ def read_gguf_config(path: Path) -> ElasticConfig:
         NestlingError: if the file is damaged, or of a kind that cannot be held.
     """
     return _config(path, _open(path))
+
+
+def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
+    """Read the tokenizer alone.
+
+    Raises:
+        NestlingError: if the file is damaged, or its tokenizer of a kind that is not supported.
+    """
+    keys = _keys(_open(path))
+    texts, eos = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.eos_token_id")
+    eos_token = texts[eos] if texts and eos is not None and eos < len(texts) else None
+    return GgufTokenizer(tokenizer=read_tokenizer(path, keys), eos_token=eos_token)
 
 
 def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> GgufModel:
@@ -172,7 +194,7 @@ def _config(path: Path, reader: Any) -> ElasticConfig:
             attention_bias="blk.0.attn_q.bias" in shape.sizes,
             qk_norm="blk.0.attn_q_norm.weight" in shape.sizes,
             bos_token_id=_token(shape.fields, "bos"),
-            eos_token_id=_token(shape.fields, "eos"),
+            eos_token_id=_ends(shape.fields),
         )
 
 
@@ -183,6 +205,12 @@ def _short(number: float) -> float:
     1e-05
     """
     return float(str(np.float32(number)))
+
+
+def _ends(fields: Any) -> tuple[int, ...]:
+    """Return every token that ends a text, or a turn of a conversation."""
+    keys = (f"tokenizer.ggml.{end}" for end in END_KEYS)
+    return tuple(int(fields[key].contents()) for key in keys if key in fields)
 
 
 def _token(fields: Any, role: str) -> int | None:

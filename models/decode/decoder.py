@@ -14,13 +14,14 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from models.base.errors import NestlingError, UsageError
+from models.checkpoint.chat import Message, render_chat
 from models.checkpoint.folder import ModelFolder
 from models.decode.engine.generation_config import GenerationConfig
 from models.decode.engine.policy import NO_DRAFT
 from models.decode.open import open_for_decoding
 from models.decode.sampling.params import GREEDY, SamplingParams
 from models.decode.sampling.samplers import COUPLED, check_verifier
-from models.decode.text import GenerationResult, TextStream, generate_batch, stream_text
+from models.decode.text import GenerationResult, TextOrIds, TextStream, generate_batch, stream_text
 from models.decode.tune.resolve import AUTO, Drafting, choose_drafting, make_policy
 
 
@@ -36,11 +37,12 @@ class Decoder:
     """The settings of every text, unless a call says otherwise."""
     drafting: Drafting
 
-    def stream(self, prompt: str, **changes: Any) -> TextStream:
+    def stream(self, prompt: TextOrIds, **changes: Any) -> TextStream:
         """Continue a prompt, piece by piece; `.result()` is what was taken so far, with its report.
 
         Args:
-            prompt: the text to continue; if empty, the model's start (or end) token stands for it.
+            prompt: the text to continue, or its token ids; if empty, the model's start (or end)
+                token stands for it.
             changes: fields of `GenerationConfig` for this text, such as max_new_tokens, stop and seed.
 
         Raises:
@@ -49,11 +51,37 @@ class Decoder:
         policy = make_policy(self.folder, self.drafting, self.config.params)
         return stream_text(self.folder.model, self.tokenizer, prompt, self.config, policy=policy, **changes)
 
-    def generate(self, prompt: str, **changes: Any) -> GenerationResult:
+    def generate(self, prompt: TextOrIds, **changes: Any) -> GenerationResult:
         """Continue a prompt; the arguments are those of `stream`."""
         return self.stream(prompt, **changes).finish()
 
-    def generate_batch(self, prompts: Sequence[str], **changes: Any) -> list[GenerationResult]:
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return a conversation as the token ids after which the model answers, by its chat template.
+
+        Args:
+            messages: each with `role` (system, user or assistant) and `content`.
+
+        Raises:
+            NestlingError: if the model has no chat template, or it does not take these messages.
+        """
+        template = self.folder.chat_template
+        if template is None:
+            raise NestlingError(
+                f"{self.folder.path} has no chat template; take a chat model, or leave --chat out"
+            )
+        config = self.folder.model.config
+        text = render_chat(
+            template,
+            messages,
+            bos_token=self._text_of(config.bos_token_id),
+            eos_token=self._text_of(config.first_eos_token_id),
+        )
+        return self.tokenizer.encode(text, add_special_tokens=False).ids  # the template has put them already
+
+    def _text_of(self, token: int | None) -> str:
+        return "" if token is None else self.tokenizer.id_to_token(token) or ""
+
+    def generate_batch(self, prompts: Sequence[TextOrIds], **changes: Any) -> list[GenerationResult]:
         """Continue several prompts, whose passes share the reading of the weights; see `stream`.
 
         Rounds take as long as their companions', and a clock tells nothing of a draft: every text drafts

@@ -1,7 +1,7 @@
 """Prompts: a few Python headings, or those of a file of JSON lines."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,12 +86,14 @@ def encode_prompts(prompts: Iterable[Prompt], tokenizer: Tokenizer) -> list[list
     return encoded
 
 
-def check_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, *, context: int, has_start: bool) -> None:
+def check_prompts(
+    prompts: Sequence[Prompt], encode: Callable[[str], Sequence[int]], *, context: int, has_start: bool
+) -> None:
     """Check that each prompt leaves room for a new token, before any of them is decoded.
 
     Args:
         prompts: the texts.
-        tokenizer: the model's.
+        encode: makes tokens of a text.
         context: tokens that the model's context holds.
         has_start: whether a token stands for an empty text.
 
@@ -100,7 +102,7 @@ def check_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, *, context: i
     """
     wrong = []
     for text, where in prompts:
-        size = len(tokenizer.encode(text).ids)
+        size = len(encode(text))
         if size >= context:
             remedy = f"the model's context holds {context}: shorten it to at most {context - 1}"
             wrong.append(f"{where} has {size} tokens, but {remedy}")

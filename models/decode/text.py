@@ -17,6 +17,9 @@ from models.decode.engine.policy import Policy
 from models.decode.engine.report import Report
 from models.elastic.view import Model
 
+TextOrIds = str | Sequence[int]
+"""A text, which is encoded as training encoded text, or the token ids themselves."""
+
 
 @dataclass(frozen=True)
 class GenerationResult:
@@ -44,7 +47,7 @@ class Piece(NamedTuple):
 def stream_text(
     target: Model,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: TextOrIds,
     config: GenerationConfig = DEFAULT,
     *,
     draft: Draft | None = None,
@@ -57,7 +60,8 @@ def stream_text(
     Args:
         target: the model whose distribution the output follows.
         tokenizer: the model's.
-        prompt: the text to continue; if empty, the model's start (or end) token stands for it.
+        prompt: the text to continue, or its token ids; if empty, the model's start (or end)
+            token stands for it.
         config: how it is continued.
         draft: who drafts, as in `engine.stream`, like the next two.
         gamma: drafted tokens a round.
@@ -68,7 +72,7 @@ def stream_text(
         UsageError: as `engine.stream`, and for an empty prompt without a start token.
     """
     config = replace(config, **changes)
-    prompt_ids = tokenizer.encode(prompt).ids or _start_of_text(target)
+    prompt_ids = _encode(target, tokenizer, prompt)
     tokens = stream(target, prompt_ids, config, draft=draft, gamma=gamma, policy=policy)
     return TextStream(tokens, Detokenizer(tokenizer, prompt_ids), StopStrings(config.stop))
 
@@ -76,7 +80,7 @@ def stream_text(
 def generate_batch(
     target: Model,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[TextOrIds],
     config: GenerationConfig = DEFAULT,
     *,
     new_policy: Callable[[], Policy],
@@ -98,7 +102,7 @@ def generate_batch(
         UsageError: as `stream_text`, for any of the prompts.
     """
     config = replace(config, **changes)
-    prompt_ids = [tokenizer.encode(prompt).ids or _start_of_text(target) for prompt in prompts]
+    prompt_ids = [_encode(target, tokenizer, prompt) for prompt in prompts]
     streams = stream_batch(target, prompt_ids, config, new_policy=new_policy)
     texts = [
         TextStream(tokens, Detokenizer(tokenizer, ids), StopStrings(config.stop))
@@ -148,6 +152,11 @@ class TextStream(Iterator[Piece]):
         if self._stop.stopped:
             report.finish_reason = "stop"
         yield Piece(rest, drafted)
+
+
+def _encode(target: Model, tokenizer: Tokenizer, prompt: TextOrIds) -> list[int]:
+    ids = tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
+    return ids or _start_of_text(target)
 
 
 def _start_of_text(target: Model) -> list[int]:

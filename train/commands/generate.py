@@ -1,16 +1,12 @@
 """`nestling generate`: continue a text, with a member of the family as the draft; see models/decode/."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from models.base.errors import UsageError
-from models.base.files import is_stream
-from models.base.progress import progress_bar
 from train.commands.common import (
     DtypeOption,
     JsonOption,
@@ -23,13 +19,10 @@ from train.commands.common import (
 )
 from train.commands.console import make_console
 
-WRITE_SECONDS = 5.0
-"""The least time between two writes of unfinished results."""
-
 if TYPE_CHECKING:
     from models.decode.decoder import Decoder
-    from models.decode.prompts import Prompt
-    from models.decode.text import GenerationResult, TextStream
+    from models.decode.text import GenerationResult, TextOrIds, TextStream
+    from train.commands.generate_many import Encode
 
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding"
 PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")]
@@ -39,6 +32,17 @@ PromptsOption = Annotated[
         metavar="FILE",
         help="File with many texts to continue: one JSON object a line, with a field prompt, turns or text.",
     ),
+]
+ChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Apply the model's chat template: --prompt asks one question, --prompts one a line; without "
+        "either, talk at the terminal.",
+    ),
+]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System message that begins each conversation of --chat.")
 ]
 BatchSizeOption = Annotated[
     int, typer.Option(help="Number of texts of --prompts that are decoded at the same time.")
@@ -110,6 +114,8 @@ def generate(
     *,
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     batch_size: BatchSizeOption = 8,
     max_new_tokens: MaxNewTokensOption = 128,
     stop: StopOption = None,
@@ -125,10 +131,12 @@ def generate(
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
 ) -> None:
-    """Continue a text. Speculative decoding follows the full model's distribution whatever drafts."""
+    """Continue a text, or answer a question. Speculative decoding keeps the full model's distribution."""
     check_json(json)
     _check_texts(prompt, stop or [])
-    _check_source(prompt, prompts, batch_size)
+    _check_source(prompt, prompts, batch_size, chat)
+    if system is not None and not chat:
+        raise UsageError(f"--system {system!r} begins a conversation; add --chat, or leave it out")
     number = check_gamma(gamma, least=0)
     from models.decode.decoder import open_decoder
     from models.decode.prompts import read_prompts
@@ -145,111 +153,61 @@ def generate(
     )
     decoder = open_decoder(model, draft=draft, gamma=number, params=params, verifier=verifier, dtype=dtype)
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
-    asked = setting_fields(decoder, seed=seed, in_batch=prompt is None)
-    if prompt is not None:
-        results = _continue_one(decoder, prompt, options)
-        write_results(json, results | asked, dtypes={"model": decoder.dtype})
-    else:
+    asked = setting_fields(decoder, seed=seed, in_batch=prompts is not None)
+    encode = _encoder(decoder, chat, system)
+    if prompts is not None:
+        from train.commands.generate_many import Answers, check_lines, continue_many
+
+        check_lines(decoder, lines, encode)
         texts = [line.text for line in lines]
-        _check_lines(decoder, lines)
         answers = Answers(texts, {"batch_size": batch_size, **asked}, json, decoder.dtype)
-        _continue_many(decoder, answers, batch_size, options)
+        continue_many(decoder, answers, encode, batch_size, options)
+        return
+    if prompt is not None:
+        results = _continue_one(decoder, prompt, encode(prompt), options)
+    else:
+        results = _converse(decoder, system, options)
+    write_results(json, results | asked, dtypes={"model": decoder.dtype})
 
 
-def _continue_one(decoder: "Decoder", prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+def _encoder(decoder: "Decoder", chat: bool, system: str | None) -> "Encode":
+    if not chat:
+        return lambda text: text
+    from train.commands.converse import first_messages
+
+    return lambda text: decoder.encode_chat(first_messages(system, text))
+
+
+def _converse(decoder: "Decoder", system: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    from train.commands.converse import converse
+
+    results = []
+    for question, result in converse(decoder, system, options, show=_show, console=make_console()):
+        _summarize(decoder, result)
+        results.append({"prompt": question, **result.as_dict()})
+    return {"results": results}
+
+
+def _summarize(decoder: "Decoder", result: "GenerationResult") -> None:
     from models.decode.summary import describe_draft, summarize
 
-    pieces = decoder.stream(prompt, **options)
-    _show(pieces, make_console())
-    result = pieces.result()
     line = summarize(result.report, describe_draft(decoder, in_batch=False))
     make_console(stderr=True).print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _continue_one(
+    decoder: "Decoder", prompt: str, encoded: "TextOrIds", options: dict[str, Any]
+) -> dict[str, Any]:
+    pieces = decoder.stream(encoded, **options)
+    _show(pieces, make_console())
+    result = pieces.result()
+    _summarize(decoder, result)
     return {"prompt": prompt, **result.as_dict()}
 
 
-class Answers:
-    """The texts that `--prompts` gave so far; `--json` has them while the rest is decoded, and if that fails.
-
-    Args:
-        prompts: all of them.
-        asked: what else the results tell.
-        path: of the results; None writes none.
-        dtype: that the model runs in.
-    """
-
-    def __init__(self, prompts: Sequence[str], asked: dict[str, Any], path: Path | None, dtype: str) -> None:
-        self.prompts, self.asked, self.path, self.dtype = prompts, asked, path, dtype
-        self.done: list[GenerationResult] = []
-        self._started = self._written = perf_counter()
-
-    def summary(self) -> str:
-        """Return how many there are, and how fast they came."""
-        return f"{len(self.done)} texts, {self._num_tokens} tokens · {self._rate:.1f} tokens/s"
-
-    def write_now_and_then(self) -> None:
-        """Write what there is, unless that was done a moment ago or what is written cannot be replaced."""
-        if self.path and not is_stream(self.path) and perf_counter() - self._written > WRITE_SECONDS:
-            self.write()
-
-    def write(self) -> None:
-        """Write what there is."""
-        each = [
-            {"prompt": prompt, **one.as_dict()} for prompt, one in zip(self.prompts, self.done, strict=False)
-        ]
-        counts = {"num_prompts": len(self.prompts), "tokens_per_second": self._rate}
-        write_results(self.path, {"results": each, **counts, **self.asked}, dtypes={"model": self.dtype})
-        self._written = perf_counter()
-
-    @property
-    def _num_tokens(self) -> int:
-        return sum(one.report.num_tokens for one in self.done)
-
-    @property
-    def _rate(self) -> float:
-        return self._num_tokens / max(perf_counter() - self._started, 1e-9)
-
-
-def _continue_many(decoder: "Decoder", answers: Answers, batch_size: int, options: dict[str, Any]) -> None:
-    """Continue the prompts in batches, show the texts of a batch when it is done, and say how it went."""
-    from models.decode.summary import describe_draft
-
-    errors = make_console(stderr=True)
-    try:
-        _decode_batches(decoder, answers, batch_size, options, errors)
-    finally:
-        if answers.done:
-            answers.write()
-    line = f"{answers.summary()} · {describe_draft(decoder, in_batch=True)} · batches of {batch_size}"
-    errors.print(line, style="dim", markup=False, soft_wrap=True)
-
-
-def _decode_batches(
-    decoder: "Decoder", answers: Answers, batch_size: int, options: dict[str, Any], errors: Console
-) -> None:
-    console, prompts = make_console(), answers.prompts
-    with progress_bar("decoding", len(prompts), console=errors) as bar:
-        for first in range(0, len(prompts), batch_size):
-            batch = prompts[first : first + batch_size]
-            done = decoder.generate_batch(batch, **options)
-            for prompt, result in zip(batch, done, strict=True):
-                console.file.write(f"{prompt}{result.text}\n\n")
-            console.file.flush()
-            answers.done += done
-            answers.write_now_and_then()
-            bar.advance(len(batch))
-
-
-def _check_lines(decoder: "Decoder", lines: "Sequence[Prompt]") -> None:
-    from models.decode.prompts import check_prompts
-
-    config = decoder.folder.model.config
-    has_start = config.bos_token_id is not None or config.first_eos_token_id is not None
-    context = config.max_position_embeddings
-    check_prompts(lines, decoder.tokenizer, context=context, has_start=has_start)
-
-
-def _check_source(prompt: str | None, prompts: Path | None, batch_size: int) -> None:
-    if (prompt is None) == (prompts is None):
+def _check_source(prompt: str | None, prompts: Path | None, batch_size: int, chat: bool) -> None:
+    num_sources = (prompt is not None) + (prompts is not None)
+    if num_sources > 1 or (num_sources == 0 and not chat):
         raise UsageError("--prompt TEXT or --prompts FILE: give one of them; see nestling generate --help")
     if prompts:
         check_file("--prompts", prompts)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import read_json, write_json, write_text
+from models.checkpoint.gguf_read import is_gguf, read_gguf_tokenizer
 from models.checkpoint.tokenizer import SETTINGS, for_bare_text, open_tokenizer, token_name
 
 if TYPE_CHECKING:
@@ -150,8 +151,8 @@ def load_tokenizer(source: str, *, key: str = "data.tokenizer") -> TextTokenizer
     """Load a Hugging Face tokenizer.
 
     Args:
-        source: a tokenizer.json, a folder with one, any folder that transformers can read, or a name
-            on the hub.
+        source: a tokenizer.json, a folder with one, a GGUF file, any folder that transformers can read,
+            or a name on the hub.
         key: what an error calls the setting.
 
     Raises:
@@ -159,6 +160,8 @@ def load_tokenizer(source: str, *, key: str = "data.tokenizer") -> TextTokenizer
         NestlingError: if its file is damaged.
     """
     path = Path(source).expanduser()
+    if is_gguf(path):
+        return _from_gguf(path, source, key)
     if path.is_file():
         return _from_file(path, source, key)
     if (path / "tokenizer.json").is_file():
@@ -170,6 +173,13 @@ def load_tokenizer(source: str, *, key: str = "data.tokenizer") -> TextTokenizer
             f"{key}={source!r}: a tokenizer without tokenizer.json; give one that has it, or bpe"
         )
     return _checked(backend, theirs.eos_token, source, key)
+
+
+def _from_gguf(path: Path, source: str, key: str) -> TextTokenizer:
+    file = read_gguf_tokenizer(path)
+    if file.tokenizer is None:
+        raise UsageError(f"{key}={source!r}: a GGUF file without a tokenizer; give one that has it")
+    return _checked(file.tokenizer, file.eos_token, source, key)
 
 
 def _from_file(path: Path, source: str, key: str) -> TextTokenizer:

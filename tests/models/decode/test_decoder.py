@@ -40,6 +40,22 @@ def ids(decoder: Decoder, **options: Any) -> list[int]:
     return decoder.generate(PROMPTS[0], max_new_tokens=16, **options).ids
 
 
+def test_a_prompt_may_be_token_ids(path: Path) -> None:
+    decoder = opened(path)
+    prompt_ids = decoder.tokenizer.encode(PROMPTS[0]).ids
+    assert decoder.generate(prompt_ids, max_new_tokens=8).ids == ids(decoder)[:8]
+
+
+def test_a_conversation_becomes_the_ids_of_its_template(path: Path) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    with pytest.raises(NestlingError, match="no chat template"):
+        opened(path).encode_chat(messages)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    (path / "chat_template.jinja").write_text(template)
+    decoder = opened(path)
+    assert decoder.tokenizer.decode(decoder.encode_chat(messages)) == "[user]hello"
+
+
 def test_the_model_is_packed_and_its_text_does_not_depend_on_the_draft(path: Path) -> None:
     plain = opened(path, draft="none")
     assert packed_bytes(plain.folder.model) > 0

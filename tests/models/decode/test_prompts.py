@@ -105,7 +105,7 @@ def test_every_line_that_cannot_be_continued_is_named_before_any_is(
     prompts = read_prompts(write(tmp_path / "p.jsonl", *({"prompt": text} for text in texts)))
     told = r"p.jsonl, line 2 has 12 tokens, .* holds 10: .*at most 9 \(so are 1 more, as in line 5\); nothing"
     with pytest.raises(UsageError, match=told):
-        check_prompts(prompts, tokenizer, context=10, has_start=False)
+        check_prompts(prompts, lambda text: tokenizer.encode(text).ids, context=10, has_start=False)
     with pytest.raises(UsageError, match=r"line 2 has 12 tokens.* at most 9; nothing was decoded"):
-        check_prompts(prompts, tokenizer, context=10, has_start=True)
-    check_prompts(prompts, tokenizer, context=13, has_start=True)
+        check_prompts(prompts, lambda text: tokenizer.encode(text).ids, context=10, has_start=True)
+    check_prompts(prompts, lambda text: tokenizer.encode(text).ids, context=13, has_start=True)

@@ -1,0 +1,64 @@
+"""`nestling order`: a folder whose prefixes are better and whose full model is the same."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.checkpoint.folder import load_model
+from train.cli import main
+
+Fails = Callable[..., str]
+
+
+def test_the_new_folder_is_the_same_model_in_a_better_order(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results = tmp_path / "ordered", tmp_path / "order.json"
+    words = [
+        "order",
+        str(model),
+        "--data",
+        str(text),
+        "--out",
+        str(out),
+        "--drop",
+        "1",
+        "--max-tokens",
+        "300",
+    ]
+    assert main([*words, "--json", str(results)]) == 0
+    written, shown = json.loads(results.read_text()), capsys.readouterr().out
+    losses = written["losses"]
+    assert set(losses) == {"as it came", "contribution", "activation", "magnitude", "random"}
+    assert {round(of["full"], 4) for of in losses.values()} == {round(losses["random"]["full"], 4)}
+    assert written["rule"] == min(losses, key=lambda name: sum(losses[name].values()))
+    assert written["rule"] in shown
+    assert "the full model's greedy tokens are the same" in shown
+    ours, theirs = load_model(model), load_model(out)
+    tokens_BT = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(tokens_BT), theirs.model(tokens_BT), atol=1e-4, rtol=0)
+    (dropped,) = written["dropped"]
+    assert str(theirs.family["D2"]) == dropped["layers"]
+    assert theirs.provenance["ordered_from"] == str(model)
+
+
+def test_a_rule_that_was_asked_for_is_taken(model: Path, text: Path, tmp_path: Path) -> None:
+    results = tmp_path / "order.json"
+    words = ["order", str(model), "--data", str(text), "--out", str(tmp_path / "o"), "--max-tokens", "100"]
+    assert main([*words, "--drop", "0", "--rule", "random", "--json", str(results)]) == 0
+    assert json.loads(results.read_text())["rule"] == "random"
+    assert json.loads(results.read_text())["dropped"] == []
+
+
+def test_what_cannot_be_is_named_before_the_work(
+    model: Path, text: Path, tmp_path: Path, fails: Fails
+) -> None:
+    words = ("order", model, "--out", tmp_path / "o")
+    assert "--rule best_of_all" in fails(*words, "--data", text, "--rule", "best_of_all", code=2)
+    assert "--drop 3 must be 0 to 2" in fails(*words, "--data", text, "--drop", "3", code=2)
+    assert "nowhere.txt" in fails(*words, "--data", tmp_path / "nowhere.txt", code=2)
+    assert not (tmp_path / "o").exists()
