@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from models.base.errors import NestlingError, UsageError
+from models.base.paths import is_stream
 
 
 @contextlib.contextmanager
@@ -135,28 +136,6 @@ def check_output(flag: str, path: Path) -> None:
         raise UsageError(f"{flag} {path}: {place} cannot be written to; choose another place")
 
 
-def is_stream(path: Path) -> bool:
-    """Return True for a device, a pipe, a socket or an open file of a process.
-
-    >>> is_stream(Path("/dev/null")), is_stream(Path("/dev/stdout")), is_stream(Path("results.json"))
-    (True, True, False)
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return True
-    for _ in range(_MOST_LINKS):
-        if not path.is_symlink():
-            return False
-        folder = path.parent.resolve()
-        if folder.name == "fd" and folder.is_relative_to("/proc"):
-            return True
-        path = path.parent / path.readlink()
-    return False
-
-
-_MOST_LINKS = 40
-"""Links that the system follows: https://man7.org/linux/man-pages/man7/path_resolution.7.html"""
-
-
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     if is_stream(path):
@@ -215,26 +194,6 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def utf8_path(path: str | Path) -> Iterator[Path]:
-    """Yield a path that libraries in Rust take: the same, or a link to it if it is not UTF-8."""
-    path = Path(path)
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError:
-        with tempfile.TemporaryDirectory() as folder:
-            link = Path(folder) / "link"
-            link.symlink_to(path.absolute())
-            yield link
-    else:
-        yield path
-
-
-def shown(path: str | Path) -> str:
-    """Return a path as text that can be shown; bytes that are not UTF-8 become question marks."""
-    return str(path).encode("utf-8", errors="replace").decode()
 
 
 def sync(path: Path) -> None:

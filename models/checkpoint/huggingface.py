@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from models.base.errors import NestlingError
-from models.base.files import utf8_path
+from models.base.paths import utf8_path
 from models.checkpoint.huggingface_config import config_from_hugging_face, config_to_hugging_face
 from models.checkpoint.weights import EMBEDDING, HEAD, dtype_name, model_from, weights_of
 from models.elastic.model import ElasticLM

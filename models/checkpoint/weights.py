@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.base.errors import NestlingError
-from models.base.files import hash_files, read_json, utf8_path
+from models.base.files import hash_files, read_json
+from models.base.paths import utf8_path
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.model import ElasticLM

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from models.base.errors import UsageError
-from models.base.files import shown
+from models.base.paths import shown
 from train.commands.common import (
     ConfigOption,
     JsonOption,
@@ -165,22 +165,20 @@ def bench(
     """Measure decoding, plain and speculative, ours and that of other engines; or, with --train, training."""
     check_json(json)
     _check_flags(context, train)
+    num_rounds = (3 if train else 5) if rounds is None else rounds
+    _check_numbers(rounds=(num_rounds, 1), num_prompts=(num_prompts, 1), max_new_tokens=(max_new_tokens, 2))
     if train:
-        _bench_training([*([model] if model else []), *context.args], config or [], rounds or 3, steps, json)
+        _bench_training([*([model] if model else []), *context.args], config or [], num_rounds, steps, json)
         return
     check_plot(plot)
-    _check_numbers(num_prompts=(num_prompts, 1), max_new_tokens=(max_new_tokens, 2), rounds=(rounds or 5, 1))
-    _check_source(model, random, alpha, {"--prompts": prompts, "--data": data})
-    if text_field is not None and data is None:
-        raise UsageError(f"--text-field {text_field}: has no effect without --data; give one of its files")
-    number = check_gamma(gamma, least=1)
+    _check_source(model, random, alpha, {"--prompts": prompts, "--data": data}, text_field)
     from models.decode.sampling.params import SamplingParams
     from train.bench.contenders import DEFAULT_EXIT, BenchSettings
     from train.bench.decode_bench import bench_decoding
 
     settings = BenchSettings(
         drafts=draft or [DEFAULT_EXIT if random else "auto"],
-        gamma=number,
+        gamma=check_gamma(gamma, least=1),
         num_prompts=num_prompts,
         max_new_tokens=max_new_tokens,
         samplings=[SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0])],
@@ -196,7 +194,7 @@ def bench(
         alpha=alpha,
         prompts=prompts,
         data=data,
-        rounds=rounds or 5,
+        rounds=num_rounds,
         console=make_console(stderr=True),
     )
     _show_decoding(results, json, plot)
@@ -220,7 +218,7 @@ def _bench_training(
     from train.commands.train import check_flags, check_sources
     from train.recipe.recipe import load_recipe
 
-    _check_numbers(rounds=(rounds, 1), steps=(steps, 1))
+    _check_numbers(steps=(steps, 1))
     for file in files:
         check_file("--config", file)
     check_flags(words)
@@ -266,7 +264,11 @@ def _check_numbers(**numbers: tuple[int, int]) -> None:
 
 
 def _check_source(
-    model: str | None, random: str | None, alpha: float | None, texts: Mapping[str, Path | str | None]
+    model: str | None,
+    random: str | None,
+    alpha: float | None,
+    texts: Mapping[str, Path | str | None],
+    text_field: str | None,
 ) -> None:
     """Check that there is one model, and one source of prompts that goes with it."""
     if (model is None) == (random is None):
@@ -279,5 +281,7 @@ def _check_source(
         raise UsageError(f"--alpha {alpha:g}: give a fraction between 0 and 1, together with --random")
     if len(asked) > 1:
         raise UsageError(f"{asked[0]} and {asked[1]} exclude each other; give one of them")
+    if text_field is not None and texts["--data"] is None:
+        raise UsageError(f"--text-field {text_field}: has no effect without --data; give one of its files")
     if (prompts := texts["--prompts"]) is not None:
         check_file("--prompts", Path(prompts))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 
-from models.base.files import is_stream
+from models.base.paths import is_stream
 from models.base.progress import progress_bar
 from train.commands.common import write_results
 from train.commands.console import make_console

@@ -20,34 +20,47 @@ from train.commands.common import (
 from train.commands.console import make_console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from models.checkpoint.folder import ModelFolder
     from models.decode.tune.tuned import Plans
+    from models.elastic.granularity import Granularity
     from train.search.drafts import Result
+
+
+DraftOption = Annotated[
+    bool, typer.Option("--draft", help="Search for the fastest draft, which --draft auto then takes.")
+]
+NumTokensOption = Annotated[int, typer.Option(help="Number of tokens to measure acceptance on.")]
+TemperaturesOption = Annotated[
+    list[float] | None,
+    typer.Option(help="Sampling temperature; 0 decodes greedily; repeatable. Default: 0 and 1."),
+]
+GranularitiesOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="G", help="Granularity to consider besides the family; repeatable."),
+]
+ConfirmOption = Annotated[
+    int, typer.Option(help="Number of drafts that are confirmed by decoding, for each temperature.")
+]
+NumPromptsOption = Annotated[int, typer.Option(help="Number of prompts that they continue.")]
+RoundsOption = Annotated[int, typer.Option(help="Number of rounds, of which medians are shown.")]
 
 
 def search(
     model: ModelArgument,
     *,
-    draft: Annotated[
-        bool, typer.Option("--draft", help="Search for the fastest draft, which --draft auto then takes.")
-    ] = False,
+    draft: DraftOption = False,
     data: DataOption,
     text_field: TextFieldOption = None,
-    num_tokens: Annotated[int, typer.Option(help="Number of tokens to measure acceptance on.")] = 4096,
-    temperature: Annotated[
-        list[float] | None,
-        typer.Option(help="Sampling temperature; 0 decodes greedily; repeatable. Default: 0 and 1."),
-    ] = None,
-    granularity: Annotated[
-        list[str] | None,
-        typer.Option(metavar="G", help="Granularity to consider besides the family; repeatable."),
-    ] = None,
-    confirm: Annotated[
-        int, typer.Option(help="Number of drafts that are confirmed by decoding, for each temperature.")
-    ] = 3,
-    num_prompts: Annotated[int, typer.Option(help="Number of prompts that they continue.")] = 12,
-    rounds: Annotated[int, typer.Option(help="Number of rounds, of which medians are shown.")] = 3,
+    num_tokens: NumTokensOption = 4096,
+    temperature: TemperaturesOption = None,
+    granularity: GranularitiesOption = None,
+    confirm: ConfirmOption = 3,
+    num_prompts: NumPromptsOption = 12,
+    rounds: RoundsOption = 3,
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
 ) -> None:
@@ -56,19 +69,12 @@ def search(
     _check(draft, data, num_tokens=num_tokens, confirm=confirm, num_prompts=num_prompts, rounds=rounds)
     from models.decode.open import open_for_decoding
     from models.decode.sampling.params import SamplingParams
-    from models.elastic.granularity import Granularity
-    from train.search.drafts import choices, search_drafts
-    from train.search.results import choice_fields, result_fields
+    from train.search.drafts import search_drafts
     from train.search.text import open_text
 
     samplings = [SamplingParams(temperature=value) for value in dict.fromkeys(temperature or [0.0, 1.0])]
     folder, dtype = open_for_decoding(model, dtype)
-    family = [
-        *folder.family.values(),
-        *(Granularity.parse(text, folder.family) for text in granularity or []),
-    ]
-    for one in family:
-        one.resolve(folder.model.config)
+    family = _candidates(folder, granularity or [])
     with progress_bar("searching", console=make_console(stderr=True)) as bar:
         text = open_text(
             folder,
@@ -91,10 +97,28 @@ def search(
         )
     settings = {"model": str(model), "data": data, "dtype": dtype, "num_tokens": num_tokens}
     settings |= {"num_prompts": num_prompts, "max_new_tokens": text.num_new, "rounds": rounds}
-    document = {"choices": choice_fields(plans := choices(result)), **result_fields(result), **settings}
-    console = make_console()
+    _finish(folder.path, result, settings, json)
+
+
+def _candidates(folder: "ModelFolder", asked: "Sequence[str]") -> "list[Granularity]":
+    """Return the family and what was asked for; each must fit the model."""
+    from models.elastic.granularity import Granularity
+
+    found = [*folder.family.values(), *(Granularity.parse(text, folder.family) for text in asked)]
+    for one in found:
+        one.resolve(folder.model.config)
+    return found
+
+
+def _finish(folder: Path, result: "Result", settings: dict[str, Any], json: Path | None) -> None:
+    """Show what was found, and keep it for `--draft auto`."""
+    from train.search.drafts import choices
+    from train.search.results import choice_fields, result_fields
+
+    plans, console, dtype = choices(result), make_console(), settings["dtype"]
+    document = {"choices": choice_fields(plans), **result_fields(result), **settings}
     _show(result, plans, console)
-    _keep(folder.path, plans, document["results"], dtype, console)
+    _keep(folder, plans, document["results"], dtype, console)
     write_results(json, document, dtypes={"model": dtype})
 
 

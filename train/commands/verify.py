@@ -1,8 +1,11 @@
 """`nestling verify`: the distribution tests on the user's own model; see models/verify/plan.py."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from models.base.errors import UsageError
 from models.base.progress import progress_bar
@@ -16,28 +19,40 @@ from train.commands.common import (
 )
 from train.commands.console import make_console
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from models.verify.checks import Check
+
+
+DraftsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="G[@int4|int8|bf16]|DIR",
+        help="Draft to test: a member of the family, or another model folder; repeatable. Default: the "
+        "whole family. An adversarial draft, copied text, a controller and batches are tested too.",
+    ),
+]
+VerifiersOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="token|block|coupled", help="Verifier to test; repeatable. Default: all."),
+]
+PromptsOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Text to continue; repeatable. Default: a few headings."),
+]
+TrialsOption = Annotated[int, typer.Option(help="Number of texts drawn for each test of counts.")]
+LengthOption = Annotated[int, typer.Option(help="Length of the texts that must be identical.")]
+
 
 def verify(
     model: ModelArgument,
     *,
-    draft: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="G[@int4|int8|bf16]|DIR",
-            help="Draft to test: a member of the family, or another model folder; repeatable. Default: the "
-            "whole family. An adversarial draft, copied text, a controller and batches are tested too.",
-        ),
-    ] = None,
-    verifier: Annotated[
-        list[str] | None,
-        typer.Option(metavar="token|block|coupled", help="Verifier to test; repeatable. Default: all."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="Text to continue; repeatable. Default: a few headings."),
-    ] = None,
-    trials: Annotated[int, typer.Option(help="Number of texts drawn for each test of counts.")] = 10_000,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the texts that must be identical.")] = 64,
+    draft: DraftsOption = None,
+    verifier: VerifiersOption = None,
+    prompt: PromptsOption = None,
+    trials: TrialsOption = 10_000,
+    max_new_tokens: LengthOption = 64,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
@@ -50,8 +65,7 @@ def verify(
     from models.decode.open import open_for_decoding
     from models.decode.sampling.samplers import VERIFIER_NAMES, check_verifier
     from models.verify.inputs import choose_drafts, encode
-    from models.verify.plan import FALSE_ALARM, plan_checks
-    from models.verify.report import LEGEND, check_fields, check_table, require_passed
+    from models.verify.plan import plan_checks
 
     verifiers = list(dict.fromkeys(verifier or VERIFIER_NAMES))
     for name in verifiers:
@@ -74,20 +88,28 @@ def verify(
             length=min(max_new_tokens, context - longest),
             seed=seed,
         )
+    settings = {"model": str(model), "trials": trials, "max_new_tokens": max_new_tokens, "seed": seed}
+    _run(jobs, settings, dtype, json, console)
+
+
+def _run(
+    jobs: "Sequence[Callable[[], Check]]",
+    settings: Mapping[str, Any],
+    dtype: str,
+    json: Path | None,
+    console: Console,
+) -> None:
+    """Run the tests, show and write their outcome, and fail if one of them did."""
+    from models.verify.plan import FALSE_ALARM
+    from models.verify.report import LEGEND, check_fields, check_table, require_passed
+
     checks = []
     with progress_bar("verifying", len(jobs), console=console) as bar:
         for job in jobs:
             checks.append(job())
             bar.advance()
-    title = f"{model}: {sum(check.passed for check in checks)} of {len(checks)} hold"
+    title = f"{settings['model']}: {sum(check.passed for check in checks)} of {len(checks)} hold"
     make_console().print(check_table(checks).to_rich(title=title, caption=LEGEND))
-    results = {
-        **check_fields(checks),
-        "model": str(model),
-        "false_alarm": FALSE_ALARM,
-        "trials": trials,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
+    results = {**check_fields(checks), "false_alarm": FALSE_ALARM, **settings}
     write_results(json, results, dtypes={"model": dtype})
     require_passed(checks)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import naming, read_json, shown
+from models.base.files import naming, read_json
+from models.base.paths import shown
 from models.checkpoint.family import FAMILY_FILE, Member, read_family
 from models.checkpoint.huggingface_config import config_from_hugging_face
 from models.elastic.config import ElasticConfig

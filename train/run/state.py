@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import hash_files, read_json, remove_folder, utf8_path, write_folder, write_json
+from models.base.files import hash_files, read_json, remove_folder, write_folder, write_json
+from models.base.paths import utf8_path
 from models.checkpoint.weights import WEIGHTS, write_weights
 from models.elastic.model import ElasticLM
 from train.recipe.recipe import Recipe
