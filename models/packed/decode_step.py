@@ -87,8 +87,8 @@ class _Request(ctypes.Structure):
     ]
 
 
-class NativeStep:
-    """A compiled pass over members of one model, in one dtype of weights; see `native_step`."""
+class DecodeStep:
+    """A compiled pass over members of one model, in one dtype of weights; see `make_decode_step`."""
 
     def __init__(self, model: ElasticLM, dtype: torch.dtype, compiled: ctypes.CDLL) -> None:
         self._model, self._dtype, self._run = model, dtype, compiled.nestling_step
@@ -248,7 +248,7 @@ class _Member(NamedTuple):
     """The objects that own what the addresses in `model` point to."""
 
 
-def native_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep | None:
+def make_decode_step(model: ElasticLM, dtype: torch.dtype) -> DecodeStep | None:
     """Return a compiled pass for the model in a dtype of weights, int8 and int4 among them, or None.
 
     Only torch's kernels run on a GPU, in fp16 and fp64, where nothing could be compiled, and for
@@ -257,7 +257,7 @@ def native_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep | None:
     stored = (torch.float32, torch.bfloat16)
     fits = dtype in TYPES and model.dtype in stored and model.device.type == "cpu"
     compiled = library() if fits and supports(model.config) else None
-    return None if compiled is None else NativeStep(model, dtype, compiled)
+    return None if compiled is None else DecodeStep(model, dtype, compiled)
 
 
 def supports(config: ElasticConfig) -> bool:

@@ -26,7 +26,7 @@ from models.elastic.linear import NestedLinear
 from models.elastic.model import ElasticLM
 from models.elastic.request import Head, Request
 from models.kernels.codes import FOUR_BITS, int8_product, quantize
-from models.packed.decode_step import native_step
+from models.packed.decode_step import make_decode_step
 
 INT8 = "int8"
 INT4 = "int4"
@@ -72,11 +72,11 @@ class PackedLM(ElasticLM):
             _check_codes(precision, source.device)
         dtype = DTYPES.get(precision)
         self.precision = precision
-        self.native = native_step(source, dtype or _CODES[precision])
+        self.decode_step = make_decode_step(source, dtype or _CODES[precision])
         self.load_state_dict(source.state_dict(keep_vars=True), assign=True)
         self.rotary = source.rotary
         self.train(source.training)
-        if self.native is None or dtype != source.dtype or isinstance(source, PackedLM):
+        if self.decode_step is None or dtype != source.dtype or isinstance(source, PackedLM):
             for module in list(self.modules()):
                 for name, child in list(module.named_children()):
                     if isinstance(child, nn.Linear):
@@ -85,7 +85,7 @@ class PackedLM(ElasticLM):
     @property
     def can_draw(self) -> bool:
         """See `ElasticLM.can_draw`."""
-        return self.native is not None
+        return self.decode_step is not None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -101,9 +101,9 @@ class PackedLM(ElasticLM):
         self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None
     ) -> Tensor:
         """See `ElasticLM.run`; it is one call of compiled code where it can be."""
-        if self.native is None:
+        if self.decode_step is None:
             return super().run(requests, granularity, head)
-        return self.native(requests, granularity, head)
+        return self.decode_step(requests, granularity, head)
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """See `ElasticLM.head`; logits are in the wider of the weights' and the pass's dtype."""
@@ -140,8 +140,8 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
         UsageError: if the member does not fit the model.
     """
     before = packed_bytes(model)
-    if isinstance(model, PackedLM) and model.native is not None:
-        model.native.prepare(granularity)
+    if isinstance(model, PackedLM) and model.decode_step is not None:
+        model.decode_step.prepare(granularity)
     else:
         device = model.device
         with torch.inference_mode():
@@ -151,9 +151,9 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
 
 def packed_bytes(model: ElasticLM) -> int:
     """Return the bytes of the weights packed so far, which come on top of the source's."""
-    native = model.native if isinstance(model, PackedLM) else None
+    step = model.decode_step if isinstance(model, PackedLM) else None
     packed = sum(module.num_bytes for module in model.modules() if isinstance(module, QuantizedLinear))
-    return packed + (0 if native is None else native.num_bytes)
+    return packed + (0 if step is None else step.num_bytes)
 
 
 class QuantizedLinear(NestedLinear):

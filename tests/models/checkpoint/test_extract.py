@@ -99,7 +99,7 @@ print(*ids[0].tolist())
 """
 
 
-def test_a_stranger_without_our_code_gets_the_same_ids(tiny_config: ElasticConfig, tmp_path: Path) -> None:
+def test_a_process_without_our_code_gets_the_same_ids(tiny_config: ElasticConfig, tmp_path: Path) -> None:
     family = make_folder(tmp_path / "model", tiny_config)
     member = Granularity.parse("ffn=0.25,heads=0.5,layers=0:2")
     out = extract(family, member, tmp_path / "out")

@@ -76,7 +76,7 @@ def test_what_it_cannot_run_is_left_to_torch() -> None:
     assert compiled_product(torch.ones(4, 5, dtype=torch.bfloat16)) is None
 
 
-def test_panels_are_the_weight_laid_out_anew_and_heads_begin_panels() -> None:
+def test_panels_are_the_weight_in_another_layout_and_heads_begin_panels() -> None:
     weight_OI = torch.arange(2 * 24 * 6, dtype=torch.float32).view(48, 6)
     heads = make_panels(weight_OI, dtype=torch.float32, head_dim=24).weight
     assert heads.shape == (2, 6, 32, 1)

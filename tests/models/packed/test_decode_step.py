@@ -22,8 +22,8 @@ from models.kernels.sample import Draws
 from models.packed.decode_step import (
     COMPUTED,
     UNRELATED,
-    NativeStep,
-    native_step,
+    DecodeStep,
+    make_decode_step,
     supports,
 )
 from models.packed.quantize import pack
@@ -62,8 +62,8 @@ def stored_as(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.float32
 
 
-def make_step(model: ElasticLM, dtype: torch.dtype) -> NativeStep:
-    step = native_step(model, dtype)
+def make_step(model: ElasticLM, dtype: torch.dtype) -> DecodeStep:
+    step = make_decode_step(model, dtype)
     assert step is not None
     return step
 
@@ -190,7 +190,7 @@ def test_weights_may_be_in_another_dtype_than_the_store(tiny_config: ElasticConf
 def test_what_it_cannot_run_is_left_to_torch(
     dtype: torch.dtype, fields: dict[str, int], tiny_config: ElasticConfig
 ) -> None:
-    assert native_step(make_model(tiny_config, dtype, **fields), dtype) is None
+    assert make_decode_step(make_model(tiny_config, dtype, **fields), dtype) is None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ def test_a_configuration_that_it_does_not_know_is_left_to_torch(tiny_config: Ela
     assert supports(without)
     assert not supports(with_flag)
     model = make_model(with_flag)
-    assert native_step(model, torch.float32) is None
+    assert make_decode_step(model, torch.float32) is None
     assert not pack(model, "int8").can_draw
     assert pack(make_model(without), "int8").can_draw
 

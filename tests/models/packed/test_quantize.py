@@ -12,7 +12,7 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.request import Request
 from models.elastic.view import View
-from models.packed import decode_step as native
+from models.packed import decode_step
 from models.packed.quantize import QuantizedLinear, pack, packed_bytes, prepare, split_precision
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -26,7 +26,7 @@ RTOL = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.06, "int4": 0.5}
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds with either."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(decode_step, "library", lambda: None)
 
 
 @torch.inference_mode()
@@ -65,9 +65,9 @@ def test_an_int8_tokens_products_do_not_depend_on_its_companions() -> None:
     linear = QuantizedLinear(nn.Linear(64, 48), "int8")
     x_TD = torch.randn(9, 64)
     x_TD[3] *= 1000  # one range for all rows would leave the others no bits
-    together_TO = linear(x_TD)
+    all_TO = linear(x_TD)
     for t in range(9):
-        torch.testing.assert_close(linear(x_TD[t : t + 1])[0], together_TO[t], rtol=0, atol=0)
+        torch.testing.assert_close(linear(x_TD[t : t + 1])[0], all_TO[t], rtol=0, atol=0)
 
 
 @torch.inference_mode()
@@ -127,7 +127,7 @@ def test_a_packed_copy_shares_the_sources_tensors_and_leaves_it_as_it_was(tiny_m
 def test_only_the_asked_member_is_packed_and_its_bytes_are_told(tiny_model: ElasticLM) -> None:
     packed = pack(tiny_model, "int8", Granularity.parse("ffn=0.25,layers=0"))
     # Where decoding is compiled a head of 8, and the 16 neurons, take panels of 32.
-    heads, ffn = (8 * 8, 16) if packed.native is None else (8 * 32, 32)
+    heads, ffn = (8 * 8, 16) if packed.decode_step is None else (8 * 32, 32)
     attention, mlp = heads * (32 + 4) + 32 * (32 + 4), 2 * ffn * (32 + 4) + 32 * (16 + 4)
     assert packed_bytes(packed) == attention + mlp + 64 * (32 + 4)
     assert packed_bytes(tiny_model) == 0
@@ -136,7 +136,7 @@ def test_only_the_asked_member_is_packed_and_its_bytes_are_told(tiny_model: Elas
 
 def test_4_bits_take_half_of_8_where_decoding_is_compiled(tiny_model: ElasticLM) -> None:
     eight, four = pack(tiny_model, "int8"), pack(tiny_model, "int4")
-    if four.native is None:
+    if four.decode_step is None:
         pytest.skip("torch's kernels compute with the rounded weights in fp32")
     heads = 8 * 32  # each of 8 takes a panel of 32
     weights = 4 * (heads * 32 + 32 * 32 + 3 * 64 * 32) + 64 * 32
@@ -147,13 +147,13 @@ def test_all_members_of_a_dtype_share_what_is_packed(tiny_model: ElasticLM) -> N
     packed = pack(tiny_model, "bf16")
     heads, rest = 4 + 2 * 2, 2 * (4 * (32 * 32 + 3 * 64 * 32) + 64 * 32)
     # Where decoding is compiled a head of 8 takes a panel of 32.
-    width = 8 if packed.native is None else 32
+    width = 8 if packed.decode_step is None else 32
     assert packed_bytes(packed) == rest + 2 * 4 * heads * width * 32
-    if packed.native is not None:
+    if packed.decode_step is not None:
         assert prepare(packed, Granularity.parse("ffn=0.25,heads=0.5,layers=0")) == 0
 
 
-def test_a_packed_copy_is_packed_anew_from_the_weights(tiny_model: ElasticLM) -> None:
+def test_a_packed_copy_is_packed_again_from_the_weights(tiny_model: ElasticLM) -> None:
     twice = pack(pack(tiny_model, "int8"), "fp32", FULL)
     torch.testing.assert_close(logits(twice), logits(tiny_model), rtol=1e-5, atol=1e-5)
 
