@@ -246,7 +246,7 @@ def test_random_weights_need_no_model_and_are_told_everywhere(
         (["--random", "7B"], "--random 7B is not a size; choose from 15M, 60M, 125M, 350M, 1B"),
         (["model", "--random", "15M"], "MODEL model and --random 15M exclude each other"),
         (["--random", "15M", "--alpha", "1.5"], "--alpha 1.5: give a fraction between 0 and 1"),
-        (["model", "--alpha", "0.5"], "--alpha 0.5: give a share between 0 and 1, together with --random"),
+        (["model", "--alpha", "0.5"], "--alpha 0.5: give a fraction between 0 and 1, together with --random"),
         (["--random", "15M", "--draft", "ffn=0.5"], "with --random it is the first layers at full width"),
         (["--random", "15M", "--data", "a.txt"], "--data a.txt has no effect with --random"),
         (["--random", "15M", "--temperature", "0", "--temperature", "1"], "--random takes one --temperature"),
@@ -312,3 +312,19 @@ def test_the_number_of_threads_is_the_machine_cards(folder: Path, bench: Bench) 
         assert (code, torch.get_num_threads()) == (0, 1), err
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--train", "--gamma", "4"], "--gamma has no effect with --train"),
+        (["model", "--steps", "4"], "--steps has an effect with --train only"),
+        (["model", "--gama", "4"], "No such option: --gama; did you mean --gamma?"),
+        (["--train", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["--train", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_decoding_and_training_take_flags_of_their_own(
+    bench: Bench, arguments: list[str], named: str
+) -> None:
+    assert_refused(bench(*arguments), 2, named)
