@@ -44,7 +44,12 @@ INLINE void mix_all(int type, int queries, const float *scores, size_t stride, c
     for (; i + BLOCK_VECTORS * LANES <= size; i += BLOCK_VECTORS * LANES)
         mix(type, queries, BLOCK_VECTORS, scores, stride, values, at + i, count, size, mixed + i);
     for (; i + LANES <= size; i += LANES)
-        mix(type, queries, 1, scores, stride, values, at + i, count, size, mixed + i);
+        if (LANES == 16)
+            mix(type, queries, 1, scores, stride, values, at + i, count, size, mixed + i);
+        else /* sizes that are no multiple of 16 are rare, and copies of this code take time to compile */
+            for (int q = 0; q < queries; q++)
+                mix(type, 1, 1, scores + q * stride, stride, values, at + i, count, size,
+                    mixed + q * size + i);
     for (; i < size; i++)
         for (int q = 0; q < queries; q++) {
             float sum = 0;

@@ -28,9 +28,12 @@ INLINE void product_of(int type, const words *weights, const float *scales, int 
     by_vectors(type, weights, scales, n, input, y, stride);
 }
 
-/* The same of a map's panel. */
-static __attribute__((noinline)) void product(Map map, int panel, int n, Input input, float *y,
-                                              size_t stride) {
+/* The same of a map's panel. Its code is long: gcc would make copies of it for types that are known. */
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((noclone))
+#endif
+static
+    __attribute__((noinline)) void product(Map map, int panel, int n, Input input, float *y, size_t stride) {
     const words *weights = (const words *)map.panels + (size_t)panel * map.entries * VECTORS;
     if (map.type == INT4)
         product_of(INT4, weights, map.scales + panel * PANEL, n, input, y, stride);

@@ -102,10 +102,12 @@ INLINE int rows_of_block(int type) { return type == BF16 && LANES == 8 ? BLOCK_R
             block(type, count, VECTORS, weights, scales, 0, n, n, input, 0, y, stride,                       \
                   (const char *)(weights + AHEAD * VECTORS), VECTORS * sizeof(words));                       \
         return;
-#define MORE_ROWS(count)                                                                                     \
+#define MORE_ROWS(count) /* of those that an even split comes to */                                          \
     case count:                                                                                              \
-        block(type, count, BLOCK_VECTORS, weights + from, scales + from * LANES, begin, end, n, input, row,  \
-              y + row * stride + from * LANES, stride, next, bytes);                                         \
+        if (count <= rows_of_block(type) &&                                                                  \
+            (count * PARTS > BLOCK_ROWS || 2 * count >= rows_of_block(type)))                                \
+            block(type, count, BLOCK_VECTORS, weights + from, scales + from * LANES, begin, end, n, input,   \
+                  row, y + row * stride + from * LANES, stride, next, bytes);                                \
         break;
 
 INLINE void by_vectors(int type, const words *weights, const float *scales, int depth, Input input, float *y,
