@@ -6,6 +6,7 @@ from typing import Any
 from models.decode.decoder import Decoder
 from models.decode.engine.drafters import DRAFTERS
 from models.decode.engine.report import Report
+from models.packed.quantize import runs_on
 
 
 def setting_fields(decoder: Decoder, *, seed: int, in_batch: bool) -> dict[str, Any]:
@@ -16,6 +17,7 @@ def setting_fields(decoder: Decoder, *, seed: int, in_batch: bool) -> dict[str, 
         "verifier": drafting.verifier,
         "seed": seed,
         "dtype": decoder.dtype,
+        "kernels": runs_on(decoder.folder.model),
         "draft": drafting.name,
         "gamma": _gamma(decoder, in_batch),
         "draft_dtype": drafting.precision or decoder.dtype,
@@ -24,12 +26,13 @@ def setting_fields(decoder: Decoder, *, seed: int, in_batch: bool) -> dict[str, 
 
 
 def describe_draft(decoder: Decoder, *, in_batch: bool) -> str:
-    """Name the draft, how much it drafts, and the model's dtype."""
+    """Name the draft, how much it drafts, the model's dtype, and the kernels that run it."""
     drafting, gamma = decoder.drafting, _gamma(decoder, in_batch)
     note = f" ({drafting.note})" if drafting.note else ""
     others = f" or {', '.join(DRAFTERS)}" if drafting.copies and not in_batch else ""
     number = f", gamma {gamma}" if gamma else ""
-    return f"draft {drafting.name}{note}{others}{number} · {decoder.dtype}"
+    kernels = runs_on(decoder.folder.model)
+    return f"draft {drafting.name}{note}{others}{number} · {decoder.dtype}, {kernels}"
 
 
 def summarize(report: Report, draft: str) -> str:

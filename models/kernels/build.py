@@ -1,7 +1,8 @@
 """The C sources, compiled once for this processor by the user's own C compiler; the libraries are kept.
 
-It takes three to eight seconds, once, and needs a C compiler with OpenMP (gcc or clang; `CC` names another).
-Without one, everything runs on torch's kernels. `NESTLING_NATIVE=0` asks for that.
+Decoding's part takes about five seconds, training's two or three; each is built when it is first needed,
+which is said on stderr. It needs a C compiler with OpenMP (gcc or clang; `CC` names another). Without one,
+everything runs on torch's kernels. `NESTLING_NATIVE=0` asks for that.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from models.base.errors import NestlingError, UsageError
@@ -29,7 +31,8 @@ FLAGS = (
     # By default gcc stores 256-bit halves on Intel, and a 512-bit load of both must wait for them.
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
-BUILD_SECONDS = 120
+BUILD_SECONDS = 600  # a slow machine that is busy, too: whoever waits is told for what
+APPLE_HINT = "Apple's clang has no OpenMP: run `brew install gcc` and set CC=gcc-15, or what it installed"
 SWITCH = "NESTLING_NATIVE"
 
 _log = logging.getLogger(__name__)
@@ -84,13 +87,15 @@ def build(name: str = "decode_step", *, cache_dir: Path | None = None) -> Path:
         )
     if path.exists():
         return path
+    sys.stderr.write(f"compiling for this processor, once ({SOURCES[name][1]}) ...\n")
     try:
         with write_file(path) as partial:
             command = [*compiler, *FLAGS, str(source), "-o", str(partial), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["it says nothing"]
-        raise NestlingError(f"{shlex.join(compiler)} cannot compile {source}: {lines[0]}") from None
+        reason = APPLE_HINT if sys.platform == "darwin" and "-fopenmp" in error.stderr else lines[0]
+        raise NestlingError(f"{shlex.join(compiler)} cannot compile {source}: {reason}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NestlingError(f"{path}: {error}") from None
     return path
@@ -127,3 +132,11 @@ def load(path: Path, name: str = "decode_step") -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise NestlingError(f"{path} cannot be loaded ({error}); remove it") from None
     return loaded
+
+
+def kernels_name() -> str:
+    """Name what a pass of decoding runs on: compiled code and its instruction set, or torch's kernels."""
+    loaded = library()
+    if loaded is None:
+        return "torch's kernels"
+    return f"compiled for {(ctypes.c_char * 32).in_dll(loaded, 'nestling_instructions').value.decode()}"

@@ -16,12 +16,12 @@ INLINE lanes fused(lanes a, lanes b, lanes c) {
 #endif
 }
 
-INLINE lanes select(ints mask, lanes a, lanes b) { return (lanes)(((ints)a & mask) | ((ints)b & ~mask)); }
+INLINE lanes where(ints mask, lanes a, lanes b) { return (lanes)(((ints)a & mask) | ((ints)b & ~mask)); }
 
 /* a > b ? a : b, and a < b ? a : b, which say what becomes of NaN. */
-INLINE lanes larger(lanes a, lanes b) { return select(a > b, a, b); }
+INLINE lanes larger(lanes a, lanes b) { return where(a > b, a, b); }
 
-INLINE lanes smaller(lanes a, lanes b) { return select(a < b, a, b); }
+INLINE lanes smaller(lanes a, lanes b) { return where(a < b, a, b); }
 
 INLINE lanes load_bf16(const uint16_t *from) {
     lanes values;

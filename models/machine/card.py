@@ -31,7 +31,7 @@ from models.base.numbers import NOTHING, size
 from models.base.processor import Load, busy_now, memory_bytes, processor_name, usable_cores
 from models.base.stopwatch import Clock
 from models.base.table import Table
-from models.kernels.build import library
+from models.kernels.build import kernels_name, library
 from models.machine.probe import DeviceRates, DtypeRates, measure_device
 from models.machine.threads import thread_counts
 
@@ -189,7 +189,7 @@ def facts(card: MachineCard) -> list[tuple[str, str]]:
         ("memory read", f"{card.device.read_gbps:.1f} GB/s"),
         ("trains in", training_dtype(card)),
         ("decodes in", decoding_dtype(card)),
-        ("decodes by", "the compiled step" if library() is not None else "torch's kernels"),
+        ("decodes by", kernels_name()),
         ("measured", f"{card.measured}; a typical run took {card.device.noise:.0%} longer than the shortest"),
     ]
     if card.busy:

@@ -25,6 +25,7 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.linear import NestedLinear
 from models.elastic.model import ElasticLM
 from models.elastic.request import Head, Request
+from models.kernels.build import kernels_name
 from models.kernels.codes import FOUR_BITS, int8_product, quantize
 from models.packed.decode_step import make_decode_step
 
@@ -147,6 +148,12 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
         with torch.inference_mode():
             model(torch.zeros(1, 1, dtype=torch.long, device=device), granularity)
     return packed_bytes(model) - before
+
+
+def runs_on(model: ElasticLM) -> str:
+    """Name the kernels that a model's passes run on."""
+    compiled = isinstance(model, PackedLM) and model.decode_step is not None
+    return kernels_name() if compiled else "torch's kernels"
 
 
 def packed_bytes(model: ElasticLM) -> int:

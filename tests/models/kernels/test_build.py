@@ -8,7 +8,7 @@ import pytest
 
 from models.base.errors import NestlingError, UsageError
 from models.kernels import build as building
-from models.kernels.build import SOURCES, build, library, load
+from models.kernels.build import SOURCES, build, kernels_name, library, load
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,21 @@ def test_it_is_compiled_once_and_loads(compiled: None, name: str, tmp_path: Path
     assert path.stat().st_mtime_ns == written
     assert [*path.parent.iterdir()] == [path]
     assert getattr(load(path, name), SOURCES[name][0]) is not None
+
+
+def test_compiling_is_announced_once(
+    compiled: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(cache_dir=tmp_path)
+    assert capsys.readouterr().err == "compiling for this processor, once (decoding) ...\n"
+    build(cache_dir=tmp_path)
+    assert not capsys.readouterr().err
+
+
+def test_what_runs_is_named(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels_name().startswith("compiled for A")
+    monkeypatch.setattr(building, "library", lambda: None)
+    assert kernels_name() == "torch's kernels"
 
 
 @pytest.mark.parametrize(
