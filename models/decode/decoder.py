@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from models.base.errors import NestlingError, UsageError
 from models.checkpoint.chat import Message, render_chat
 from models.checkpoint.folder import ModelFolder
-from models.decode.engine.generation_config import GenerationConfig
+from models.decode.engine.generation_config import GenerationConfig, changed
 from models.decode.engine.policy import NO_DRAFT
 from models.decode.open import open_for_decoding
 from models.decode.sampling.params import GREEDY, SamplingParams
@@ -43,13 +43,16 @@ class Decoder:
         Args:
             prompt: the text to continue, or its token ids; if empty, the model's start (or end)
                 token stands for it.
-            changes: fields of `GenerationConfig` for this text, such as max_new_tokens, stop and seed.
+            changes: settings for this text, as `changed` takes them: max_new_tokens, temperature, seed.
 
         Raises:
             UsageError: if the prompt leaves no room in the context, or is empty without a start token.
         """
-        policy = make_policy(self.folder, self.drafting, self.config.params)
-        return stream_text(self.folder.model, self.tokenizer, prompt, self.config, policy=policy, **changes)
+        config, drafting = changed(self.config, changes), self.drafting
+        if config.params != self.config.params and not config.params.is_greedy:
+            drafting = replace(drafting, adapts=False)  # the clock must not decide the text
+        policy = make_policy(self.folder, drafting, config.params)
+        return stream_text(self.folder.model, self.tokenizer, prompt, config, policy=policy)
 
     def generate(self, prompt: TextOrIds, **changes: Any) -> GenerationResult:
         """Continue a prompt; the arguments are those of `stream`."""
@@ -87,14 +90,14 @@ class Decoder:
         Rounds take as long as their companions', and a clock tells nothing of a draft: every text drafts
         `drafting.gamma` tokens a round.
         """
+        config = changed(self.config, changes)
         drafting = replace(self.drafting, adapts=False, costs=None)
         return generate_batch(
             self.folder.model,
             self.tokenizer,
             prompts,
-            self.config,
-            new_policy=lambda: make_policy(self.folder, drafting, self.config.params),
-            **changes,
+            config,
+            new_policy=lambda: make_policy(self.folder, drafting, config.params),
         )
 
 

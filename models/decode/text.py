@@ -4,15 +4,15 @@ What follows a stop string, the rest of the block included, is neither shown nor
 is plain decoding's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from models.base.errors import UsageError
 from models.decode.detokenize import Detokenizer, StopStrings, Tokenizer
 from models.decode.engine.draft import Draft
 from models.decode.engine.engine import Stream, stream, stream_batch
-from models.decode.engine.generation_config import DEFAULT, GenerationConfig
+from models.decode.engine.generation_config import DEFAULT, GenerationConfig, changed
 from models.decode.engine.policy import Policy
 from models.decode.engine.report import Report
 from models.elastic.view import Model
@@ -71,10 +71,10 @@ def stream_text(
     Raises:
         UsageError: as `engine.stream`, and for an empty prompt without a start token.
     """
-    config = replace(config, **changes)
-    prompt_ids = _encode(target, tokenizer, prompt)
+    config = changed(config, changes)
+    prompt_ids = encode_prompt(target, tokenizer, prompt)
     tokens = stream(target, prompt_ids, config, draft=draft, gamma=gamma, policy=policy)
-    return TextStream(tokens, Detokenizer(tokenizer, prompt_ids), StopStrings(config.stop))
+    return TextStream(tokens, Detokenizer(tokenizer, prompt_ids), StopStrings(config.stop_texts))
 
 
 def generate_batch(
@@ -101,11 +101,13 @@ def generate_batch(
     Raises:
         UsageError: as `stream_text`, for any of the prompts.
     """
-    config = replace(config, **changes)
-    prompt_ids = [_encode(target, tokenizer, prompt) for prompt in prompts]
+    config = changed(config, changes)
+    if isinstance(prompts, str):
+        raise UsageError("prompts is one text: give a list of texts, or call generate")
+    prompt_ids = [encode_prompt(target, tokenizer, prompt) for prompt in prompts]
     streams = stream_batch(target, prompt_ids, config, new_policy=new_policy)
     texts = [
-        TextStream(tokens, Detokenizer(tokenizer, ids), StopStrings(config.stop))
+        TextStream(tokens, Detokenizer(tokenizer, ids), StopStrings(config.stop_texts))
         for tokens, ids in zip(streams, prompt_ids, strict=True)
     ]
     going = list(texts)
@@ -154,9 +156,30 @@ class TextStream(Iterator[Piece]):
         yield Piece(rest, drafted)
 
 
-def _encode(target: Model, tokenizer: Tokenizer, prompt: TextOrIds) -> list[int]:
-    ids = tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
-    return ids or _start_of_text(target)
+def encode_prompt(target: Model, tokenizer: Tokenizer, prompt: TextOrIds) -> list[int]:
+    """Return the token ids of a prompt: of a text, or ids as they are; the start of a text stands for none.
+
+    Raises:
+        UsageError: if it is neither, or no text that UTF-8 can hold.
+    """
+    size = target.full.config.vocab_size
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"--prompt {prompt!r} is not UTF-8 text; encode it so") from None
+        return tokenizer.encode(prompt).ids or _start_of_text(target)
+    if isinstance(prompt, bytes) or not all(_is_token(token, size) for token in _items(prompt)):
+        raise UsageError(f"prompt={prompt} is neither a text nor a list of token ids below {size}")
+    return [int(token) for token in prompt] or _start_of_text(target)
+
+
+def _items(value: object) -> list[object]:
+    return list(value) if isinstance(value, Iterable) else [value, None]
+
+
+def _is_token(value: object, size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
 
 
 def _start_of_text(target: Model) -> list[int]:

@@ -162,7 +162,7 @@ def _request(
 ) -> "_Request":
     limit = _num_new_tokens(target, prompt_ids, config.max_new_tokens)
     policy.check(target)
-    eos_token_ids = config.eos_token_ids
+    eos_token_ids = config.end_tokens
     if eos_token_ids is None:
         eos_token_ids = target.full.config.eos_token_ids
     cache = target.full.new_cache(len(prompt_ids) + limit)

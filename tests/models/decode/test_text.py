@@ -167,3 +167,33 @@ def test_logits_that_are_no_numbers_end_in_one_line(byte_tokenizer: Tokenizer) -
     model.lm_head.weight.fill_(1e38)
     with pytest.raises(NestlingError, match=r"logits are not numbers.*--dtype fp32"):
         stream_text(model, byte_tokenizer, PROMPT).finish()
+
+
+def test_a_prompt_may_be_token_ids(byte_tokenizer: Tokenizer) -> None:
+    model = parrot(byte_tokenizer)
+    ids = byte_tokenizer.encode(PROMPT).ids
+    assert stream_text(model, byte_tokenizer, ids).finish().text == TEXT
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"a", ["a"], [1, 99999], [-1], [True]])
+def test_a_prompt_that_is_neither_text_nor_ids_is_named(prompt: Any, byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(UsageError, match="neither a text nor a list of token ids below 257"):
+        stream_text(parrot(byte_tokenizer), byte_tokenizer, prompt)
+
+
+def test_one_text_is_no_batch(byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(UsageError, match="prompts is one text"):
+        generate_batch(parrot(byte_tokenizer), byte_tokenizer, "ab", new_policy=partial(Fixed, None, 0))
+
+
+def test_settings_go_by_the_names_that_hugging_face_gives_them(byte_tokenizer: Tokenizer) -> None:
+    model = parrot(byte_tokenizer)
+    (other,) = byte_tokenizer.encode("c").ids
+    upto = TEXT[: TEXT.index("c")]
+    assert stream_text(model, byte_tokenizer, PROMPT, eos_token_id=other).finish().text == upto
+    assert stream_text(model, byte_tokenizer, PROMPT, stop_strings="c").finish().text == upto
+    assert (
+        stream_text(model, byte_tokenizer, PROMPT, stop=None, top_k=1, temperature=1.0).finish().text == TEXT
+    )
+    with pytest.raises(UsageError, match=r"tempratur is no setting .*did you mean temperature\?"):
+        stream_text(model, byte_tokenizer, PROMPT, tempratur=1.0)

@@ -23,6 +23,7 @@ from models.checkpoint.folder import load_model, save_model
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.kernels.build import SOURCES, library
 from train.cli import main
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -151,6 +152,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = {"S": Granularity(ffn=(0.5,)), "D": Granularity(layers=(0,)), "XL": FULL}
     path = tmp_path_factory.mktemp("fuzz") / "model"
     return save_model(path, model, tokenizer=byte_level_tokenizer(), family=family)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_before() -> None:
+    """Compiling, once for a machine, is no part of the minute."""
+    for name in SOURCES:
+        library(name)
 
 
 def generate(folder: Path, *more: str) -> list[str]:
