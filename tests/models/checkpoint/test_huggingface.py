@@ -186,7 +186,7 @@ def test_a_window_that_no_context_outgrows_is_no_window() -> None:
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding_window=4096"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "layer_types="),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
-        ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id='2'"),
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"hidden_size": None}, "hidden_size=None"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True"),

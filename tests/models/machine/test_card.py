@@ -8,7 +8,7 @@ import torch
 
 from models.base.dtypes import DTYPES
 from models.base.errors import NestlingError, UsageError
-from models.base.processor import Load, processor_name, usable_cores
+from models.base.processor import Load, processor_name
 from models.base.stopwatch import Work, alternate
 from models.machine.card import (
     Machine,
@@ -92,7 +92,10 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones() -> None:
         resolve_dtype("float8", card(ZEN_5), purpose="training")
 
 
-def test_threads_are_those_that_measured_best_unless_the_machine_was_busy() -> None:
+def test_threads_are_those_that_measured_best_unless_the_machine_was_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("models.machine.card.usable_cores", lambda: 4)
     quiet, busy = card(ZEN_5), card(ZEN_5, busy=True)
     assert num_threads(quiet, "bf16", purpose="training") == 2
     assert num_threads(quiet, "bf16", purpose="decoding") == 1
@@ -256,14 +259,6 @@ def test_our_own_work_is_not_a_disturbance(tmp_path: Path) -> None:
 
 def test_a_system_that_does_not_tell_its_load_is_never_busy(tmp_path: Path) -> None:
     assert not Load.now(tmp_path / "absent").is_busy(Load.now(tmp_path / "absent"))
-
-
-def test_a_containers_quota_limits_the_cores(tmp_path: Path) -> None:
-    everything = usable_cores(tmp_path / "absent")
-    assert usable_cores(write(tmp_path / "cpu.max", "max 100000\n")) == everything
-    assert usable_cores(write(tmp_path / "cpu.max", "100000 100000\n")) == 1
-    assert usable_cores(write(tmp_path / "cpu.max", "50000 100000\n")) == 1
-    assert usable_cores(write(tmp_path / "cpu.max", "99900000 100000\n")) == everything
 
 
 def test_a_processor_is_named_by_its_model_and_features(tmp_path: Path) -> None:
