@@ -43,7 +43,9 @@ def pytest_sessionstart() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the rooms whose results are a processor's own; skip what needs a GPU where there is none."""
     for item in items:
-        if item.path.parent.name in ("kernels", "packed") and item.path.name != "test_build.py":
+        if item.path.name == "test_arm.py":  # cross-compiles and emulates, whatever runs beside it
+            item.add_marker(pytest.mark.slow)
+        elif item.path.parent.name in ("kernels", "packed") and item.path.name != "test_build.py":
             item.add_marker(pytest.mark.portable)
     if torch.cuda.is_available():
         return
