@@ -240,6 +240,10 @@ DEFAULT_FAMILY: Mapping[str, Granularity] = {
 }
 
 
+MOST_LAYERS = 10_000
+"""More layers than any model has."""
+
+
 @functools.lru_cache(maxsize=4096)
 def _resolve(granularity: Granularity, num_layers: int, ffn: int, groups: int) -> Plan:
     indices = granularity.layers if granularity.layers is not None else tuple(range(num_layers))
@@ -298,6 +302,10 @@ def _parse_layers(text: str) -> tuple[int, ...]:
     try:
         for item in text.split(":"):
             first, _, last = item.partition("-")
+            if int(last or first) >= MOST_LAYERS:  # a typing error must not fill the memory
+                raise UsageError(
+                    f"granularity: layers={text} names layers beyond {MOST_LAYERS}; write layers=0-3"
+                )
             layers.extend(range(int(first), int(last or first) + 1))
     except ValueError:
         layers = []

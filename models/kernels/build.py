@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,7 @@ def build(name: str = "decode_step", *, cache_dir: Path | None = None) -> Path:
     sys.stderr.write(f"compiling for this processor, once ({SOURCES[name][1]}) ...\n")
     try:
         with write_file(path) as partial:
-            command = [*compiler, *FLAGS, str(source), "-o", str(partial), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            _compile([*compiler, *FLAGS, str(source), "-o", str(partial), "-lm"])
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["it says nothing"]
         reason = APPLE_HINT if sys.platform == "darwin" and "-fopenmp" in error.stderr else lines[0]
@@ -99,6 +99,20 @@ def build(name: str = "decode_step", *, cache_dir: Path | None = None) -> Path:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NestlingError(f"{path}: {error}") from None
     return path
+
+
+def _compile(command: list[str]) -> None:
+    """Run a compiler; it ends with us, whatever ends us."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=BUILD_SECONDS)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # the driver alone would leave the compiler proper at work
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
 
 
 def compiler_words() -> list[str]:

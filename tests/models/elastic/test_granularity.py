@@ -88,6 +88,7 @@ def test_only_the_first_layers_at_full_width_are_an_exit(text: str, prefix: bool
         ("layers=", "layers="),
         ("layers=0:1,ffn=1:0.5:0.25", "2 and 3"),
         ("heads=0.3", "fractions that fit this model are 0.25, 0.5, 0.75, 1"),
+        ("layers=0-99999999999", "beyond 10000"),
         ("layers=0-6", "layers are 0 to 5"),
         ("ffn=1:0.5", "one for each of them"),
     ],

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,29 @@ def test_a_folder_on_a_file_system_that_runs_programs_is_known(tmp_path: Path) -
     assert not building.runs_nothing(tmp_path / "not" / "made" / "yet")
     if Path("/proc").is_mount() and os.statvfs("/proc").f_flag & os.ST_NOEXEC:
         assert building.runs_nothing(Path("/proc"))
+
+
+def test_a_compiler_that_takes_too_long_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, started = tmp_path / "cc", tmp_path / "started"
+    driver.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {started}\nwait\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("CC", str(driver))
+    monkeypatch.setattr(building, "BUILD_SECONDS", 2)
+    with pytest.raises(NestlingError, match="timed out"):
+        build(cache_dir=tmp_path / "new")
+    child = int(started.read_text())
+    for _ in range(100):  # it is reaped by the system's first process, a moment later
+        if not is_running(child):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the compiler proper is still at work")
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
