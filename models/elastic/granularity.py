@@ -302,13 +302,12 @@ def _parse_layers(text: str) -> tuple[int, ...]:
     try:
         for item in text.split(":"):
             first, _, last = item.partition("-")
-            if int(last or first) >= MOST_LAYERS:  # a typing error must not fill the memory
-                raise UsageError(
-                    f"granularity: layers={text} names layers beyond {MOST_LAYERS}; write layers=0-3"
-                )
-            layers.extend(range(int(first), int(last or first) + 1))
+            end = min(int(last or first), MOST_LAYERS)  # a typing error must not fill the memory
+            layers.extend(range(int(first), end + 1))
     except ValueError:
         layers = []
+    if MOST_LAYERS in layers:
+        raise UsageError(f"granularity: layers={text} goes beyond {MOST_LAYERS} layers, which no model has")
     if not layers:
         raise UsageError(
             f"granularity: layers={text} is not a list of layers; write layers=0:3:5 or layers=0-3"
