@@ -42,7 +42,7 @@ class ModelConfig:
     """Width of the residual stream."""
     intermediate_size: Count = 1024
     """Hidden neurons of a feed-forward part."""
-    num_hidden_layers: Count = 6
+    num_hidden_layers: Annotated[Whole, Field(ge=1, le=2**14)] = 6
     """Number of layers."""
     num_attention_heads: Count = 8
     """Query heads of a layer."""

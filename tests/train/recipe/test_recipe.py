@@ -347,3 +347,9 @@ def test_the_table_in_a_recipe_is_true(path: Path) -> None:
 def test_exits_learn_at_the_same_positions_of_every_row() -> None:
     with pytest.raises(UsageError, match=r"exit_stride=4: .* data.sequence_length=30; set it to 3"):
         load_recipe(overrides=["data.sequence_length=30", "sampler.exit_stride=4"])
+
+
+@pytest.mark.parametrize("value", ["1e30", "16385", "4611686018427387904"])
+def test_more_layers_than_any_model_has_are_refused_before_they_are_counted(value: str) -> None:
+    with pytest.raises(UsageError, match=r"model\.num_hidden_layers=.*16384"):
+        load_recipe(overrides=[f"model.num_hidden_layers={value}"])
