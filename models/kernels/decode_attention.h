@@ -60,17 +60,17 @@ INLINE void mix_all(int type, int queries, const float *scores, size_t stride, c
 }
 
 /* The same for any number of queries, as many at once as the registers hold, or nearly. */
-INLINE void mix_lots(int type, int queries, const float *scores, size_t stride, const void *values, size_t at,
-                     int count, int size, float *mixed) {
-    int lots = ceil_div(queries, QUERIES);
+INLINE void mix_blocks(int type, int queries, const float *scores, size_t stride, const void *values,
+                       size_t at, int count, int size, float *mixed) {
+    int blocks = ceil_div(queries, QUERIES);
 #define QUERIES_OF(number)                                                                                   \
     case number:                                                                                             \
         mix_all(type, number, scores + from * stride, stride, values, at, count, size, to);                  \
         break;
-    for (int lot = 0; lot < lots; lot++) {
-        int from = queries * lot / lots;
+    for (int block = 0; block < blocks; block++) {
+        int from = queries * block / blocks;
         float *to = mixed + (size_t)from * size;
-        switch (queries * (lot + 1) / lots - from) {
+        switch (queries * (block + 1) / blocks - from) {
             // clang-format off
             QUERIES_OF(1) QUERIES_OF(2) QUERIES_OF(3) QUERIES_OF(4) QUERIES_OF(5) QUERIES_OF(6)
 #ifdef __AVX512F__
@@ -108,10 +108,10 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
     size_t at = cached_at(model, request, group, 0), stride = thread->num_scores;
     const char *keys = request->keys[layer->index];
     const uint32_t *group_keys = (const uint32_t *)(keys + at * (type == BF16 ? 2 : 4));
-    int total = mine.last - mine.first, lots = ceil_div(total, ASKED);
-    for (int lot = 0; lot < lots; lot++) {
-        int first = mine.first + total * lot / lots;
-        int queries = mine.first + total * (lot + 1) / lots - first;
+    int total = mine.last - mine.first, blocks = ceil_div(total, ASKED);
+    for (int block = 0; block < blocks; block++) {
+        int first = mine.first + total * block / blocks;
+        int queries = mine.first + total * (block + 1) / blocks - first;
         int count = pass->rows[first_row + (first + queries - 1) / each].position + 1;
         Input asked = of_rows(thread->asked, queries);
         for (int q = 0; q < queries; q++) {
@@ -129,8 +129,8 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
             int seen = pass->rows[first_row + (first + q) / each].position + 1;
             sums[q] = exponentials(thread->scores + q * stride, seen, count, scale);
         }
-        mix_lots(type, queries, thread->scores, stride, request->values[layer->index], at, count, size,
-                 mixed);
+        mix_blocks(type, queries, thread->scores, stride, request->values[layer->index], at, count, size,
+                   mixed);
         for (int q = 0; q < queries; q++) {
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;
             float share_of_one = 1.0f / sums[q];

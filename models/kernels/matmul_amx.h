@@ -88,9 +88,9 @@ INLINE void block_of_tiles(int type, int rows, const words *weights, const float
 
 INLINE void by_tiles(int type, const words *weights, const float *scales, int n, Input input, float *y,
                      size_t stride) {
-    int lots = ceil_div(input.rows, input.together);
-    for (int lot = 0, row = 0, end; lot < lots; lot++, row = end) {
-        end = input.rows * (lot + 1) / lots;
+    int groups = ceil_div(input.rows, input.together);
+    for (int group = 0, row = 0, end; group < groups; group++, row = end) {
+        end = input.rows * (group + 1) / groups;
         block_of_tiles(type, end - row, weights, scales, n, input, row, y + row * stride, stride);
     }
 }

@@ -41,7 +41,7 @@ typedef struct {
 
 /* ---------------------------------------------------------------- one pass */
 
-/* More rows than this run one lot after another: their inputs should stay in the nearest cache. */
+/* More rows than this run one block after another: their inputs should stay in the nearest cache. */
 enum { MAX_ROWS = 48 };
 
 typedef struct {

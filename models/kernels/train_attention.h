@@ -37,15 +37,15 @@ typedef struct {
 } Run;
 
 typedef struct {
-    int width, keys;                                  /* of a head in whole vectors; keys in whole panels */
-    float *key, *value, *key_grad, *value_grad;       /* [keys][width] */
-    float *turned_key, *turned_value;                 /* [width][keys] */
-    float *query, *grad, *turned_query, *turned_grad; /* [PASSING][width], [width][PASSING] */
-    float *scores, *scores_grad;                      /* [PASSING][keys] */
-    float *made;                                      /* [PASSING][width] */
+    int width, keys;                            /* of a head in whole vectors; keys in whole panels */
+    float *key, *value, *key_grad, *value_grad; /* [keys][width] */
+    float *transposed_key, *transposed_value;   /* [width][keys] */
+    float *query, *grad, *transposed_query, *transposed_grad; /* [PASSING][width], [width][PASSING] */
+    float *scores, *scores_grad;                              /* [PASSING][keys] */
+    float *made;                                              /* [PASSING][width] */
     Run *runs;
     int num_runs;
-} Desk;
+} Workspace;
 
 /* c [rows][vectors] = a b, or += : rows and columns of a are so far apart, and rows of b and of c. */
 INLINE void small_product(int rows, int vectors, int depth, const float *a, size_t row, size_t column,
@@ -106,22 +106,23 @@ static void lay_out(const Attention *of, Heads heads, int row, int head, int fir
 }
 
 /* The same of a group's keys or values, and 0 behind the last of them up to a whole panel. */
-INLINE void lay_out_keys(const Attention *of, const Desk *desk, Heads heads, int row, int group, float *to) {
-    size_t end = (size_t)of->num_keys * desk->width, whole_end = (size_t)desk->keys * desk->width;
-    lay_out(of, heads, row, group, 0, of->num_keys, desk->width, 1, to);
+INLINE void lay_out_keys(const Attention *of, const Workspace *space, Heads heads, int row, int group,
+                         float *to) {
+    size_t end = (size_t)of->num_keys * space->width, whole_end = (size_t)space->keys * space->width;
+    lay_out(of, heads, row, group, 0, of->num_keys, space->width, 1, to);
     memset(to + end, 0, 4 * (whole_end - end));
 }
 
 /* The other way round. */
-INLINE void give_back(const Attention *of, const float *from, Heads heads, int row, int head, int first,
-                      int count, int width, float factor) {
+INLINE void store_heads(const Attention *of, const float *from, Heads heads, int row, int head, int first,
+                        int count, int width, float factor) {
     for (int i = 0; i < count; i++)
         store_row(of->type, from + (size_t)i * width, factor, of->size, heads.values,
                   at_head(heads, row, head, first + i));
 }
 
 /* to [width][step] = from [count][width], of whole vectors. */
-static void turn(const float *from, int count, int width, float *to, int step) {
+static void transpose(const float *from, int count, int width, float *to, int step) {
     int i = 0;
     for (; i + LANES <= count; i += LANES) {
         const uint32_t *rows[LANES];
@@ -136,47 +137,49 @@ static void turn(const float *from, int count, int width, float *to, int step) {
 INLINE const float *bias_of(const Attention *of, int query) { return of->bias + query * of->bias_step; }
 
 /* The keys that some of the queries read. */
-static void find_runs(const Attention *of, Desk *desk, int first, int count) {
-    desk->num_runs = 0;
-    for (int s = 0, going = 0; s < desk->keys; s += PANEL) {
+static void find_runs(const Attention *of, Workspace *space, int first, int count) {
+    space->num_runs = 0;
+    for (int s = 0, going = 0; s < space->keys; s += PANEL) {
         int read = 0;
         for (int q = first; q < first + count && !read; q++)
             for (int i = 0; i < PANEL; i++) read |= bias_of(of, q)[s + i] == 0;
-        if (read && !going) desk->runs[desk->num_runs++].first = s;
-        if (read) desk->runs[desk->num_runs - 1].last = s + PANEL;
+        if (read && !going) space->runs[space->num_runs++].first = s;
+        if (read) space->runs[space->num_runs - 1].last = s + PANEL;
         going = read;
     }
 }
 
 /* Of a block of queries and each key that some of them read: scores [count][keys]. */
-INLINE void score_keys(const Desk *desk, int count, const float *turned_left, const float *turned_right,
-                       float *scores) {
-    for (const Run *run = desk->runs; run < desk->runs + desk->num_runs; run++)
-        multiply(count, run->last - run->first, desk->width, turned_left, 1, PASSING,
-                 turned_right + run->first, (size_t)desk->keys, scores + run->first, (size_t)desk->keys, 0);
+INLINE void score_keys(const Workspace *space, int count, const float *transposed_left,
+                       const float *transposed_right, float *scores) {
+    for (const Run *run = space->runs; run < space->runs + space->num_runs; run++)
+        multiply(count, run->last - run->first, space->width, transposed_left, 1, PASSING,
+                 transposed_right + run->first, (size_t)space->keys, scores + run->first, (size_t)space->keys,
+                 0);
 }
 
 /* [count][width]: each query's sum of what the keys have, by their weights. */
-INLINE void sum_keys(const Desk *desk, int count, const float *weights, const float *of_keys, float *sums) {
-    for (const Run *run = desk->runs; run < desk->runs + desk->num_runs; run++)
-        multiply(count, desk->width, run->last - run->first, weights + run->first, (size_t)desk->keys, 1,
-                 of_keys + (size_t)run->first * desk->width, (size_t)desk->width, sums, (size_t)desk->width,
-                 run > desk->runs);
+INLINE void sum_keys(const Workspace *space, int count, const float *weights, const float *of_keys,
+                     float *sums) {
+    for (const Run *run = space->runs; run < space->runs + space->num_runs; run++)
+        multiply(count, space->width, run->last - run->first, weights + run->first, (size_t)space->keys, 1,
+                 of_keys + (size_t)run->first * space->width, (size_t)space->width, sums,
+                 (size_t)space->width, run > space->runs);
 }
 
 /* [keys][width] += each key's sum of what the queries have, by their weights. */
-INLINE void sum_queries(const Desk *desk, int count, const float *weights, const float *of_queries,
+INLINE void sum_queries(const Workspace *space, int count, const float *weights, const float *of_queries,
                         float *sums) {
-    for (const Run *run = desk->runs; run < desk->runs + desk->num_runs; run++)
-        multiply(run->last - run->first, desk->width, count, weights + run->first, 1, (size_t)desk->keys,
-                 of_queries, (size_t)desk->width, sums + (size_t)run->first * desk->width,
-                 (size_t)desk->width, 1);
+    for (const Run *run = space->runs; run < space->runs + space->num_runs; run++)
+        multiply(run->last - run->first, space->width, count, weights + run->first, 1, (size_t)space->keys,
+                 of_queries, (size_t)space->width, sums + (size_t)run->first * space->width,
+                 (size_t)space->width, 1);
 }
 
 /* scores [keys] = e^(scores + bias - shift); gives their sum. */
-INLINE float exponentials_of(const Desk *desk, const float *bias, float shift, float *scores) {
+INLINE float exponentials_of(const Workspace *space, const float *bias, float shift, float *scores) {
     lanes sums = {0};
-    for (const Run *run = desk->runs; run < desk->runs + desk->num_runs; run++)
+    for (const Run *run = space->runs; run < space->runs + space->num_runs; run++)
         for (int s = run->first; s < run->last; s += LANES) {
             lanes some = exponential(load(scores + s) + load(bias + s) - shift);
             store(some, scores + s);
@@ -185,124 +188,126 @@ INLINE float exponentials_of(const Desk *desk, const float *bias, float shift, f
     return total(sums);
 }
 
-static void attend_to(const Attention *of, Desk *desk, int row, int group) {
+static void attend_to(const Attention *of, Workspace *space, int row, int group) {
     float scale = 1.0f / sqrtf((float)of->size);
-    int heads = of->groups * of->heads_per_group, width = desk->width;
-    lay_out_keys(of, desk, of->keys, row, group, desk->key);
-    lay_out_keys(of, desk, of->values, row, group, desk->value);
-    turn(desk->key, desk->keys, width, desk->turned_key, desk->keys);
+    int heads = of->groups * of->heads_per_group, width = space->width;
+    lay_out_keys(of, space, of->keys, row, group, space->key);
+    lay_out_keys(of, space, of->values, row, group, space->value);
+    transpose(space->key, space->keys, width, space->transposed_key, space->keys);
     for (int first = 0; first < of->num_queries; first += PASSING) {
         int count = of->num_queries - first < PASSING ? of->num_queries - first : PASSING;
-        find_runs(of, desk, first, count);
+        find_runs(of, space, first, count);
         for (int head = group * of->heads_per_group; head < (group + 1) * of->heads_per_group; head++) {
             float *log_sums = of->log_sums + ((size_t)row * heads + head) * of->num_queries + first;
             float inverse[PASSING];
-            lay_out(of, of->queries, row, head, first, count, width, scale, desk->query);
-            turn(desk->query, count, width, desk->turned_query, PASSING);
-            score_keys(desk, count, desk->turned_query, desk->turned_key, desk->scores);
+            lay_out(of, of->queries, row, head, first, count, width, scale, space->query);
+            transpose(space->query, count, width, space->transposed_query, PASSING);
+            score_keys(space, count, space->transposed_query, space->transposed_key, space->scores);
             for (int q = 0; q < count; q++) {
                 const float *bias = bias_of(of, first + q);
-                float *scores = desk->scores + (size_t)q * desk->keys;
+                float *scores = space->scores + (size_t)q * space->keys;
                 lanes highest = spread(-INFINITY);
-                for (const Run *run = desk->runs; run < desk->runs + desk->num_runs; run++)
+                for (const Run *run = space->runs; run < space->runs + space->num_runs; run++)
                     for (int s = run->first; s < run->last; s += LANES)
                         highest = larger(highest, load(scores + s) + load(bias + s));
                 float most = largest_lane(highest);
-                float sum = exponentials_of(desk, bias, most, scores);
+                float sum = exponentials_of(space, bias, most, scores);
                 inverse[q] = 1.0f / sum;
                 log_sums[q] = most + logf(sum);
             }
-            sum_keys(desk, count, desk->scores, desk->value, desk->made);
+            sum_keys(space, count, space->scores, space->value, space->made);
             for (int q = 0; q < count; q++)
-                give_back(of, desk->made + q * width, of->mixed, row, head, first + q, 1, width, inverse[q]);
+                store_heads(of, space->made + q * width, of->mixed, row, head, first + q, 1, width,
+                            inverse[q]);
         }
     }
 }
 
-static void attend_back(const Attention *of, Desk *desk, int row, int group) {
+static void attend_back(const Attention *of, Workspace *space, int row, int group) {
     float scale = 1.0f / sqrtf((float)of->size);
-    int heads = of->groups * of->heads_per_group, width = desk->width;
-    size_t each = (size_t)desk->keys * width;
-    lay_out_keys(of, desk, of->keys, row, group, desk->key);
-    lay_out_keys(of, desk, of->values, row, group, desk->value);
-    turn(desk->key, desk->keys, width, desk->turned_key, desk->keys);
-    turn(desk->value, desk->keys, width, desk->turned_value, desk->keys);
-    memset(desk->key_grad, 0, 4 * each);
-    memset(desk->value_grad, 0, 4 * each);
+    int heads = of->groups * of->heads_per_group, width = space->width;
+    size_t each = (size_t)space->keys * width;
+    lay_out_keys(of, space, of->keys, row, group, space->key);
+    lay_out_keys(of, space, of->values, row, group, space->value);
+    transpose(space->key, space->keys, width, space->transposed_key, space->keys);
+    transpose(space->value, space->keys, width, space->transposed_value, space->keys);
+    memset(space->key_grad, 0, 4 * each);
+    memset(space->value_grad, 0, 4 * each);
     for (int first = 0; first < of->num_queries; first += PASSING) {
         int count = of->num_queries - first < PASSING ? of->num_queries - first : PASSING;
-        find_runs(of, desk, first, count);
+        find_runs(of, space, first, count);
         for (int head = group * of->heads_per_group; head < (group + 1) * of->heads_per_group; head++) {
             const float *log_sums = of->log_sums + ((size_t)row * heads + head) * of->num_queries + first;
-            lay_out(of, of->queries, row, head, first, count, width, scale, desk->query);
-            lay_out(of, of->mixed_grad, row, head, first, count, width, 1, desk->grad);
-            lay_out(of, of->mixed, row, head, first, count, width, 1, desk->made);
-            turn(desk->query, count, width, desk->turned_query, PASSING);
-            turn(desk->grad, count, width, desk->turned_grad, PASSING);
-            score_keys(desk, count, desk->turned_query, desk->turned_key, desk->scores);
-            score_keys(desk, count, desk->turned_grad, desk->turned_value, desk->scores_grad);
+            lay_out(of, of->queries, row, head, first, count, width, scale, space->query);
+            lay_out(of, of->mixed_grad, row, head, first, count, width, 1, space->grad);
+            lay_out(of, of->mixed, row, head, first, count, width, 1, space->made);
+            transpose(space->query, count, width, space->transposed_query, PASSING);
+            transpose(space->grad, count, width, space->transposed_grad, PASSING);
+            score_keys(space, count, space->transposed_query, space->transposed_key, space->scores);
+            score_keys(space, count, space->transposed_grad, space->transposed_value, space->scores_grad);
             for (int q = 0; q < count; q++) {
-                float *scores = desk->scores + (size_t)q * desk->keys, mean = 0;
-                float *grads = desk->scores_grad + (size_t)q * desk->keys;
+                float *scores = space->scores + (size_t)q * space->keys, mean = 0;
+                float *grads = space->scores_grad + (size_t)q * space->keys;
 #pragma omp simd reduction(+ : mean)
-                for (int k = 0; k < width; k++) mean += desk->grad[q * width + k] * desk->made[q * width + k];
-                exponentials_of(desk, bias_of(of, first + q), log_sums[q], scores);
-                for (const Run *run = desk->runs; run < desk->runs + desk->num_runs; run++)
+                for (int k = 0; k < width; k++)
+                    mean += space->grad[q * width + k] * space->made[q * width + k];
+                exponentials_of(space, bias_of(of, first + q), log_sums[q], scores);
+                for (const Run *run = space->runs; run < space->runs + space->num_runs; run++)
                     for (int s = run->first; s < run->last; s += LANES)
                         store(load(scores + s) * (load(grads + s) - mean), grads + s);
             }
-            sum_queries(desk, count, desk->scores, desk->grad, desk->value_grad);
-            sum_queries(desk, count, desk->scores_grad, desk->query, desk->key_grad);
-            sum_keys(desk, count, desk->scores_grad, desk->key, desk->made);
-            give_back(of, desk->made, of->queries_grad, row, head, first, count, width, scale);
+            sum_queries(space, count, space->scores, space->grad, space->value_grad);
+            sum_queries(space, count, space->scores_grad, space->query, space->key_grad);
+            sum_keys(space, count, space->scores_grad, space->key, space->made);
+            store_heads(of, space->made, of->queries_grad, row, head, first, count, width, scale);
         }
     }
-    give_back(of, desk->key_grad, of->keys_grad, row, group, 0, of->num_keys, width, 1);
-    give_back(of, desk->value_grad, of->values_grad, row, group, 0, of->num_keys, width, 1);
+    store_heads(of, space->key_grad, of->keys_grad, row, group, 0, of->num_keys, width, 1);
+    store_heads(of, space->value_grad, of->values_grad, row, group, 0, of->num_keys, width, 1);
 }
 
-/* A desk in `memory`, or, without, the size of one. */
-static size_t set_up(const Attention *of, float *memory, Desk *desk) {
+/* A space in `memory`, or, without, the size of one. */
+static size_t set_up(const Attention *of, float *memory, Workspace *space) {
     int width = ceil_div(of->size, LANES) * LANES, keys = (int)padded((size_t)of->num_keys);
-    *desk = (Desk){.width = width, .keys = keys};
+    *space = (Workspace){.width = width, .keys = keys};
     size_t at = 0, by_key = (size_t)keys * width, by_query = PASSING * (size_t)width;
     struct {
         float **part;
         size_t size;
     } parts[] = {
-        {&desk->key, by_key},
-        {&desk->value, by_key},
-        {&desk->key_grad, by_key},
-        {&desk->value_grad, by_key},
-        {&desk->turned_key, by_key},
-        {&desk->turned_value, by_key},
-        {&desk->query, by_query},
-        {&desk->grad, by_query},
-        {&desk->made, by_query},
-        {&desk->turned_query, by_query},
-        {&desk->turned_grad, by_query},
-        {&desk->scores, PASSING * (size_t)keys},
-        {&desk->scores_grad, PASSING * (size_t)keys},
+        {&space->key, by_key},
+        {&space->value, by_key},
+        {&space->key_grad, by_key},
+        {&space->value_grad, by_key},
+        {&space->transposed_key, by_key},
+        {&space->transposed_value, by_key},
+        {&space->query, by_query},
+        {&space->grad, by_query},
+        {&space->made, by_query},
+        {&space->transposed_query, by_query},
+        {&space->transposed_grad, by_query},
+        {&space->scores, PASSING * (size_t)keys},
+        {&space->scores_grad, PASSING * (size_t)keys},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         *parts[i].part = memory + at;
         at += padded(parts[i].size);
     }
-    desk->runs = (Run *)(memory + at);
+    space->runs = (Run *)(memory + at);
     return at + padded((size_t)keys / PANEL * sizeof(Run) / 4);
 }
 
 /* `mixed` and `log_sums`, or with `backward` the gradients. Returns 0, or 1 if there is no memory. */
 int nestling_attention(const Attention *of, int backward, int num_threads) {
-    Desk none;
+    Workspace none;
     size_t each = set_up(of, NULL, &none);
     float *memory = aligned_alloc(64, 4 * each * (size_t)num_threads);
     if (memory == NULL) return 1;
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic)
     for (int unit = 0; unit < of->rows * of->groups; unit++) {
-        Desk desk;
-        set_up(of, memory + each * (size_t)omp_get_thread_num(), &desk);
-        (backward ? attend_back : attend_to)(of, &desk, unit / of->groups, unit % of->groups);
+        Workspace space;
+        set_up(of, memory + each * (size_t)omp_get_thread_num(), &space);
+        (backward ? attend_back : attend_to)(of, &space, unit / of->groups, unit % of->groups);
     }
     free(memory);
     return 0;
