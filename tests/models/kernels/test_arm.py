@@ -22,7 +22,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-5, torch.int8: 2e-2, FOUR_
 NUM_TOKENS, NUM_DRAWS = 21, 4
 
 
-@pytest.fixture(scope="module", params=PROCESSORS.values(), ids=PROCESSORS)
+@pytest.fixture(scope="module", params=[*PROCESSORS.values()], ids=[*PROCESSORS])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, package in ((COMPILER, "gcc-aarch64-linux-gnu"), (EMULATOR, "qemu-user")):
         if shutil.which(name) is None:
