@@ -159,7 +159,7 @@ def _unfit(takes: Mapping[str, str], key: str, given: Mapping[str, Given]) -> st
 def _unknown(
     takes: Mapping[str, str], key: str, given: Given, renamed: Mapping[str, str], dials: Collection[str]
 ) -> str:
-    shown = f"{key}={show(given.text)}{given.origin}"
+    shown = f"{show(key)}={show(given.text)}{given.origin}"
     if key in renamed:
         return f"{shown}: is now called {renamed[key]}"
     if key in dials:

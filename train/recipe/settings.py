@@ -76,6 +76,7 @@ def show(value: Any, limit: int = 60) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, Mapping):
         text = text.replace('"', "")
+    text = text if text.isprintable() else json.dumps(text, ensure_ascii=False)  # in one line
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

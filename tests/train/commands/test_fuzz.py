@@ -112,7 +112,10 @@ def check(words: list[str], inputs: list[Path], capsys: pytest.CaptureFixture[st
     errors = [line for line in said.splitlines() if line.startswith("nestling: error: ")]
     assert "defect of nestling" not in said, said
     assert "Traceback" not in said, said
-    assert (code, len(errors)) in ((0, 0), (1, 1), (2, 1)), (code, said)
+    # a recipe has a line for each thing that is wrong in it, anything else has one
+    most = 9 if words[0] == "train" else 1
+    assert code in (0, 1, 2), said
+    assert bool(code) <= len(errors) <= bool(code) * most, said
     assert {path: path.read_bytes() for path in inputs} == before
 
 

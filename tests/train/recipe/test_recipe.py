@@ -353,3 +353,10 @@ def test_exits_learn_at_the_same_positions_of_every_row() -> None:
 def test_more_layers_than_any_model_has_are_refused_before_they_are_counted(value: str) -> None:
     with pytest.raises(UsageError, match=r"model\.num_hidden_layers=.*16384"):
         load_recipe(overrides=[f"model.num_hidden_layers={value}"])
+
+
+def test_what_is_not_printable_in_a_recipe_is_shown_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text('{"model": {"hid\\nden": "a\\nb"}, "dtype": "f\\np"}')
+    with pytest.raises(UsageError) as caught:
+        load_recipe([tmp_path / "a.yaml"])
+    assert len(str(caught.value).splitlines()) == 2
