@@ -156,7 +156,7 @@ class ElasticLM(nn.Module):
         x_TD = self.states(torch.tensor([ids], device=self.device), granularity, memory)[-1][0]
         parts = zip(x_TD.split(counts), requests, strict=True)
         scored_TD = torch.cat([part_TD[-one.num_last :] for part_TD, one in parts])
-        return self.head(scored_TD) if head is None else cast(Tensor, head.map(self.norm(scored_TD)))
+        return self.head(scored_TD, None if head is None else head.map)
 
     def new_cache(self, num_positions: int) -> KVCache:
         """Return an empty cache for one row, in the dtype and on the device that passes expect."""
@@ -192,6 +192,11 @@ class ElasticLM(nn.Module):
         """Return what the vocabulary head reads of residual streams [..., D]."""
         return cast(Tensor, self.model.norm(x_BTD))
 
-    def head(self, x_BTD: Tensor) -> Tensor:
-        """Return logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head."""
-        return cast(Tensor, self.lm_head(self.norm(x_BTD)))
+    def head(self, x_BTD: Tensor, linear: nn.Linear | None = None) -> Tensor:
+        """Return logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head.
+
+        Args:
+            x_BTD: the streams.
+            linear: a head in place of the model's own.
+        """
+        return cast(Tensor, (self.lm_head if linear is None else linear)(self.norm(x_BTD)))

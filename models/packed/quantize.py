@@ -106,9 +106,9 @@ class PackedLM(ElasticLM):
             return super().run(requests, granularity, head)
         return self.decode_step(requests, granularity, head)
 
-    def head(self, x_BTD: Tensor) -> Tensor:
+    def head(self, x_BTD: Tensor, linear: nn.Linear | None = None) -> Tensor:
         """See `ElasticLM.head`; logits are in the wider of the weights' and the pass's dtype."""
-        logits_BTV = super().head(x_BTD)
+        logits_BTV = super().head(x_BTD, linear)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, self.dtype))
 
 

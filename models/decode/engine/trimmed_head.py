@@ -9,7 +9,6 @@ T rows, D model, N tokens that are scored, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -73,7 +72,7 @@ class TrimmedHead:
 
     def head(self, x_TD: Tensor) -> Tensor:
         """Return logits [T, V] of residual streams [T, D]."""
-        return self._scatter(cast(Tensor, self._head.map(self.view.norm(x_TD))), -math.inf)
+        return self._scatter(self.full.head(x_TD, self._head.map), -math.inf)
 
     def _scatter(self, rows_TN: Tensor, others: float) -> Tensor:
         """Return rows [T, V] with one value for all tokens that are not scored."""
