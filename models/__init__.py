@@ -1,4 +1,4 @@
-"""What you can do with weights that you have."""
+"""Load, measure, extract and decode models whose weights exist already."""
 
 import os
 

@@ -1,1 +1,1 @@
-"""What makes or chooses weights."""
+"""Train, search and order: commands that make or choose weights."""

@@ -1,4 +1,4 @@
-"""What the commands do, as functions; `import nestling` gives them."""
+"""The commands as functions; `import nestling` gives them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 
 class NestlingError(ValueError):
-    """What a user gave cannot be used; the message names it, shows the value and says the remedy."""
+    """A user's input cannot be used; the message names it, shows the value and says the remedy."""
 
     exit_code = 1
 

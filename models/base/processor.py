@@ -1,4 +1,4 @@
-"""What this process may use of the machine, and how much of it others are using right now."""
+"""The cores and the memory that this process may use, and the load that others put on them right now."""
 
 import math
 import os

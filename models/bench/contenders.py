@@ -1,4 +1,4 @@
-"""Which engines run: ours, and what transformers offers on the same weights.
+"""The engines that run: ours, and those of transformers on the same weights.
 
     nestling      plain; speculative with each draft
     transformers  plain, on a dynamic, a static and (if asked for) a compiled static cache; assisted by

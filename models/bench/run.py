@@ -24,7 +24,7 @@ class Runs:
     samples: dict[Label, list[list[Sample]]]
     """Samples of each cell, by round, by prompt."""
     busy: list[bool] = field(default_factory=list)
-    """Whether other programs kept the machine busy, by round."""
+    """True if other programs kept the machine busy, by round."""
 
 
 def run_cells(

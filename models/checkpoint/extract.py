@@ -45,7 +45,7 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Whether invariant 1 holds: ids exactly, logits to `LOGITS_TOLERANCE`."""
+        """True if invariant 1 holds: ids exactly, logits to `LOGITS_TOLERANCE`."""
         return self.ids_equal and self.difference <= LOGITS_TOLERANCE
 
 

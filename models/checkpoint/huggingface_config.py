@@ -114,13 +114,13 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
 
 
 def json_eos(config: ElasticConfig) -> int | list[int] | None:
-    """The tokens that end a text as a file spells them: one, a list of several, or null."""
+    """Return the tokens that end a text as a file spells them: one, a list of several, or null."""
     ids = config.eos_token_ids
     return list(ids) if len(ids) > 1 else config.first_eos_token_id
 
 
 def end_tokens(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Every token that ends a text, by a `config.json` or a `generation_config.json`: one, a list, or none.
+    """Return the tokens that end a text, by a `config.json` or `generation_config.json`: any number of them.
 
     Raises:
         NestlingError: naming what is no token.

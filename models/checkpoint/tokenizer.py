@@ -44,7 +44,7 @@ def without_habits(tokenizer: Tokenizer) -> None:
 
 
 def for_bare_text(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that puts no tokens around a text, as training encodes documents.
+    """Return a copy that puts no tokens around a text, as training encodes documents.
 
     A model that is trained on such text takes it along, so that a prompt is encoded in the same way.
     """
@@ -57,7 +57,7 @@ def for_bare_text(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def token_name(value: Any) -> str | None:
-    """The token that an entry of tokenizer_config.json names: a text, or an object with its content."""
+    """Return the token that an entry of tokenizer_config.json names: a text, or an object that holds one."""
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else None

@@ -171,7 +171,7 @@ def _check(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) ->
 
 
 def _is_sick(tensor: Tensor | None) -> bool:
-    """Whether a tensor holds what is no number, or none that is finite."""
+    """Return True if a tensor holds a NaN, or no finite number."""
     if tensor is None or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return False
     low, high = tensor.detach().float().aminmax() if tensor.element_size() < 2 else tensor.detach().aminmax()

@@ -1,6 +1,6 @@
 """Tokens to text, a token at a time: whole characters only, and nothing of a stop string.
 
-Both parts take what comes and return what is certain by then, so that all of it put together does
+Both parts take what comes and return what is certain by then, so that all of it joined does
 not depend on how it came in blocks.
 """
 
@@ -38,12 +38,12 @@ class Tokenizer(Protocol):
         ...
 
     def id_to_token(self, token: int, /) -> str | None:
-        """A token's own spelling."""
+        """Return a token's own spelling."""
         ...
 
 
 class Detokenizer:
-    """Text of the tokens after a prompt: put together, it is `continuation` of them.
+    """Text of the tokens after a prompt: joined, it is `continuation` of them.
 
     It decodes a short window, not everything each time. Decoders with byte fallback turn a whole run of
     byte tokens into replacement characters if one of them does not fit, so that nothing in a run is certain
@@ -97,7 +97,7 @@ class Detokenizer:
 
 
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of some tokens after others, as the tokenizer decodes both together."""
+    """Return the text of some tokens after others, as the tokenizer decodes their concatenation."""
     return tokenizer.decode([*prompt_ids, *ids])[len(tokenizer.decode(prompt_ids)) :]
 
 

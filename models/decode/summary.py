@@ -1,4 +1,4 @@
-"""What is said of a continuation: the settings for JSON, and one line with its speed."""
+"""Summaries of a continuation: the settings for JSON, and one line with its speed."""
 
 import dataclasses
 from typing import Any
@@ -45,5 +45,5 @@ def summarize(report: Report, draft: str) -> str:
 
 
 def _gamma(decoder: Decoder, in_batch: bool) -> int | str:
-    """Rounds of a batch take as long as their companions', so that none adapts there."""
+    """Return the gamma to show. In a batch none adapts: a round takes as long as its companions'."""
     return "auto" if decoder.drafting.adapts and not in_batch else decoder.drafting.gamma

@@ -67,7 +67,7 @@ class ElasticLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal weights; the two maps that write to the residual stream shrink with depth (GPT-2)."""
+        """Draw normal weights; the two maps that write to the residual stream shrink with depth (GPT-2)."""
         std = self.config.initializer_range
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():

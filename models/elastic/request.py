@@ -24,7 +24,7 @@ class Request(NamedTuple):
 
     @property
     def draws_from_probs(self) -> bool:
-        """Whether the rows of drawn tokens are probabilities, not logits."""
+        """True if the rows of drawn tokens are probabilities, not logits."""
         return self.draws is not None and self.draws.temperature > 0
 
     @property

@@ -35,7 +35,7 @@ class Scorer(Protocol):
 
     @property
     def can_draw(self) -> bool:
-        """Whether a pass can draw tokens and go on by itself."""
+        """True if a pass can draw tokens and go on by itself."""
         ...
 
     def run(self, requests: Sequence[Request]) -> Tensor:

@@ -129,7 +129,7 @@ def compiler_words() -> list[str]:
 
 
 def runs_nothing(folder: Path) -> bool:
-    """Whether a folder, or the one that it will be made in, lies on a file system that is mounted noexec."""
+    """Return True if a folder, made or yet to be made, lies on a file system that is mounted noexec."""
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return bool(os.statvfs(place).f_flag & getattr(os, "ST_NOEXEC", 0))
 

@@ -4,8 +4,8 @@
 
 #include "pass.h"
 
-/* As many queries share the reading of values as the registers hold, and twice as many that of keys. */
-enum { QUERIES = BLOCK_ROWS, ASKED = 24 };
+/* Queries that read a value at once, as many as the registers hold, and queries that read a key at once. */
+enum { QUERIES = BLOCK_ROWS, MAX_QUERIES = 24 };
 
 /* Keys of a panel of positions from `first` on, each a "neuron" whose output is its score; those from
    `count` on are not read. */
@@ -98,7 +98,7 @@ INLINE float exponentials(float *scores, int seen, int count, float scale) {
 }
 
 /* Softmax attention of the queries of one request's rows and one group, from number `mine.first` on: query q
-   is that of row q / heads_per_group. They read a key or value together, and are sums of their own. */
+   is that of row q / heads_per_group. They read a key or value at once, and each has sums of its own. */
 INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const Layer *layer, int first_row,
                       int group, Range mine) {
     const Model *model = pass->model;
@@ -108,23 +108,23 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
     size_t at = cached_at(model, request, group, 0), stride = thread->num_scores;
     const char *keys = request->keys[layer->index];
     const uint32_t *group_keys = (const uint32_t *)(keys + at * (type == BF16 ? 2 : 4));
-    int total = mine.last - mine.first, blocks = ceil_div(total, ASKED);
+    int total = mine.last - mine.first, blocks = ceil_div(total, MAX_QUERIES);
     for (int block = 0; block < blocks; block++) {
         int first = mine.first + total * block / blocks;
         int queries = mine.first + total * (block + 1) / blocks - first;
         int count = pass->rows[first_row + (first + queries - 1) / each].position + 1;
-        Input asked = of_rows(thread->asked, queries);
+        Input query_input = of_rows(thread->query_input, queries);
         for (int q = 0; q < queries; q++) {
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;
             const float *query = pass->queries + (size_t)row * model->query_width + (size_t)head * size;
-            place(type, query, 0, size, asked, q);
+            place(type, query, 0, size, query_input, q);
         }
         for (int s = 0; s < count; s += PANEL) {
             key_panel(group_keys, s, count, n, thread->panel);
             Map map = {.panels = thread->panel, .entries = n, .type = type};
-            product(map, 0, n, asked, thread->scores + s, stride);
+            product(map, 0, n, query_input, thread->scores + s, stride);
         }
-        float sums[ASKED];
+        float sums[MAX_QUERIES];
         for (int q = 0; q < queries; q++) {
             int seen = pass->rows[first_row + (first + q) / each].position + 1;
             sums[q] = exponentials(thread->scores + q * stride, seen, count, scale);
@@ -133,8 +133,8 @@ INLINE void attend_as(int type, const Pass *pass, const Thread *thread, const La
                    mixed);
         for (int q = 0; q < queries; q++) {
             int row = first_row + (first + q) / each, head = group * each + (first + q) % each;
-            float share_of_one = 1.0f / sums[q];
-            for (int i = 0; i < size; i++) mixed[(size_t)q * size + i] *= share_of_one;
+            float inverse = 1.0f / sums[q];
+            for (int i = 0; i < size; i++) mixed[(size_t)q * size + i] *= inverse;
             place(shared_type(input_type(model)), mixed + (size_t)q * size, head * size, size, pass->mixed,
                   row);
         }
@@ -148,7 +148,7 @@ static void attend(const Pass *pass, const Thread *thread, const Layer *layer) {
             end++;
         /* Every thread takes as many queries, some groups' and a part of another's. */
         int queries = (end - first) * model->heads_per_group;
-        Range mine = share(thread, layer->groups * queries);
+        Range mine = range_of(thread, layer->groups * queries);
         for (int from = mine.first, to; from < mine.last; from = to) {
             int group = from / queries, before = group * queries;
             to = before + queries < mine.last ? before + queries : mine.last;

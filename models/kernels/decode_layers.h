@@ -4,11 +4,11 @@
 
 #include "decode_attention.h"
 
-/* Threads make a product's input together, each some rows. A single row each makes for itself, which takes
-   less time than waiting for each other. */
+/* Each thread makes some rows of a product's input. A single row each makes for itself, which takes less time
+   than waiting for each other. */
 INLINE Input begin_input(const Pass *pass, const Thread *thread, Range *mine) {
     int alone = pass->num_rows == 1;
-    *mine = alone ? (Range){0, pass->num_rows} : share(thread, pass->num_rows);
+    *mine = alone ? (Range){0, pass->num_rows} : range_of(thread, pass->num_rows);
     return alone ? thread->input : pass->input;
 }
 
@@ -30,7 +30,7 @@ static Input norm_rows(const Pass *pass, const Thread *thread, const float *weig
     return input;
 }
 
-/* An input made of what threads made together part by part. */
+/* The input whose parts the threads have made. */
 INLINE Input scaled(const Pass *pass, const Thread *thread, Input parts, int count) {
     if (input_type(pass->model) != INT8) return parts;
     Range mine;
@@ -47,7 +47,7 @@ static void project(const Pass *pass, const Thread *thread, const Layer *layer, 
     const Model *model = pass->model;
     int size = model->head_dim, panels = ceil_div(size, PANEL), queries = model->heads_per_group;
     int n = depth(input_type(model), model->hidden), m = pass->num_rows, stride = panels * PANEL;
-    Range mine = share(thread, layer->groups * (queries + 2));
+    Range mine = range_of(thread, layer->groups * (queries + 2));
     for (int unit = mine.first; unit < mine.last; unit++) {
         int group = unit / (queries + 2), within = unit % (queries + 2);
         int is_query = within < queries, is_key = within == queries;
@@ -83,7 +83,7 @@ static void add(const Pass *pass, const Thread *thread, Map map, int inputs, Inp
     const Model *model = pass->model;
     Input input = scaled(pass, thread, made, inputs);
     int type = input_type(model), m = pass->num_rows, stride = PANEL;
-    Range mine = share(thread, ceil_div(model->hidden, PANEL));
+    Range mine = range_of(thread, ceil_div(model->hidden, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
         int count = first + PANEL < model->hidden ? PANEL : model->hidden - first;
@@ -101,7 +101,7 @@ static void add(const Pass *pass, const Thread *thread, Map map, int inputs, Inp
 static void activate(const Pass *pass, const Thread *thread, const Layer *layer, Input input) {
     const Model *model = pass->model;
     int type = input_type(model), m = pass->num_rows, stride = PANEL, n = depth(type, model->hidden);
-    Range mine = share(thread, ceil_div(layer->ffn, PANEL));
+    Range mine = range_of(thread, ceil_div(layer->ffn, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
         product(layer->gate, p, n, input, thread->y, stride);
@@ -131,7 +131,7 @@ static void score(const Pass *pass, const Thread *thread) {
         place_row(type, thread->line, model->hidden, input, count);
         scored[count++] = pass->rows + r;
     }
-    Range mine = share(thread, ceil_div(model->num_outputs, PANEL));
+    Range mine = range_of(thread, ceil_div(model->num_outputs, PANEL));
     for (int p = mine.first; p < mine.last; p++) {
         int first = p * PANEL;
         int count = first + PANEL < model->num_outputs ? PANEL : model->num_outputs - first;
@@ -153,7 +153,7 @@ static void embed(const Pass *pass) {
 /* What each thread of a team runs. */
 static void run(const Pass *pass, const Thread *thread) {
     const Model *model = pass->model;
-    begin_tiles(thread->input.together);
+    begin_tiles(thread->input.tile_rows);
     for (int index = 0; index < model->num_layers; index++) {
         const Layer *layer = model->layers + index;
         int width = layer->groups * model->heads_per_group * model->head_dim;

@@ -40,9 +40,9 @@ const char nestling_instructions[32] =
 #endif
 
 typedef struct {
-    int ffn, widest;                                   /* values of a row of `hidden`, and of an input */
-    size_t rows, x, queries, mixed, hidden, shared;    /* of all, in units of 4 bytes */
-    size_t input, line, y, asked, panel, scores, each; /* of a thread */
+    int ffn, widest;                                         /* values of a row of `hidden`, of an input */
+    size_t rows, x, queries, mixed, hidden, shared;          /* of all, in units of 4 bytes */
+    size_t input, line, y, query_input, panel, scores, each; /* of a thread */
 } Sizes;
 
 INLINE size_t most(size_t a, size_t b) { return a > b ? a : b; }
@@ -62,13 +62,13 @@ static Sizes sizes_of(const Model *model, int rows, int positions) {
         .hidden = input_of(shared, rows, ffn),
         .input = input_of(type, rows, widest),
         .line = most(padded((size_t)model->hidden), head),
-        .y = most(m, ASKED) * head,
-        .asked = input_of(model->cache, ASKED, model->head_dim),
+        .y = most(m, MAX_QUERIES) * head,
+        .query_input = input_of(model->cache, MAX_QUERIES, model->head_dim),
         .panel = PANEL * head,
-        .scores = ASKED * padded((size_t)positions),
+        .scores = MAX_QUERIES * padded((size_t)positions),
     };
     sizes.shared = sizes.rows + sizes.x + sizes.queries + sizes.mixed + sizes.hidden + sizes.input;
-    sizes.each = sizes.input + sizes.line + 2 * sizes.y + sizes.asked + sizes.panel + sizes.scores;
+    sizes.each = sizes.input + sizes.line + 2 * sizes.y + sizes.query_input + sizes.panel + sizes.scores;
     return sizes;
 }
 
@@ -81,10 +81,11 @@ static Thread thread_of(const Pass *pass, float *memory, const Sizes *sizes) {
     thread.line = own, own += sizes->line;
     thread.y = own, own += sizes->y;
     thread.z = own, own += sizes->y;
-    thread.asked = input_at(own, model->cache, ASKED, model->head_dim, pass->num_rows), own += sizes->asked;
+    thread.query_input = input_at(own, model->cache, MAX_QUERIES, model->head_dim, pass->num_rows),
+    own += sizes->query_input;
     thread.panel = (words *)own, own += sizes->panel;
     thread.scores = own;
-    thread.num_scores = sizes->scores / ASKED;
+    thread.num_scores = sizes->scores / MAX_QUERIES;
     return thread;
 }
 
@@ -101,8 +102,8 @@ int nestling_product(const Map *map, int outputs, int inputs, const float *x, in
     {
         Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
         float *made = memory + input + own * (size_t)thread.number;
-        Range mine = share(&thread, panels);
-        begin_tiles(placed.together);
+        Range mine = range_of(&thread, panels);
+        begin_tiles(placed.tile_rows);
         for (int p = mine.first; p < mine.last; p++) {
             int first = p * PANEL, count = first + PANEL < outputs ? PANEL : outputs - first;
             product(*map, p, n, placed, made, PANEL);
@@ -159,17 +160,16 @@ static int read_tokens(const Model *model, const Request *requests, int num_requ
     return 0;
 }
 
-/* Write keys and values of all tokens behind the committed ones, and rows [num_outputs] of each request: the
-   logits of those scored and of all drawn tokens but the last, or their laws where these are not the
-   likeliest.
+/* Write keys and values of all tokens behind the committed ones, and rows [num_outputs] of each request:
+   logits of those scored and of all drawn tokens but the last, or the probabilities that one was drawn with.
 
    tokens: of all requests, one after another. Returns 0, or 1 if there is no memory. */
 int nestling_step(const Model *model, const Request *requests, int num_requests, const int64_t *tokens,
                   int num_threads, float *rows) {
     size_t each = sizeof(Request) + sizeof(int64_t) + 2 * sizeof(int32_t);
-    Request *asked = malloc(each * (size_t)num_requests);
-    if (asked == NULL) return 1;
-    int64_t *drawn = (int64_t *)(asked + num_requests);
+    Request *active = malloc(each * (size_t)num_requests);
+    if (active == NULL) return 1;
+    int64_t *drawn = (int64_t *)(active + num_requests);
     int32_t *first = (int32_t *)(drawn + num_requests), *last = first + num_requests;
     int longest = 0;
     for (int i = 0, outputs = 0; i < num_requests; i++) {
@@ -184,20 +184,20 @@ int nestling_step(const Model *model, const Request *requests, int num_requests,
             const Request *of = requests + i;
             if (draw >= of->num_draws) continue;
             int row = first[i] + of->scored - 1 + draw;
-            float *law = rows + (size_t)row * model->num_outputs;
-            of->chosen[draw] = choose(&of->law, law, model->num_outputs, model->outputs, draw);
+            float *logits = rows + (size_t)row * model->num_outputs;
+            of->chosen[draw] = choose(&of->sampling, logits, model->num_outputs, model->outputs, draw);
             if (draw + 1 == of->num_draws) continue;
             drawn[going] = of->chosen[draw];
             last[going] = row + 1;
-            asked[going++] = (Request){.keys = of->keys,
-                                       .values = of->values,
-                                       .positions = of->positions,
-                                       .length = of->length + of->count + draw,
-                                       .count = 1,
-                                       .scored = 1};
+            active[going++] = (Request){.keys = of->keys,
+                                        .values = of->values,
+                                        .positions = of->positions,
+                                        .length = of->length + of->count + draw,
+                                        .count = 1,
+                                        .scored = 1};
         }
-        if (going) failed = read_tokens(model, asked, going, drawn, last, num_threads, rows);
+        if (going) failed = read_tokens(model, active, going, drawn, last, num_threads, rows);
     }
-    free(asked);
+    free(active);
     return failed;
 }

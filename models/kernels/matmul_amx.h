@@ -8,18 +8,18 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Whether the system lets this process use tiles; it is asked when the library is opened. */
+/* Whether the system lets this process use tiles; the library asks when it is opened. */
 int nestling_has_tiles;
 
 __attribute__((constructor)) static void ask_for_tiles(void) {
-    enum { ASK = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, and what it is asked for */
+    enum { ASK = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, and its argument */
     nestling_has_tiles = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
 }
 
-/* From here to `end_tiles` a thread may multiply inputs with so many rows together: the time that a tile
-   takes is that of its rows. Tiles 0 to 2 are for many, 5 to 7 for one: sums, and inputs; 3 and 4 are of
+/* From here to `end_tiles` a thread may multiply up to `tile_rows` rows at once: the time that a tile takes
+   is that of its rows. Tiles 0 to 2 are for many, 5 to 7 for one: sums, and inputs; 3 and 4 are of
    weights. */
-INLINE void begin_tiles(int together) {
+INLINE void begin_tiles(int tile_rows) {
     struct {
         uint8_t palette, start, none[14];
         uint16_t bytes[16];
@@ -27,7 +27,7 @@ INLINE void begin_tiles(int together) {
     } shape = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shape.bytes[i] = 4 * TILE;
-        shape.rows[i] = (uint8_t)(i < 3 ? together : i < 5 ? TILE : 1);
+        shape.rows[i] = (uint8_t)(i < 3 ? tile_rows : i < 5 ? TILE : 1);
     }
     if (!nestling_has_tiles) return;
     __asm__ volatile("" : : "r"(&shape) : "memory"); /* the compiler does not know how much of it is read */
@@ -88,13 +88,13 @@ INLINE void block_of_tiles(int type, int rows, const words *weights, const float
 
 INLINE void by_tiles(int type, const words *weights, const float *scales, int n, Input input, float *y,
                      size_t stride) {
-    int groups = ceil_div(input.rows, input.together);
+    int groups = ceil_div(input.rows, input.tile_rows);
     for (int group = 0, row = 0, end; group < groups; group++, row = end) {
         end = input.rows * (group + 1) / groups;
         block_of_tiles(type, end - row, weights, scales, n, input, row, y + row * stride, stride);
     }
 }
 #else
-INLINE void begin_tiles(int together) { (void)together; }
+INLINE void begin_tiles(int tile_rows) { (void)tile_rows; }
 INLINE void end_tiles(void) {}
 #endif

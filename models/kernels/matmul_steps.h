@@ -45,8 +45,8 @@ INLINE void prefetch(const char *from, size_t bytes) {
 }
 
 /* y [rows][vectors of a panel], its rows `stride` apart, of the input's rows from `first` on: entries
-   [begin, end) of n, after those before. `scales` of the outputs are those of INT8 and INT4. Of the weights
-   from `ahead` on, so many bytes are asked for by entry. */
+   [begin, end) of n, after those before. `scales` of the outputs are those of INT8 and INT4. Each entry
+   prefetches `bytes` of the weights from `ahead` on. */
 INLINE void block(int type, int rows, int vectors, const words *weights, const float *scales, int begin,
                   int end, int n, Input input, int first, float *y, size_t stride, const char *ahead,
                   size_t bytes) {
@@ -89,7 +89,7 @@ INLINE void block(int type, int rows, int vectors, const words *weights, const f
 }
 
 /* Entries that all rows pass by before the next: they stay in the nearest cache, and those of the next chunk
-   are asked for meanwhile, some at a time. */
+   are prefetched meanwhile, some at a time. */
 enum { CHUNK = 64 };
 
 /* Rows of a register block: with pairs gcc would need one register more than there are. */

@@ -46,12 +46,11 @@ INLINE size_t header_size(int type, int num_rows) {
 typedef struct {
     void *values;
     int rows;
-    int room;     /* for so many entries of each row */
-    int together; /* so many rows at most are multiplied at once by tiles */
+    int room;      /* entries that fit in each row */
+    int tile_rows; /* the most rows that tiles multiply at once */
 } Input;
 
-/* Entries from one row to the next: no power of two, or rows would not fit into the nearest cache together.
- */
+/* Entries from one row to the next: no power of two, or rows would share sets of the nearest cache. */
 INLINE size_t row_of(int room) { return (size_t)ceil_div(room, TILE) * TILE + 16; }
 
 INLINE size_t input_of(int type, int rows, int inputs) { /* its size, in units of 4 bytes */
@@ -60,7 +59,7 @@ INLINE size_t input_of(int type, int rows, int inputs) { /* its size, in units o
     return padded((header_size(type, rows) + all) / 4);
 }
 
-/* Of so many rows, among those of a pass, for which tiles are shaped. */
+/* An input of some of the rows of a pass, for all of which tiles are shaped. */
 INLINE Input input_at(void *values, int type, int rows, int inputs, int of_pass) {
     return (Input){values, rows, depth(type, inputs), ceil_div(of_pass, ceil_div(of_pass, TILE))};
 }
@@ -126,8 +125,8 @@ INLINE void place_row(int type, const float *values, int count, Input input, int
         place(type, values, 0, count, input, row);
 }
 
-/* Weights are asked for so many entries before they are needed: a cache's own guess stops at each page. SOON
-   is for those that a nearer cache holds. */
+/* Prefetch distance in panel entries, from DRAM and from a nearer cache (SOON); the hardware prefetcher stops
+   at page boundaries. */
 enum { AHEAD = 112, SOON = 32 };
 
 /* The numbers that sums of products of codes stand for: those of weights are 128 or 8 more than they mean. */

@@ -33,9 +33,9 @@ INLINE int input_type(const Model *model) { return inputs_for((int)model->head.t
 typedef struct {
     void *const *keys, *const *values; /* of each layer: [groups][positions][head_dim] */
     int64_t positions;
-    int32_t length, count, scored; /* committed positions, new tokens, the last so many of which are scored */
+    int32_t length, count, scored; /* committed positions, new tokens, those of them scored, the last ones */
     int32_t num_draws;             /* tokens to choose, each of which but the last is read, too */
-    Law law;                       /* that they are chosen by */
+    Sampling sampling;             /* how they are chosen */
     int64_t *chosen;               /* and are put here */
 } Request;
 
@@ -64,7 +64,7 @@ typedef struct {
     Input input;       /* the same that this thread makes alone, and that of the head */
     float *line;       /* one row of such an input, or of queries and keys */
     float *y, *z;      /* results of one or two products: [rows][a panel, or those of a head] */
-    Input asked;       /* queries, as a product reads them */
+    Input query_input; /* queries, as a product reads them */
     words *panel;      /* of keys */
     float *scores;     /* of such queries, each with num_scores positions */
     size_t num_scores;
@@ -74,7 +74,7 @@ typedef struct {
     int first, last;
 } Range;
 
-INLINE Range share(const Thread *thread, int count) {
+INLINE Range range_of(const Thread *thread, int count) {
     return (Range){(int)((int64_t)count * thread->number / thread->count),
                    (int)((int64_t)count * (thread->number + 1) / thread->count)};
 }
@@ -87,5 +87,5 @@ INLINE float cached(int type, const void *store, size_t at) {
     return type == BF16 ? from_bf16(((const uint16_t *)store)[at]) : ((const float *)store)[at];
 }
 
-/* Of what threads make together part by part: with INT8 a row is scaled as a whole, and later. */
+/* Of an input whose parts several threads make: with INT8 a row is scaled as a whole, and later. */
 INLINE int shared_type(int type) { return type == INT8 ? FP32 : type; }

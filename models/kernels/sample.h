@@ -1,5 +1,5 @@
-/* How a pass of models/kernels/decode_step.c chooses a token and goes on: the likeliest, a draw from the law,
-   or the winner of a race, whose noise another model shares. The law is that of
+/* How a pass of models/kernels/decode_step.c chooses a token and goes on: the likeliest, a draw, or the
+   winner of a race, whose noise another model shares. Distributions are those of
    models/decode/sampling/params.py: temperature, top-k, top-p and min-p, in this order. */
 
 #include <limits.h>
@@ -12,9 +12,9 @@ typedef struct {
     const double *uniforms;          /* one for each token to draw, or NULL */
     const double *races; /* [tokens to draw][vocabulary]: the largest probability times this wins; or NULL */
     int64_t vocabulary;
-} Law;
+} Sampling;
 
-/* How many probabilities are at least so large, and what they come to. */
+/* The number of probabilities from a bound on, and their sum. */
 typedef struct {
     int count;
     float mass;
@@ -62,21 +62,21 @@ static void keep_largest(float *p, int count, int most, float mass) {
     divide(p, count, kept);
 }
 
-/* Logits to the law that they make, in their place. */
-static void make_law(const Law *law, float *x, int count) {
+/* Turn logits into probabilities, in place. */
+static void to_probs(const Sampling *sampling, float *x, int count) {
     float most = largest(x, count);
     lanes sums = {0};
     for (int i = 0; i < count; i += LANES) {
         lanes logits = load_values(FP32, x, (size_t)i, count - i, -INFINITY);
-        lanes some = exponential((logits - most) / law->temperature);
+        lanes some = exponential((logits - most) / sampling->temperature);
         store_values(FP32, some, x, (size_t)i, count - i);
         sums += some;
     }
     divide(x, count, total(sums));
-    if (0 < law->top_k && law->top_k < count) keep_largest(x, count, law->top_k, INFINITY);
-    if (law->top_p < 1) keep_largest(x, count, INT_MAX, law->top_p);
-    if (law->min_p > 0) {
-        float least = law->min_p * largest(x, count);
+    if (0 < sampling->top_k && sampling->top_k < count) keep_largest(x, count, sampling->top_k, INFINITY);
+    if (sampling->top_p < 1) keep_largest(x, count, INT_MAX, sampling->top_p);
+    if (sampling->min_p > 0) {
+        float least = sampling->min_p * largest(x, count);
         float mass = at_least(x, count, least).mass;
 #pragma omp simd
         for (int i = 0; i < count; i++) x[i] = x[i] < least ? 0 : x[i] / mass;
@@ -128,15 +128,16 @@ static int winner(const float *p, int count, const int64_t *ids, const double *r
     return first;
 }
 
-/* Token number `draw` of a request, by the logits of those with these ids, or of all; they become a law. */
-static int64_t choose(const Law *law, float *x, int count, const int64_t *ids, int draw) {
+/* Token number `draw` of a request, by the logits of those with these ids, or of all; they become
+   probabilities. */
+static int64_t choose(const Sampling *sampling, float *x, int count, const int64_t *ids, int draw) {
     int index;
-    if (law->temperature == 0) {
+    if (sampling->temperature == 0) {
         index = likeliest(x, count);
     } else {
-        make_law(law, x, count);
-        index = law->races ? winner(x, count, ids, law->races + law->vocabulary * draw)
-                           : invert(x, count, law->uniforms[draw]);
+        to_probs(sampling, x, count);
+        index = sampling->races ? winner(x, count, ids, sampling->races + sampling->vocabulary * draw)
+                                : invert(x, count, sampling->uniforms[draw]);
     }
     return ids ? ids[index] : index;
 }

@@ -12,7 +12,7 @@
 
 #include "vector_math.h"
 
-/* One row's positions of a head are so many values apart; the values of one lie side by side. */
+/* Strides in values between rows, heads and positions; the values of one vector lie side by side. */
 typedef struct {
     void *values;
     int64_t row, head, position;

@@ -10,7 +10,7 @@
 
 #include "train_attention.h"
 
-/* Sums over all rows, such as a weight's gradient, are those of so many parts of the rows. */
+/* Sums over all rows, such as a weight's gradient, add up those of this many parts of the rows. */
 enum { SLICES = 64 };
 /* Values that a thread walks over before it asks for more. */
 enum { GATES = 4096 };
@@ -90,11 +90,11 @@ int nestling_norm(const Norm *of, int backward, int num_threads) {
 
 /* ---------------------------------------------------------------- rotary positions */
 
-/* Queries, keys and values of a token lie side by side in `together`. */
+/* Queries, keys and values of a token lie side by side in `packed`. */
 typedef struct {
     int32_t type, rows, positions, heads, groups, size;
     const float *cosines, *sines; /* [positions][size], sines with the sign of the rotation */
-    void *together;               /* [rows][positions][heads + 2 groups][size] */
+    void *packed;                 /* [rows][positions][heads + 2 groups][size] */
     Heads queries, keys, values;
 } Placed;
 
@@ -106,7 +106,7 @@ INLINE void rotate_back(const float *y, const float *cosines, const float *sines
     }
 }
 
-/* From `together` to queries and keys, rotated, and values; or `backward` their gradients to its gradient. */
+/* From `packed` to queries and keys, rotated, and values; or `backward` their gradients to its gradient. */
 int nestling_place(const Placed *of, int backward, int num_threads) {
     int size = of->size, each = of->heads + 2 * of->groups;
     float *memory = aligned_alloc(64, 8 * padded((size_t)size) * (size_t)num_threads);
@@ -126,9 +126,9 @@ int nestling_place(const Placed *of, int backward, int num_threads) {
             if (backward) {
                 load_row(of->type, heads.values, there, size, 1, x);
                 if (turns) rotate_back(x, cosines, sines, size / 2, y);
-                store_row(of->type, turns ? y : x, 1, size, of->together, here);
+                store_row(of->type, turns ? y : x, 1, size, of->packed, here);
             } else {
-                load_row(of->type, of->together, here, size, 1, x);
+                load_row(of->type, of->packed, here, size, 1, x);
                 if (turns) rotate(x, cosines, sines, size / 2, y);
                 store_row(of->type, turns ? y : x, 1, size, heads.values, there);
             }
@@ -252,7 +252,7 @@ typedef struct {
 INLINE lanes where_less(lanes x, lanes y, lanes values) { return (lanes)((words)values & (words)(x < y)); }
 
 /* p [size], to be divided by its sum, and the logarithm that takes scaled logits to p. */
-INLINE float law_of(int type, Side side, int64_t row, int64_t size, float scale, float *p) {
+INLINE float softmax_of(int type, Side side, int64_t row, int64_t size, float scale, float *p) {
     size_t at = (size_t)(row * side.row);
     float most = largest_value(type, side.logits, at, size) * scale;
     lanes sums = {0};
@@ -266,14 +266,14 @@ INLINE float law_of(int type, Side side, int64_t row, int64_t size, float scale,
     return 1.0f / total(sums);
 }
 
-INLINE float any_law_of(Side side, int64_t row, int64_t size, float scale, float *p) {
-    return side.type == BF16 ? law_of(BF16, side, row, size, scale, p)
-                             : law_of(FP32, side, row, size, scale, p);
+INLINE float any_softmax_of(Side side, int64_t row, int64_t size, float scale, float *p) {
+    return side.type == BF16 ? softmax_of(BF16, side, row, size, scale, p)
+                             : softmax_of(FP32, side, row, size, scale, p);
 }
 
 static void overlap_of_row(const Overlap *of, int64_t row, float *p, float *q) {
-    float of_p = any_law_of(of->target, row, of->size, of->scale, p),
-          of_q = any_law_of(of->draft, row, of->size, of->scale, q);
+    float of_p = any_softmax_of(of->target, row, of->size, of->scale, p),
+          of_q = any_softmax_of(of->draft, row, of->size, of->scale, q);
     lanes sums = {0}, all = {0}, less = {0};
     for (int64_t i = 0; i < of->size; i += LANES) {
         lanes ours = load(q + i) * of_q, theirs = load(p + i) * of_p;

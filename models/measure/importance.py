@@ -24,7 +24,7 @@ from models.elastic.model import ElasticLM
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """What was measured; in fp64, larger is more important.
+    """The importance of neurons, groups and layers; in fp64, larger is more important.
 
     Args:
         neurons_LF: root mean square of each neuron's activation, by layer.

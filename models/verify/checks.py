@@ -58,7 +58,7 @@ class Check:
     """A name in `SAMPLINGS`."""
     dtype: str
     batch: int
-    """Texts that were decoded together; 1: alone."""
+    """Texts that were decoded in one batch; 1: alone."""
     value: float
     """Total variation; of counts the p-value; of an identity the widest gap of a first difference."""
     bound: float

@@ -24,7 +24,7 @@ Run: TypeAlias = Callable[[Random], Sequence[int]]
 """Decodes with these random choices."""
 
 WEIGHTS_SUM_ATOL = 1e-6  # one minus the branches' total: the rounding of the distributions' own dtype
-# Rarer outputs are counted together: chi-square is no good approximation for a handful of counts.
+# Rarer outputs are pooled: chi-square is no good approximation for a handful of counts.
 MIN_EXPECTED = 8.0
 
 

@@ -49,7 +49,7 @@ class Whole:
         tokens = stream(self.model, prompt, self._config(params), policy=policy)
         return [token.id for token in tokens]
 
-    def decode_together(self, params: SamplingParams, policies: Iterable[Policy]) -> list[list[int]]:
+    def decode_batch(self, params: SamplingParams, policies: Iterable[Policy]) -> list[list[int]]:
         """Return the tokens of every prompt, in one batch with a policy for each."""
         streams = stream_batch(
             self.model,
@@ -99,7 +99,7 @@ def check_identity(
 
 
 def check_batch(whole: Whole, policies: Mapping[tuple[str, Gamma], MakePolicy], *, sampling: str) -> Check:
-    """Check that prompts decoded together, a draft each in turn, give the tokens of each alone.
+    """Check that prompts decoded in a batch, a draft each in turn, give the tokens of each alone.
 
     Args:
         whole: the model and its prompts.
@@ -107,7 +107,7 @@ def check_batch(whole: Whole, policies: Mapping[tuple[str, Gamma], MakePolicy], 
         sampling: a name in `SAMPLINGS`.
     """
     rows = [row for _, row in zip(whole.prompts, cycle(policies.items()), strict=False)]
-    ours = whole.decode_together(SAMPLINGS[sampling], (make(gamma) for (_, gamma), make in rows))
+    ours = whole.decode_batch(SAMPLINGS[sampling], (make(gamma) for (_, gamma), make in rows))
     names, gammas = zip(*dict.fromkeys(key for key, _ in rows), strict=True)
     shown = ",".join(map(str, gammas))
     return _compare(whole, ours, sampling, draft=",".join(names), gamma=shown, batch=len(rows))

@@ -1,4 +1,4 @@
-"""What `nestling verify` tests: drafts by their texts, prompts by their tokens."""
+"""Inputs of `nestling verify`: drafts by their texts, prompts by their tokens."""
 
 from models.base.errors import NestlingError, UsageError
 from models.checkpoint.folder import ModelFolder
@@ -14,7 +14,7 @@ NUM_PROMPTS = 4
 """Prompts to continue where none is given."""
 
 
-def choose_drafts(folder: ModelFolder, asked: list[str]) -> dict[str, ForModel]:
+def choose_drafts(folder: ModelFolder, texts: list[str]) -> dict[str, ForModel]:
     """Return the drafts that were asked for, else every member of the family but the full one, by name.
 
     Copied text is tested in any case.
@@ -27,7 +27,7 @@ def choose_drafts(folder: ModelFolder, asked: list[str]) -> dict[str, ForModel]:
     config = folder.model.config
     smaller = [name for name, one in folder.family.items() if not one.resolve(config).is_full]
     drafts: dict[str, ForModel] = {}
-    for text in [text for text in asked if not is_drafter(folder, text)] or smaller or ["full"]:
+    for text in [text for text in texts if not is_drafter(folder, text)] or smaller or ["full"]:
         if text in (AUTO, "none") and text not in folder.family:
             remedy = f"name a member, a folder or {', '.join(DRAFTERS)}"
             raise UsageError(f"--draft {text} is no draft to test; {remedy}")

@@ -142,7 +142,7 @@ class TinyVocab:
         (1,): (None, 0),
         (0, 1, 1, 0): (ADVERSARIAL, 3),
     }
-    """Prompts of other lengths with a draft and gamma, decoded together with the walk's."""
+    """Prompts of other lengths with a draft and gamma, decoded in a batch with the walk's."""
 
     def __init__(
         self,

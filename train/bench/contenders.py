@@ -188,8 +188,8 @@ def _contest(
 def _open_targets(model: Path, options: BenchSettings) -> list[Target]:
     """Return the model in each dtype, once, with the threads that `nestling generate` would take for it."""
     targets: dict[str, Target] = {}
-    for asked in dict.fromkeys(options.dtypes):
-        folder, name = open_for_decoding(model, asked)
+    for setting in dict.fromkeys(options.dtypes):
+        folder, name = open_for_decoding(model, setting)
         if folder.tokenizer is None:
             raise NestlingError(f"{model} has no tokenizer.json; put the one it was trained with there")
         if name not in targets:

@@ -248,13 +248,13 @@ def _check_flags(context: typer.Context, train: bool) -> None:
         raise UsageError(f"No such option: {word}{hint} (see nestling bench --help)")
 
 
-def _engines(asked: list[str] | None) -> Sequence[str]:
+def _engines(names: list[str] | None) -> Sequence[str]:
     from models.bench.contenders import ENGINES
 
-    for name in asked or ():
+    for name in names or ():
         if name not in ENGINES:
             raise UsageError(f"--engine {name} is not an engine; choose from {', '.join(ENGINES)}")
-    return asked or ENGINES
+    return names or ENGINES
 
 
 def _check_numbers(**numbers: tuple[int, int]) -> None:
@@ -274,13 +274,15 @@ def _check_source(
     if (model is None) == (random is None):
         given = f"MODEL {model} and --random {random} exclude each other" if model else "there is no MODEL"
         raise UsageError(f"{given}; give a model folder, or --random with a size such as 125M")
-    asked = [f"{flag} {value}" for flag, value in texts.items() if value is not None]
-    if random and asked:
-        raise UsageError(f"{asked[0]} has no effect with --random, whose prompts are random tokens; leave it")
+    sources = [f"{flag} {value}" for flag, value in texts.items() if value is not None]
+    if random and sources:
+        raise UsageError(
+            f"{sources[0]} has no effect with --random, whose prompts are random tokens; leave it"
+        )
     if alpha is not None and (random is None or not 0 < alpha < 1):
         raise UsageError(f"--alpha {alpha:g}: give a fraction between 0 and 1, together with --random")
-    if len(asked) > 1:
-        raise UsageError(f"{asked[0]} and {asked[1]} exclude each other; give one of them")
+    if len(sources) > 1:
+        raise UsageError(f"{sources[0]} and {sources[1]} exclude each other; give one of them")
     if text_field is not None and texts["--data"] is None:
         raise UsageError(f"--text-field {text_field}: has no effect without --data; give one of its files")
     if (prompts := texts["--prompts"]) is not None:

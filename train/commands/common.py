@@ -1,4 +1,4 @@
-"""What several commands share: arguments, and the checks that come before any long work."""
+"""Arguments of several commands, and the checks that come before any long work."""
 
 import os
 from collections.abc import Mapping

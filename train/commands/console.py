@@ -1,4 +1,4 @@
-"""What the terminal shows: a console that also reads well in a file."""
+"""A console whose output also reads well in a file."""
 
 import sys
 

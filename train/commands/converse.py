@@ -47,10 +47,10 @@ def converse(
         if question == "/new":
             messages = first_messages(system)
         elif question:
-            asked: list[Message] = [*messages, {"role": "user", "content": question}]
-            answer = _answer(decoder, asked, options, show, console)
+            conversation: list[Message] = [*messages, {"role": "user", "content": question}]
+            answer = _answer(decoder, conversation, options, show, console)
             if answer is not None:
-                messages = [*asked, {"role": "assistant", "content": answer.text}]
+                messages = [*conversation, {"role": "assistant", "content": answer.text}]
                 yield question, answer
 
 

@@ -77,8 +77,8 @@ def evaluate(
     write_results(json, results, dtypes={"model": dtype})
 
 
-def choose_members(folder: "ModelFolder", asked: list[str]) -> "dict[str, Granularity]":
-    """Return the family and what was asked for, by name; the largest last.
+def choose_members(folder: "ModelFolder", texts: list[str]) -> "dict[str, Granularity]":
+    """Return the family and the members of these texts, by name; the largest last.
 
     Raises:
         UsageError: if one does not fit the model.
@@ -86,7 +86,7 @@ def choose_members(folder: "ModelFolder", asked: list[str]) -> "dict[str, Granul
     from models.elastic.count import count_parameters
     from models.elastic.granularity import Granularity
 
-    members = {text: Granularity.parse(text, folder.family) for text in asked}
+    members = {text: Granularity.parse(text, folder.family) for text in texts}
     members = {**folder.family, **{text: one for text, one in members.items() if text not in folder.family}}
     config = folder.model.config
     return dict(sorted(members.items(), key=lambda item: count_parameters(config, item[1])))

@@ -1,4 +1,4 @@
-"""What is said when a command fails: one line on stderr, and a file with the traceback of a defect."""
+"""The message of a command that fails: one line on stderr, and a file with the traceback of a defect."""
 
 import contextlib
 import io

@@ -153,21 +153,21 @@ def generate(
     )
     decoder = open_decoder(model, draft=draft, gamma=number, params=params, verifier=verifier, dtype=dtype)
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
-    asked = setting_fields(decoder, seed=seed, in_batch=prompts is not None)
+    settings = setting_fields(decoder, seed=seed, in_batch=prompts is not None)
     encode = _encoder(decoder, chat, system)
     if prompts is not None:
         from train.commands.generate_many import Answers, check_lines, continue_many
 
         check_lines(decoder, lines, encode)
         texts = [line.text for line in lines]
-        answers = Answers(texts, {"batch_size": batch_size, **asked}, json, decoder.dtype)
+        answers = Answers(texts, {"batch_size": batch_size, **settings}, json, decoder.dtype)
         continue_many(decoder, answers, encode, batch_size, options)
         return
     if prompt is not None:
         results = _continue_one(decoder, prompt, encode(prompt), options)
     else:
         results = _converse(decoder, system, options)
-    write_results(json, results | asked, dtypes={"model": decoder.dtype})
+    write_results(json, results | settings, dtypes={"model": decoder.dtype})
 
 
 def _encoder(decoder: "Decoder", chat: bool, system: str | None) -> "Encode":

@@ -28,13 +28,15 @@ class Answers:
 
     Args:
         prompts: all of them.
-        asked: what else the results tell.
+        settings: other fields of the results.
         path: of the results; None writes none.
         dtype: that the model runs in.
     """
 
-    def __init__(self, prompts: Sequence[str], asked: dict[str, Any], path: Path | None, dtype: str) -> None:
-        self.prompts, self.asked, self.path, self.dtype = prompts, asked, path, dtype
+    def __init__(
+        self, prompts: Sequence[str], settings: dict[str, Any], path: Path | None, dtype: str
+    ) -> None:
+        self.prompts, self.settings, self.path, self.dtype = prompts, settings, path, dtype
         self.done: list[GenerationResult] = []
         self._started = self._written = perf_counter()
 
@@ -53,7 +55,7 @@ class Answers:
             {"prompt": prompt, **one.as_dict()} for prompt, one in zip(self.prompts, self.done, strict=False)
         ]
         counts = {"num_prompts": len(self.prompts), "tokens_per_second": self._rate}
-        write_results(self.path, {"results": each, **counts, **self.asked}, dtypes={"model": self.dtype})
+        write_results(self.path, {"results": each, **counts, **self.settings}, dtypes={"model": self.dtype})
         self._written = perf_counter()
 
     @property

@@ -100,11 +100,11 @@ def search(
     _finish(folder.path, result, settings, json)
 
 
-def _candidates(folder: "ModelFolder", asked: "Sequence[str]") -> "list[Granularity]":
-    """Return the family and what was asked for; each must fit the model."""
+def _candidates(folder: "ModelFolder", texts: "Sequence[str]") -> "list[Granularity]":
+    """Return the family and the members of these texts; each must fit the model."""
     from models.elastic.granularity import Granularity
 
-    found = [*folder.family.values(), *(Granularity.parse(text, folder.family) for text in asked)]
+    found = [*folder.family.values(), *(Granularity.parse(text, folder.family) for text in texts)]
     for one in found:
         one.resolve(folder.model.config)
     return found

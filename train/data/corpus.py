@@ -46,7 +46,7 @@ class Corpus(Protocol):
         """Hex sha256 of the content: equal content, equal fingerprint, wherever it lies."""
 
     def documents(self) -> Iterator[str]:
-        """All documents that are not blank, in a fixed order."""
+        """Yield all documents that are not blank, in a fixed order."""
 
 
 def open_corpus(
@@ -80,14 +80,14 @@ def open_corpus(
 
 
 class Reading(TypedDict, total=False):
-    """How the text of files is found, as arguments of `open_corpus`."""
+    """Settings of how files are read, as arguments of `open_corpus`."""
 
     text_field: str
     separator: str
 
 
 def as_trained(provenance: Mapping[str, Any], text_field: str | None = None) -> Reading:
-    """How a model's own text was read, as arguments of `open_corpus`; of a member, how its family's was.
+    """Return how a model's own text was read, for a member its family's, as arguments of `open_corpus`.
 
     Args:
         provenance: of a model folder.

@@ -86,7 +86,7 @@ def sample_documents(documents: Iterable[str], max_chars: int) -> list[str]:
 
 
 def field_setting(key: str) -> str:
-    """What names the text field where a source came from `key`, a recipe's setting or a flag.
+    """Return the setting of the text field where a source came from `key`, a recipe's setting or a flag.
 
     >>> field_setting("data.valid"), field_setting("--data")
     ('data.text_field', '--text-field')

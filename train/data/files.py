@@ -80,7 +80,7 @@ class LocalFiles:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[str]:
-        """Documents of all the files, blank ones left out.
+        """Yield the documents of all the files, blank ones left out.
 
         Raises:
             UsageError: if the text field is missing or holds no text.
@@ -172,7 +172,7 @@ def kind_of(path: Path) -> str:
 
 
 def unreadable(path: Path, error: BaseException) -> NestlingError:
-    """One line on why a file cannot be read."""
+    """Return one line on why a file cannot be read."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     reason = " ".join(text.split()) or type(error).__name__
     return NestlingError(f"{path}: cannot be read ({reason}); repair the file or leave it out")
@@ -194,7 +194,7 @@ def _open_zst(path: Path, mode: str) -> IO[bytes]:
 
 
 def read_txt(path: Path, files: LocalFiles) -> Iterator[str]:
-    """Documents between separator lines; the line end before a separator belongs to it."""
+    """Yield the documents between separator lines; the line end before a separator belongs to it."""
     lines: list[str] = []
     num_inside = 0
     with open_text(path) as file:
@@ -217,7 +217,7 @@ def read_txt(path: Path, files: LocalFiles) -> Iterator[str]:
 
 
 def read_jsonl(path: Path, files: LocalFiles) -> Iterator[str]:
-    """The text field of each line; a null is no document."""
+    """Yield the text field of each line; a null is no document."""
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -254,7 +254,7 @@ def _text_of(record: Any, files: LocalFiles, where: str) -> Iterator[str]:
 
 
 def read_parquet(path: Path, files: LocalFiles) -> Iterator[str]:
-    """The text column, streamed by `datasets`; a null is no document."""
+    """Yield the text column, streamed by `datasets`; a null is no document."""
     table = stream_parquet(path, files.cache_dir)
     require_field(table.column_names or (), files.text_field, str(path), files.field_setting)
     for batch in table.select_columns([files.text_field]).iter(batch_size=256):

@@ -78,7 +78,7 @@ class HubDataset:
         return hash_documents(self.documents())
 
     def documents(self) -> Iterator[str]:
-        """The text column; nulls and blanks are no documents."""
+        """Yield the text column; nulls and blanks are no documents."""
         for batch in self.table.select_columns([self.text_field]).iter(batch_size=256):
             for value in batch[self.text_field]:
                 if value is None:
@@ -132,5 +132,5 @@ def quiet_datasets() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text without line breaks."""
+    """Return the error's text without line breaks."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -74,12 +74,12 @@ class StandardLibrary:
         return hash_documents(self.texts)
 
     def documents(self) -> Iterator[str]:
-        """The files."""
+        """Yield the text of each file."""
         return iter(self.texts)
 
 
 def source_files(root: Path) -> Iterator[Path]:
-    """Python files in a fixed order; folders that are left out are not even listed."""
+    """Yield Python files in a fixed order; folders that are left out are not even listed."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not is_skipped(name))
         yield from (

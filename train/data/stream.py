@@ -12,7 +12,7 @@ StreamType = type[np.uint16] | type[np.uint32]
 
 
 def stream_dtype(vocab_size: int) -> StreamType:
-    """The smallest type that holds every id.
+    """Return the smallest type that holds every id.
 
     >>> stream_dtype(50_257), stream_dtype(151_936)
     (<class 'numpy.uint16'>, <class 'numpy.uint32'>)

@@ -64,7 +64,7 @@ class TextTokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def named(self, name: str) -> "TextTokenizer":
-        """The same under another name."""
+        """Return the same tokenizer under another name."""
         return replace(self, name=name)
 
     def save(self, folder: Path, *, model_max_length: int | None = None) -> None:

@@ -118,7 +118,7 @@ def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[s
 
 
 def _count(text: str) -> float:
-    """A number with its unit, 0 if it is not one.
+    """Return a number with its unit, 0 if it is not one.
 
     >>> _count("8M"), _count("1.5B"), _count("200000"), _count("many")
     (8000000.0, 1500000000.0, 200000.0, 0)

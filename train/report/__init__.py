@@ -1,1 +1,1 @@
-"""What a run or a result looks like to a person: a page, a picture, tables; none is typed by hand."""
+"""Pages, pictures and tables of a run or a result; no number in them is typed by hand."""

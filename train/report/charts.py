@@ -1,4 +1,4 @@
-"""What is drawn: curves over training, and the family's two panels, loss and acceptance against size.
+"""Charts: curves over training, and the family's two panels, loss and acceptance against size.
 
 The dotted lines of the acceptance panel come from theorem 3.8 of https://arxiv.org/abs/2211.17192.
 """

@@ -1,4 +1,4 @@
-"""Which charts the page shows: coloured by member for one run; for several, a panel a member, by run."""
+"""The charts of the page: coloured by member for one run; for several, a panel a member, by run."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""How charts look, on the page and in SVG files alike.
+"""The look of charts, on the page and in SVG files alike.
 
 Text, axes and the full model are drawn in `currentColor`, so that a chart takes the colours of the page
 around it, light or dark. The other colours keep a contrast of 3 on both, and stay apart for eyes that do not
@@ -34,7 +34,7 @@ SVG_STYLE = (
 
 @dataclass(frozen=True)
 class Key:
-    """Which colour and shape each series has: `field` of a row names its series, `full` is drawn in ink."""
+    """Colours and shapes of series: `field` of a row names its series, `full` is drawn in ink."""
 
     field: str
     names: tuple[str, ...]

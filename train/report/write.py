@@ -1,4 +1,4 @@
-"""Where a report goes: a text file that is whole or absent, in a folder that is made if it is missing."""
+"""Write a report: a text file that is whole or absent, in a folder that is made if it is missing."""
 
 from pathlib import Path
 

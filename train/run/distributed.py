@@ -88,6 +88,6 @@ class FullyShard(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Lightning's own default is data parallelism over machines only."""
+        """Shard over all processes: Lightning's own default is data parallelism over machines only."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()

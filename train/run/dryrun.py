@@ -186,9 +186,9 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
         "FLOPs per step": f"{si(estimate.flops_per_step)}, forward and backward, members included",
     }
     if taught:
-        share = percent(estimate.teacher_flops / estimate.flops_per_step)
+        fraction = percent(estimate.teacher_flops / estimate.flops_per_step)
         facts["teacher"] = (
-            f"{estimate.teacher_parameters:,} parameters, {share} of these FLOPs once it teaches, "
+            f"{estimate.teacher_parameters:,} parameters, {fraction} of these FLOPs once it teaches, "
             f"{size(estimate.teacher_bytes)} of weights beside the memory below"
         )
     facts["memory"] = (
@@ -206,7 +206,7 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
 
 
 def _card() -> MachineCard:
-    """The machine's card; one that is not cached yet is measured and not kept."""
+    """Return the machine's card; one that is not cached yet is measured and not kept."""
     return machine_card() if known_card() else measure_card(this_machine())
 
 

@@ -63,7 +63,7 @@ class Identity:
 
 
 def identify(recipe: Recipe, data: TextData, teacher: Teacher | None, dtype: str) -> Identity:
-    """The run that a recipe and its prepared data make."""
+    """Return the run that a recipe and its prepared data make."""
     return Identity(
         recipe=asdict(recipe),
         tokens=data.tokens_sha256,
@@ -136,7 +136,7 @@ def check_same_run(ours: Identity, theirs: Identity, where: str) -> None:
 
 
 def what_changes(recipe: Recipe, ours: Identity, theirs: Identity, *, step: int, row: int) -> list[str]:
-    """A line for each setting that may change and that shifts what comes; none if all is as it was.
+    """Return a line for each changed setting that shifts what comes; none if all is as it was.
 
     Args:
         recipe: as it is now.

@@ -72,7 +72,7 @@ def check_belongs(
 
 
 def _told_by(state: TrainingState) -> Identity:
-    """The run that a state tells of; an old one tells nothing, but the folder around it may."""
+    """Return the run that a state tells of; an old one tells nothing, but the folder around it may."""
     if state.run:
         return Identity.read(state.run)
     return read_identity(state.path.absolute().parent.parent) or Identity(recipe={})

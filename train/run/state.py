@@ -58,7 +58,7 @@ class TrainingState:
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def first_row(self, recipe: Recipe) -> int:
-        """The index of the next row that a run reads from here."""
+        """Return the index of the next row that a run reads from here."""
         if self.rows is not None:
             return self.rows
         return (self.step + self.data_offset) * recipe.trainer.rows_per_step
@@ -184,7 +184,7 @@ def load_state(folder: Path) -> TrainingState:
 
 
 def _state_folders(steps: Path) -> list[Path]:
-    """State folders, the newest first."""
+    """Return the state folders, the newest first."""
     folders = [path for path in steps.glob("[0-9]*") if path.is_dir() and path.name.isdigit()]
     return sorted(folders, key=lambda path: int(path.name), reverse=True)
 

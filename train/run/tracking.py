@@ -81,7 +81,7 @@ class Dashboard(WandbLogger):
 
 
 def panel(key: str) -> str:
-    """Wandb's name of a metric: a section is what stands before the slash, here the member.
+    """Return wandb's name of a metric: a section is what stands before the slash, here the member.
 
     See https://docs.wandb.ai/support/models/articles/how-can-i-organize-my-logged-charts-and-
 
@@ -120,7 +120,7 @@ def _wandb(
 
 
 def _named(path: str, run: Path) -> Logger:
-    """A logger by import path, or by the name of one of Lightning's."""
+    """Return a logger by import path, or by the name of one of Lightning's."""
     module, _, name = path.rpartition(".")
     try:
         made = getattr(importlib.import_module(module or "lightning.pytorch.loggers"), name)(save_dir=run)

@@ -1,4 +1,4 @@
-"""What a search says: the fields of docs/json.md, a table of predicted beside measured, and a few words."""
+"""Results of a search: the fields of docs/json.md, a table of predicted beside measured, and summaries."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -135,20 +135,20 @@ def stream_batch(
         _request(target, prompt_ids, new_policy(), random, config)
         for prompt_ids, random in zip(prompts, randoms, strict=True)
     ]
-    together = BatchScheduler([_decode(request) for request in requests], target)
+    scheduler = BatchScheduler([_decode(request) for request in requests], target)
     lines: list[deque[_Committed]] = [deque() for _ in requests]
 
     def taken(number: int) -> Iterator[_Committed]:
         while True:
             while not lines[number]:
-                event = next(together, None)
+                event = next(scheduler, None)
                 if event is None:
                     return
                 lines[event[0]].append(event[1])
             yield lines[number].popleft()
 
     def cancel(number: int) -> Callable[[], None]:
-        return lambda: together.cancel(number)
+        return lambda: scheduler.cancel(number)
 
     return [Stream(taken(row), one.report, cancel(row)) for row, one in enumerate(requests)]
 

@@ -1,4 +1,4 @@
-"""A scheduler of model passes: it runs a request's passes one by one, or those of a batch together.
+"""A scheduler of model passes: it runs a request's passes one by one, or those of a batch at once.
 
 A request decodes in steps: a generator that yields every pass it needs, is sent its logits, and yields
 each token that it has decided. Who drives it decides how the passes run:
@@ -66,7 +66,7 @@ def run_steps(steps: Steps[Result]) -> Result:
 
 
 class BatchScheduler(Iterator[tuple[int, Event]]):
-    """Run many requests' passes together; gives (number of the request, what it emitted).
+    """Run many requests' passes in batches; gives (number of the request, what it emitted).
 
     Passes through any model but the target's go first, so that the target scores the drafts of all.
 

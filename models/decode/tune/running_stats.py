@@ -20,7 +20,7 @@ TINY = 1e-9
 
 
 class Rates:
-    """How often a drafted token is kept if all before it were, by position in the round.
+    """The rate at which a drafted token is kept if all before it were, by position in the round.
 
     >>> rates = Rates(alpha=0.8, most=2)
     >>> rates.observe(num_drafted=2, num_accepted=0)  # the second position was not reached

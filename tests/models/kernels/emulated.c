@@ -7,7 +7,7 @@
 
 static void *read_bytes(size_t size) {
     void *memory =
-        aligned_alloc(64, (size + 64 + 16384) / 64 * 64); /* weights are asked for beyond their end */
+        aligned_alloc(64, (size + 64 + 16384) / 64 * 64); /* weights are prefetched beyond their end */
     if (memory == NULL || fread(memory, 1, size, stdin) != size) exit(1);
     return memory;
 }
@@ -71,7 +71,7 @@ static void run_passes(void) {
     float *rows = calloc((size_t)(num_tokens + num_draws) * model.num_outputs, 4);
     int64_t chosen[16] = {0};
     for (int pass = 0; pass < num_passes;
-         pass++) { /* the same tokens, in so many passes; the last one draws */
+         pass++) { /* the same tokens, in this many passes; the last one draws */
         int first = num_tokens * pass / num_passes, end = num_tokens * (pass + 1) / num_passes;
         Request request = {.keys = stores,
                            .values = stores + model.num_layers,
@@ -80,7 +80,7 @@ static void run_passes(void) {
                            .count = end - first,
                            .scored = end - first,
                            .num_draws = pass + 1 == num_passes ? num_draws : 0,
-                           .law = {.temperature = 1, .top_p = 1, .uniforms = uniforms},
+                           .sampling = {.temperature = 1, .top_p = 1, .uniforms = uniforms},
                            .chosen = chosen};
         if (nestling_step(&model, &request, 1, tokens + first, 2, rows + (size_t)first * model.num_outputs))
             exit(1);

@@ -47,7 +47,7 @@ def test_a_row_is_continued_as_plain_decoding_does_it_alone(
             assert row_T[4:] == theirs
 
 
-def test_rows_are_drawn_from_the_law(tiny_model: ElasticLM) -> None:
+def test_rows_are_drawn_from_the_distribution(tiny_model: ElasticLM) -> None:
     tokens_RT = continue_rows(tiny_model, torch.tensor([[1, 2]] * 4000), 1, WARM, seed=3)
     p_V = sampling_probs(tiny_model(torch.tensor([[1, 2]]))[0, -1:], WARM)[0].detach()
     counts_V = torch.bincount(tokens_RT[:, -1], minlength=64)
@@ -68,7 +68,7 @@ def test_alpha_is_the_shared_alpha_of_the_same_places(tiny_model: ElasticLM, pre
     assert {name: one.alpha for name, one in measured.items()} == pytest.approx(theirs, rel=FP32_SUMS)
 
 
-def test_few_tokens_are_measured_by_their_own_law(tiny_model: ElasticLM) -> None:
+def test_few_tokens_are_measured_by_their_own_distribution(tiny_model: ElasticLM) -> None:
     tokens_RT, view = text_of(tiny_model, WARM), View(tiny_model, EXIT)
     few, everything = torch.arange(0, 64, 2), torch.arange(64)
     drafts: dict[str, View | TrimmedHead]
@@ -122,7 +122,7 @@ def test_a_round_is_followed_through_the_text() -> None:
 GAMMA = 2
 
 
-def round_laws() -> tuple[Tensor, Tensor]:
+def round_probs() -> tuple[Tensor, Tensor]:
     """p and q of a model without memory: three places, a vocabulary of three."""
     p_TV = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]], dtype=torch.float64)
     q_TV = torch.tensor([[0.3, 0.1, 0.6], [0.5, 0.5, 0.0]], dtype=torch.float64)
@@ -131,7 +131,7 @@ def round_laws() -> tuple[Tensor, Tensor]:
 
 def exact_tokens(verifier: str) -> float:
     """Expected tokens of one round of the shipped verifier, over all its choices."""
-    p_TV, q_TV = round_laws()
+    p_TV, q_TV = round_probs()
     total = 0.0
     script: list[int] | None = []
     while script is not None:
@@ -145,7 +145,7 @@ def exact_tokens(verifier: str) -> float:
 @pytest.mark.parametrize("verifier", VERIFIER_NAMES)
 def test_the_chances_given_the_text_add_up_to_the_verifiers_own(verifier: str) -> None:
     """Summed over all texts by their probability under p."""
-    p_TV, q_TV = round_laws()
+    p_TV, q_TV = round_probs()
     foretold = 0.0
     for text in itertools.product(range(3), repeat=GAMMA):
         rows = [measured_values(p_TV[t], q_TV[t], token) for t, token in enumerate(text)]
@@ -165,7 +165,7 @@ def measured_values(p_V: Tensor, q_V: Tensor, token: int) -> list[float]:
 
 
 def coupled_tokens(num_trials: int) -> float:
-    p_TV, q_TV = round_laws()
+    p_TV, q_TV = round_probs()
     total = 0
     for seed in range(num_trials):
         sampler, proposal = Coupled(WARM, SeededRandom(seed)), Proposal([0])

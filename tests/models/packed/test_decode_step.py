@@ -304,10 +304,10 @@ def test_a_pass_that_chooses_tokens_is_as_many_passes(
                 if params.is_greedy:
                     assert row_N.equal(logits_TN[-1])
                 else:
-                    law_N = sampling_probs(logits_TN[-1:], params)[0]
-                    torch.testing.assert_close(row_N, law_N, rtol=1e-5, atol=ROW_ATOL)
+                    probs_N = sampling_probs(logits_TN[-1:], params)[0]
+                    torch.testing.assert_close(row_N, probs_N, rtol=1e-5, atol=ROW_ATOL)
                     if fields.keys() > {"temperature"}:  # what is left out is the same
-                        assert ((row_N > 0) == (law_N > 0)).all()
+                        assert ((row_N > 0) == (probs_N > 0)).all()
                 assert draws.ids[position] == choose(row_N, draws, position, ids_N)
                 if position + 1 < draws.count:
                     logits_TN = step([Request([draws.ids[position]], theirs, 1)], FULL, head)
@@ -321,13 +321,13 @@ def test_numbers_draw_each_token_as_often_as_its_distribution_says(tiny_config: 
     """Evenly spaced numbers: a token's share is its probability to one in their number."""
     model = make_model(tiny_config)
     step, num = make_step(model, torch.float32), 4000
-    counts_V, law_V = torch.zeros(64), torch.empty(64)
+    counts_V, probs_V = torch.zeros(64), torch.empty(64)
     for number in range(num):
         draws = Draws(count=1, temperature=1.0, uniforms=[(number + 0.5) / num])
-        law_V = step([Request(IDS[:5], new_cache(model), 1, draws)], FULL)[0]
+        probs_V = step([Request(IDS[:5], new_cache(model), 1, draws)], FULL)[0]
         counts_V[draws.ids[0]] += 1
-    assert (counts_V / num - law_V).abs().max() <= 1 / num + ROW_ATOL
+    assert (counts_V / num - probs_V).abs().max() <= 1 / num + ROW_ATOL
     assert (counts_V > 0).sum() > 10
     draws = Draws(count=1, temperature=1.0, uniforms=[math.nextafter(1.0, 0.0)])
     step([Request(IDS[:5], new_cache(model), 1, draws)], FULL)
-    assert law_V[draws.ids[0]] > 0
+    assert probs_V[draws.ids[0]] > 0

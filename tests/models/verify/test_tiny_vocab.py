@@ -47,11 +47,11 @@ def test_a_packed_model_is_restricted_from_the_weights_that_it_was_packed_from(
     torch.testing.assert_close(ours, restrict(tiny_model, [3, 5, 7], torch.float64)(tokens_BT))
 
 
-def test_the_likeliest_tokens_are_those_of_the_mean_law(tiny_model: ElasticLM) -> None:
+def test_the_likeliest_tokens_are_those_of_the_mean_distribution(tiny_model: ElasticLM) -> None:
     prompts = [[1, 2, 3], [4]]
-    laws = [tiny_model(torch.tensor([ids]))[0, -1].softmax(-1) for ids in prompts]
+    probs = [tiny_model(torch.tensor([ids]))[0, -1].softmax(-1) for ids in prompts]
     ours = likeliest_tokens(tiny_model, prompts, 5)
-    assert ours == (laws[0] + laws[1]).argsort(descending=True)[:5].tolist()
+    assert ours == (probs[0] + probs[1]).argsort(descending=True)[:5].tolist()
 
 
 @pytest.mark.parametrize("draft", [None, *DRAFTS])

@@ -31,7 +31,7 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def test_a_panel_for_each_law_with_bars_and_whiskers(rows: list[dict[str, Any]]) -> None:
+def test_a_panel_for_each_distribution_with_bars_and_whiskers(rows: list[dict[str, Any]]) -> None:
     spec = speed_chart(rows, "a model").to_dict()
     panels = spec["vconcat"]
     assert [panel["title"]["text"] for panel in panels] == ["temperature 0, fp32", "temperature 1, fp32"]

@@ -30,7 +30,7 @@ class StepCallback(pl.Callback, ABC):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Lightning's hook, called after every micro-batch."""
+        """Call `on_step` after the last one of every n-th step."""
         assert isinstance(pl_module, JointModule)
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if ends_step and pl_module.step % self.every == 0:

@@ -77,7 +77,7 @@ def test_a_model_draft_with_a_shorter_context_proposes_what_fits_and_then_nothin
     assert [token.id for token in tokens] == theirs
 
 
-def test_a_nested_draft_that_is_the_target_draws_from_the_targets_laws(model: ElasticLM) -> None:
+def test_a_nested_draft_that_is_the_target_draws_from_the_targets_distributions(model: ElasticLM) -> None:
     ids = [1, 2, 3, 4]
     proposal = propose(NestedDraft(View(model, Granularity())), committed(model, ids))
     assert_drawn_from(model, ids, proposal)

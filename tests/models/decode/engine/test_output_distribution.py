@@ -232,7 +232,7 @@ def test_the_distribution_holds_where_the_end_of_text_falls_inside_a_block(
     assert check.passed, check
 
 
-def test_a_member_as_the_target_keeps_its_own_law(make_model: MakeModel) -> None:
+def test_a_member_as_the_target_keeps_its_own_distribution(make_model: MakeModel) -> None:
     model = make_model(vocab_size=3)
     target = View(model, Granularity.parse("heads=0.5"))
     draft = NestedDraft(View(model, Granularity.parse("ffn=0.25,heads=0.5,layers=1")))

@@ -115,7 +115,7 @@ def test_block_verification_never_keeps_fewer_tokens_in_expectation(pair: str) -
         assert expected["block"] > expected["token"] + 1e-3
 
 
-def test_the_first_drafted_token_is_accepted_with_the_overlap_of_the_laws() -> None:
+def test_the_first_drafted_token_is_accepted_with_the_overlap_of_the_distributions() -> None:
     p, q = PAIRS["different"](4)
     distribution = exact_distribution(lambda random: draft_and_verify("token", p, q, 1, random))
     accepted = sum(weight for kept, weight in distribution.items() if len(kept) == 2)
