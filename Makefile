@@ -3,7 +3,7 @@
 #   make demo    train a family, cut it out, decode with its own draft (minutes, two cores)
 #   make test    the test suite, a worker a core    make test PYTEST_ARGS="tests/models -x"
 #   make test-portable    its core as on processors without AVX-512, and without a compiler
-#   make gpu     what a machine with a GPU is asked for; says so where there is none
+#   make gpu     the checks of a machine with a GPU; says so where there is none
 #   make lint    style, types, floors
 #   make bench   plain decoding against speculative decoding, on the demo's model
 #   make setup   only the environment           make setup PYTHON=/path/to/python3.12

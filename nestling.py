@@ -1,4 +1,4 @@
-"""nestling from Python: everything that the README uses, each imported when it is first asked for.
+"""nestling from Python: everything that the README uses, each imported on first use.
 
     import nestling
 
@@ -51,7 +51,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for (PEP 562)."""
+    """Import a name on first use (PEP 562)."""
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'nestling' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a machine with a GPU is asked for, unattended and in under eight minutes; `make gpu` runs it.
+"""The checks of a machine with a GPU, unattended and in under eight minutes; `make gpu` runs it.
 
     python docs/gpu.py [--out checkpoints/gpu]
 

@@ -76,7 +76,7 @@ def of_tensor(tensor: torch.Tensor) -> str:
 
 def nestling(*arguments: str) -> None:
     """Run the command line of this checkout."""
-    command = [sys.executable, "-c", "from train.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "import sys; from train.cli import main; sys.exit(main())", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,7 +1,7 @@
 """The engines that run: ours, and those of transformers on the same weights.
 
     nestling      plain; speculative with each draft
-    transformers  plain, on a dynamic, a static and (if asked for) a compiled static cache; assisted by
+    transformers  plain, on a dynamic, a static and (on request) a compiled static cache; assisted by
                   each draft cut out as a model of its own, by the library's own schedule and by constant
                   ones, of as many tokens as ours and of other numbers; prompt lookup
     llama.cpp     where it is installed: plain; assisted by each draft cut out, of the same numbers of tokens

@@ -5,7 +5,7 @@ the fraction of drafted tokens that stay has to be set. The draft is an exit, th
 and what the further layers write to the residual stream is scaled by one factor: at 0 the full model is its
 exit, and every drafted token stays; the larger the factor, the fewer do. Bisection finds the factor at
 which the expected acceptance (sum over the vocabulary of min(p, q), under the distribution that tokens are
-drawn from) is the one asked for.
+drawn from) is `alpha`.
 
     embedding -> exit's layers -> + factor * (further layers) -> norm -> head
 
@@ -27,56 +27,31 @@ from models.elastic.count import count_weight_bytes
 from models.elastic.granularity import Granularity
 from models.elastic.model import Block, ElasticLM
 
-_LLAMA_TOKENS = 32000
+
+def _shape(
+    hidden: int, ffn: int, layers: int, heads: int, groups: int, *, tied: bool = True
+) -> ElasticConfig:
+    return ElasticConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=tied,
+    )
+
+
 SHAPES: Mapping[str, ElasticConfig] = {
-    # stories15M, https://github.com/karpathy/llama2.c
-    "15M": ElasticConfig(
-        vocab_size=_LLAMA_TOKENS,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-    ),
-    # Llama 60M of GaLore, https://arxiv.org/abs/2403.03507
-    "60M": ElasticConfig(
-        vocab_size=_LLAMA_TOKENS,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    ),
-    # MobileLLM, https://arxiv.org/abs/2402.14905
-    "125M": ElasticConfig(
-        vocab_size=_LLAMA_TOKENS,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    ),
-    "350M": ElasticConfig(
-        vocab_size=_LLAMA_TOKENS,
-        hidden_size=960,
-        intermediate_size=2560,
-        num_hidden_layers=32,
-        num_attention_heads=15,
-        num_key_value_heads=5,
-    ),
-    "1B": ElasticConfig(
-        vocab_size=_LLAMA_TOKENS,
-        hidden_size=1280,
-        intermediate_size=3584,
-        num_hidden_layers=54,
-        num_attention_heads=20,
-        num_key_value_heads=5,
-    ),
+    "15M": _shape(288, 768, 6, 6, 6),  # stories15M, https://github.com/karpathy/llama2.c
+    "60M": _shape(512, 1376, 8, 8, 8, tied=False),  # Llama 60M of GaLore, https://arxiv.org/abs/2403.03507
+    "125M": _shape(576, 1536, 30, 9, 3),  # this and the next two: MobileLLM, https://arxiv.org/abs/2402.14905
+    "350M": _shape(960, 2560, 32, 15, 5),
+    "1B": _shape(1280, 3584, 54, 20, 5),
 }
 
 TOLERANCE = 0.01
-"""Tolerance of the acceptance that was asked for."""
+"""Tolerance of the acceptance."""
 NUM_ROWS, ROW_TOKENS = 16, 128
 """Random text that acceptance is measured on."""
 # Spread of a logit: with 32,000 tokens their entropy is then 2 to 3 nats, as in trained models.

@@ -1,4 +1,4 @@
-"""A model folder opened to run here: in the dtype that is asked for or fastest, with the threads for it."""
+"""A model folder opened to run here: in the given or the fastest dtype, with the threads for it."""
 
 import dataclasses
 from pathlib import Path

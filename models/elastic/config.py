@@ -15,7 +15,7 @@ _MOST = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 2**24),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"), 2**14),
 }
-"""A damaged file may say anything, and the memory is asked for before the weights show that it is wrong."""
+"""A damaged file may say anything, and memory is allocated before the weights show that it is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)

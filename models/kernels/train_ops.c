@@ -1,5 +1,5 @@
 /* What lies between the matrix products of a training step, forward and backward: RMSNorm, rotary positions,
-   attention, SwiGLU, cross-entropy, acceptance. models/kernels/train_ops.py and losses.py call them.
+   attention, SwiGLU, cross-entropy, acceptance. models/kernels/train_ops.py and train_losses.py call them.
 
    Each reads its arguments from memory once, which torch's operations do a dozen times. Values are in FP32 or
    BF16, sums and whatever lies between in fp32. Sums are taken in one order, whatever the number of threads.

@@ -84,16 +84,8 @@ def check_exact(few: TinyVocab, case: Case, *, ends: bool = False, in_batch: boo
         draft=case.draft, gamma=case.gamma, verifier=case.verifier, in_batch=in_batch, **options
     )
     distance = total_variation(ours, theirs)
-    return _check(
-        "exact",
-        case,
-        dtype=PRECISE,
-        batch=1 + len(few.COMPANIONS) if in_batch else 1,
-        value=distance,
-        bound=EXACT,
-        passed=distance <= EXACT,
-        note=f"{len(theirs)} texts of {few.num_tokens} tokens" + ", one of which ends them" * ends,
-    )
+    note = f"{len(theirs)} texts of {few.num_tokens} tokens" + ", one of which ends them" * ends
+    return _check("exact", case, in_batch, dtype=PRECISE, value=distance, bound=EXACT, note=note)
 
 
 def check_dtype(
@@ -114,16 +106,8 @@ def check_dtype(
     drafted = {"draft": case.draft, "gamma": case.gamma, "verifier": case.verifier}
     ours = few.distribution(**drafted, in_batch=in_batch, **options)
     distance, bound = total_variation(ours, plain), max(DTYPE_FLOOR, DTYPE_FACTOR * of_dtype)
-    return _check(
-        "dtype",
-        case,
-        dtype=dtype,
-        batch=1 + len(few.COMPANIONS) if in_batch else 1,
-        value=distance,
-        bound=bound,
-        passed=distance <= bound,
-        note=f"from fp64 to {dtype} the distribution moves by {of_dtype:.1e}",
-    )
+    note = f"from fp64 to {dtype} the distribution moves by {of_dtype:.1e}"
+    return _check("dtype", case, in_batch, dtype=dtype, value=distance, bound=bound, note=note)
 
 
 def check_counts(
@@ -147,24 +131,23 @@ def check_counts(
         tuple(few.decode(SeededRandom(seed * num_trials + trial), **drafted)) for trial in range(num_trials)
     )
     p_value = chi_square(counts, theirs)
-    return _check(
-        "counts",
-        case,
-        dtype=dtype,
-        value=p_value,
-        bound=bound,
-        passed=p_value >= bound,
-        note=f"{num_trials:,} draws of {len(theirs)} texts",
-    )
+    note = f"{num_trials:,} draws of {len(theirs)} texts"
+    return _check("counts", case, dtype=dtype, value=p_value, bound=bound, note=note)
 
 
-def _check(test: str, case: Case, *, batch: int = 1, **outcome: Any) -> Check:
+def _check(
+    test: str, case: Case, in_batch: bool = False, *, dtype: str, value: float, bound: float, note: str
+) -> Check:
     return Check(
         test=test,
         verifier=case.verifier if isinstance(case.verifier, str) else "of the caller",
         draft=case.draft or "none",
         gamma=str(case.gamma),
         sampling=case.sampling,
-        batch=batch,
-        **outcome,
+        dtype=dtype,
+        batch=1 + len(TinyVocab.COMPANIONS) if in_batch else 1,
+        value=value,
+        bound=bound,
+        note=note,
+        passed=value >= bound if test == "counts" else value <= bound,
     )

@@ -15,7 +15,7 @@ NUM_PROMPTS = 4
 
 
 def choose_drafts(folder: ModelFolder, texts: list[str]) -> dict[str, ForModel]:
-    """Return the drafts that were asked for, else every member of the family but the full one, by name.
+    """Return the drafts of these texts, else every member of the family but the full one, by name.
 
     Copied text is tested in any case.
 

@@ -101,7 +101,7 @@ def random_contest(
 
     Raises:
         UsageError: if there is no such shape, the draft is no exit, memory is short, or more than one
-            dtype, temperature or draft was asked for.
+            dtype, temperature or draft is given.
     """
     config = SHAPES.get(size)
     if config is None:

@@ -17,6 +17,7 @@ from train.commands.common import (
     JsonOption,
     TextFieldOption,
     add_card,
+    check_at_least,
     check_file,
     check_gamma,
     check_json,
@@ -166,7 +167,8 @@ def bench(
     check_json(json)
     _check_flags(context, train)
     num_rounds = (3 if train else 5) if rounds is None else rounds
-    _check_numbers(rounds=(num_rounds, 1), num_prompts=(num_prompts, 1), max_new_tokens=(max_new_tokens, 2))
+    check_at_least(1, rounds=num_rounds, num_prompts=num_prompts)
+    check_at_least(2, max_new_tokens=max_new_tokens)
     if train:
         _bench_training([*([model] if model else []), *context.args], config or [], num_rounds, steps, json)
         return
@@ -218,7 +220,7 @@ def _bench_training(
     from train.commands.train import check_flags, check_sources
     from train.recipe.recipe import load_recipe
 
-    _check_numbers(steps=(steps, 1))
+    check_at_least(1, steps=steps)
     for file in files:
         check_file("--config", file)
     check_flags(words)
@@ -255,12 +257,6 @@ def _engines(names: list[str] | None) -> Sequence[str]:
         if name not in ENGINES:
             raise UsageError(f"--engine {name} is not an engine; choose from {', '.join(ENGINES)}")
     return names or ENGINES
-
-
-def _check_numbers(**numbers: tuple[int, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if value < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def _check_source(

@@ -87,6 +87,13 @@ def check_gamma(text: str | None, *, least: int) -> int | Literal["auto"] | None
     return number
 
 
+def check_at_least(least: int, **numbers: int) -> None:
+    """Raise UsageError for a number below its bound; `num_prompts` is the value of `--num-prompts`."""
+    for name, value in numbers.items():
+        if value < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
 def check_json(path: Path | None) -> None:
     """Say before the work, not after it, that the results could not be written."""
     if path is not None:

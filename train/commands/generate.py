@@ -12,6 +12,7 @@ from train.commands.common import (
     JsonOption,
     ModelArgument,
     SeedOption,
+    check_at_least,
     check_file,
     check_gamma,
     check_json,
@@ -211,8 +212,7 @@ def _check_source(prompt: str | None, prompts: Path | None, batch_size: int, cha
         raise UsageError("--prompt TEXT or --prompts FILE: give one of them; see nestling generate --help")
     if prompts:
         check_file("--prompts", prompts)
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+    check_at_least(1, batch_size=batch_size)
 
 
 def _check_texts(prompt: str | None, stop: list[str]) -> None:

@@ -13,6 +13,7 @@ from train.commands.common import (
     JsonOption,
     ModelArgument,
     TextFieldOption,
+    check_at_least,
     check_data,
     check_json,
     write_results,
@@ -126,9 +127,7 @@ def _check(draft: bool, data: str, **numbers: int) -> None:
     if not draft:
         raise UsageError("--draft is missing: say what to search for, as in nestling search MODEL --draft")
     check_data(data)
-    for name, value in numbers.items():
-        if value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_at_least(1, **numbers)
 
 
 def _show(result: "Result", plans: "Plans", console: "Console") -> None:

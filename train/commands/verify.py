@@ -14,6 +14,7 @@ from train.commands.common import (
     JsonOption,
     ModelArgument,
     SeedOption,
+    check_at_least,
     check_json,
     write_results,
 )
@@ -59,9 +60,8 @@ def verify(
 ) -> None:
     """Test on this model that speculative decoding follows the full model's distribution."""
     check_json(json)
-    for flag, value, least in (("--trials", trials, 100), ("--max-new-tokens", max_new_tokens, 1)):
-        if value < least:
-            raise UsageError(f"{flag} must be at least {least}, got {value}")
+    check_at_least(100, trials=trials)
+    check_at_least(1, max_new_tokens=max_new_tokens)
     from models.decode.open import open_for_decoding
     from models.decode.sampling.samplers import VERIFIER_NAMES, check_verifier
     from models.verify.inputs import choose_drafts, encode

@@ -100,11 +100,11 @@ def as_trained(provenance: Mapping[str, Any], text_field: str | None = None) -> 
         provenance = provenance["parent_provenance"]
     recipe = provenance.get("recipe")
     data = recipe.get("data") if isinstance(recipe, Mapping) else None
-    told = data if isinstance(data, Mapping) else {}
+    settings = data if isinstance(data, Mapping) else {}
     reading = Reading()
-    if isinstance(field := text_field or told.get("text_field"), str):
+    if isinstance(field := text_field or settings.get("text_field"), str):
         reading["text_field"] = field
-    if isinstance(separator := told.get("separator"), str):
+    if isinstance(separator := settings.get("separator"), str):
         reading["separator"] = separator
     return reading
 

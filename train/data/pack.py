@@ -1,4 +1,4 @@
-"""A stream of tokens as rows for training; nothing is copied before a batch is asked for.
+"""A stream of tokens as rows for training; nothing is copied before a batch is needed.
 
     stream   eos  a  b  c eos  d  e eos  f  g           T = 4
     row 0   [eos  a  b  c eos]                          labels  a b c eos

@@ -50,7 +50,7 @@ def load(
         overrides: Words of the command line.
         renamed: The new key of each setting that had another one in an earlier release.
         dials: Names that are no settings, but that the command line takes.
-        saved: Whether the files were written by `save`, maybe of an earlier release: old keys are read.
+        saved: whether the files were written by `save`, maybe of an earlier release: old keys are read.
 
     Raises:
         UsageError: one line for each key that is unknown and each value that does not fit.

@@ -184,8 +184,8 @@ def _sampler_problems(recipe: Recipe) -> list[str]:
     shown = f"sampler.probabilities={show(sampler.probabilities)}"
     if sampler.kind != "random":
         return [f"{shown}: has no effect with sampler.kind={sampler.kind}; set that to random"]
-    if strangers := sorted(set(sampler.probabilities) - names):
-        return [f"{shown}: {strangers[0]} is not in the family of {', '.join(sorted(names))}"]
+    if unknown := sorted(set(sampler.probabilities) - names):
+        return [f"{shown}: {unknown[0]} is not in the family of {', '.join(sorted(names))}"]
     if not sum(sampler.probabilities.values()):
         return [f"{shown}: at least one must be above 0"]
     return []

@@ -90,7 +90,7 @@ def check_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str)
     """Refuse to go on with another recipe.
 
     Args:
-        ours: the recipe that is asked for, as nested dictionaries.
+        ours: the recipe of this command, as nested dictionaries.
         theirs: the recipe of what stands there.
         where: what stands there, as in `--out r1`.
 

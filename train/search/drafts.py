@@ -180,7 +180,7 @@ def _runs_here(measured: Measurements, candidate: DraftSpec) -> bool:
 def _bound(
     measured: Measurements, step: DraftCosts, params: SamplingParams, like: DraftSpec | None = None
 ) -> float:
-    """Return the speed of a draft whose step costs so much, if it is perfect, or as good as another one."""
+    """Return the speed of a draft whose step has this cost, if it is perfect, or as good as another one."""
     verifier = verifiers_of(params)[0]
     kept = None if like is None else measured.kept.get((like, params))
     return max(

@@ -52,7 +52,7 @@ class Drafting:
     costs: Costs | None = None
     """Costs of the target and of this draft, where they were measured for the choice."""
     verifier: str = DEFAULT_VERIFIER
-    """The verifier that was asked for, else the one that was found to be fastest with this draft."""
+    """The verifier of `--verifier`, else the one that was found to be fastest with this draft."""
 
 
 def choose_drafting(

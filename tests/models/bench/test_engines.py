@@ -1,4 +1,4 @@
-"""What transformers is asked for, and how its stream of tokens is read: a fake that answers as it does."""
+"""The settings that transformers gets, and how its tokens are read: a fake that answers as it does."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from models.decode.sampling.params import SamplingParams
 
 
 class FakeStock:
-    """Writes 7s in blocks of the given sizes, and keeps what it was asked for."""
+    """Writes 7s in blocks of the given sizes, and keeps the settings that it got."""
 
     device = torch.device("cpu")
 

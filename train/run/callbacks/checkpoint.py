@@ -72,6 +72,6 @@ class Checkpoint(StepCallback):
         )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save where the run ends or was asked to stop."""
+        """Save where the run ends or is stopped."""
         assert isinstance(pl_module, JointModule)
         self.on_step(trainer, pl_module)

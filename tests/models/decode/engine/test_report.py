@@ -96,7 +96,7 @@ def test_first_drafted_tokens_are_kept_as_often_as_the_distributions_overlap(tin
     assert abs(kept - sum(overlaps)) <= 4 * sigma  # over the choice of seeds fails once in 16,000
 
 
-def test_greedy_alpha_is_the_accepted_share_of_the_positions_reached(tiny_model: ElasticLM) -> None:
+def test_greedy_alpha_is_the_accepted_fraction_of_the_positions_reached(tiny_model: ElasticLM) -> None:
     tokens, run = speculate(tiny_model)
     num_tokens, reached = 1, 0
     for kept in rounds_of(tokens):

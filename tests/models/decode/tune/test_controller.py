@@ -195,7 +195,7 @@ def test_it_comes_back_to_a_draft_that_turned_good() -> None:
     assert world.play(controller, 500) > 0.9 * best_speed(0.2, 0.9)
 
 
-def test_looks_at_other_choices_take_at_most_their_share() -> None:
+def test_looks_at_other_choices_take_at_most_their_fraction() -> None:
     world = World({"S": 0.1, "D": 0.2}, lambda at: {"S": 0.2, "D": 0.85}[at.draft])
     controller = world.controller(known=True)
     for _ in range(800):

@@ -48,7 +48,7 @@ def test_a_first_drafted_token_may_cost_more_than_others() -> None:
     assert [DraftCosts(first=0.5, more=0.25)(gamma) for gamma in (1, 2)] == [0.5, 0.375]
 
 
-def test_the_hosts_share_is_timed_for_each_distribution_and_verifier(
+def test_the_hosts_part_is_timed_for_each_distribution_and_verifier(
     tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock counts distributions that are made: gamma + 1 to judge gamma drafted tokens."""
