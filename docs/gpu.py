@@ -38,7 +38,7 @@ def main() -> int:
     """Run all steps; return 0 if every one of them did, or where there is no GPU."""
     parser = argparse.ArgumentParser(description="check a machine with a GPU in under eight minutes")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/gpu"), help="folder of the results")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="of nestling bench --random")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="Sizes of nestling bench --random.")
     parser.add_argument("--anyway", action="store_true", help="run without a GPU, to try the script")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.anyway:

@@ -43,9 +43,9 @@ def progress_bar(
     """Show how far work has come; the bar pulses where the total is not known.
 
     Args:
-        label: what is being done.
-        total: how much there is to do.
-        console: where the bar is shown; nowhere without one, or on one that is no terminal.
+        label: names the work.
+        total: amount of work.
+        console: shows the bar; nothing does without one, or on one that is no terminal.
         unit: follows the amount.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -41,11 +41,11 @@ def alternate(
     Each runs at least three times, whatever that takes, and at most nine.
 
     Args:
-        cells: what is timed.
-        budget: in seconds.
-        clock: what tells the time, in seconds.
-        before: what runs before a cell, each time, and is not timed; the cell itself, so that it finds
-            the caches as it leaves them.
+        cells: functions to time, by name.
+        budget: seconds to spend.
+        clock: returns the time in seconds.
+        before: functions that run, untimed, before each run of a cell, such as the cell itself, which then
+            finds the caches as it leaves them.
     """
     before = before or {}
     for cell, work in cells.items():

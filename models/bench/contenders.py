@@ -168,8 +168,8 @@ def make_cells(
 
     Args:
         target: the model.
-        params: how tokens are chosen.
-        drafts: what drafts.
+        params: settings of sampling.
+        drafts: the drafts.
         num_positions: of the longest prompt with its continuation: a static cache that is made once.
         compiled: whether theirs are compiled as well, where the library does not do it by itself.
         engines: which of `ENGINES` run beside ours.

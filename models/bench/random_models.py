@@ -129,7 +129,7 @@ def random_model(
         config: the shape.
         exit_: the member that drafts.
         alpha: between 0 and 1.
-        params: how tokens are chosen; greedily, acceptance is the fraction of equal choices.
+        params: settings of sampling; greedily, acceptance is the fraction of equal choices.
         progress: called after each measurement.
 
     Raises:

@@ -56,7 +56,7 @@ def add_utilisation(
     """Fill in `mbu` of plain rows: weights and cached keys and values are read once for each token.
 
     Args:
-        rows: of `make_rows`.
+        rows: rows of `make_rows`.
         config: the model's.
         num_positions: in the cache, on average.
         read_gbps: the machine's bandwidth, in 1e9 bytes per second. Weights that stay in the processor's
@@ -107,7 +107,7 @@ def facts(results: Mapping[str, Any], card: Mapping[str, Any]) -> list[tuple[str
     """Return where the figures come from, in words: rows of name and value.
 
     Args:
-        results: what was run, and how.
+        results: results of `nestling bench`.
         card: of `models.machine.provenance.make_card`.
     """
     hardware, versions = card["hardware"], card["versions"]

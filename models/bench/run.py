@@ -38,11 +38,11 @@ def run_cells(
     """Warm every cell up, then time all of them.
 
     Args:
-        cells: what to time.
+        cells: the cells.
         prompts: token ids to continue; the seed of a prompt is its number, so that every round decodes
             the same tokens.
         max_new_tokens: length of each continuation.
-        num_rounds: how often.
+        num_rounds: number of rounds.
         progress: called after each continuation, those that warm up included (one for each cell).
     """
     runs = Runs({cell.label: [[] for _ in range(num_rounds)] for cell in cells})

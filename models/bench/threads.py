@@ -14,7 +14,7 @@ def engine_threads(engine: Engine, most: int, *, context: int) -> int:
     """Return the smallest number of threads, up to `most`, with which the engine is about as fast as it gets.
 
     Args:
-        engine: what decodes.
+        engine: the engine.
         most: the largest number to try.
         context: positions that it can hold.
     """

@@ -41,7 +41,7 @@ class GgufModel:
         tensors: weights by Hugging Face name, dequantized.
         tokenizer: the same cuts as llama.cpp's; None where the file has none.
         chat_template: Jinja, if the file has one.
-        quantizations: how the matrices are stored, such as `Q4_1`; the most frequent first.
+        quantizations: formats of the matrices, such as `Q4_1`; the most frequent first.
         granularity: the member that one of our own files holds.
     """
 

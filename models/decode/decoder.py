@@ -119,7 +119,7 @@ def open_decoder(
             is greedily and by `coupled`, else `none`.
         gamma: drafted tokens a round; `auto` follows what it measures. None is `auto` where the text does
             not depend on it or the draft is `auto`, else 4.
-        params: how tokens are chosen.
+        params: settings of sampling.
         verifier: `token`, `block` or `coupled`; None takes what is best with the draft, never `coupled`.
         dtype: as `open_in_dtype` takes it.
 

@@ -62,8 +62,8 @@ def stream_text(
         tokenizer: the model's.
         prompt: the text to continue, or its token ids; if empty, the model's start (or end)
             token stands for it.
-        config: how it is continued.
-        draft: who drafts, as in `engine.stream`, like the next two.
+        config: its settings.
+        draft: the draft, as in `engine.stream`, like the next two.
         gamma: drafted tokens a round.
         policy: decides round by round.
         changes: fields of the config that are other than there.
@@ -94,7 +94,7 @@ def generate_batch(
         target: the model, as in `stream_text`.
         tokenizer: the model's.
         prompts: the texts to continue.
-        config: how each is continued; where one meets a stop string, the others go on.
+        config: settings of each; where one meets a stop string, the others go on.
         new_policy: called for each prompt.
         changes: fields of the config that are other than there.
 

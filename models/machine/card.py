@@ -116,8 +116,8 @@ def machine_card(
 
     Args:
         refresh: measure in any case.
-        cache_dir: where cards are kept; `default_cache_dir()` if None.
-        measure: what measures; `measure_card` if None.
+        cache_dir: folder of cards; `default_cache_dir()` if None.
+        measure: function that measures; `measure_card` if None.
     """
     machine = this_machine()
     path = _path(machine, cache_dir)

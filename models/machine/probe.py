@@ -72,10 +72,10 @@ def measure_device(
 
     Args:
         threads: the numbers of threads to try; the rates are those at the best one.
-        num_matrices: how many matrices make up the weights of a pass; fewer than exceed the caches
+        num_matrices: number of matrices that make up the weights of a pass; fewer than exceed the caches
             only where the figures do not matter.
         budget: seconds for each of two phases, threads and rates; every cell runs thrice at least.
-        clock: what tells the time, in seconds.
+        clock: returns the time in seconds.
     """
     threads_before = torch.get_num_threads()
     try:

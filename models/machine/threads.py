@@ -33,10 +33,10 @@ def fastest_threads(
     """Return for each work the smallest number of threads in `counts` that is about as fast as the best one.
 
     Args:
-        works: what is timed, all of them in turn.
+        works: functions to time in turn, by name.
         counts: the numbers to try; torch's own number is set back afterwards.
-        budget: seconds for all of them together; every work runs at least thrice.
-        clock: tells the time, in seconds.
+        budget: seconds for all of them; every work runs at least thrice.
+        clock: returns the time in seconds.
     """
     if len(counts) == 1:
         return dict.fromkeys(works, counts[0])

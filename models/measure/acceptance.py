@@ -144,9 +144,9 @@ def measure_acceptance(
 
     Args:
         target: the model that wrote it.
-        drafts: by name; views of the target or of packed copies of it, for all tokens or a few.
+        drafts: drafts by name; views of the target or of packed copies of it, for all tokens or a few.
         tokens_RT: of `continue_rows`, under the same distribution.
-        params: how tokens are chosen.
+        params: settings of sampling.
         num_prompt: P, tokens of each row that the target did not write.
         block: drafted tokens of a round, as far as it matters to what a draft reads; see
             `evaluate_shared_alpha`.

@@ -87,7 +87,7 @@ def evaluate_shared_alpha(
 
     Args:
         model: the target.
-        drafts: by name, views of the target or of packed copies of it.
+        drafts: drafts by name, views of the target or of packed copies of it.
         batches: tokens and labels; read once.
         block: drafted tokens of a round.
         progress: called after each batch.
@@ -147,7 +147,7 @@ def compare_views(
 
     Args:
         model: the target.
-        views: by name, of the target or of any model with its vocabulary.
+        views: views by name, of the target or of any model with its vocabulary.
         batches: tokens and labels; read once.
         progress: called after each batch.
         shared_block: see `draft_states`; needs views of the target or of copies of it.

@@ -51,10 +51,10 @@ def drop_layers(
     """Drop layers one at a time, each time the one whose loss is least.
 
     Args:
-        num_layers: of the full model.
+        num_layers: layers of the full model.
         importance: layers of little influence are tried first.
         losses_of: the loss of the model for each choice of the layers that run.
-        count: how many are dropped in the end.
+        count: layers to drop.
 
     Returns:
         The layers that are left after 1, 2, ... `count` drops.

@@ -109,7 +109,7 @@ class Drafts:
         """Return who decides on the rounds of one request.
 
         Args:
-            name: of the draft; None for none, `ANY` for the controller's choice.
+            name: the draft's name; None for none, `ANY` for the controller's choice.
             gamma: drafted tokens a round; `auto` leaves them to the controller too, and only to it.
         """
         if gamma != AUTO:

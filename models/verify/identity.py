@@ -84,7 +84,7 @@ def check_identity(
 
     Args:
         whole: the model and its prompts.
-        name: of the draft.
+        name: the draft's name.
         make_policy: gives it to a text.
         sampling: a name in `SAMPLINGS`.
         gammas: drafted tokens a round, in turn over the prompts.
@@ -103,7 +103,7 @@ def check_batch(whole: Whole, policies: Mapping[tuple[str, Gamma], MakePolicy], 
 
     Args:
         whole: the model and its prompts.
-        policies: by name and gamma.
+        policies: policies by name and gamma.
         sampling: a name in `SAMPLINGS`.
     """
     rows = [row for _, row in zip(whole.prompts, cycle(policies.items()), strict=False)]

@@ -74,7 +74,7 @@ def plan_checks(
     Args:
         model: in the dtype that decodes, packed or not.
         dtype: its name, one of `PRECISIONS`.
-        drafts: by name, at least one; an adversarial one and copied text come on top.
+        drafts: drafts by name, at least one; an adversarial one and copied text come on top.
         verifiers: names in `VERIFIER_NAMES`. Greedy decoding, which has no use for them, is always tested.
         prompts: token ids, at least one. The few tokens are the likeliest after them; identities go on
             from them.

@@ -24,7 +24,7 @@ from models.verify.drafts import ADVERSARIAL, Drafts, ForModel, Gamma, Subject
 from models.verify.exact import Distribution, exact_distribution
 
 _Key: TypeAlias = tuple[int, Granularity, int, int | None, tuple[int, ...]]
-"""Which model, which member, at which position, how many scored, on which tokens."""
+"""(model, member, position, number of scored tokens, tokens)."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class TinyVocab:
 
     Args:
         target: a restricted model, packed or not.
-        drafts: by name.
+        drafts: drafts by name.
         tokens: of the whole model, the first of which are the target's; None means 0, 1, ...
         remember: whether passes are made once each, rather than once in every branch.
     """

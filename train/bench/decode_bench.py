@@ -38,14 +38,14 @@ def bench_decoding(
     """Measure decoding, and return the fields of docs/json.md but the card.
 
     Args:
-        settings: what to compare.
+        settings: settings of the comparison.
         model: a model folder; None for random weights.
         random: the size of a random model.
         alpha: the acceptance of its draft; None is `DEFAULT_ALPHA`.
         prompts: a file with prompts.
         data: or a text whose beginnings are the prompts.
-        rounds: how many times everything runs.
-        console: where progress is shown.
+        rounds: number of rounds.
+        console: shows the progress.
     """
     with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="nestling-bench-") as scratch:
         settings = replace(settings, scratch=Path(scratch))

@@ -60,7 +60,7 @@ def bench_training(
         recipe: the family, the data and the batch.
         rounds: times that everybody trains.
         steps: timed optimizer steps of each in a round.
-        console: where progress is shown.
+        console: shows the progress.
     """
     teacher = check_teacher(recipe)
     keep_freed_memory()
@@ -213,8 +213,8 @@ def make_row(
     """Return one contender's figures, without comparisons.
 
     Args:
-        contender: who.
-        seconds: of one step, in each round.
+        contender: the contender.
+        seconds: seconds of a step, by round.
         flops: operations of one step, forward and backward.
         roof: GFLOP/s of a matrix product.
         memory: from `measure_memory`.

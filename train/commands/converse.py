@@ -36,7 +36,7 @@ def converse(
         system: the message that comes first, if any.
         options: fields of `GenerationConfig`.
         show: writes an answer as it comes.
-        console: where the questions are asked.
+        console: the terminal.
 
     Yields:
         Each question with its answer.

@@ -43,7 +43,7 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
 
     Args:
         out: the run folder; a finished demo there is replaced, an interrupted one goes on.
-        console: where it tells.
+        console: shows the progress.
         overrides: recipe keys that differ from configs/demo.yaml.
 
     Returns:

@@ -28,10 +28,10 @@ class GgufFile:
     """A GGUF file that was written and read back.
 
     Args:
-        dtype: of its matrices.
-        parameters: how many numbers its tensors hold.
-        bytes: of the file.
-        tensors: how many were compared, bit for bit.
+        dtype: dtype of its matrices.
+        parameters: number of elements of its tensors.
+        bytes: size of the file.
+        tensors: number of tensors compared, bit for bit.
         pre: llama.cpp's name of the pattern that cuts words.
     """
 
@@ -77,8 +77,8 @@ def extract_gguf(
         folder: the family, with its tokenizer.
         granularity: the member; its layers must be equal.
         out: the file; it may replace one that was written here, and nothing else.
-        console: where to say it.
-        dtype: of the matrices, a key of `models.checkpoint.gguf.DTYPES`; None keeps the one on disk.
+        console: shows the progress.
+        dtype: dtype of the matrices, a key of `models.checkpoint.gguf.DTYPES`; None keeps the one on disk.
 
     Raises:
         UsageError: if the granularity or the dtype does not fit, or `out` cannot be replaced.

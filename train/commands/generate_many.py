@@ -29,7 +29,7 @@ class Answers:
     Args:
         prompts: all of them.
         settings: other fields of the results.
-        path: of the results; None writes none.
+        path: file of the results; None writes none.
         dtype: that the model runs in.
     """
 

@@ -63,8 +63,8 @@ def open_corpus(
         source: as in the list on top.
         text_field: the field of .jsonl, .parquet and datasets that holds the text.
         separator: the line that separates documents in .txt.
-        cache_dir: where downloads go; None is the default of `datasets`.
-        key: what an error calls the setting that `source` came from.
+        cache_dir: folder of downloads; None is the default of `datasets`.
+        key: name in errors of the setting that `source` came from.
 
     Raises:
         UsageError: if there is no such file, folder, kind of file, dataset or field.

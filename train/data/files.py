@@ -44,7 +44,7 @@ class LocalFiles:
         separator: the line that separates documents in .txt.
         cache_dir: a folder for what `datasets` writes.
         num_skipped: files of a folder that were left out: hidden ones, and those of other kinds.
-        field_setting: what names the text field, for errors.
+        field_setting: name in errors of the setting of the text field.
     """
 
     source: str

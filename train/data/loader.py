@@ -38,12 +38,12 @@ class StepLoader:
     of `start_step`.
 
     Args:
-        rows: what to train on; at least one.
+        rows: rows to train on, at least one.
         batch_size: rows of a micro-batch, over all ranks; the ranks divide it evenly.
         accumulate: micro-batches of a step.
-        seed: of the shuffles.
-        num_steps: where the run ends, counted from the run's very beginning.
-        start_step: where to go on.
+        seed: seed of the shuffles.
+        num_steps: last step of the run, counted from the run's very beginning.
+        start_step: steps that are done already.
         first_row: the place of the first row of `start_step`, counted over all epochs; None: as if all steps
             before it had been of this size. So a run may go on with other sizes, and one that went back
             does not read again the rows on which it diverged.

@@ -32,7 +32,7 @@ class TextData(pl.LightningDataModule):
 
     Args:
         recipe: its `data`, `seed`, `loss.teacher` and the batch sizes of `trainer` are read.
-        first_step: where a resumed run goes on.
+        first_step: steps that are done already.
         first_row: the place of the first row that it reads there; see `StepLoader`.
 
     After `prepare()`:

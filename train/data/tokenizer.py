@@ -39,7 +39,7 @@ class TextTokenizer:
     Args:
         backend: the tokenizer itself.
         eos_token: ends a document.
-        name: where it came from.
+        name: a file, a name on the hub, or bpe.
     """
 
     backend: Tokenizer
@@ -85,7 +85,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, progress: bool = False) 
     """Train a byte-level BPE; the same texts give the same tokenizer, whatever the threads.
 
     Args:
-        texts: what to learn from; the caller bounds it (`sample_documents`).
+        texts: texts to learn from; the caller bounds it (`sample_documents`).
         vocab_size: ids wanted; a small corpus may have fewer merges to give.
         progress: whether to show bars.
 
@@ -153,7 +153,7 @@ def load_tokenizer(source: str, *, key: str = "data.tokenizer") -> TextTokenizer
     Args:
         source: a tokenizer.json, a folder with one, a GGUF file, any folder that transformers can read,
             or a name on the hub.
-        key: what an error calls the setting.
+        key: name in errors of the setting.
 
     Raises:
         UsageError: if there is none, or none that `tokenizers` can run.

@@ -41,7 +41,7 @@ class Tokens:
         train: the training stream, memory-mapped.
         valid: the validation stream; only an eos where nothing was held out.
         facts: num_documents, num_valid_documents, num_chars.
-        sha256: of both streams, whatever they were made from.
+        sha256: hash of both streams, whatever they were made from.
     """
 
     train: Stream
@@ -65,11 +65,11 @@ def tokenize(
     Args:
         corpus: documents.
         tokenizer: any.
-        cache_dir: where the streams are kept.
+        cache_dir: folder of the streams.
         valid_fraction: fraction of the documents to hold out, by content hash.
         max_documents: use only this many, the first.
         console: for a bar.
-        key: what an error calls the setting.
+        key: name in errors of the setting.
 
     Raises:
         NestlingError: if there is no text in it.
@@ -148,7 +148,7 @@ def load_rows(
         text_field: the field that holds the text.
         separator: the line that separates documents in .txt.
         max_documents: use only this many, the first.
-        key: what an error calls the setting that `source` came from.
+        key: name in errors of the setting that `source` came from.
 
     Raises:
         UsageError: if nothing is there.

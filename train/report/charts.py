@@ -29,11 +29,11 @@ def curve(
 
     Args:
         rows: `tokens`, `value`, `step` and the key's field.
-        key: of the series.
-        title: of the value.
+        key: colours and shapes of the series.
+        title: name of the value.
         points: mark each measurement; otherwise it shows under the pointer only.
         zero: let the axis of values start there.
-        top: where the axis of values ends; what lies above runs off.
+        top: upper end of the axis of values; what lies above runs off.
     """
     low = min((row["value"] for row in rows), default=0.0)
     scale = alt.Scale(zero=zero)

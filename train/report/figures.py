@@ -66,7 +66,7 @@ def loss_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
     whose = " of the full model" if len(runs) > 1 else ""
     objective = _figure(
         f"Training objective{whose}",
-        "What the optimizer saw, averaged over neighbouring steps. A distilled member's objective is a "
+        "The optimizer's loss, averaged over neighbouring steps. A distilled member's objective is a "
         "divergence, not a cross-entropy: compare members on validation text.",
         trained,
         key,
@@ -80,7 +80,7 @@ def consistency_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
     alpha = "The chance that one token drafted by this member is kept. The full model's is 1."
     match = "How often the member's greedy token is the full model's, in percent of positions."
     speedup = (
-        "Of decoding with this member as the draft, at the best number of tokens a round, if time went by "
+        "Speed-up of decoding with this draft, at the best number of tokens a round, if time went by "
         "operations alone and checking several tokens cost as much as one."
     )
     return [
@@ -92,9 +92,9 @@ def consistency_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
 
 def gradient_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
     """Draw how strongly each member pulls at the weights, and how far in the full model's direction."""
-    norm = "Of each member's own loss, a mean over the same few rows of held-out text."
+    norm = "Norm for each member's own loss, a mean over the same few rows of held-out text."
     cosine = (
-        "Of the angle between the member's gradient and the full model's on the weights that both have: "
+        "Cosine of the member's gradient and the full model's on the weights that both have: "
         "above 0 they help each other, below 0 they pull apart."
     )
     return [

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write, or with `--check` only name, the files that are out of date."""
     parser = argparse.ArgumentParser(prog="python -m train.report.results", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if out of date")
-    parser.add_argument("--root", type=Path, default=Path(), help="of the repository")
+    parser.add_argument("--root", type=Path, default=Path(), help="Root of the repository.")
     options = parser.parse_args(arguments)
     try:
         stale = stale_files(options.root)

@@ -17,7 +17,7 @@ def speed_chart(rows: Sequence[Mapping[str, Any]], title: str) -> Chart:
 
     Args:
         rows: of `nestling bench`, as its JSON has them.
-        title: what was decoded.
+        title: names what was decoded.
     """
     kinds = list(dict.fromkeys((row["temperature"], row["dtype"]) for row in rows))
     most = max(row["tokens_per_second_range"][1] for row in rows)

@@ -38,7 +38,7 @@ class Identity:
         recipe: as nested dictionaries.
         tokens: hash of the token streams.
         tokenizer: hash of the tokenizer.
-        source: what named the text.
+        source: name of the text.
         teacher: hash of the teacher's weights.
         dtype: that it trains in.
     """

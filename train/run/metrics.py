@@ -38,7 +38,7 @@ class MetricsLog:
     """Appends lines, and passes numbers on to loggers, which may fail without harm.
 
     Args:
-        path: of the file; None in a process that writes nothing.
+        path: the file; None in a process that writes nothing.
         mirrors: Lightning loggers (wandb, TensorBoard, ...).
         first_step: lines beyond this step belong to a history that a resumed run replaces.
     """

@@ -92,7 +92,7 @@ def open_run(
     Args:
         recipe: saved in it.
         out: the folder.
-        state: what the run goes on from.
+        state: the state that the run goes on from.
         teacher: recorded in it.
         run: recorded in it.
         restart: clear an earlier run.

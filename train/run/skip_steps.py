@@ -30,7 +30,7 @@ class Guard:
 
     Args:
         sigma: deviations above the mean that are too many; 0 judges no step.
-        counters: of an earlier guard, as `counters` gave them; those that are missing start at 0.
+        counters: an earlier guard's counters, as `counters` gave them; those that are missing start at 0.
     """
 
     def __init__(self, sigma: float, counters: Mapping[str, float] | None = None) -> None:

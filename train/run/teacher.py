@@ -24,7 +24,7 @@ class Teacher:
 
     Args:
         path: its folder, as the recipe names it.
-        sha256: of its weights.
+        sha256: hash of its weights.
         model: frozen, on the CPU.
     """
 

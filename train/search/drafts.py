@@ -77,14 +77,14 @@ def search_drafts(
 
     Args:
         target: the model as it decodes, in its dtype and on its device.
-        text: of the model under each temperature to search for.
+        text: its text under each temperature to search for.
         family: members to consider besides those of `list_candidates`.
         num_confirmed: drafts of each temperature that really decode.
         num_prompts: of the text's, that they continue by as many tokens as the text has.
         num_rounds: times that they do.
         dtype: the target's, for labels.
-        clock: of the timings.
-        progress: is told how far the work is.
+        clock: returns the time in seconds.
+        progress: called as the work goes on.
     """
     progress = progress or _ignore
     progress("timing the target", 0, 1)

@@ -36,10 +36,10 @@ def open_text(
     Args:
         folder: the model and its tokenizer.
         data: the source of the text.
-        samplings: how tokens are chosen.
+        samplings: settings of sampling.
         text_field: field that holds the text; None is the one that the model was trained on.
-        num_tokens: how many tokens the model is to write, at least.
-        num_prompts: how many rows there are, at least.
+        num_tokens: tokens for the model to write, at least.
+        num_prompts: number of rows, at least.
         progress: called before each part.
 
     Raises:

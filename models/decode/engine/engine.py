@@ -85,7 +85,7 @@ def stream(
     Args:
         target: the model whose distribution the output follows.
         prompt_ids: at least one token.
-        config: how it is continued; stop strings are for `models.decode.text`.
+        config: its settings; stop strings are for `models.decode.text`.
         draft: what proposes tokens; None decodes plainly.
         gamma: drafted tokens a round.
         policy: decides round by round instead of `draft` and `gamma`; one that learns serves one request.
@@ -121,7 +121,7 @@ def stream_batch(
     Args:
         target: the model, as in `stream`.
         prompts: token ids of each.
-        config: how each is continued.
+        config: settings of each.
         new_policy: called for each prompt; drafts that remember a text must not be shared.
         randoms: the random choices of each; None is `SeededRandom(seed, row)`.
         changes: fields of the config that are other than there.

@@ -71,8 +71,8 @@ class BatchScheduler(Iterator[tuple[int, Event]]):
     Passes through any model but the target's go first, so that the target scores the drafts of all.
 
     Args:
-        requests: what is run.
-        target: of all of them.
+        requests: steps of each request.
+        target: the target of all requests.
     """
 
     def __init__(self, requests: Sequence[Events[Event]], target: Scorer) -> None:

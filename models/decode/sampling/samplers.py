@@ -183,7 +183,7 @@ def make_sampler(params: SamplingParams, random: Random, verifier: str | Verifie
     """Return the sampler for these parameters.
 
     Args:
-        params: how tokens are chosen.
+        params: settings of sampling.
         random: source of the random choices.
         verifier: a name in `VERIFIER_NAMES`, or a function like those of `VERIFIERS`.
 

@@ -70,7 +70,7 @@ def choose_drafting(
         folder: the model, as it decodes.
         text: of `--draft`; `auto` takes what `nestling search` found, and measures if it never ran.
         gamma: drafted tokens a round; None leaves the choice.
-        params: how tokens are chosen.
+        params: settings of sampling.
         dtype: the model's, by which to look for a search's result; None looks for none.
         verifier: a name; None leaves the choice.
 
@@ -230,8 +230,8 @@ def make_policy(folder: ModelFolder, drafting: Drafting, params: SamplingParams)
 
     Args:
         folder: the target's, whose members' acceptance may be known.
-        drafting: what drafts.
-        params: how tokens are chosen.
+        drafting: the draft.
+        params: settings of sampling.
     """
     draft = drafting.draft and drafting.draft.renew()
     if not drafting.adapts:

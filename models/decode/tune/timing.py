@@ -86,11 +86,11 @@ def time_drafts(
 
     Args:
         target: verifies their tokens.
-        drafts: by name.
-        params: how tokens are chosen.
+        drafts: drafts by name.
+        params: settings of sampling.
         verifier: see `make_sampler`.
         budget: seconds.
-        clock: tells seconds.
+        clock: returns the time in seconds.
     """
     cache = filled_cache(target, MOST_DRAFTED + 1)
     most = min(MOST_DRAFTED, cache.num_positions - cache.length - 1)

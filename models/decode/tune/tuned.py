@@ -59,7 +59,7 @@ def find_draft(
     Args:
         folder: the model folder.
         dtype: that it runs in.
-        params: how tokens are chosen. What was found for the nearest temperature is taken; greedy only for
+        params: settings of sampling. What was found for the nearest temperature is taken; greedy only for
             greedy.
         verifier: a name; None leaves the choice, though not of `coupled`, which writes another text.
     """

@@ -22,7 +22,7 @@ class Checkpoint(StepCallback):
         steps: the folder of states.
         metrics: knows how many tokens were trained on.
         every: optimizer steps between states.
-        keep: how many states stay.
+        keep: number of states to keep.
         row_at: the next row that the run reads after a step.
         run: the run that the states are of.
         state: the one that the run goes on from, if any.

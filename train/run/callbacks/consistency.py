@@ -28,7 +28,7 @@ class Consistency(StepCallback):
     """Writes a `valid` line every n steps.
 
     Args:
-        log: where lines go.
+        log: takes the lines.
         metrics: knows how many tokens were trained on.
         members: the granularities to measure.
         batches: validation tokens and labels [B, T].

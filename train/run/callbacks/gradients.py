@@ -32,7 +32,7 @@ class Gradients(StepCallback):
     """Writes a `gradient` line every n steps.
 
     Args:
-        log: where lines go.
+        log: takes the lines.
         metrics: knows how many tokens were trained on.
         members: the granularities to compare, the full one among them.
         batch: validation tokens and labels [B, T], of which the first rows are used.

@@ -18,7 +18,7 @@ class Metrics(pl.Callback):
     The losses are read once per line, so that the steps between run without waiting for the device.
 
     Args:
-        log: where lines go.
+        log: takes the lines.
         tokens: trained on before, when a run is resumed.
         every: optimizer steps between lines.
         full_speed: tokens per second of one device that did nothing but the step's products, at the rate

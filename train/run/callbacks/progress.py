@@ -13,7 +13,7 @@ class ProgressBar(StepCallback):
     """Shows steps, the full model's loss, tokens per second and the time that remains.
 
     Args:
-        console: where to write.
+        console: shows the progress.
         metrics: read for the latest line.
         max_steps: steps of the run, resumed ones included.
     """

@@ -19,7 +19,7 @@ class Samples(StepCallback):
     """Writes a `sample` line per member every n steps.
 
     Args:
-        log: where lines go.
+        log: takes the lines.
         members: the granularities that speak.
         prompt_ids: tokens to continue.
         tokenizer: turns ids into text.
