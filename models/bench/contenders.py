@@ -89,8 +89,9 @@ class Target:
 
     @functools.cached_property
     def stock(self) -> Stock:
-        """The folder as transformers opens it."""
-        return self._in_place(load_stock(self.folder.path))
+        """The folder as transformers opens it; of a GGUF file what it would open of its weights."""
+        path = self.folder.path
+        return self._in_place(load_stock(path) if path.is_dir() else to_hugging_face(load_model(path).model))
 
     def llamas(self, choice: Drafting | None, num_positions: int) -> llama.Llamas | None:
         """Return the folder in llama.cpp, alone or with a draft; None if the format cannot hold that."""

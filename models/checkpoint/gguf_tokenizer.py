@@ -107,7 +107,7 @@ def _check(state: Mapping[str, Any]) -> str:
 
 def _check_vocabulary(model: Mapping[str, Any]) -> None:
     missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in model["vocab"]]
-    if missing:
+    if missing and model.get("unk_token") is not None:  # without one both leave such bytes out
         raise _refusal(f"has no token for {len(missing)} of the 256 bytes")
     if not model["merges"]:  # an empty list has no type of its own there
         raise _refusal("has no merges, only single bytes")

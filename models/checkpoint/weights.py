@@ -92,7 +92,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def hash_weights(folder: Path) -> str:
-    """Return the SHA-256 of `model.safetensors`, or of all shards, one after the other.
+    """Return the SHA-256 of `model.safetensors`, or of all shards, one after the other; or of a GGUF file.
 
     Raises:
         NestlingError: naming the file that is missing.
@@ -101,6 +101,8 @@ def hash_weights(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():

@@ -87,9 +87,10 @@ def choose_recipe(out: Path, overrides: Sequence[str], console: Console) -> tupl
     if waiting is not None and with_steps(recipe, waiting.trainer.max_steps) == waiting:
         return waiting, "auto"
     if recipe.trainer.max_steps == load_recipe([RECIPE]).trainer.max_steps:
-        steps = count_steps(_seconds_per_step(recipe, console), most=recipe.trainer.max_steps)
+        each = _seconds_per_step(recipe, console)
+        steps = count_steps(each, most=recipe.trainer.max_steps)
         recipe = with_steps(recipe, steps)
-        console.print(f"{steps} steps, as many as this machine takes in about {TRAINING_SECONDS} s")
+        console.print(f"{steps} steps, which take about {each * steps:.0f} s here")
     return recipe, "never"
 
 
@@ -149,8 +150,9 @@ def _report(out: Path) -> Path:
 def _next_steps(out: Path, page: Path) -> str:
     return f"""
 look at        {page}
-complete text  nestling generate {out}/model --prompt "class Stack:"
-any member     nestling evaluate {out}/model --data stdlib --granularity ffn=1:0.5:0.5:0.25
+the command    .venv/bin/nestling, or nestling after: source .venv/bin/activate
+complete text  nestling generate {out}/model --prompt "def read_config(path):" --temperature 0.8
+any member     nestling evaluate {out}/model --data stdlib --granularity ffn=0.5,layers=0-2
 cut one out    nestling extract {out}/model --granularity ffn=0.5 --out {out}/half
 train longer   nestling train --config configs/demo.yaml trainer.max_steps=5000 --out checkpoints/longer
 """

@@ -37,7 +37,8 @@ def searched_path(folder: Path, dtype: str) -> Path:
     Raises:
         OSError: if the weights cannot be read.
     """
-    content = (folder / "config.json").read_bytes() + hash_weights(folder).encode()
+    config = b"" if folder.is_file() else (folder / "config.json").read_bytes()  # a GGUF file says it itself
+    content = config + hash_weights(folder).encode()
     key = hashlib.sha256(content).hexdigest()[:16]
     return default_cache_dir() / f"draft-{this_machine().key}-{key}-{dtype}.json"
 

@@ -121,7 +121,7 @@ def change(name: str) -> Tokenizer:
         case "unigram":
             tokenizer = Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], unk_id=0))
         case "bytes":
-            tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+            tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, [], unk_token="a"))
             tokenizer.pre_tokenizer, tokenizer.decoder = gpt2, decoders.ByteLevel()
         case "merges":
             vocabulary = {letter: number for number, letter in enumerate(sorted(gpt2.alphabet()))}
