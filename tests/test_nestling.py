@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,13 @@ def test_recipes_are_known_by_name_and_by_the_readmes_path_outside_the_checkout(
         )
         assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_editable_install_points_at_the_checkout_and_copies_nothing(tmp_path: Path) -> None:
+    code = f"import hatchling.build as build; print(build.build_editable({str(tmp_path)!r}))"
+    status, name = python(code, ROOT)
+    assert status == 0, name
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        ours = [file for file in wheel.namelist() if ".dist-info/" not in file]
+        assert [Path(file).suffix for file in ours] == [".pth"]
+        assert wheel.read(ours[0]).decode().strip() == str(ROOT)
