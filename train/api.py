@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.base.errors import UsageError
+from models.base.kinds import one_path, show, texts, whole_number
 from models.checkpoint import extract as extraction
 from models.checkpoint.family import Member
 from models.checkpoint.folder import load_model
@@ -20,7 +22,9 @@ from train.recipe.shipped import find_recipe
 from train.run.fit import fit
 
 
-def train(*configs: str | Path, overrides: Sequence[str] = (), out: str | Path, resume: str = "auto") -> Path:
+def train(
+    *configs: str | Path, overrides: Sequence[str] = (), out: str | Path, resume: str | Path = "auto"
+) -> Path:
     """Train a family as `nestling train` does.
 
     Args:
@@ -36,13 +40,15 @@ def train(*configs: str | Path, overrides: Sequence[str] = (), out: str | Path, 
         UsageError: if the recipe or the run folder cannot be.
         SystemExit: after a signal or `trainer.max_time`; the state is saved.
     """
-    recipe = load_recipe([find_recipe(Path(config)) for config in configs], overrides)
-    return fit(recipe, Path(out), resume=resume, console=make_console())
+    files = [find_recipe(one_path("config", config)) for config in configs]
+    recipe = load_recipe(files, texts("overrides", overrides))
+    resume = str(one_path("resume", resume))
+    return fit(recipe, one_path("out", out), resume=resume, console=make_console())
 
 
 def evaluate(
     model: str | Path,
-    data: str,
+    data: str | Path,
     *,
     granularities: Sequence[str] = (),
     text_field: str | None = None,
@@ -62,12 +68,17 @@ def evaluate(
     Returns:
         One entry per member, the largest last.
     """
-    folder, _ = open_for_measuring(Path(model), dtype)
+    names = texts("granularities", granularities)
+    source = data if isinstance(data, str) else str(one_path("data", data))
+    max_tokens = whole_number("max_tokens", max_tokens)
+    if max_tokens < 0:
+        raise UsageError(f"max_tokens must be 0 (all) or more, got {max_tokens}")
+    folder, _ = open_for_measuring(one_path("model", model), dtype)
     length = min(folder.model.config.max_position_embeddings, MAX_SEQUENCE_LENGTH)
     tokenizer = load_tokenizer(str(model), key="model")
-    rows = load_rows(data, tokenizer, sequence_length=length, **as_trained(folder.provenance, text_field))
+    rows = load_rows(source, tokenizer, sequence_length=length, **as_trained(folder.provenance, text_field))
     batches = list(take_batches(rows, max_tokens or rows.num_labels))
-    return list(evaluate_family(folder.model, choose_members(folder, list(granularities)), batches))
+    return list(evaluate_family(folder.model, choose_members(folder, names), batches))
 
 
 def extract(model: str | Path, granularity: str, out: str | Path) -> Path:
@@ -78,5 +89,7 @@ def extract(model: str | Path, granularity: str, out: str | Path) -> Path:
         granularity: a name of the family, or written out: "ffn=0.25,heads=0.5,layers=0:3:5".
         out: the new folder.
     """
-    folder = load_model(model)
-    return extraction.extract(folder, Granularity.parse(granularity, folder.family), out)
+    if not isinstance(granularity, str):
+        raise UsageError(f'granularity={show(granularity)} is no text; give one, as in "S" or "ffn=0.5"')
+    folder = load_model(one_path("model", model))
+    return extraction.extract(folder, Granularity.parse(granularity, folder.family), one_path("out", out))

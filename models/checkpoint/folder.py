@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import naming, read_json, write_folder, write_json, write_text
+from models.base.kinds import one_path
 from models.checkpoint.chat import TEMPLATE_FILE, read_chat_template
 from models.checkpoint.family import FAMILY_FILE, Member, read_family, write_family
 from models.checkpoint.gguf_read import is_gguf, read_gguf, read_gguf_config
@@ -77,7 +78,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
         UsageError: if there is no folder at `path`.
         NestlingError: naming the file that is missing, damaged or of a kind that cannot be held.
     """
-    path = Path(path)
+    path = one_path("path", path)
     if is_gguf(path):
         return _load_gguf(path, dtype)
     config = read_config(path)

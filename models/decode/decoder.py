@@ -6,7 +6,7 @@
 Who drafts depends on how tokens are chosen (greedily, or sampled how), which is therefore set here, once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from models.base.errors import NestlingError, UsageError
+from models.base.kinds import one_path, whole_number
 from models.checkpoint.chat import Message, render_chat
 from models.checkpoint.folder import ModelFolder
 from models.decode.engine.generation_config import GenerationConfig, changed
@@ -43,7 +44,8 @@ class Decoder:
         Args:
             prompt: the text to continue, or its token ids; if empty, the model's start (or end)
                 token stands for it.
-            changes: settings for this text, as `changed` takes them: max_new_tokens, temperature, seed.
+            changes: settings for this text, as `changed` takes them: max_new_tokens, max_length, temperature,
+                do_sample, seed. What transformers calls otherwise has its name there.
 
         Raises:
             UsageError: if the prompt leaves no room in the context, or is empty without a start token.
@@ -84,7 +86,7 @@ class Decoder:
     def _text_of(self, token: int | None) -> str:
         return "" if token is None else self.tokenizer.id_to_token(token) or ""
 
-    def generate_batch(self, prompts: Sequence[TextOrIds], **changes: Any) -> list[GenerationResult]:
+    def generate_batch(self, prompts: Iterable[TextOrIds], **changes: Any) -> list[GenerationResult]:
         """Continue several prompts, whose passes share the reading of the weights; see `stream`.
 
         Rounds take as long as their companions', and a clock tells nothing of a draft: every text drafts
@@ -104,7 +106,7 @@ class Decoder:
 def open_decoder(
     path: str | Path,
     *,
-    draft: str | None = None,
+    draft: str | Path | None = None,
     gamma: int | Literal["auto"] | None = None,
     params: SamplingParams = GREEDY,
     verifier: str | None = None,
@@ -129,10 +131,12 @@ def open_decoder(
     """
     if verifier is not None:
         check_verifier(verifier)
-    number = gamma if isinstance(gamma, int) else None
+    number = None if gamma in (None, AUTO) else whole_number("gamma", gamma)
     if number is not None and number < 0:
         raise UsageError(f"--gamma must be 0 or more, or auto, got {number}")
-    folder, dtype = open_for_decoding(path, dtype)
+    config = GenerationConfig(params=params)  # refuses what are no params
+    draft = draft if isinstance(draft, str | None) else str(one_path("draft", draft))
+    folder, dtype = open_for_decoding(one_path("path", path), dtype)
     if folder.tokenizer is None:
         raise NestlingError(f"{path} has no tokenizer.json; put the one it was trained with there")
     repeats = params.is_greedy or verifier == COUPLED  # the text does not depend on who drafts
@@ -142,7 +146,7 @@ def open_decoder(
         folder=folder,
         tokenizer=folder.tokenizer,
         dtype=dtype,
-        config=GenerationConfig(params=params, verifier=drafting.verifier),
+        config=replace(config, verifier=drafting.verifier),
         drafting=replace(
             drafting,
             adapts=number is None and draft != NO_DRAFT and (AUTO in (gamma, draft) or repeats),

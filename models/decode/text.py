@@ -4,11 +4,13 @@ What follows a stop string, the rest of the block included, is neither shown nor
 is plain decoding's.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from models.base.errors import UsageError
+from models.base.kinds import show
 from models.decode.detokenize import Detokenizer, StopStrings, Tokenizer
 from models.decode.engine.draft import Draft
 from models.decode.engine.engine import Stream, stream, stream_batch
@@ -17,8 +19,9 @@ from models.decode.engine.policy import Policy
 from models.decode.engine.report import Report
 from models.elastic.view import Model
 
-TextOrIds = str | Sequence[int]
-"""A text, which is encoded as training encoded text, or the token ids themselves."""
+TextOrIds = str | Iterable[int]
+"""A text, which is encoded as training encoded text, or the token ids themselves: a list, a NumPy array or a
+torch tensor, of one dimension or of one row."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def stream_text(
 def generate_batch(
     target: Model,
     tokenizer: Tokenizer,
-    prompts: Sequence[TextOrIds],
+    prompts: Iterable[TextOrIds],
     config: GenerationConfig = DEFAULT,
     *,
     new_policy: Callable[[], Policy],
@@ -93,7 +96,7 @@ def generate_batch(
     Args:
         target: the model, as in `stream_text`.
         tokenizer: the model's.
-        prompts: the texts to continue.
+        prompts: the texts to continue, or rows of token ids.
         config: settings of each; where one meets a stop string, the others go on.
         new_policy: called for each prompt.
         changes: fields of the config that are other than there.
@@ -104,7 +107,9 @@ def generate_batch(
     config = changed(config, changes)
     if isinstance(prompts, str):
         raise UsageError("prompts is one text: give a list of texts, or call generate")
-    prompt_ids = [encode_prompt(target, tokenizer, prompt) for prompt in prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise UsageError(f"prompts={show(prompts)} is not a list of prompts; give one, as in [text, text]")
+    prompt_ids = [encode_prompt(target, tokenizer, prompt) for prompt in _items(prompts) or ()]
     streams = stream_batch(target, prompt_ids, config, new_policy=new_policy)
     texts = [
         TextStream(tokens, Detokenizer(tokenizer, ids), StopStrings(config.stop_texts))
@@ -169,17 +174,30 @@ def encode_prompt(target: Model, tokenizer: Tokenizer, prompt: TextOrIds) -> lis
         except UnicodeEncodeError:
             raise UsageError(f"--prompt {prompt!r} is not UTF-8 text; encode it so") from None
         return tokenizer.encode(prompt).ids or _start_of_text(target)
-    if isinstance(prompt, bytes) or not all(_is_token(token, size) for token in _items(prompt)):
-        raise UsageError(f"prompt={prompt} is neither a text nor a list of token ids below {size}")
-    return [int(token) for token in prompt] or _start_of_text(target)
+    ids = None if isinstance(prompt, bytes | Mapping) else _items(prompt)
+    if ids is not None and len(ids) == 1 and isinstance(ids[0], list | tuple):
+        ids = list(ids[0])  # the one row of a batch, as tokenizers of transformers give it
+    if ids is None or not all(_is_token(token, size) for token in ids):
+        hint = "; give its input_ids" if isinstance(prompt, Mapping) else ""
+        raise UsageError(
+            f"prompt={show(prompt)} is neither a text nor a list of token ids below {size}{hint}"
+        )
+    return [int(token) for token in ids] or _start_of_text(target)
 
 
-def _items(value: object) -> list[object]:
-    return list(value) if isinstance(value, Iterable) else [value, None]
+def _items(values: Any) -> list[Any] | None:
+    """Return the items of a list, a NumPy array or a torch tensor; None if it has none."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if isinstance(values, Iterable) else None
 
 
 def _is_token(value: object, size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return False
+    try:
+        return 0 <= operator.index(value) < size
+    except (TypeError, ValueError, RuntimeError):  # of NumPy or torch, and no whole number
+        return False
 
 
 def _start_of_text(target: Model) -> list[int]:

@@ -117,7 +117,7 @@ def check_lines(decoder: "Decoder", lines: "Sequence[Prompt]", encode: Encode) -
 
     def ids(text: str) -> Sequence[int]:
         prompt = encode(text)
-        return decoder.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
+        return decoder.tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
 
     context = config.max_position_embeddings
     check_prompts(lines, ids, context=context, has_start=has_start)

@@ -14,7 +14,7 @@ equals plain decoding's token by token.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -160,11 +160,13 @@ def _request(
     random: Random,
     config: GenerationConfig,
 ) -> "_Request":
-    limit = _num_new_tokens(target, prompt_ids, config.max_new_tokens)
+    limit = _num_new_tokens(target, prompt_ids, config)
     policy.check(target)
     eos_token_ids = config.end_tokens
     if eos_token_ids is None:
         eos_token_ids = target.full.config.eos_token_ids
+    else:
+        _check_end_tokens(eos_token_ids, target.full.config.vocab_size)
     cache = target.full.new_cache(len(prompt_ids) + limit)
     return _Request(
         target=target,
@@ -269,7 +271,7 @@ def commit(request: _Request, verification: Verification) -> list[Token]:
     return tokens
 
 
-def _num_new_tokens(target: Model, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
+def _num_new_tokens(target: Model, prompt_ids: Sequence[int], config: GenerationConfig) -> int:
     context = target.full.config.max_position_embeddings
     if not prompt_ids:
         raise UsageError("--prompt is empty: give at least one token to continue")
@@ -278,4 +280,20 @@ def _num_new_tokens(target: Model, prompt_ids: Sequence[int], max_new_tokens: in
             f"--prompt has {len(prompt_ids)} tokens, but the model's context holds {context} and "
             f"needs room for a new one: shorten the prompt to at most {context - 1} tokens"
         )
-    return min(max_new_tokens, context - len(prompt_ids))
+    num_new = config.max_new_tokens
+    if config.max_length is not None:
+        num_new = config.max_length - len(prompt_ids)
+        if num_new < 1:
+            raise UsageError(
+                f"max_length={config.max_length} counts the prompt, which has {len(prompt_ids)} tokens; give "
+                f"at least {len(prompt_ids) + 1}, or max_new_tokens"
+            )
+    return min(num_new, context - len(prompt_ids))
+
+
+def _check_end_tokens(eos_token_ids: Collection[int], vocab_size: int) -> None:
+    for token in eos_token_ids:
+        if not 0 <= token < vocab_size:
+            raise UsageError(
+                f"eos_token_id={token} is no token of the model; give one from 0 to {vocab_size - 1}, or ()"
+            )

@@ -11,12 +11,13 @@ T positions, V vocabulary.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from models.base.errors import UsageError
+from models.base.kinds import real_number, whole_number
 
 # Most nuclei are small: look among this many tokens before sorting the whole vocabulary.
 NUCLEUS_GUESS = 256
@@ -24,7 +25,7 @@ NUCLEUS_GUESS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Settings of the choice of a token from logits; the defaults are greedy.
+    """Settings of the choice of a token from logits; the defaults are greedy, and None is the default.
 
     >>> SamplingParams(temperature=0.8, top_k=40).is_greedy
     False
@@ -43,6 +44,13 @@ class SamplingParams:
     (Keskar et al., https://arxiv.org/abs/1909.05858); 1 changes nothing. Greedy decoding obeys it too."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            checked = whole_number if field.name == "top_k" else real_number
+            value = field.default if value is None else checked(field.name, value)
+            object.__setattr__(self, field.name, value)
+        if 0 < self.temperature < torch.finfo(torch.float32).tiny:  # in float32 it would divide by 0
+            object.__setattr__(self, "temperature", 0.0)
         problems = [
             f"{flag} must be {right}, got {value}"
             for flag, value, holds, right in (

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -44,6 +45,137 @@ def test_a_prompt_may_be_token_ids(path: Path) -> None:
     decoder = opened(path)
     prompt_ids = decoder.tokenizer.encode(PROMPTS[0]).ids
     assert decoder.generate(prompt_ids, max_new_tokens=8).ids == ids(decoder)[:8]
+
+
+@pytest.mark.parametrize(
+    "ids_as",
+    [
+        np.array,
+        torch.tensor,
+        lambda ids: np.array([ids]),
+        lambda ids: torch.tensor([ids]),
+        lambda ids: [np.int64(one) for one in ids],
+        lambda ids: [torch.tensor(one) for one in ids],
+        iter,
+    ],
+)
+def test_token_ids_may_be_arrays_or_tensors(ids_as: Any, path: Path) -> None:
+    decoder = opened(path)
+    prompt = ids_as(decoder.tokenizer.encode(PROMPTS[0]).ids)
+    assert decoder.generate(prompt, max_new_tokens=8).ids == ids(decoder)[:8]
+
+
+@pytest.mark.parametrize("rows_as", [np.array, torch.tensor, list])
+def test_a_batch_may_be_rows_of_an_array_or_a_tensor(rows_as: Any, path: Path) -> None:
+    decoder = opened(path)
+    rows = [[97, 98], [99, 100]]
+    batch = decoder.generate_batch(rows_as(rows), max_new_tokens=4)
+    assert [one.ids for one in batch] == [decoder.generate(row, max_new_tokens=4).ids for row in rows]
+
+
+@pytest.mark.parametrize("prompt", [np.array(3), torch.tensor([1.0]), np.array([True]), {"input_ids": [1]}])
+def test_what_is_no_token_id_in_an_array_is_named(prompt: Any, path: Path) -> None:
+    with pytest.raises(UsageError, match="neither a text nor a list of token ids"):
+        opened(path).generate(prompt)
+
+
+@pytest.mark.parametrize("prompts", [None, 3, {"a": 1}, {"input_ids": [[1]]}])
+def test_what_is_no_batch_is_named(prompts: Any, path: Path) -> None:
+    with pytest.raises(UsageError, match=r"prompts=.* is not a list of prompts"):
+        opened(path).generate_batch(prompts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "x"),
+        ("temperature", True),
+        ("top_k", 1.5),
+        ("top_p", "a"),
+        ("repetition_penalty", "1"),
+        ("max_new_tokens", 2.0),
+        ("max_new_tokens", "3"),
+        ("max_new_tokens", True),
+        ("max_length", "3"),
+        ("stop", [3]),
+        ("stop", b"x"),
+        ("stop", {"a": 1}),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", 1.5),
+        ("eos_token_id", 10**9),
+        ("eos_token_id", -1),
+        ("seed", "a"),
+        ("seed", 1.5),
+        ("params", "x"),
+        ("params", {"temperature": 1}),
+        ("do_sample", "yes"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_named(name: str, value: Any, path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"{name}=.*; (give|leave)"):
+        opened(path, draft="none").generate("ab", **{name: value})
+
+
+def test_none_is_a_setting_that_is_not_set(path: Path) -> None:
+    decoder = opened(path)
+    names = ("temperature", "top_k", "top_p", "max_length", "seed", "eos_token_id", "stop", "params")
+    assert ids(decoder, **dict.fromkeys(names)) == ids(decoder)
+    assert len(decoder.generate("ab", max_new_tokens=None).ids) <= 128
+    assert SamplingParams(temperature=None, top_p=None) == SamplingParams()  # type: ignore[arg-type]
+
+
+def test_settings_may_be_numbers_of_numpy_and_torch(path: Path) -> None:
+    decoder = opened(path)
+    assert decoder.generate("ab", max_new_tokens=np.int64(4)).ids == ids(decoder)[:4]
+    assert decoder.generate("ab", max_new_tokens=torch.tensor(4), eos_token_id=np.array([256])).ids
+    assert decoder.generate("ab", max_new_tokens=4, temperature=np.float32(0.5)).ids
+    assert decoder.generate("ab", max_new_tokens=4, temperature=1e-320).ids == ids(decoder)[:4]
+
+
+def test_max_length_counts_the_prompt_as_in_transformers(path: Path) -> None:
+    decoder = opened(path)
+    assert decoder.generate("ab", max_length=6).ids == ids(decoder)[:4]
+    assert decoder.generate("ab", max_length=6, max_new_tokens=5).ids == ids(decoder)[:5]
+    batch = decoder.generate_batch(["ab", "abc"], max_length=6)
+    assert [len(one.ids) for one in batch] == [4, 3]
+    with pytest.raises(
+        UsageError, match="max_length=2 counts the prompt, which has 2 tokens; give at least 3"
+    ):
+        decoder.generate("ab", max_length=2)
+
+
+def test_do_sample_chooses_between_greedy_and_a_temperature(path: Path) -> None:
+    warm = opened(path, draft="none", params=WARM)
+    assert ids(warm, do_sample=False, pad_token_id=0) == ids(opened(path))
+    greedy = opened(path, draft="none")
+    assert ids(greedy, do_sample=True) == ids(greedy, temperature=1.0) != ids(greedy)
+    assert ids(greedy, do_sample=True, temperature=0.5) == ids(greedy, temperature=0.5)
+    with pytest.raises(UsageError, match="do_sample=True with temperature=0"):
+        ids(greedy, do_sample=True, temperature=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": "4"},
+        {"gamma": 1.5},
+        {"gamma": True},
+        {"draft": 3},
+        {"draft": True},
+        {"params": None},
+        {"params": {"temperature": 1}},
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_named(options: dict[str, Any], path: Path) -> None:
+    (name,) = options
+    with pytest.raises(UsageError, match=f"{name}=.*give"):
+        opened(path, **options)
+
+
+@pytest.mark.parametrize("place", [None, 5, b"model", [], "", "a\0b"])
+def test_what_is_no_path_is_named(place: Any) -> None:
+    with pytest.raises(UsageError, match=r"path=.* is no path; give one"):
+        open_decoder(place)
 
 
 def test_a_conversation_becomes_the_ids_of_its_template(path: Path) -> None:
