@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from models.base.errors import NestlingError
+from models.base.errors import NestlingError, is_panic
 from train.commands.bench import bench
 from train.commands.demo import demo
 from train.commands.distill import distill
@@ -82,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error), error.exit_code)
     except typer.TyperException as error:
         return fail(_wrong_flag(error, arguments), error.exit_code)
-    except Exception as error:  # noqa: BLE001 - the outermost handler: no user meets a traceback
+    except BaseException as error:  # the outermost handler: no user meets a traceback
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         return fail(describe_environment(error) or describe_defect(error, arguments), 1)
     if code == INTERRUPTED:
         print("nestling: stopped", file=sys.stderr)

@@ -11,3 +11,8 @@ class UsageError(NestlingError):
     """A flag, a recipe key or a path on the command line is wrong."""
 
     exit_code = 2
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether the error is a panic of a library in Rust (tokenizers), which is no `Exception`."""
+    return type(error).__name__ == "PanicException"

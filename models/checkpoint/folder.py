@@ -99,6 +99,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> ModelFolder:
     file = read_gguf(path, dtype=dtype)
+    if file.tokenizer is not None:
+        _check_vocabulary(file.tokenizer, file.config, str(path))
     with naming(path):
         model = model_from(file.config, file.tensors, dtype=dtype).eval()
     return ModelFolder(
@@ -194,7 +196,8 @@ def _read_tokenizer(path: Path, config: ElasticConfig) -> Tokenizer | None:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: ElasticConfig, what: str) -> None:
-    highest = max(tokenizer.get_vocab().values(), default=-1)
+    around = tokenizer.encode("").ids  # a post_processor may add ids that the vocabulary has not
+    highest = max([*tokenizer.get_vocab().values(), *around], default=-1)
     if highest >= config.vocab_size:
         raise NestlingError(
             f"{what} has token ids up to {highest}, but vocab_size={config.vocab_size}; "

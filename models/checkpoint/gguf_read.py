@@ -4,6 +4,7 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every quantizat
 dequantizes is read. Llama's rotary rows, which the file interleaves, are put back in halves.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.base.errors import NestlingError, UsageError
+from models.base.errors import NestlingError
 from models.base.files import naming
 from models.checkpoint.gguf import ENDS, FREQUENCY_DIVISORS, OURS, PARTS
+from models.checkpoint.gguf_file import naming_damage, open_gguf
 from models.checkpoint.gguf_tokenizer import ENDS as END_KEYS
 from models.checkpoint.gguf_vocabulary import read_tokenizer
 from models.checkpoint.weights import HEAD
@@ -77,7 +79,8 @@ def read_gguf_config(path: Path) -> ElasticConfig:
     Raises:
         NestlingError: if the file is damaged, or of a kind that cannot be held.
     """
-    return _config(path, _open(path))
+    with naming_damage(path):
+        return _config(path, open_gguf(path))
 
 
 def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
@@ -86,10 +89,11 @@ def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
     Raises:
         NestlingError: if the file is damaged, or its tokenizer of a kind that is not supported.
     """
-    keys = _keys(_open(path))
-    texts, eos = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.eos_token_id")
-    eos_token = texts[eos] if texts and eos is not None and eos < len(texts) else None
-    return GgufTokenizer(tokenizer=read_tokenizer(path, keys), eos_token=eos_token)
+    with naming_damage(path):
+        keys = _keys(open_gguf(path))
+        texts, eos = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.eos_token_id")
+        eos_token = texts[eos] if texts and eos is not None and eos < len(texts) else None
+        return GgufTokenizer(tokenizer=read_tokenizer(path, keys), eos_token=eos_token)
 
 
 def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> GgufModel:
@@ -103,29 +107,22 @@ def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> GgufModel:
         UsageError: if there is no file.
         NestlingError: naming what is damaged, or of a kind that cannot be held.
     """
-    reader = _open(path)
+    with naming_damage(path):
+        return _read(path, open_gguf(path), dtype or torch.float32)
+
+
+def _read(path: Path, reader: Any, dtype: torch.dtype) -> GgufModel:
     keys = _keys(reader)
     config = _config(path, reader)
     kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
     return GgufModel(
         config=config,
-        tensors=dict(_tensors(path, reader, config, dtype or torch.float32)),
+        tensors=dict(_tensors(path, reader, config, dtype)),
         tokenizer=read_tokenizer(path, keys),
         chat_template=keys.get("tokenizer.chat_template") or None,
         quantizations=tuple(sorted(set(kinds), key=kinds.count, reverse=True)),
         granularity=keys.get(OURS),
     )
-
-
-def _open(path: Path) -> Any:
-    import gguf
-
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; give a GGUF file or a model folder")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, OverflowError, KeyError, UnicodeDecodeError, MemoryError) as error:
-        raise NestlingError(f"{path} is damaged, or no GGUF file ({error}); fetch it again") from None
 
 
 def _keys(reader: Any) -> dict[str, Any]:
@@ -135,19 +132,21 @@ def _keys(reader: Any) -> dict[str, Any]:
 class _Shape:
     """Keys of a file below the name of its architecture."""
 
-    def __init__(self, path: Path, reader: Any) -> None:
-        self.path, self.fields = path, reader.fields
+    def __init__(self, reader: Any) -> None:
+        self.fields = reader.fields
         self.sizes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
         self.kind = self.of("general.architecture")
         if self.kind not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise NestlingError(f"{path} holds the architecture {self.kind!r}; {known} are supported")
+            raise NestlingError(
+                f"it holds the architecture {self.kind!r}; {known} are supported: take another"
+            )
 
     def of(self, key: str, default: Any = None) -> Any:
         if key in self.fields:
             return self.fields[key].contents()
         if default is None:
-            raise NestlingError(f"{self.path} has no {key}, which the shape needs; fetch the file again")
+            raise NestlingError(f"it has no {key}, which the shape needs; fetch the file again")
         return default
 
     def __call__(self, key: str, default: Any = None) -> Any:
@@ -156,46 +155,70 @@ class _Shape:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self(key, default)
         if isinstance(value, list):
-            raise NestlingError(f"{self.path}: {key} differs between layers; only equal layers are supported")
-        return int(value)
+            raise NestlingError(
+                f"{key} differs between layers; only equal layers are supported: take another"
+            )
+        return _whole(f"{self.kind}.{key}", value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self(key, default)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise _damaged(f"{self.kind}.{key}", value, "a number")
+        return float(value)
 
     def check(self, head_dim: int) -> None:
         """Raise NestlingError for what the elastic class does not compute."""
         if self.integer("rope.dimension_count", head_dim) != head_dim:
-            raise NestlingError(f"{self.path} rotates a part of each head only (rope.dimension_count)")
+            raise NestlingError("it rotates a part of each head only (rope.dimension_count): take another")
         if self.integer("expert_count", 0):
-            raise NestlingError(f"{self.path} is a mixture of experts; dense models are supported")
+            raise NestlingError("it is a mixture of experts; dense models are supported: take one")
+
+
+def _whole(key: str, value: Any) -> int:
+    if not isinstance(value, int):
+        raise _damaged(key, value, "a whole number")
+    return value
+
+
+def _damaged(key: str, value: Any, right: str) -> NestlingError:
+    return NestlingError(f"{key}={str(value)[:50]!r} must be {right}; fetch the file again")
 
 
 def _config(path: Path, reader: Any) -> ElasticConfig:
-    shape = _Shape(path, reader)
+    with naming(path):
+        return _read_shape(_Shape(reader), reader)
+
+
+def _read_shape(shape: _Shape, reader: Any) -> ElasticConfig:
     embedding = shape.sizes.get("token_embd.weight")
     if embedding is None:
-        raise NestlingError(f"{path} has no tensor token_embd.weight; fetch the file again")
+        raise NestlingError("it has no tensor token_embd.weight; fetch the file again")
     hidden, heads = shape.integer("embedding_length"), shape.integer("attention.head_count")
+    if heads < 1:
+        raise _damaged(f"{shape.kind}.attention.head_count", heads, "1 or more")
     head_dim = shape.integer("attention.key_length", hidden // heads)
     shape.check(head_dim)
-    theta = float(shape("rope.freq_base", 10000.0))
-    with naming(path):
-        return ElasticConfig(
-            vocab_size=embedding[1],
-            hidden_size=hidden,
-            intermediate_size=shape.integer("feed_forward_length"),
-            num_hidden_layers=shape.integer("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=shape.integer("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            max_position_embeddings=shape.integer("context_length"),
-            rope_theta=theta,
-            rope_scaling=_scaling(shape, _factors(reader), theta, head_dim),
-            # The file keeps fp32; the configuration that was converted had a short decimal.
-            rms_norm_eps=_short(shape("attention.layer_norm_rms_epsilon")),
-            tie_word_embeddings=ENDS[HEAD] not in shape.sizes,
-            attention_bias="blk.0.attn_q.bias" in shape.sizes,
-            qk_norm="blk.0.attn_q_norm.weight" in shape.sizes,
-            bos_token_id=_token(shape.fields, "bos"),
-            eos_token_id=_ends(shape.fields),
-        )
+    theta = shape.number("rope.freq_base", 10000.0)
+    scaling = _scaling(shape, _factors(reader), theta, head_dim)
+    return ElasticConfig(
+        vocab_size=embedding[1],
+        hidden_size=hidden,
+        intermediate_size=shape.integer("feed_forward_length"),
+        num_hidden_layers=shape.integer("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=shape.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=shape.integer("context_length"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        # The file keeps fp32; the configuration that was converted had a short decimal.
+        rms_norm_eps=_short(shape.number("attention.layer_norm_rms_epsilon")),
+        tie_word_embeddings=ENDS[HEAD] not in shape.sizes,
+        attention_bias="blk.0.attn_q.bias" in shape.sizes,
+        qk_norm="blk.0.attn_q_norm.weight" in shape.sizes,
+        bos_token_id=_token(shape.fields, "bos"),
+        eos_token_id=_ends(shape.fields),
+    )
 
 
 def _short(number: float) -> float:
@@ -210,12 +233,12 @@ def _short(number: float) -> float:
 def _ends(fields: Any) -> tuple[int, ...]:
     """Return every token that ends a text, or a turn of a conversation."""
     keys = (f"tokenizer.ggml.{end}" for end in END_KEYS)
-    return tuple(int(fields[key].contents()) for key in keys if key in fields)
+    return tuple(_whole(key, fields[key].contents()) for key in keys if key in fields)
 
 
 def _token(fields: Any, role: str) -> int | None:
     key = f"tokenizer.ggml.{role}_token_id"
-    return int(fields[key].contents()) if key in fields else None
+    return _whole(key, fields[key].contents()) if key in fields else None
 
 
 def _factors(reader: Any) -> Tensor | None:
@@ -229,8 +252,8 @@ def _factors(reader: Any) -> Tensor | None:
 def _scaling(shape: _Shape, factors_K: Tensor | None, theta: float, head_dim: int) -> RopeScaling | None:
     if factors_K is not None:
         return _llama3(factors_K, theta, head_dim)
-    rule, factor = shape("rope.scaling.type", "none"), float(shape("rope.scaling.factor", 1.0))
-    attention = float(shape("rope.scaling.yarn_attn_factor", shape("rope.scaling.attn_factor", 1.0)))
+    rule, factor = shape("rope.scaling.type", "none"), shape.number("rope.scaling.factor", 1.0)
+    attention = shape.number("rope.scaling.yarn_attn_factor", shape.number("rope.scaling.attn_factor", 1.0))
     match rule:
         case "none":
             return None
@@ -241,8 +264,8 @@ def _scaling(shape: _Shape, factors_K: Tensor | None, theta: float, head_dim: in
                 rope_type="yarn",
                 factor=factor,
                 original_max_position_embeddings=shape.integer("rope.scaling.original_context_length"),
-                beta_fast=float(shape("rope.scaling.yarn_beta_fast", 32.0)),
-                beta_slow=float(shape("rope.scaling.yarn_beta_slow", 1.0)),
+                beta_fast=shape.number("rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=shape.number("rope.scaling.yarn_beta_slow", 1.0),
                 attention_factor=attention * yarn_attention_factor(factor),
             )
     raise NestlingError(f"positions are stretched by {rule!r}; linear, yarn and Llama 3's are supported")
@@ -286,7 +309,9 @@ def _name(path: Path, theirs: str) -> str:
     block, _, rest = theirs.partition(".")
     layer, _, part = rest.partition(".")
     if block != "blk" or part not in _NAMES:
-        raise NestlingError(f"{path} has the tensor {theirs}, which no supported architecture has")
+        raise NestlingError(
+            f"{path} has the tensor {theirs}, which no supported architecture has: take another file"
+        )
     return f"model.layers.{layer}.{_NAMES[part]}"
 
 

@@ -37,16 +37,18 @@ def read_tokenizer(path: Path, keys: Mapping[str, Any]) -> Tokenizer | None:
     kind = keys.get("tokenizer.ggml.model", "no_vocab")
     if kind in ("no_vocab", "none"):
         return None
-    texts = keys.get("tokenizer.ggml.tokens")
-    if not isinstance(texts, list):
-        raise NestlingError(f"{path} has no tokenizer.ggml.tokens; fetch the file again")
+    texts = _listed(path, keys, "tokens")
     kinds = keys.get("tokenizer.ggml.token_type") or [NORMAL] * len(texts)
+    if not isinstance(kinds, list) or len(kinds) != len(texts):
+        raise NestlingError(f"{path} has other tokenizer.ggml.token_type than tokens; fetch the file again")
     if kind == "gpt2":
         tokenizer = _byte_level(path, keys, texts, kinds)
     elif kind == "llama":
         tokenizer = _sentence_piece(path, keys, texts, kinds)
     else:
-        raise NestlingError(f"{path} has a tokenizer of the kind {kind!r}; gpt2 and llama are supported")
+        raise NestlingError(
+            f"{path} has a tokenizer of the kind {kind!r}; gpt2 and llama are supported: take another file"
+        )
     added = [
         AddedToken(text, special=kind != USER_DEFINED, normalized=False)
         for text, kind in zip(texts, kinds, strict=True)
@@ -57,15 +59,26 @@ def read_tokenizer(path: Path, keys: Mapping[str, Any]) -> Tokenizer | None:
     return tokenizer
 
 
+def _listed(path: Path, keys: Mapping[str, Any], name: str) -> list[str]:
+    """Return a list of texts that no such tokenizer lacks."""
+    texts = keys.get(f"tokenizer.ggml.{name}")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise NestlingError(f"{path} has no tokenizer.ggml.{name}, a list of texts; fetch the file again")
+    return texts
+
+
 def _byte_level(path: Path, keys: Mapping[str, Any], texts: list[str], kinds: list[int]) -> Tokenizer:
     named = str(keys.get("tokenizer.ggml.pre", "default"))
     pre = _ALIASES.get(named, named)
     steps = next((steps for steps, name in PATTERNS.items() if name == pre), None)
     if steps is None:
         known = ", ".join([*PATTERNS.values(), *_ALIASES])
-        raise NestlingError(f"{path} cuts words by the pattern {named!r}; {known} are supported")
+        raise NestlingError(
+            f"{path} cuts words by the pattern {named!r}; {known} are supported: take another file"
+        )
     vocab = {text: token for token, text in enumerate(texts) if kinds[token] != UNUSED}
-    merges = [tuple(merge.split(" ", 1)) for merge in keys.get("tokenizer.ggml.merges") or []]
+    pairs = [merge.partition(" ") for merge in _listed(path, keys, "merges")]
+    merges = [(first, second) for first, _, second in pairs]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == IGNORES_MERGES))
     parts = [_step(pattern) for pattern in steps]
     if steps[-1] != GPT2:  # whose step turns words into letters for bytes as well

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from models.base.errors import NestlingError
+from models.base.errors import NestlingError, is_panic
 
 SETTINGS = "tokenizer_config.json"
 
@@ -27,8 +27,9 @@ def open_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer: Tokenizer = Tokenizer.from_buffer(path.read_bytes())
         without_habits(tokenizer)
+        tokenizer.encode("")  # what stands around every text
     except BaseException as error:  # the library raises nothing narrower, and for some files its own panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = " ".join(str(error).split())
         raise NestlingError(f"{path} is not a tokenizer ({reason}); restore it") from None

@@ -5,10 +5,10 @@ not depend on how it came in blocks.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from models.base.errors import UsageError
+from models.base.errors import NestlingError, UsageError, is_panic
 
 # Decoders of some tokenizers drop a leading space: a few tokens of context keep it.
 NUM_CONTEXT_TOKENS = 6
@@ -48,16 +48,54 @@ class Detokenizer:
     It decodes a short window, not everything each time. Decoders with byte fallback turn a whole run of
     byte tokens into replacement characters if one of them does not fit, so that nothing in a run is certain
     before it ends.
+
+    Some decoders (Strip) panic over a window that is too short for them: the rest of the text then comes at
+    the end, decoded as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        self._prompt_ids, self._ids = list(prompt_ids), list[int]()
         self._window = list(prompt_ids)
-        self._shorten()
+        self._num_characters = 0
         self._in_bytes = False
+        self._panicked = False
+        self._unless_it_panics(self._begin)
 
     def add(self, token: int) -> str:
         """Return the characters that are certain with this token."""
+        self._ids.append(token)
+        return self._unless_it_panics(lambda: self._add(token))
+
+    def flush(self) -> str:
+        """Return the rest; an unfinished character becomes U+FFFD.
+
+        Raises:
+            NestlingError: if the tokenizer cannot decode these tokens.
+        """
+        rest = self._unless_it_panics(lambda: self._show(self._new_text()))
+        if self._panicked:
+            return continuation(self._tokenizer, self._prompt_ids, self._ids)[self._num_characters :]
+        return rest
+
+    def _unless_it_panics(self, decode: Callable[[], str]) -> str:
+        if self._panicked:
+            return ""
+        try:
+            text = decode()
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            self._panicked = True
+            return ""
+        self._num_characters += len(text)
+        return text
+
+    def _begin(self) -> str:
+        self._shorten()
+        return ""
+
+    def _add(self, token: int) -> str:
         self._window.append(token)
         if self._is_byte(token):
             self._in_bytes = True
@@ -67,10 +105,6 @@ class Detokenizer:
             return ""
         text = self._new_text()
         return "" if text.endswith(UNFINISHED) else self._show(text)
-
-    def flush(self) -> str:
-        """Return the rest; an unfinished character becomes U+FFFD."""
-        return self._show(self._new_text())
 
     def _is_byte(self, token: int) -> bool:
         return BYTE.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
@@ -97,8 +131,19 @@ class Detokenizer:
 
 
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text of some tokens after others, as the tokenizer decodes their concatenation."""
-    return tokenizer.decode([*prompt_ids, *ids])[len(tokenizer.decode(prompt_ids)) :]
+    """Return the text of some tokens after others, as the tokenizer decodes their concatenation.
+
+    Raises:
+        NestlingError: if the tokenizer cannot decode these tokens.
+    """
+    try:
+        return tokenizer.decode([*prompt_ids, *ids])[len(tokenizer.decode(prompt_ids)) :]
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise NestlingError(
+            f"the tokenizer cannot decode these tokens ({error}); mend `decoder` in tokenizer.json"
+        ) from None
 
 
 class StopStrings:

@@ -119,9 +119,16 @@ def test_what_the_machine_refuses_is_one_line(
 EXTRACT = ["extract", "m", "--granularity", "S", "--out", "x"]
 
 
-@pytest.mark.parametrize("defect", [KeyError("ours"), RuntimeError("ours"), ValueError("two\nlines")])
+class PanicException(BaseException):
+    """Like it, no `Exception`."""
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [KeyError("ours"), RuntimeError("ours"), ValueError("two\nlines"), PanicException("of Rust")],
+)
 def test_a_defect_of_ours_is_one_line_and_its_traceback_lies_in_a_file(
-    defect: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    defect: BaseException, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("models.checkpoint.folder.load_model", raiser(defect))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

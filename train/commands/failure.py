@@ -19,7 +19,7 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def describe_environment(error: Exception) -> str | None:
+def describe_environment(error: BaseException) -> str | None:
     """Return one line for what the machine refuses; None for a defect of ours."""
     if isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -30,7 +30,7 @@ def describe_environment(error: Exception) -> str | None:
     return None
 
 
-def describe_defect(error: Exception, arguments: Sequence[str]) -> str:
+def describe_defect(error: BaseException, arguments: Sequence[str]) -> str:
     """Name a defect of ours in one line, and write its traceback to a file that the line names."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}:{frame.lineno}"
@@ -50,7 +50,7 @@ def replace_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _write_traceback(error: Exception, arguments: Sequence[str]) -> str:
+def _write_traceback(error: BaseException, arguments: Sequence[str]) -> str:
     text = "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError):
         descriptor, path = tempfile.mkstemp(prefix="nestling-", suffix=".txt")

@@ -21,6 +21,8 @@ from models.base.kinds import real_number, whole_number
 
 # Most nuclei are small: look among this many tokens before sorting the whole vocabulary.
 NUCLEUS_GUESS = 256
+MIN_TEMPERATURE = 1e-38
+"""A much smaller one is 0 in fp32, or has no finite inverse there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,12 @@ class SamplingParams:
         problems = [
             f"{flag} must be {right}, got {value}"
             for flag, value, holds, right in (
-                ("--temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+                (
+                    "--temperature",
+                    self.temperature,
+                    self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf,
+                    f"0 (greedy), or {MIN_TEMPERATURE} or more",
+                ),
                 ("--top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
                 ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
                 ("--min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 (off) to 1"),

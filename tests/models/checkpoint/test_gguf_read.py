@@ -1,6 +1,9 @@
 """A GGUF file opens as the model that it holds; what cannot be held is refused in one line."""
 
+import contextlib
 import dataclasses
+import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +204,79 @@ def test_a_file_that_is_cut_or_of_another_kind_is_refused(tiny_config: ElasticCo
     assert not is_gguf(path)
     with pytest.raises(UsageError, match="or a GGUF file"):
         load_model(path)
+
+
+@pytest.mark.parametrize("content", [None, []])
+def test_a_byte_level_tokenizer_without_merges_is_refused(content: list[str] | None) -> None:
+    ours = make_tokenizer(PATTERNS["gpt-2"])
+    keys = tokenizer_keys(ours, config_of(ours)) | {"tokenizer.ggml.merges": content}
+    with pytest.raises(NestlingError, match=r"m\.gguf has no tokenizer\.ggml\.merges.*fetch the file again"):
+        read_tokenizer(Path("m.gguf"), keys)
+
+
+def with_another_value(content: bytes, key: bytes, value: bytes) -> bytes:
+    """Replace the type and value of a key that holds 4 bytes."""
+    start = content.index(key) + len(key)
+    return content[:start] + value + content[start + 8 :] + bytes(64)
+
+
+WRONG_VALUES = {
+    "abc": struct.pack("<IQ3s", 8, 3, b"abc"),
+    "nan": struct.pack("<If", 6, float("nan")),
+    "array": struct.pack("<IIQII", 9, 4, 2, 1, 2),
+    "0": struct.pack("<II", 4, 0),
+}
+WHOLE_NUMBERS = ["block_count", "embedding_length", "attention.head_count", "context_length"]
+NUMBERS = ["rope.freq_base", "attention.layer_norm_rms_epsilon"]
+
+
+@pytest.mark.parametrize("shown", WRONG_VALUES)
+@pytest.mark.parametrize("key", WHOLE_NUMBERS + NUMBERS)
+def test_a_key_of_another_type_is_named_with_its_value(
+    tiny_config: ElasticConfig, tmp_path: Path, key: str, shown: str
+) -> None:
+    path = write_gguf(make_model(tiny_config), tmp_path / "m.gguf", dtype="fp32")
+    name = f"llama.{key}".encode()
+    path.write_bytes(with_another_value(path.read_bytes(), name, WRONG_VALUES[shown]))
+    with pytest.raises(NestlingError) as caught:
+        read_config(path)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ")
+    assert line.count("m.gguf") == 1
+    if shown in ("abc", "nan"):
+        assert f"llama.{key}='{shown}' must be a" in line
+        assert line.endswith("fetch the file again")
+
+
+def test_a_list_that_is_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    endless = struct.pack(
+        "<QsIIQ", 1, b"a", 9, 0, 2**60
+    )  # a list of bytes, which take up nothing beyond the end
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + endless)
+    with pytest.raises(NestlingError, match=r"m\.gguf is damaged.*fetch it again"):
+        read_config(path)
+
+
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    ours = make_tokenizer(PATTERNS["gpt-2"])
+    model = ElasticLM(config_of(ours))
+    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    return write_gguf(
+        model, path, dtype="bf16", metadata=tokenizer_keys(ours, model.config, chat_template="{{ 1 }}")
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_with_any_byte_changed_opens_or_is_refused_in_a_line(
+    small_gguf: bytes, tmp_path: Path, seed: int
+) -> None:
+    path, draw = tmp_path / "m.gguf", random.Random(seed)
+    header = small_gguf.index(b"blk.0.attn_q.weight")
+    for _ in range(25):
+        content = bytearray(small_gguf)
+        content[draw.randrange(4, draw.choice((400, 1500, header + 1000)))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        with contextlib.suppress(NestlingError):
+            load_model(path)

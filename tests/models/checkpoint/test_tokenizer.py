@@ -116,3 +116,13 @@ def test_what_is_no_tokenizer_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(NestlingError, match=r"tokenizer\.json is not a tokenizer"):
         open_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_an_id_around_a_text_that_the_model_has_not_is_refused(tiny_model: ElasticLM, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    folder = save_model(tmp_path / "model", ElasticLM(replace(tiny_model.config, vocab_size=260)))
+    path = save(folder, surround)
+    path.write_text(path.read_text().replace("258\n", "9999\n"))
+    with pytest.raises(NestlingError, match=r"tokenizer\.json has token ids up to 9999, but vocab_size=260"):
+        load_model(folder)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 
-from models.base.errors import UsageError
+from models.base.errors import NestlingError, UsageError
 from models.decode.detokenize import Detokenizer, StopStrings, continuation
 
 TEXTS = st.text(alphabet="ab", max_size=14)
@@ -161,3 +161,21 @@ def test_many_special_tokens_do_not_cost_the_space_after_them() -> None:
     word, letter = FALLBACK.encode("b").ids
     ids = [*[2] * 9, word, letter]
     assert "".join(pieces(FALLBACK, [letter], ids)) == " b"
+
+
+@given(text=st.text(alphabet="ab c", max_size=12), cut=st.integers(2, 8))
+def test_a_decoder_that_panics_over_a_single_token_still_gives_the_text(text: str, cut: int) -> None:
+    letters = {letter: number for number, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    tokenizer = Tokenizer(BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 1)])
+    ids = tokenizer.encode("xy  xyxyxy" + text + "z").ids
+    prompt_ids, rest = ids[:cut], ids[cut:]
+    assert "".join(pieces(tokenizer, prompt_ids, rest)) == continuation(tokenizer, prompt_ids, rest)
+
+
+def test_tokens_over_which_the_tokenizer_panics_are_one_line() -> None:
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.decoder = decoders.Strip("a", 1, 1)
+    with pytest.raises(NestlingError, match="mend `decoder`"):
+        pieces(tokenizer, [0], [0])

@@ -267,7 +267,7 @@ def test_a_wrong_source_or_plot_is_refused_before_any_work(
         (["--max-new-tokens", "1"], 2, "--max-new-tokens must be at least 2, got 1"),
         (["--gamma", "0"], 2, "--gamma must be 1 or more, or auto, got 0"),
         (["--gamma", "some"], 2, "--gamma 'some' is no number; give 1 or more, or auto"),
-        (["--temperature", "-1"], 2, "--temperature must be 0 or more, got -1.0"),
+        (["--temperature", "-1"], 2, "--temperature must be 0 (greedy), or 1e-38 or more, got -1.0"),
         (["--dtype", "fp8"], 2, "dtype=fp8 is not known"),
         (
             ["--engine", "vllm"],

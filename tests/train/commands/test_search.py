@@ -60,7 +60,10 @@ def test_it_shows_writes_and_keeps_what_it_found_and_auto_takes_it(
         (["--draft", "--data", "nowhere.txt"], "--data nowhere.txt"),
         (["--draft", "--data", "text.txt", "--num-tokens", "0"], "--num-tokens must be at least 1, got 0"),
         (["--draft", "--data", "text.txt", "--granularity", "layers=0:9"], "layer 9"),
-        (["--draft", "--data", "text.txt", "--temperature", "-1"], "--temperature must be 0 or more"),
+        (
+            ["--draft", "--data", "text.txt", "--temperature", "-1"],
+            "--temperature must be 0 (greedy), or 1e-38 or more",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_named(

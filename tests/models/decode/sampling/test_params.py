@@ -169,8 +169,8 @@ def test_a_token_that_the_logits_forbid_is_never_kept() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": -1.0}, "--temperature must be 0 or more, got -1.0"),
-        ({"temperature": math.nan}, "--temperature must be 0 or more, got nan"),
+        ({"temperature": -1.0}, "--temperature must be 0 (greedy), or 1e-38 or more, got -1.0"),
+        ({"temperature": math.nan}, "--temperature must be 0 (greedy), or 1e-38 or more, got nan"),
         ({"temperature": math.inf}, "--temperature"),
         ({"top_k": -1}, "--top-k must be 0 (off) or more, got -1"),
         ({"top_p": 0.0}, "--top-p must be above 0 and at most 1 (off), got 0.0"),
@@ -183,3 +183,11 @@ def test_parameters_without_meaning_are_refused_all_at_once(fields: dict[str, fl
     with pytest.raises(UsageError) as caught:
         SamplingParams(**fields)  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40])
+def test_a_temperature_that_fp32_cannot_divide_by_is_refused(temperature: float) -> None:
+    with pytest.raises(
+        UsageError, match=f"--temperature must be 0 .greedy., or 1e-38 or more, got {temperature}"
+    ):
+        SamplingParams(temperature=temperature)
