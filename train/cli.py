@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from models.base.errors import NestlingError, is_panic
+from models.base.errors import NestlingError, UsageError, is_panic
 from train.commands.bench import bench
 from train.commands.demo import demo
 from train.commands.distill import distill
@@ -60,6 +60,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., Any], str]] = {
 }
 """The commands in the order of `--help`, each with an example of its arguments."""
 TRAINING = ("train", "distill")
+PATHS = ("--json", "--out", "--plot", "--prompts", "--config", "--data", "--resume")
 TAKE_KEYS = (*TRAINING, "bench", "demo")
 
 for name, (command, example) in COMMANDS.items():
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     run = typer.main.get_command(app)
     try:
+        _refuse_blank(arguments)
         code = run(arguments, prog_name="nestling", standalone_mode=False)
     except NestlingError as error:
         return fail(str(error), error.exit_code)
@@ -89,6 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         print("nestling: stopped", file=sys.stderr)
     return code or 0
+
+
+def _refuse_blank(arguments: Sequence[str]) -> None:
+    """Raise UsageError for a blank path, which would mean the current folder."""
+    for flag, value in zip(arguments, [*arguments[1:], " "], strict=True):
+        name, equals, text = flag.partition("=")
+        if name in PATHS and not (text if equals else value):
+            raise UsageError(f"{name} '' is blank; give a path, or leave {name} out")
 
 
 def _wrong_flag(error: typer.TyperException, arguments: Sequence[str]) -> str:

@@ -117,25 +117,6 @@ def write_file(path: str | Path) -> Iterator[Path]:
             yield partial
 
 
-def check_output(flag: str, path: Path) -> None:
-    """Say before the work, not after it, that a file could not be written.
-
-    Raises:
-        UsageError: naming the flag, the path and the reason.
-    """
-    if path.is_dir():
-        raise UsageError(f"{flag} {path} is a folder; give the path of a file")
-    place = path.parent
-    if is_stream(path):
-        place = path
-    elif path.is_symlink():
-        place = Path(os.path.realpath(path)).parent
-    if not place.exists():
-        raise UsageError(f"{flag} {path}: the folder {place} does not exist; make it first")
-    if not os.access(place, os.W_OK):
-        raise UsageError(f"{flag} {path}: {place} cannot be written to; choose another place")
-
-
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     if is_stream(path):
@@ -144,8 +125,9 @@ def _beside(path: Path) -> Iterator[Path]:
             with path.open("ab", buffering=0) as stream:  # what an open file holds already stays
                 stream.write((Path(folder) / "content").read_bytes())
         return
+    _refuse_circle(path)
     path = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         sync(partial)
@@ -153,6 +135,12 @@ def _beside(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _refuse_circle(path: Path) -> None:
+    """Raise the system's OSError for a link that leads back to itself; one that leads nowhere yet is good."""
+    with contextlib.suppress(FileNotFoundError):
+        path.stat()
 
 
 def make_folder(path: Path) -> None:

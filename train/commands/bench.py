@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from models.base.errors import UsageError
+from models.base.outputs import check_apart
 from models.base.paths import shown
 from train.commands.common import (
     ConfigOption,
@@ -22,6 +23,7 @@ from train.commands.common import (
     check_gamma,
     check_json,
     check_plot,
+    draft_paths,
 )
 from train.commands.console import make_console
 
@@ -164,7 +166,9 @@ def bench(
     steps: StepsOption = 8,
 ) -> None:
     """Measure decoding, plain and speculative, ours and that of other engines; or, with --train, training."""
-    check_json(json)
+    inputs = {"prompts": prompts, "data": data, "draft": draft_paths(draft), "config": config}
+    inputs |= {} if train else {"MODEL": model}
+    check_json(json, **inputs)
     _check_flags(context, train)
     num_rounds = (3 if train else 5) if rounds is None else rounds
     check_at_least(1, rounds=num_rounds, num_prompts=num_prompts)
@@ -172,7 +176,7 @@ def bench(
     if train:
         _bench_training([*([model] if model else []), *context.args], config or [], num_rounds, steps, json)
         return
-    check_plot(plot)
+    check_plot(plot, json=json, **inputs)
     _check_source(model, random, alpha, {"--prompts": prompts, "--data": data}, text_field)
     from models.decode.sampling.params import SamplingParams
     from train.bench.contenders import DEFAULT_EXIT, BenchSettings
@@ -227,6 +231,8 @@ def _bench_training(
     recipe = load_recipe(files, words)
     recipe.elastic_config()  # sizes that do not fit are told before anything runs
     check_sources(recipe)
+    sources = {"data.source": recipe.data.source, "data.valid": recipe.data.valid}
+    check_apart({"--json": json}, {**sources, "loss.teacher": recipe.loss.teacher})
     from train.bench.train_bench import bench_training, show_training
 
     results = bench_training(recipe, rounds=rounds, steps=steps, console=make_console(stderr=True))

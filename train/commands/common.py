@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from models.base.errors import UsageError
-from models.base.files import check_output
+from models.base.outputs import Paths, check_apart, check_output
 from train.recipe.shipped import find_recipe
 
 if TYPE_CHECKING:
@@ -94,17 +94,38 @@ def check_at_least(least: int, **numbers: int) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
-def check_json(path: Path | None) -> None:
-    """Say before the work, not after it, that the results could not be written."""
+def check_json(path: Path | None, **inputs: Paths) -> None:
+    """Say before the work, not after it, that the results could not be written.
+
+    Args:
+        path: file of the results.
+        inputs: what the command reads, which the results must not replace: `MODEL` or the name of a flag.
+    """
     if path is not None:
         check_output("--json", path)
+        check_apart({"--json": path}, name_flags(inputs))
 
 
-def check_plot(path: Path | None) -> None:
+def name_flags(inputs: Mapping[str, Paths]) -> dict[str, Paths]:
+    """Return the inputs by the names that a user gives them.
+
+    >>> name_flags({"MODEL": "mine/model", "data": "text.txt"})
+    {'MODEL': 'mine/model', '--data': 'text.txt'}
+    """
+    return {name if name.isupper() else f"--{name}": value for name, value in inputs.items()}
+
+
+def draft_paths(drafts: list[str] | None) -> list[str]:
+    """Return where the drafts would lie if they are folders, with their precision or without."""
+    return [path for draft in drafts or [] for path in (draft, draft.partition("@")[0])]
+
+
+def check_plot(path: Path | None, **inputs: Paths) -> None:
     """Say the same of a picture, whose kind its name tells."""
     if path is None:
         return
     check_output("--plot", path)
+    check_apart({"--plot": path}, name_flags(inputs))
     if path.suffix not in PLOTS:
         raise UsageError(f"--plot {path} has no known ending; choose from {', '.join(PLOTS)}")
 

@@ -44,7 +44,7 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Measure every member of a family on a text: loss, perplexity, match, KL and alpha."""
-    check_json(json)
+    check_json(json, MODEL=model, data=data)
     check_data(data)
     if max_tokens < 0:
         raise UsageError(f"--max-tokens must be 0 (all) or more, got {max_tokens}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from models.base.errors import UsageError
+from models.base.outputs import check_apart
 from train.commands.common import JsonOption, ModelArgument, check_json, write_results
 from train.commands.console import make_console
 
@@ -46,7 +47,8 @@ def extract(
     json: JsonOption = None,
 ) -> None:
     """Cut one member out, as a stock Hugging Face folder or a file for llama.cpp, and prove it equal."""
-    check_json(json)
+    check_json(json, MODEL=model, out=out)
+    check_apart({"--out": out}, {"MODEL": model})
     _check_format(format_, dtype, out)
     from models.checkpoint.folder import load_model
     from models.elastic.granularity import Granularity

@@ -16,6 +16,7 @@ from train.commands.common import (
     check_file,
     check_gamma,
     check_json,
+    draft_paths,
     write_results,
 )
 from train.commands.console import make_console
@@ -133,7 +134,7 @@ def generate(
     repetition_penalty: PenaltyOption = 1.0,
 ) -> None:
     """Continue a text, or answer a question. Speculative decoding keeps the full model's distribution."""
-    check_json(json)
+    check_json(json, MODEL=model, prompts=prompts, draft=draft_paths([draft] if draft else None))
     _check_texts(prompt, stop or [])
     _check_source(prompt, prompts, batch_size, chat)
     if system is not None and not chat:

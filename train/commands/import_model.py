@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from models.base.errors import NestlingError, UsageError
+from models.base.outputs import check_apart
 from train.commands.common import JsonOption, check_json, write_results
 from train.commands.console import make_console
 
@@ -31,7 +32,7 @@ def import_model(
     json: JsonOption = None,
 ) -> None:
     """Open a pretrained model and write it as a model folder, which every other command takes."""
-    check_json(json)
+    check_json(json, SOURCE=source, out=out)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}; choose one of them")
     from models.base.dtypes import DTYPES as TORCH
@@ -96,8 +97,7 @@ def write_and_prove(folder: "ModelFolder", out: Path) -> dict[str, Any]:
 def _check_places(source: Path, out: Path) -> None:
     if not source.exists():
         raise UsageError(f"SOURCE {source} does not exist; give a GGUF file or a Hugging Face folder")
-    if out.resolve() == source.resolve():
-        raise UsageError(f"--out {out} is SOURCE itself, which stays as it is; choose another folder")
+    check_apart({"--out": out}, {"SOURCE": source})
 
 
 def _check_tokenizer(folder: "ModelFolder", out: Path) -> None:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from models.base.errors import UsageError
+from models.base.outputs import check_apart
 from models.base.progress import progress_bar
 from train.commands.common import (
     DataOption,
@@ -52,7 +53,8 @@ def order(
     json: JsonOption = None,
 ) -> None:
     """Sort neurons and heads by importance and find the layers that matter least; the full model stays."""
-    check_json(json)
+    check_json(json, MODEL=model, data=data, out=out)
+    check_apart({"--out": out}, {"MODEL": model, "--data": data})
     check_data(data)
     from models.checkpoint.folder import save_model
     from models.measure.order import RULES, check_same, order_model

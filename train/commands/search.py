@@ -66,7 +66,7 @@ def search(
     json: JsonOption = None,
 ) -> None:
     """Measure which draft, precision, vocabulary, length of a round and verifier decode fastest here."""
-    check_json(json)
+    check_json(json, MODEL=model, data=data)
     _check(draft, data, num_tokens=num_tokens, confirm=confirm, num_prompts=num_prompts, rounds=rounds)
     from models.decode.open import open_for_decoding
     from models.decode.sampling.params import SamplingParams

@@ -16,6 +16,7 @@ from train.commands.common import (
     SeedOption,
     check_at_least,
     check_json,
+    draft_paths,
     write_results,
 )
 from train.commands.console import make_console
@@ -59,7 +60,7 @@ def verify(
     json: JsonOption = None,
 ) -> None:
     """Test on this model that speculative decoding follows the full model's distribution."""
-    check_json(json)
+    check_json(json, MODEL=model, draft=draft_paths(draft))
     check_at_least(100, trials=trials)
     check_at_least(1, max_new_tokens=max_new_tokens)
     from models.decode.open import open_for_decoding

@@ -35,6 +35,7 @@ from train.run.callbacks.skip_steps import Stability
 from train.run.distributed import check_agreed, make_fabric, make_strategy, side_by_side
 from train.run.fsdp import gather_model
 from train.run.identity import Identity, identify
+from train.run.lock import RunLock
 from train.run.malloc import keep_freed_memory
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
@@ -75,7 +76,9 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
     keep_freed_memory()
     fabric = make_fabric(recipe.trainer)
     console = console if fabric.is_global_zero else Console(quiet=True)
-    with Signals(max_seconds=recipe.trainer.max_seconds) as signals:
+    with Signals(max_seconds=recipe.trainer.max_seconds) as signals, RunLock(out) as lock:
+        if fabric.is_global_zero:
+            lock.take()
         precision = training_precision(recipe.dtype)
         with console.status("reading the teacher") if recipe.loss.teacher else contextlib.nullcontext():
             teacher = open_teacher(recipe, precision)
@@ -93,7 +96,7 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
             check_agreed(fabric, "the text's hash", data.tokens_sha256)
             module = make_module(recipe, data, state, teacher)
             if fabric.is_global_zero:
-                open_run(recipe, out, state, teacher, run=run, restart=resume == "never")
+                open_run(recipe, out, state, teacher, run=run, restart=resume == "never", lock=lock)
             returns: list[int] = []
             while module.first_step < recipe.trainer.max_steps:
                 exit_code = train(module, data, out, state, run, signals, fabric, console)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import check_replaceable, make_folder, read_json, remove_folder, sweep, write_json
+from models.base.outputs import check_apart
 from train.data.module import TextData
 from train.recipe.recipe import Recipe, load_saved_recipe, save_recipe
 from train.run.identity import (
@@ -21,6 +22,7 @@ from train.run.identity import (
     read_identity,
     what_changes,
 )
+from train.run.lock import RunLock
 from train.run.module import JointModule
 from train.run.state import TrainingState, drop_old_states, load_state, newest_state
 from train.run.teacher import Teacher
@@ -33,6 +35,7 @@ def find_state(
 ) -> TrainingState | None:
     """Return the state to go on from, if any; touch nothing."""
     check_replaceable(out, marker=RECIPE_FILE)
+    check_apart({"--out": out}, {"loss.teacher": recipe.loss.teacher})
     if resume == "never":
         return None
     if (out / RECIPE_FILE).is_file():
@@ -86,6 +89,7 @@ def open_run(
     *,
     run: Identity,
     restart: bool,
+    lock: RunLock,
 ) -> None:
     """Make the run folder, once everything that can be refused was, and clear away what a kill left.
 
@@ -96,13 +100,15 @@ def open_run(
         teacher: recorded in it.
         run: recorded in it.
         restart: clear an earlier run.
+        lock: taken, if the folder was not there before.
     """
+    make_folder(out)
+    lock.take()
     if restart:
         for part in (out / "steps", out / "model"):
             remove_folder(part)
         for file in (RECIPE_FILE, DATA_FILE, TEACHER_FILE, "metrics.jsonl", "wandb_id"):
             (out / file).unlink(missing_ok=True)
-    make_folder(out)
     for folder in (out, out / "steps"):
         sweep(folder)
     if state is not None:

@@ -11,7 +11,6 @@ import pytest
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import (
-    check_output,
     check_replaceable,
     default_cache_dir,
     make_folder,
@@ -169,14 +168,6 @@ def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
     write_json(tmp_path / "link", {"text": "new"})
     assert (tmp_path / "link").is_symlink()
     assert read_json(tmp_path / "results.json") == {"text": "new"}
-
-
-@pytest.mark.parametrize(("name", "named"), [("missing/x", "missing does not exist"), (".", "is a folder")])
-def test_an_output_that_cannot_be_is_named_before_the_work(name: str, named: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"--json .*{named}"):
-        check_output("--json", tmp_path / name)
-    for path in (Path("/dev/null"), tmp_path / "new.json"):
-        check_output("--json", path)
 
 
 def test_a_path_that_is_not_utf8_is_written_and_read_back(tmp_path: Path) -> None:

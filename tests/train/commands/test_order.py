@@ -54,6 +54,13 @@ def test_a_rule_that_was_asked_for_is_taken(model: Path, text: Path, tmp_path: P
     assert json.loads(results.read_text())["dropped"] == []
 
 
+def test_the_model_that_is_read_is_never_replaced(model: Path, text: Path, fails: Fails) -> None:
+    before = (model / "model.safetensors").read_bytes()
+    assert "--out" in (line := fails("order", model, "--data", text, "--out", model, code=2))
+    assert line.endswith("is MODEL itself; choose another place")
+    assert (model / "model.safetensors").read_bytes() == before
+
+
 def test_what_cannot_be_is_named_before_the_work(
     model: Path, text: Path, tmp_path: Path, fails: Fails
 ) -> None:

@@ -22,6 +22,12 @@ def test_a_page_goes_where_it_is_asked_for(run: Path, tmp_path: Path) -> None:
     assert page.is_file()
 
 
+def test_a_page_replaces_nothing_that_the_run_wrote(run: Path, fails: Fails) -> None:
+    before = (run / "recipe.yaml").read_bytes()
+    assert f"lies in RUN {run}" in fails("report", run, "--out", run / "recipe.yaml", code=2)
+    assert (run / "recipe.yaml").read_bytes() == before
+
+
 def test_what_is_no_run_is_named(tmp_path: Path, fails: Fails) -> None:
     assert "nowhere" in fails("report", tmp_path / "nowhere", code=2)
     assert str(tmp_path) in fails("report", tmp_path, code=1)

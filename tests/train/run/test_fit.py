@@ -26,6 +26,7 @@ from train.objective.flops import count_step_flops
 from train.objective.joint_loss import JointLoss, joint_loss
 from train.recipe.recipe import Recipe, load_recipe
 from train.run.fit import fit
+from train.run.lock import RunLock
 from train.run.metrics import read_metrics
 
 WORDS = [
@@ -114,6 +115,13 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     run(make_recipe(text), out)
     return out
+
+
+def test_a_second_run_in_the_same_folder_is_refused_at_once(text: Path, finished: Path) -> None:
+    with RunLock(finished) as lock:
+        lock.take()
+        with pytest.raises(UsageError, match="another run is writing to this folder"):
+            run(make_recipe(text), finished)
 
 
 def test_a_run_leaves_its_recipe_metrics_states_and_a_measured_family(finished: Path) -> None:
