@@ -73,7 +73,8 @@ def _each(inputs: Mapping[str, Paths]) -> Iterator[tuple[str, Path]]:
 def _relation(out: Path, source: Path) -> str | None:
     there = Path(os.path.realpath(source))
     # Where it leads, and where it stands: a link inside of a folder is part of the folder.
-    places = {Path(os.path.realpath(out)), Path(os.path.realpath(out.parent)) / out.name}
+    stands = os.path.normpath(Path(os.path.realpath(out.parent)) / out.name)
+    places = {Path(os.path.realpath(out)), Path(stands)}
     if there in places or (out.exists() and source.exists() and out.samefile(source)):
         return "is"
     if source.is_dir():
