@@ -1,12 +1,9 @@
 """Chat templates: found in a model folder, and rendered as transformers renders them.
 
-A template is Jinja code that came with the weights and is not trusted: it runs in a sandbox.
+A template is Jinja code that came with the weights and is not trusted: it runs in a sandbox, within bounds.
 """
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,35 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the chat template of a model folder: a file of its own, or part of the tokenizer's settings."""
-    if (folder / TEMPLATE_FILE).is_file():
-        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8") or None
-    settings = folder / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(template, list):  # several, by name
-        return next((one["template"] for one in template if one.get("name") == "default"), None)
+    """Return the chat template of a model folder: a file of its own, or part of the tokenizer's settings.
+
+    Raises:
+        NestlingError: naming the file that is damaged.
+    """
+    path, settings = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8") or None
+        except UnicodeDecodeError as error:
+            raise NestlingError(f"{path} is not UTF-8 ({error}); restore it") from None
+    stated = read_json(settings).get("chat_template") if settings.is_file() else None
+    try:
+        template = _default(stated)
+    except (KeyError, TypeError, AttributeError):
+        template = stated
+    if template is not None and not isinstance(template, str):
+        raise NestlingError(
+            f"{settings}: chat_template={str(template)[:50]!r} must be a text, or a list of names and "
+            "templates; restore it"
+        )
     return template or None
+
+
+def _default(stated: Any) -> Any:
+    """Return the template that is used unless another is asked for, where there are several by name."""
+    if isinstance(stated, list):
+        return next((one["template"] for one in stated if one.get("name") == "default"), None)
+    return stated.get("default") if isinstance(stated, Mapping) else stated
 
 
 def render_chat(
@@ -57,35 +75,23 @@ def render_chat(
     """
     from jinja2.exceptions import TemplateError
 
+    from models.checkpoint.chat_sandbox import render_within_bounds
+
+    values = {
+        "messages": messages,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        return _compiled(template).render(  # type: ignore[no-any-return]
-            messages=messages,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            add_generation_prompt=add_generation_prompt,
-        )
+        text = render_within_bounds(template, values)
     except TemplateError as error:
-        raise NestlingError(f"the chat template does not take this conversation: {error}") from None
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise NestlingError(f"the chat template is damaged ({type(error).__name__}: {error})") from None
+        raise NestlingError(f"the chat template does not take this conversation: {_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - a template is code, and raises what it likes
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise NestlingError(f"the chat template is damaged ({reason}); restore it") from None
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair has no tokens
 
 
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> str:
-        raise TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

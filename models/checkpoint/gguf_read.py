@@ -119,7 +119,7 @@ def _read(path: Path, reader: Any, dtype: torch.dtype) -> GgufModel:
         config=config,
         tensors=dict(_tensors(path, reader, config, dtype)),
         tokenizer=read_tokenizer(path, keys),
-        chat_template=keys.get("tokenizer.chat_template") or None,
+        chat_template=_text("tokenizer.chat_template", keys),
         quantizations=tuple(sorted(set(kinds), key=kinds.count, reverse=True)),
         granularity=keys.get(OURS),
     )
@@ -172,6 +172,13 @@ class _Shape:
             raise NestlingError("it rotates a part of each head only (rope.dimension_count): take another")
         if self.integer("expert_count", 0):
             raise NestlingError("it is a mixture of experts; dense models are supported: take one")
+
+
+def _text(key: str, keys: dict[str, Any]) -> str | None:
+    value = keys.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _damaged(key, value, "a text")
+    return value or None
 
 
 def _whole(key: str, value: Any) -> int:

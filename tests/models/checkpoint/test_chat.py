@@ -1,15 +1,20 @@
 """Chat templates are rendered as transformers renders them, where they can reach nothing."""
 
+import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from models.base.errors import NestlingError
-from models.checkpoint.chat import Message, render_chat
+from models.checkpoint.chat import Message, read_chat_template, render_chat
+from models.checkpoint.chat_sandbox import render_within_bounds
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
@@ -30,7 +35,14 @@ TALK: list[Message] = [
 ]
 
 
-@pytest.mark.parametrize("template", [CHATML, HELPERS])
+EXTRAS = (
+    "{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content ~ '|' ~ 1 }}{% endgeneration %}"
+    "{% else %}{{ m.content * 2 + '.' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, HELPERS, EXTRAS])
 @pytest.mark.parametrize("first", [0, 1, 3])
 @pytest.mark.parametrize("prompted", [True, False])
 def test_a_conversation_is_rendered_as_in_transformers(template: str, first: int, prompted: bool) -> None:
@@ -52,6 +64,24 @@ def test_a_conversation_is_rendered_as_in_transformers(template: str, first: int
         ("{{ messages.append(1) }}", "does not take this conversation"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not take this conversation"),
         ("{{ messages[0].content + 1 }}", "damaged"),
+        ("{{ raise_exception('no\\nsuch') }}", "conversation: no such$"),
+        ("{{ raise_exception(5) }}", "conversation: 5$"),
+        ("{{ 1 / 0 }}", r"damaged \(ZeroDivisionError: division by zero\); restore it"),
+        ("{{ 10.0 ** 1000 }}", "damaged .OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "damaged .RecursionError"),
+        ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "damaged .RecursionError"),
+        ("{{ range(10 ** 9) | list }}", "damaged .OverflowError"),
+        ("{{ ('a' * 3000000000) | length }}", "more than 10,000,000 characters"),
+        ("{{ (9 ** (9 ** 9)) | string }}", "more than 10,000,000 characters"),
+        (
+            "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+            "more",
+        ),
+        (
+            "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
+            "more",
+        ),
+        ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "more than 10,000,000 characters"),
     ],
 )
 def test_what_a_template_refuses_or_may_not_do_is_one_line(template: str, line: str) -> None:
@@ -63,3 +93,41 @@ def test_a_template_cannot_read_files(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     with pytest.raises(NestlingError):
         render_chat("{% include '" + str(tmp_path / "secret") + "' %}", TALK)
+
+
+def test_a_template_that_runs_for_ever_is_stopped() -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    threads = threading.active_count()
+    with pytest.raises(TemplateError, match=r"more than 0\.2 seconds"):
+        render_within_bounds(endless, {}, seconds=0.2)
+    deadline = time.monotonic() + 30
+    while threading.active_count() > threads:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_half_a_surrogate_pair_in_a_conversation_is_replaced() -> None:
+    assert render_chat("{{ messages[0].content }}", [{"role": "user", "content": "a\ud800b"}]) == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    "stated", [5, ["a"], [{"name": "default"}], [{"name": "default", "template": 5}], {"default": []}]
+)
+def test_settings_whose_template_is_no_text_are_named(stated: object, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stated}))
+    with pytest.raises(NestlingError, match=r"tokenizer_config\.json: chat_template=.* restore it"):
+        read_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stated", ["x", {"default": "x", "tool": "y"}, [{"name": "default", "template": "x"}]]
+)
+def test_the_template_of_several_that_is_the_default_is_read(stated: object, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stated}))
+    assert read_chat_template(tmp_path) == "x"
+
+
+def test_a_template_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{1}}")
+    with pytest.raises(NestlingError, match=r"chat_template\.jinja is not UTF-8"):
+        read_chat_template(tmp_path)
