@@ -2,10 +2,11 @@
 
 import ctypes
 import datetime
+import functools
 import json
+import re
 import threading
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -18,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MAX_LENGTH = 10_000_000
 """Characters, items or bits of anything that a template makes: more than any context holds."""
 MAX_SECONDS = 10.0
+_WIDE = re.compile(r"[%{][^%{}a-zA-Z]*[1-9]\d{7,}")
+"""A width of `MAX_LENGTH` or more in the text of a format."""
 
 
 class Generation(Extension):
@@ -48,7 +51,7 @@ class _Generator(CodeGenerator):
 class Sandbox(ImmutableSandboxedEnvironment):
     """Refuses what would fill the memory: repetition, powers, and texts that double."""
 
-    intercepted_binops = frozenset(("*", "**", "+"))
+    intercepted_binops = frozenset(("*", "**", "+", "%"))
     code_generator_class = _Generator
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -60,10 +63,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 size = max(
                     _length(left) * _times(right), _length(right) * _times(left), _bits(left) + _bits(right)
                 )
+            case "%":
+                size = _format_width(left, right)
             case _:
                 size = _length(left) + _length(right)
         _check(size)
         return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function; a method of a text takes no width (`ljust`, `center`) beyond the bounds."""
+        if isinstance(getattr(obj, "__self__", None), str):
+            _check(_largest(args))
+        return super().call(context, obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """Return what stands for `str.format`, which takes no such width either."""
+        if getattr(value, "__name__", "") in ("format", "format_map"):
+            _check(_format_width(getattr(value, "__self__", None), ()))
+        return super().wrap_str_format(value)
 
     def concatenate(self, parts: Sequence[Any]) -> str:
         """Join the texts of some values."""
@@ -75,6 +92,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 def make_sandbox() -> Sandbox:
     """Return a sandbox with the filters and functions that transformers adds."""
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+    for name in ("center", "indent"):
+        sandbox.filters[name] = _bounded(sandbox.filters[name])
+    sandbox.filters["format"] = lambda text, *args, **named: sandbox.call_binop(
+        None, "%", text, named or args
+    )
     sandbox.filters["tojson"] = _to_json
     sandbox.globals["raise_exception"] = _refuse
     sandbox.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -123,7 +145,7 @@ def _render(template: str, values: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Template:
     return make_sandbox().from_string(template)
 
@@ -143,6 +165,28 @@ def _times(value: Any) -> int:
 
 def _bits(value: Any) -> int:
     return value.bit_length() if isinstance(value, int) else 0
+
+
+def _format_width(text: Any, values: Any) -> int:
+    """Return a width that a format asks for, if it is beyond the bounds."""
+    if not isinstance(text, str):
+        return 0
+    if _WIDE.search(text):
+        return MAX_LENGTH + 1
+    return _largest(values) if "*" in text and isinstance(values, tuple) else 0
+
+
+def _largest(values: Iterable[Any]) -> int:
+    return max((value for value in values if isinstance(value, int)), default=0)
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(text: Any, *args: Any, **kwargs: Any) -> Any:
+        _check(_largest([*args, *kwargs.values()]))
+        return function(text, *args, **kwargs)
+
+    return call
 
 
 def _refuse(message: Any) -> str:

@@ -38,7 +38,10 @@ TALK: list[Message] = [
 EXTRAS = (
     "{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}{% for m in messages %}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content ~ '|' ~ 1 }}{% endgeneration %}"
-    "{% else %}{{ m.content * 2 + '.' }}{% endif %}{% endfor %}"
+    "{% else %}{{ m.content * 2 + '.' }}{{ '%s %(' | replace('(', 'd') | format(m.role, 123456789012) }}"
+    "{{ 'n=%d' % 123456789012 }}{{ '{}: {:>4}'.format(123456789012, 5) }}"
+    "{{ 'a%5s' | format('b') | center(9) }}{{ 'tel {12345678, %123456789'.strip() }}{{ 0 % 123456789 }}"
+    "{% endif %}{% endfor %}"
 )
 
 
@@ -72,6 +75,12 @@ def test_a_conversation_is_rendered_as_in_transformers(template: str, first: int
         ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "damaged .RecursionError"),
         ("{{ range(10 ** 9) | list }}", "damaged .OverflowError"),
         ("{{ ('a' * 3000000000) | length }}", "more than 10,000,000 characters"),
+        ("{{ '%3000000000s' | format('a') }}", "more than 10,000,000 characters"),
+        ("{{ '%*s' % (3000000000, 'a') }}", "more than 10,000,000 characters"),
+        ("{{ '{:3000000000}'.format('a') }}", "more than 10,000,000 characters"),
+        ("{{ 'a'.ljust(3000000000) }}", "more than 10,000,000 characters"),
+        ("{{ 'a' | center(3000000000) }}", "more than 10,000,000 characters"),
+        ("{{ 'a\\nb' | indent(width=3000000000) }}", "more than 10,000,000 characters"),
         ("{{ (9 ** (9 ** 9)) | string }}", "more than 10,000,000 characters"),
         (
             "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
