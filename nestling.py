@@ -7,10 +7,11 @@
     print(decoder.generate("def main(").text)
 
 The code lives in the packages `models` and `train`. Where a folder or file of your own has one of
-these names and comes first on Python's path, one line names it.
+these names, or that of a package that they need, and comes first on Python's path, one line names it.
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
@@ -49,6 +50,26 @@ _HOMES = {
     "train.api": ("evaluate", "extract", "train"),
 }
 
+NEEDED = (
+    "altair",
+    "datasets",
+    "filelock",
+    "gguf",
+    "jinja2",
+    "lightning",
+    "numpy",
+    "omegaconf",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "typer",
+    "wandb",
+    "yaml",
+)
+
 
 def __getattr__(name: str) -> Any:
     """Import a name on first use (PEP 562)."""
@@ -83,5 +104,20 @@ def _shadowed() -> str | None:
         if found != ours:
             return (
                 f"{found} hides nestling's own package `{name}`; rename it, or start Python in another folder"
+            )
+    return _shadowed_dependency()
+
+
+def _shadowed_dependency() -> str | None:
+    """Name the first file in the folder that Python was started in or for that hides a package we need."""
+    folders = {Path(sys.path[0] or ".").resolve(), Path.cwd()} if sys.path else set()
+    entered = [entry for entry in sys.path if Path(entry or ".").resolve() in folders]
+    others = [entry for entry in sys.path if entry not in entered]
+    for name in NEEDED:
+        theirs = importlib.machinery.PathFinder.find_spec(name, entered)
+        if theirs and theirs.origin and importlib.machinery.PathFinder.find_spec(name, others):
+            return (
+                f"{theirs.origin} hides the package `{name}`, which nestling needs; "
+                "rename it, or start Python in another folder"
             )
     return None

@@ -72,6 +72,24 @@ def test_a_file_of_the_users_own_that_hides_ours_is_named(name: str, tmp_path: P
     assert (code, line.startswith(f"nestling: error: {theirs} hides")) == (1, True)
 
 
+@pytest.mark.parametrize("name", ["tokenizers.py", "torch/__init__.py", "rich.py"])
+def test_a_file_that_hides_a_package_we_need_is_named(name: str, tmp_path: Path) -> None:
+    theirs = tmp_path / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("")
+    (tmp_path / "wandb").mkdir()  # a folder without code hides nothing
+    for code in ("nestling.open_decoder", "raise SystemExit(nestling.main())"):
+        failed, line = python(f"import nestling; {code}", tmp_path, PYTHONPATH=str(ROOT))
+        assert failed == 1
+        assert (
+            f"{theirs} hides the package `{theirs.relative_to(tmp_path).parts[0].removesuffix('.py')}`"
+            in line
+        )
+    theirs.unlink()
+    code = "import nestling; nestling.SamplingParams"
+    assert python(code, tmp_path, PYTHONPATH=str(ROOT))[0] == 0
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment that has our wheel and, by a path, this one's other packages."""

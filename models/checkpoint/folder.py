@@ -7,6 +7,7 @@ An elastic folder *is* a stock model, the full one, and a stock folder without `
 as well. Nothing is pickled; a save is whole or absent.
 """
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -38,6 +39,17 @@ from models.elastic.model import ElasticLM
 __all__ = ["Member", "ModelFolder", "load_model", "read_config", "save_model"]
 
 GENERATION = "generation_config.json"
+NOT_APPLIED = (
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "bad_words_ids",
+    "no_repeat_ngram_size",
+    "sequence_bias",
+)
+"""Settings of generation_config.json that would change which tokens are allowed."""
+logger = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
     TOKENIZER,
@@ -136,8 +148,18 @@ def read_config(path: Path) -> ElasticConfig:
     if not generation_path.is_file():
         return config
     with naming(generation_path):
-        more = end_tokens(read_json(generation_path))
+        generation = read_json(generation_path)
+        more = end_tokens(generation)
+    _tell_what_is_not_applied(generation_path, generation)
     return replace(config, eos_token_id=(*config.eos_token_ids, *more))
+
+
+def _tell_what_is_not_applied(path: Path, generation: Mapping[str, Any]) -> None:
+    stated = [f"{name}={generation[name]}" for name in NOT_APPLIED if generation.get(name)]
+    if stated:
+        logger.warning(
+            "%s: %s has no effect here, unlike in transformers; the text may differ", path, ", ".join(stated)
+        )
 
 
 def save_model(

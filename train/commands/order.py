@@ -14,6 +14,7 @@ from train.commands.common import (
     DataOption,
     JsonOption,
     ModelArgument,
+    TextFieldOption,
     check_data,
     check_json,
     open_for_measuring,
@@ -38,6 +39,7 @@ def order(
     *,
     data: DataOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="New model folder.")],
+    text_field: TextFieldOption = None,
     rule: Annotated[
         str,
         typer.Option(
@@ -69,7 +71,7 @@ def order(
             f"--drop {drop} must be 0 to {num_layers - 1}, since the model has {num_layers} layers"
         )
     console = make_console()
-    batches = _batches(model, data, folder, max_tokens)
+    batches = _batches(model, data, folder, text_field, max_tokens)
     importance, losses = _compare(folder.model, batches, console)
     chosen = _best(losses) if rule == "best" else rule
     ordered = folder.model if chosen == AS_IT_CAME else order_model(folder.model, importance, chosen)
@@ -101,13 +103,17 @@ def order(
     write_results(json, results, dtypes={"model": "fp32"})
 
 
-def _batches(model: Path, data: str, folder: "ModelFolder", max_tokens: int) -> "list[Any]":
+def _batches(
+    model: Path, data: str, folder: "ModelFolder", text_field: str | None, max_tokens: int
+) -> "list[Any]":
+    from train.data.corpus import as_trained
     from train.data.loader import take_batches
     from train.data.tokenizer import load_tokenizer
     from train.data.tokens import load_rows
 
     length = min(folder.model.config.max_position_embeddings, SEQUENCE_LENGTH)
-    rows = load_rows(data, load_tokenizer(str(model), key="MODEL"), sequence_length=length)
+    tokenizer, reading = load_tokenizer(str(model), key="MODEL"), as_trained(folder.provenance, text_field)
+    rows = load_rows(data, tokenizer, sequence_length=length, **reading)
     return list(take_batches(rows, max_tokens))
 
 

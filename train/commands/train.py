@@ -80,8 +80,10 @@ def run_training(
     check_sources(recipe)
     console = make_console()
     check_resume(resume)
+    from train.run.devices import check_devices
     from train.run.dryrun import dry_run as show
 
+    check_devices(recipe.trainer)
     if dry_run:
         show(recipe, console)
         return 0

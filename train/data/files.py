@@ -27,6 +27,8 @@ from train.data.hub import stream_parquet
 
 KINDS = {".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json", ".parquet": ".parquet"}
 COMPRESSIONS = (".xz", ".gz", ".bz2", ".zst")
+MANY_FILES = 50_000
+"""A folder of more files than this says that it is being looked through."""
 UNREADABLE = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
 """Errors of broken files; bad UTF-8 and Arrow's errors are ValueErrors."""
 
@@ -103,9 +105,11 @@ def find_files(
     Raises:
         UsageError: if nothing is there, or nothing of a kind that can be read.
     """
+    if not source.strip():
+        raise UsageError(f"{key}={source!r} is empty; give stdlib, a path, a glob or the name of a dataset")
     path, num_skipped = Path(source).expanduser(), 0
     if path.is_dir():
-        paths, num_skipped = files_below(path)
+        paths, num_skipped = files_below(path, key)
     elif path.exists():
         paths = [path]
     else:
@@ -134,14 +138,15 @@ def find_files(
     )
 
 
-def files_below(folder: Path) -> tuple[list[Path], int]:
+def files_below(folder: Path, key: str = "data.source") -> tuple[list[Path], int]:
     """Find the files below a folder that can be read, sorted, and count those that are left out.
 
     As in Hugging Face datasets, hidden files and folders are left out (`._a.jsonl`, `.ipynb_checkpoints`,
-    `__MACOSX`), and linked folders are entered; here each of them once, so that a circle ends.
+    `__MACOSX`), and linked folders are entered; here each of them once, so that a circle ends. A folder so
+    large that this takes long (a home, a root) says so, under the name `key`.
     """
     found: list[Path] = []
-    num_skipped, entered = 0, set()
+    num_skipped, entered, told = 0, set(), MANY_FILES
     for root, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(root) in entered:
             folders.clear()
@@ -150,6 +155,15 @@ def files_below(folder: Path) -> tuple[list[Path], int]:
         inside = Path(root).relative_to(folder).parts
         is_hidden = any(part.startswith((".", "__")) for part in inside)
         folders.sort()
+        if len(found) + num_skipped >= told:
+            logger.warning(
+                "%s=%s: %d files looked at so far, %d of them text; give the folder of the data alone",
+                key,
+                folder,
+                len(found) + num_skipped,
+                len(found),
+            )
+            told *= 4
         for name in names:
             path = Path(root, name)
             if is_hidden or name.startswith(".") or not kind_of(path) or not path.is_file():

@@ -114,8 +114,8 @@ def plan_step(
     if config.kind == "rows":
         size = min(config.min_rows, num_rows)
         # `row_fraction` of the rows, in slots of `min_rows`: 1/16 of 16 rows is a slot of 4 in every 4th step
-        takers = _whose_slots(narrow, config.row_fraction * num_rows / size, seed, step)
-        rows_of = _divide(takers, size, num_rows)
+        counts = _count_slots(narrow, config.row_fraction * num_rows / size, seed, step)
+        rows_of = _divide(counts, size, num_rows)
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
     every = config.exit_stride if config.kind == "rows" else 1
     return StepPlan(
@@ -128,25 +128,33 @@ def plan_step(
     )
 
 
-def _whose_slots(names: list[str], slots_per_step: float, seed: int, step: int) -> list[str]:
-    """Return the member of each slot in a step; with less than one slot a step, often none.
+def _count_slots(names: list[str], slots_per_step: float, seed: int, step: int) -> Counter[str]:
+    """Count each member's slots in a step, in the order of the first ones; with few slots a step, often none.
 
     Each member has one slot in a cycle, in an order that is drawn for each cycle: in a fixed order, every
     n-th step, which the log shows, might have the same member forever.
     """
     # The slots of a run are numbered through; a fraction of a slot a step adds up to one now and then.
-    first, last = (math.floor(count * slots_per_step) for count in (step, step + 1))
-    found = []
-    for number in range(first, last if names else first):
+    number, last = (math.floor(count * slots_per_step) for count in (step, step + 1))
+    counts: Counter[str] = Counter()
+    while names and number < last:
         cycle, index = divmod(number, len(names))
-        found.append(random.Random(f"turns {seed} {cycle}").sample(names, len(names))[index])
-    return found
+        whole = (last - number) // len(names)
+        if whole and index == 0 and len(counts) == len(names):  # whole cycles change no order
+            counts.update(dict.fromkeys(names, whole))
+            number += whole * len(names)
+            continue
+        order = random.Random(f"turns {seed} {cycle}").sample(names, len(names))
+        taken = order[index : index + last - number]
+        counts.update(taken)
+        number += len(taken)
+    return counts
 
 
-def _divide(takers: list[str], size: int, num_rows: int) -> dict[str, range]:
+def _divide(counts: Counter[str], size: int, num_rows: int) -> dict[str, range]:
     """Divide the step's rows, `size` of them a slot and those of a member side by side."""
     rows_of, first = {}, 0
-    for name, count in Counter(takers).items():
+    for name, count in counts.items():
         rows_of[name] = range(first, min(first + count * size, num_rows))
         first += count * size
     return rows_of

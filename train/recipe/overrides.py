@@ -19,6 +19,7 @@ from models.base.files import write_text
 from train.recipe.settings import help_rows, show
 
 S = TypeVar("S")
+REFERENCES = "a value may refer to another key, as in ${trainer.max_steps}, or to ${oc.env:NAME}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def load(
         if texts:
             made, wrong = _validate(section, OmegaConf.to_container(config, resolve=True), given)
     except _yaml_errors() as error:
-        raise UsageError(f"recipe: {str(error).splitlines()[0]}") from None
+        raise UsageError(_unresolved(error, given)) from None
     problems += [line or _unfit(takes, key, given) for key, line in wrong.items()]
     if made is None or problems:
         raise UsageError("\n".join(problems))
@@ -151,6 +152,16 @@ def _validate(
         return None, wrong
 
 
+def _unresolved(error: Exception, given: Mapping[str, Given]) -> str:
+    """Name the key whose `${...}` cannot be resolved, as it was given."""
+    key, reason = getattr(error, "full_key", None) or "recipe", str(error).splitlines()[0]
+    inside = [one for one in given if f"{key}.".replace("[", ".").startswith(f"{one}.")]
+    if not inside:
+        return f"{key}: {reason}; {REFERENCES}"
+    one = given[max(inside, key=len)]
+    return f"{key}={show(one.text)}{one.origin}: {reason}; {REFERENCES}"
+
+
 def _unfit(takes: Mapping[str, str], key: str, given: Mapping[str, Given]) -> str:
     expected = takes.get(key) or takes[_parent(key)].removeprefix("table of ")
     return f"{key}={show(given[key].text)}{given[key].origin}: expected {expected}"
@@ -198,6 +209,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except _yaml_errors() as error:
+        if key := getattr(error, "full_key", None):
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--config {path}: {key}: {reason}; {REFERENCES}") from None
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {path}: is not a YAML recipe: {reason}") from None
     if not isinstance(loaded, dict):

@@ -328,6 +328,15 @@ def test_an_undamaged_copy_opens(folder: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- tokens that end a text
 
 
+def test_settings_of_generation_that_are_not_applied_are_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change_json("generation_config.json", suppress_tokens=[1], forced_bos_token_id=3)(folder)
+    load_model(folder)
+    (line,) = caplog.messages
+    assert "generation_config.json: suppress_tokens=[1], forced_bos_token_id=3 has no effect here" in line
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "expected"),
     [

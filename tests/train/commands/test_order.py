@@ -1,6 +1,7 @@
 """`nestling order`: a folder whose prefixes are better and whose full model is the same."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,22 @@ def test_the_new_folder_is_the_same_model_in_a_better_order(
     (dropped,) = written["dropped"]
     assert str(theirs.family["D2"]) == dropped["layers"]
     assert theirs.provenance["ordered_from"] == str(model)
+
+
+def test_the_text_is_read_as_the_models_own_was_or_as_the_flag_says(
+    model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    data = tmp_path / "t.jsonl"
+    data.write_text(json.dumps({"content": "the quick brown fox " * 40}) + "\n")
+    words = ["order", str(model), "--data", str(data), "--max-tokens", "100", "--drop", "0"]
+    assert "text_field" in fails(*words, "--out", tmp_path / "no", code=2).replace("-", "_")
+    assert main([*words, "--out", str(tmp_path / "flag"), "--text-field", "content"]) == 0
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    words[1] = str(model)
+    told = json.loads((model / "nestling.json").read_text())
+    told["provenance"] = {**told["provenance"], "recipe": {"data": {"text_field": "content"}}}
+    (model / "nestling.json").write_text(json.dumps(told))
+    assert main([*words, "--out", str(tmp_path / "own")]) == 0
 
 
 def test_a_rule_that_was_asked_for_is_taken(model: Path, text: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,17 @@ Fails = Callable[..., str]
         (["--config", "."], "--config ."),
         (["data.source=nowhere.txt"], "data.source='nowhere.txt'"),
         (["data.valid=nowhere.jsonl"], "data.valid='nowhere.jsonl'"),
+        (["data.source="], "data.source"),
+        (["data.source=''"], "data.source='' is empty; give"),
+        (["data.valid=' '"], "data.valid=' ' is empty; give"),
+        (["data.source=${"], "data.source=${: no viable alternative at input '${'; a value may refer"),
+        (["data.source=${nope}"], "data.source=${nope}: Interpolation key 'nope' not found; a value"),
+        (["trainer.max_steps=${trainer.max_steps}"], "trainer.max_steps=${trainer.max_steps}: Recursive"),
+        (["trainer.accelerator=tpu"], "trainer.accelerator=tpu: there is none here; give one of auto, cpu"),
+        (["trainer.accelerator=abacus"], "trainer.accelerator=abacus: there is none here"),
+        (["trainer.accelerator=cpu", "trainer.devices=0"], "trainer.devices=0: expected a whole number"),
+        (["trainer.accelerator=cpu", "trainer.devices=two"], "trainer.devices=two: expected"),
+        (["trainer.accelerator=cpu", "trainer.devices='0,1'"], "trainer.devices=0,1: expected"),
         (["--dryrun"], "did you mean --dry-run?"),
         (["--confg=x.yaml"], "did you mean --config?"),
     ],
@@ -50,6 +62,15 @@ def test_a_wrong_recipe_is_named_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     assert named in fails("train", "--config", TINY, *flags, *arguments, code=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reference_in_a_file_is_named_with_its_key(tmp_path: Path, fails: Fails) -> None:
+    path = tmp_path / "recipe.yaml"
+    for value in ("${nope}", "${"):
+        path.write_text(f'data:\n  source: "{value}"\n')
+        line = fails("train", "--config", path, "--dry-run", code=2)
+        assert str(path) in line
+        assert "data.source" in line
 
 
 def test_a_recipe_that_is_no_yaml_is_named(tmp_path: Path, fails: Fails) -> None:
@@ -129,6 +150,13 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, fails: Fails) -> 
     (tmp_path / "thesis.tex").write_text("years of work")
     assert str(tmp_path) in fails("train", "--config", TINY, "--out", tmp_path, code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_dry_run_of_a_giant_batch_answers_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    assert main(["train", "--config", TINY, "trainer.batch_size=1000000000", "--dry-run"]) == 0
+    assert time.monotonic() - started < 15
+    assert "memory" in capsys.readouterr().out
 
 
 def test_the_run_folder_is_named_after_the_recipe() -> None:

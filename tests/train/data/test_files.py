@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.base.errors import NestlingError, UsageError
+from train.data import files
 from train.data.files import LocalFiles, find_files, read_txt
 
 
@@ -211,6 +212,18 @@ def test_a_glob_leaves_folders_out(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     (tmp_path / "folder").mkdir()
     assert list(find(f"{tmp_path}/*").documents()) == ["a"]
+
+
+def test_a_folder_of_very_many_files_says_what_it_is_doing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MANY_FILES", 3)
+    for number in range(8):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "a.txt").write_text("a")
+    assert len(files.files_below(tmp_path, "data.valid")[0]) == 8
+    (line,) = caplog.messages
+    assert line.startswith(f"data.valid={tmp_path}: 3 files looked at so far, 3 of them text; give")
 
 
 def test_linked_folders_are_entered_once_and_circles_end(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import math
+import random
 from collections import Counter
 
 import pytest
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, Plan
+from train.objective import sampler
 from train.objective.sampler import StepPlan, plan_step
 from train.recipe.sections import SamplerConfig
 
@@ -148,3 +151,16 @@ def test_the_shared_cache_gets_its_share_of_turns() -> None:
     shared = sum(slot.shift is not None for made in plans for slot in made.slots)
     assert abs(shared - 1500) < 5 * (3000 * 0.25) ** 0.5
     assert all(slot.shift is None for slot in plan("rows", shared_cache=0.0).slots)
+
+
+@given(num_names=st.integers(0, 5), slots=st.floats(0, 40), step=st.integers(0, 50))
+def test_slots_that_are_counted_by_cycles_are_those_of_one_by_one(
+    num_names: int, slots: float, step: int
+) -> None:
+    names = [f"member {number}" for number in range(num_names)]
+    first, last = (math.floor(count * slots) for count in (step, step + 1))
+    takers = []
+    for number in range(first, last if names else first):
+        cycle, index = divmod(number, len(names))
+        takers.append(random.Random(f"turns 7 {cycle}").sample(names, len(names))[index])
+    assert list(sampler._count_slots(names, slots, 7, step).items()) == list(Counter(takers).items())
