@@ -131,7 +131,8 @@ def open_decoder(
     """
     if verifier is not None:
         check_verifier(verifier)
-    number = None if gamma in (None, AUTO) else whole_number("gamma", gamma)
+    follows = gamma is None or (isinstance(gamma, str) and gamma == AUTO)
+    number = None if follows else whole_number("gamma", gamma)
     if number is not None and number < 0:
         raise UsageError(f"--gamma must be 0 or more, or auto, got {number}")
     config = GenerationConfig(params=params)  # refuses what are no params

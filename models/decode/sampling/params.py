@@ -51,8 +51,6 @@ class SamplingParams:
             checked = whole_number if field.name == "top_k" else real_number
             value = field.default if value is None else checked(field.name, value)
             object.__setattr__(self, field.name, value)
-        if 0 < self.temperature < torch.finfo(torch.float32).tiny:  # in float32 it would divide by 0
-            object.__setattr__(self, "temperature", 0.0)
         problems = [
             f"{flag} must be {right}, got {value}"
             for flag, value, holds, right in (

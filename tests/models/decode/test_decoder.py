@@ -129,7 +129,6 @@ def test_settings_may_be_numbers_of_numpy_and_torch(path: Path) -> None:
     assert decoder.generate("ab", max_new_tokens=np.int64(4)).ids == ids(decoder)[:4]
     assert decoder.generate("ab", max_new_tokens=torch.tensor(4), eos_token_id=np.array([256])).ids
     assert decoder.generate("ab", max_new_tokens=4, temperature=np.float32(0.5)).ids
-    assert decoder.generate("ab", max_new_tokens=4, temperature=1e-320).ids == ids(decoder)[:4]
 
 
 def test_max_length_counts_the_prompt_as_in_transformers(path: Path) -> None:
@@ -160,6 +159,7 @@ def test_do_sample_chooses_between_greedy_and_a_temperature(path: Path) -> None:
         {"gamma": "4"},
         {"gamma": 1.5},
         {"gamma": True},
+        {"gamma": np.array([1, 2])},
         {"draft": 3},
         {"draft": True},
         {"params": None},
@@ -168,8 +168,8 @@ def test_do_sample_chooses_between_greedy_and_a_temperature(path: Path) -> None:
 )
 def test_an_option_of_the_wrong_kind_is_named(options: dict[str, Any], path: Path) -> None:
     (name,) = options
-    with pytest.raises(UsageError, match=f"{name}=.*give"):
-        opened(path, **options)
+    with pytest.raises(UsageError, match=f"{name}=.*(give|choose)"):
+        open_decoder(path, **options)
 
 
 @pytest.mark.parametrize("place", [None, 5, b"model", [], "", "a\0b"])
