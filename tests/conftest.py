@@ -38,6 +38,7 @@ def pytest_sessionstart() -> None:
 
     for name in SOURCES:
         library(name)
+    library()  # without a name it is another key of the function's cache
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
