@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from models.base.errors import NestlingError, UsageError
+from models.base.outputs import check_link
 from models.base.paths import is_stream
 
 
@@ -58,6 +59,7 @@ def check_replaceable(path: str | Path, *, marker: str = "nestling.json") -> Non
         UsageError: if `path` is neither free, nor an empty folder, nor one that holds `marker`.
     """
     path = Path(path)
+    check_link("", path)
     if path.is_dir():
         if any(not _is_left_over(inside) for inside in path.iterdir()) and not (path / marker).is_file():
             raise UsageError(
@@ -96,8 +98,12 @@ def hash_files(*paths: Path) -> str:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file, whole or not at all; its folder must exist."""
-    with _beside(Path(path)) as partial:
-        partial.write_bytes(content)
+    try:
+        with _beside(Path(path)) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        error.filename = os.fspath(path)  # not the temporary file's, nor none as when a disk is full
+        raise
 
 
 @contextlib.contextmanager
@@ -122,8 +128,7 @@ def _beside(path: Path) -> Iterator[Path]:
     if is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / "content"
-            with path.open("ab", buffering=0) as stream:  # what an open file holds already stays
-                stream.write((Path(folder) / "content").read_bytes())
+            _write_stream(path, (Path(folder) / "content").read_bytes())
         return
     _refuse_circle(path)
     path = Path(os.path.realpath(path))  # a link keeps pointing to where its owner wanted the bytes
@@ -135,6 +140,19 @@ def _beside(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_stream(path: Path, content: bytes) -> None:
+    try:
+        # A blocking open would wait for the reader of a pipe; what an open file holds already stays.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "wb", buffering=0) as stream:
+            stream.write(content)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EPIPE):
+            raise
+        raise NestlingError(f"cannot write {path}: nobody reads it; keep its reader running") from error
 
 
 def _refuse_circle(path: Path) -> None:
@@ -279,6 +297,7 @@ _DISK_REFUSES = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
+    errno.ENAMETOOLONG,
 }
 
 

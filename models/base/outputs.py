@@ -38,7 +38,8 @@ def check_link(flag: str, path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return
     except OSError as error:
-        raise UsageError(f"{flag} {path}: {error.strerror}; choose another place") from None
+        named = f"{flag} {path}".lstrip()
+        raise UsageError(f"{named}: {error.strerror}; choose another place") from None
 
 
 Paths: TypeAlias = Path | str | Sequence[Path | str] | None

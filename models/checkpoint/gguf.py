@@ -8,6 +8,8 @@ Llama's rotary positions are stored for neighbouring pairs there and for halves 
 each of its query and key heads are interleaved on the way; Qwen's are halves on both sides.
 """
 
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,10 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:
+        if error.errno is None:  # NumPy says how much was written, not why it was no more
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         writer.close()
     return path

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import finite, naming, write_file
+from models.base.outputs import check_link
 from models.checkpoint.extract import Parity, cut, extract, provenance, verify_extraction
 from models.checkpoint.folder import ModelFolder
 from models.checkpoint.gguf import OURS, check_gguf, holds, is_ours, write_gguf
@@ -127,6 +128,7 @@ def extract_gguf(
 
 def check_file_replaceable(out: Path) -> None:
     """Raise UsageError unless `out` is free, or a GGUF file that was written here."""
+    check_link("--out", out)
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; give the name of a file, such as {out / 'model.gguf'}")
     if out.exists() and not is_ours(out):

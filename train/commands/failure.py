@@ -1,6 +1,7 @@
 """The message of a command that fails: one line on stderr, and a file with the traceback of a defect."""
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -10,6 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.base.files import write_text
+
+REMEDIES = {
+    errno.ENOSPC: "make room, or choose another place",
+    errno.EDQUOT: "make room, or choose another place",
+    errno.EFBIG: "raise the limit of a file's size, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the link, or choose another place",
+}
+"""What to do about an error of the operating system."""
 
 
 def fail(message: str, code: int) -> int:
@@ -23,7 +35,8 @@ def describe_environment(error: BaseException) -> str | None:
     """Return one line for what the machine refuses; None for a defect of ours."""
     if isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _one_line(text)
+        remedy = REMEDIES.get(error.errno or 0)
+        return _one_line(f"{text}; {remedy}" if remedy else text)
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
         return f"out of memory ({_one_line(text)[:100]}); choose a smaller model, batch or context"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from models.base.errors import UsageError
-from models.base.files import write_text
+from models.base.errors import NestlingError, UsageError
+from models.base.files import check_replaceable, write_text
 from models.base.outputs import check_apart, check_output
 
 
@@ -81,6 +81,24 @@ def test_a_pipe_that_nobody_reads_and_a_socket_are_refused_at_once(
         listener.bind("socket")
         with pytest.raises(UsageError, match="--json socket is a socket"):
             check_output("--json", Path("socket"))
+
+
+def test_a_pipe_whose_reader_left_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(NestlingError, match=f"cannot write {pipe}: nobody reads it; keep its reader"):
+        write_text(pipe, "text")
+
+
+def test_a_folder_is_never_put_in_the_place_of_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(UsageError, match="Too many levels of symbolic links"):
+        check_replaceable(tmp_path / "a")
+
+
+def test_the_longest_name_that_the_system_takes_is_written(tmp_path: Path) -> None:
+    write_text(tmp_path / ("x" * 255), "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
 
 
 def test_the_reader_of_a_pipe_waits_from_the_check_to_the_writing(tmp_path: Path) -> None:

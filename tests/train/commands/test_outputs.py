@@ -1,9 +1,12 @@
 """No command replaces what it reads: it is refused before the work, whatever the flag."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from train.cli import main
 
 Fails = Callable[..., str]
 
@@ -46,6 +49,30 @@ def test_what_a_command_reads_is_never_replaced(
     assert named in fails(*map(places, words.split()), places(out), code=2)
     assert [path.read_bytes() for path in files] == before
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_results_that_a_full_disk_does_not_take_are_named(
+    model: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(model), "--data", str(text), "--max-tokens", "64", "--json", "/dev/full"]
+    assert main(words) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "nestling: error: /dev/full: No space left on device; make room, or choose another place"
+
+
+def test_a_gguf_file_that_a_full_disk_does_not_take_is_named(
+    model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    words = ("extract", model, "--granularity", "S", "--format", "gguf", "--out", tmp_path / "S.gguf")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        line = fails(*words, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write {tmp_path / 'S.gguf'}: " in line
+    assert line.endswith("make room or give permission, or choose another place")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("blank", [["--json", ""], ["--json="]])
