@@ -51,6 +51,22 @@ def busy_now(seconds: float = 0.1) -> bool:
     return before.is_busy(Load.now())
 
 
+def is_crowded(loads: Path = Path("/proc/loadavg"), *, looks: int = 4) -> bool:
+    """Return whether so many other threads run that ours, one on each core that we may use, must share.
+
+    It looks a few times within milliseconds and takes the least: what runs for a moment only is no crowd.
+    """
+    if not loads.exists():
+        return False
+    others = []
+    for _ in range(looks):
+        # "0.20 0.18 0.12 2/345 6789": threads that run at this moment, ours among them
+        others.append(int(loads.read_text().split()[3].partition("/")[0]) - 1)
+        time.sleep(0.001)
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(others) + ours > (os.cpu_count() or 1)
+
+
 def usable_cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Return how many cores this process may use, which is also the most threads that it takes.
 

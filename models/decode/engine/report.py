@@ -80,10 +80,12 @@ class Report:
 
         Without any, what the known costs make of the most frequent pass; None if nothing is known.
         """
-        num_rounds = {num: len(self._passes(num + 1)) for _, num in self._kinds}
+        num_rounds = {num: count for _, num in self._kinds if (count := len(self._passes(num + 1)))}
+        if not num_rounds:  # the prefill wrote all there is
+            return None
         if 0 in num_rounds:
             return median(self._passes(1))
-        m = max(num_rounds, key=num_rounds.__getitem__, default=0) + 1
+        m = max(num_rounds, key=num_rounds.__getitem__) + 1
         if self.known_costs is None or m not in self.known_costs.target:
             return None
         return median(self._passes(m)) * self.known_costs.target[1] / self.known_costs.target[m]

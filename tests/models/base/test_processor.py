@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.base.errors import UsageError
-from models.base.processor import usable_cores
+from models.base.processor import is_crowded, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 from models.decode.engine.engine import stream
 from models.packed.quantize import pack
-from models.base.processor import usable_cores
+from models.base.processor import usable_cores, is_crowded
 
 torch.set_num_threads(4)
 config = ElasticConfig(vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=2,
@@ -117,3 +117,16 @@ def test_a_child_that_was_forked_after_threads_were_used_decodes_alone() -> None
     variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-c", FORKS], check=False, env=variables, timeout=180)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("running", "crowded"), [(1, False), (2, True), (5, True)])
+def test_a_machine_is_crowded_where_others_want_the_cores_that_are_ours(
+    running: int, crowded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    (tmp_path / "loadavg").write_text(f"0.20 0.18 0.12 {running}/345 6789\n")
+    assert is_crowded(tmp_path / "loadavg") is crowded
+    assert not is_crowded(tmp_path / "nowhere")
+    monkeypatch.setattr("os.cpu_count", lambda: 64)  # a part of a large machine
+    assert not is_crowded(tmp_path / "loadavg")

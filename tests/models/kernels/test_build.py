@@ -40,15 +40,24 @@ def test_compiling_is_announced_once(
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+    ("crowded", "given", "expected"),
+    [
+        (False, {}, "None"),
+        (True, {}, "3000"),
+        (True, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (True, {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ],
 )
-def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(
-    given: dict[str, str], expected: str
+def test_threads_that_wait_soon_sleep_on_a_crowded_machine_unless_the_user_says_otherwise(
+    crowded: bool, given: dict[str, str], expected: str
 ) -> None:
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names} | given
-    code = "import models, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = (
+        "import os, sys; import models.base.processor as one;"
+        f"os.environ.pop('GOMP_SPINCOUNT', 0) if {not given} else 0; one.is_crowded = lambda: {crowded};"
+        "del sys.modules['models']; import models; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )

@@ -54,6 +54,12 @@ def other_model(like: Path, out: Path, *, vocab_size: int = 0, layers: int = 3) 
     return save_model(out, model, tokenizer=None if vocab_size else folder.tokenizer)
 
 
+def test_one_token_alone_has_a_report(generate: Any) -> None:
+    for draft in ("auto", "D", "none"):
+        results, _, _ = generate("--draft", draft, "--max-new-tokens", "1")
+        assert len(results["ids"]) == 1
+
+
 def test_the_text_is_shown_and_the_figures_follow_on_stderr(generate: Any) -> None:
     results, out, err = generate("--draft", "D", "--gamma", "3", "--max-new-tokens", "20")
     assert out == results["text"] + "\n"
