@@ -58,13 +58,15 @@ def is_crowded(loads: Path = Path("/proc/loadavg"), *, looks: int = 4) -> bool:
     """
     if not loads.exists():
         return False
-    others = []
+    cores = os.cpu_count() or 1
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     for _ in range(looks):
         # "0.20 0.18 0.12 2/345 6789": threads that run at this moment, ours among them
-        others.append(int(loads.read_text().split()[3].partition("/")[0]) - 1)
+        others = int(loads.read_text().split()[3].partition("/")[0]) - 1
+        if others + ours <= cores:  # a quiet machine is seen at the first look, without a wait
+            return False
         time.sleep(0.001)
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return min(others) + ours > (os.cpu_count() or 1)
+    return True
 
 
 def usable_cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

@@ -73,7 +73,7 @@ def write_and_prove(folder: "ModelFolder", out: Path) -> dict[str, Any]:
         members=folder.members,
         provenance={**folder.provenance, "imported_from": str(folder.path)},
         chat_template=folder.chat_template,
-        like=folder.path if folder.path.is_dir() else None,
+        like=folder.path,
     )
     num_new_tokens = min(16, config.max_position_embeddings // 2)
     parity = verify_extraction(folder, FULL, out, num_new_tokens=num_new_tokens)

@@ -84,7 +84,7 @@ def order(
         family=_family(folder, layers),
         provenance={**folder.provenance, "ordered_from": str(folder.path), "ordered_by": chosen},
         chat_template=folder.chat_template,
-        like=folder.path if folder.path.is_dir() else None,
+        like=folder.path,
     )
     _show(console, losses, layers, chosen)
     console.print(
@@ -126,7 +126,7 @@ def _compare(
     from models.measure.importance import measure_importance
     from models.measure.order import RULES, order_model
 
-    members = {f"ffn={width}": Granularity.parse(f"ffn={width}") for width in WIDTHS} | {"full": FULL}
+    members = {f"ffn={width}": Granularity(ffn=(width,)) for width in WIDTHS} | {"full": FULL}
     losses: dict[str, dict[str, float]] = {}
     with progress_bar("measuring", 1 + (1 + len(RULES)) * len(batches), console=console) as bar:
         importance = measure_importance(model, (tokens_BT for tokens_BT, _ in batches))
@@ -167,7 +167,7 @@ def _drop_layers(
 def _running(layers: tuple[int, ...]) -> "Granularity":
     from models.elastic.granularity import Granularity
 
-    return Granularity.parse("layers=" + ":".join(map(str, layers)))
+    return Granularity(layers=layers)
 
 
 def _family(folder: "ModelFolder", layers: "list[tuple[Granularity, float]]") -> "dict[str, Granularity]":
