@@ -13,10 +13,8 @@ from models.measure.consistency import evaluate_family
 from train.commands.common import open_for_measuring
 from train.commands.console import make_console
 from train.commands.evaluate import MAX_SEQUENCE_LENGTH, choose_members
-from train.data.corpus import as_trained
 from train.data.loader import take_batches
-from train.data.tokenizer import load_tokenizer
-from train.data.tokens import load_rows
+from train.data.tokens import load_rows_for
 from train.recipe.recipe import load_recipe
 from train.recipe.shipped import find_recipe
 from train.run.fit import fit
@@ -74,9 +72,7 @@ def evaluate(
     if max_tokens < 0:
         raise UsageError(f"max_tokens must be 0 (all) or more, got {max_tokens}")
     folder, _ = open_for_measuring(one_path("model", model), dtype)
-    length = min(folder.model.config.max_position_embeddings, MAX_SEQUENCE_LENGTH)
-    tokenizer = load_tokenizer(str(model), key="model")
-    rows = load_rows(source, tokenizer, sequence_length=length, **as_trained(folder.provenance, text_field))
+    rows = load_rows_for(folder, source, longest=MAX_SEQUENCE_LENGTH, text_field=text_field, key="model")
     batches = list(take_batches(rows, max_tokens or rows.num_labels))
     return list(evaluate_family(folder.model, choose_members(folder, names), batches))
 

@@ -49,18 +49,13 @@ def evaluate(
     if max_tokens < 0:
         raise UsageError(f"--max-tokens must be 0 (all) or more, got {max_tokens}")
     from models.measure.consistency import evaluate_family
-    from train.data.corpus import as_trained
     from train.data.loader import take_batches
-    from train.data.tokenizer import load_tokenizer
-    from train.data.tokens import load_rows
+    from train.data.tokens import load_rows_for
     from train.report.tables import FAMILY_LEGEND, family_table
 
     folder, dtype = open_for_measuring(model, dtype)
     members = choose_members(folder, granularity or [])
-    tokenizer = load_tokenizer(str(model), key="MODEL")
-    length = min(folder.model.config.max_position_embeddings, MAX_SEQUENCE_LENGTH)
-    reading = as_trained(folder.provenance, text_field)
-    rows = load_rows(data, tokenizer, sequence_length=length, **reading)
+    rows = load_rows_for(folder, data, longest=MAX_SEQUENCE_LENGTH, text_field=text_field)
     console = make_console()
     with console.status("measuring"):
         batches = list(take_batches(rows, max_tokens or rows.num_labels))
@@ -72,7 +67,7 @@ def evaluate(
         "members": [dataclasses.asdict(member) for member in measured],
         "data": data,
         "num_tokens": num_tokens,
-        "sequence_length": length,
+        "sequence_length": rows.sequence_length,
     }
     write_results(json, results, dtypes={"model": dtype})
 

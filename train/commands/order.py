@@ -71,7 +71,7 @@ def order(
             f"--drop {drop} must be 0 to {num_layers - 1}, since the model has {num_layers} layers"
         )
     console = make_console()
-    batches = _batches(model, data, folder, text_field, max_tokens)
+    batches = _batches(folder, data, text_field, max_tokens)
     importance, losses = _compare(folder.model, batches, console)
     chosen = _best(losses) if rule == "best" else rule
     ordered = folder.model if chosen == AS_IT_CAME else order_model(folder.model, importance, chosen)
@@ -103,17 +103,11 @@ def order(
     write_results(json, results, dtypes={"model": "fp32"})
 
 
-def _batches(
-    model: Path, data: str, folder: "ModelFolder", text_field: str | None, max_tokens: int
-) -> "list[Any]":
-    from train.data.corpus import as_trained
+def _batches(folder: "ModelFolder", data: str, text_field: str | None, max_tokens: int) -> "list[Any]":
     from train.data.loader import take_batches
-    from train.data.tokenizer import load_tokenizer
-    from train.data.tokens import load_rows
+    from train.data.tokens import load_rows_for
 
-    length = min(folder.model.config.max_position_embeddings, SEQUENCE_LENGTH)
-    tokenizer, reading = load_tokenizer(str(model), key="MODEL"), as_trained(folder.provenance, text_field)
-    rows = load_rows(data, tokenizer, sequence_length=length, **reading)
+    rows = load_rows_for(folder, data, longest=SEQUENCE_LENGTH, text_field=text_field)
     return list(take_batches(rows, max_tokens))
 
 

@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 from models.base.errors import NestlingError
 from models.base.files import read_json
 from models.base.progress import progress_bar
+from models.checkpoint.folder import ModelFolder
 from models.checkpoint.tokenizer import for_bare_text
 from train.data.cache import MANIFEST, build_once, content_key
-from train.data.corpus import Corpus, open_corpus, take_documents
+from train.data.corpus import Corpus, as_trained, open_corpus, take_documents
 from train.data.documents import PIECE_CHARS, is_validation, split_into_pieces
 from train.data.pack import Rows
 from train.data.stream import Stream, StreamWriter, stream_dtype
-from train.data.tokenizer import TextTokenizer
+from train.data.tokenizer import TextTokenizer, load_tokenizer
 
 FORMAT = 1
 """Raise it when the same content would give other files."""
@@ -161,6 +162,26 @@ def load_rows(
         raise no_text(key, source)
     eos = np.array([tokenizer.eos_token_id], stream_dtype(tokenizer.vocab_size))
     return Rows(stream=np.concatenate([eos, *parts]), sequence_length=sequence_length)
+
+
+def load_rows_for(
+    folder: ModelFolder, source: str, *, longest: int, text_field: str | None = None, key: str = "MODEL"
+) -> Rows:
+    """Return the rows of a text to measure a model on, read as the model's own text was; see `load_rows`.
+
+    Args:
+        folder: the model, with its tokenizer.
+        source: anything that `open_corpus` takes.
+        longest: most positions in a row; the model's context may hold fewer.
+        text_field: the field that holds the text; None is the one that the model was trained on.
+        key: what an error calls the model.
+    """
+    return load_rows(
+        source,
+        load_tokenizer(str(folder.path), key=key),
+        sequence_length=min(folder.model.config.max_position_embeddings, longest),
+        **as_trained(folder.provenance, text_field),
+    )
 
 
 def no_text(key: str, source: str) -> NestlingError:

@@ -7,11 +7,9 @@ import torch
 from models.base.errors import NestlingError
 from models.checkpoint.folder import ModelFolder
 from models.decode.sampling.params import SamplingParams
-from train.data.corpus import as_trained
 from train.data.loader import take_batches
 from train.data.pack import document_starts
-from train.data.tokenizer import load_tokenizer
-from train.data.tokens import load_rows
+from train.data.tokens import load_rows_for
 from train.search.measure import Progress, Text, continue_text
 
 NUM_PROMPT, NUM_NEW = 32, 96
@@ -49,9 +47,7 @@ def open_text(
     num_prompt = min(NUM_PROMPT, config.max_position_embeddings // 4)
     num_new = min(NUM_NEW, config.max_position_embeddings - num_prompt)
     progress("reading the text", 0, 1)
-    tokenizer = load_tokenizer(str(folder.path), key="MODEL")
-    reading = as_trained(folder.provenance, text_field)
-    rows = load_rows(data, tokenizer, sequence_length=num_prompt, **reading)
+    rows = load_rows_for(folder, data, longest=num_prompt, text_field=text_field)
     counts_V = torch.bincount(torch.from_numpy(rows.stream.astype("int64")), minlength=config.vocab_size)
     num_rows = max(num_prompts, -(-num_tokens // num_new))
     prompts_RP = torch.from_numpy(document_starts(rows.stream, num_prompt, num_rows))
