@@ -35,13 +35,13 @@ from models.base.stopwatch import Clock, alternate
 from models.machine.card import machine_card, num_threads
 from train.bench.trainers import Contender, train_briefly, wait_for_device
 from train.data.module import TextData
+from train.distill.open import check_teacher
 from train.recipe.recipe import Recipe
 from train.recipe.sections import SamplerConfig
 from train.report.tables import training_table
 from train.run.dryrun import estimate_run
 from train.run.fit import make_config, make_model, training_precision
 from train.run.malloc import keep_freed_memory
-from train.run.teacher import check_teacher
 
 PRODUCT_SIDE = 2048
 """Side of the square product whose rate is the roof: large enough to reach it, small enough for a second."""

@@ -17,10 +17,10 @@ from models.base.stopwatch import Clock
 from models.checkpoint.huggingface import to_hugging_face
 from models.elastic.model import ElasticLM
 from train.data.module import TextData
+from train.distill.open import open_teacher
 from train.recipe.recipe import Recipe
 from train.run.fit import OUR_OWN, make_model
 from train.run.module import JointModule
-from train.run.teacher import open_teacher
 
 WARM_STEPS = 5
 """Warm-up steps, which are not timed: the allocator is still growing."""
@@ -88,9 +88,7 @@ def _train_ours(
         default_root_dir=scratch,
     )
     teacher = open_teacher(recipe, recipe.dtype)
-    module = JointModule(
-        model, recipe.granularities, recipe, teacher=None if teacher is None else teacher.model
-    )
+    module = JointModule(model, recipe.granularities, recipe, teacher=teacher)
     trainer.fit(module, train_dataloaders=data.train_dataloader())
 
 

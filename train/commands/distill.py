@@ -1,4 +1,4 @@
-"""`nestling distill`: the training of `nestling train` with a teacher; see train/run/teacher.py.
+"""`nestling distill`: the training of `nestling train` with a teacher; see train/distill/open.py.
 
 A recipe with members gives a family that learned from the teacher; one with `family={}` a single student,
 such as a separate draft for its teacher.
@@ -18,7 +18,9 @@ def distill(
     context: typer.Context,
     teacher: Annotated[
         Path,
-        typer.Argument(metavar="TEACHER", help="A model folder; the new model shares its tokenizer."),
+        typer.Argument(
+            metavar="TEACHER", help="A model folder or GGUF file; the new model shares its tokenizer."
+        ),
     ],
     *,
     config: ConfigOption = None,
@@ -30,7 +32,9 @@ def distill(
 
     Dials and recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE.
     """
-    if not teacher.is_dir():
-        raise UsageError(f"TEACHER {teacher} is no folder; give a model folder first, then recipe keys")
+    if not teacher.exists():
+        raise UsageError(
+            f"TEACHER {teacher} does not exist; give a model folder or a GGUF file first, then recipe keys"
+        )
     words = [*context.args, f"loss.teacher={teacher}"]
     return run_training(words, config or [], out, resume=resume, dry_run=dry_run)

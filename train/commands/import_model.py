@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
 
 DTYPES = ("fp32", "bf16", "fp16")
-SAMPLE = "Once upon a time, 12 cats' eyes\n\n\tlit up:  naïve Ωμέγα, 日本語 🙂 don't!<|x|>\n"
 
 
 def import_model(
@@ -105,9 +104,10 @@ def _check_tokenizer(folder: "ModelFolder", out: Path) -> None:
     if folder.tokenizer is None:
         return
     from models.checkpoint.huggingface import load_stock_tokenizer
+    from train.data.tokenizer import MIXED_TEXT
 
-    theirs: list[int] = load_stock_tokenizer(out)(SAMPLE, verbose=False)["input_ids"]
-    ours: list[int] = folder.tokenizer.encode(SAMPLE).ids
+    theirs: list[int] = load_stock_tokenizer(out)(MIXED_TEXT, verbose=False)["input_ids"]
+    ours: list[int] = folder.tokenizer.encode(MIXED_TEXT).ids
     if ours != theirs:
         raise NestlingError(
             f"{out} tokenizes otherwise in transformers; do not use it, and please report this"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 COMMON_END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
 SMALLEST_VOCABULARY = 257
+MIXED_TEXT = "Once upon a time, 12 cats' eyes\n\n\tlit up:  naïve Ωμέγα, 日本語 🙂 don't!<|x|>\n"
+"""A text of many kinds, by which two tokenizers are compared."""
 LONG_WORD_CHARS = 1000
 LONG_WORD = re.compile(rf"\S{{{LONG_WORD_CHARS}}}|\s{{{LONG_WORD_CHARS}}}")
 SAMPLE_CHARS = 20_000_000

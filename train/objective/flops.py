@@ -5,6 +5,7 @@ import statistics
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_flops
 from train.objective.sampler import StepPlan, plan_step
+from train.objective.teacher import TeacherShape
 from train.recipe.recipe import FULL_NAME, Recipe
 
 # A random sampler's plans differ from step to step.
@@ -21,19 +22,18 @@ def first_plans(recipe: Recipe, config: ElasticConfig) -> list[StepPlan]:
     ]
 
 
-def count_step_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticConfig | None = None) -> float:
+def count_step_flops(recipe: Recipe, config: ElasticConfig, teacher: TeacherShape | None = None) -> float:
     """Return the operations of a step, all included, forward and backward: the mean over the plans."""
     own = statistics.fmean(_plan_flops(plan, recipe, config) for plan in first_plans(recipe, config))
     return own + count_teacher_flops(recipe, config, teacher)
 
 
-def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: ElasticConfig | None) -> float:
+def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: TeacherShape | None) -> float:
     """Return the operations of a frozen teacher in a step: a forward pass where the full model trains."""
     if teacher is None:
         return 0.0
     taught = statistics.fmean(plan.full for plan in first_plans(recipe, config))
-    num_tokens = recipe.data.sequence_length
-    return taught * recipe.trainer.rows_per_step * count_flops(teacher, num_tokens=num_tokens)
+    return taught * recipe.trainer.rows_per_step * teacher.flops(recipe.data.sequence_length)
 
 
 def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:

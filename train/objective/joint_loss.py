@@ -20,6 +20,7 @@ M students.
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,9 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.objective.chunked_loss import rows_per_chunk, sum_by_chunks
-from train.objective.losses import cross_entropy, member_loss, ramp
+from train.objective.losses import cross_entropy, member_loss, ramp, taught_loss
 from train.objective.sampler import Slot, StepPlan
+from train.objective.teacher import Targets, Teacher
 from train.recipe.sections import LossConfig
 
 
@@ -57,18 +59,6 @@ class _Student(NamedTuple):
     weight: float
 
 
-class _TeacherSignal(NamedTuple):
-    """A teacher, and its states at all positions of the micro-batch."""
-
-    teacher: ElasticLM
-    states_ND: Tensor
-
-    def logits(self, positions: slice) -> Tensor:
-        """Return the teacher's logits [N, V] at some positions."""
-        with torch.no_grad():
-            return self.teacher.head(self.states_ND[positions])
-
-
 def joint_loss(
     model: ElasticLM,
     members: Mapping[str, Granularity],
@@ -77,7 +67,7 @@ def joint_loss(
     config: LossConfig,
     *,
     block: int,
-    teacher: ElasticLM | None = None,
+    teacher: Teacher | None = None,
 ) -> JointLoss:
     """Return the loss of one micro-batch.
 
@@ -88,18 +78,16 @@ def joint_loss(
         plan: The students with their rows and positions.
         config: The members' loss, and with a teacher the full model's.
         block: Positions of a block for members that train on the shared cache.
-        teacher: A model with the same vocabulary, from which the full model learns; None: from text alone.
+        teacher: Of the same vocabulary; the full model learns from it. None: from text alone.
     """
     slots = [slot for slot in plan.slots if _meet(slot.rows, batch.rows_everywhere)]
     recording = Recording() if any(slot.shift is not None for slot in slots) else None
     students = _students_of_full_pass(model, members, batch, plan, recording)
     for slot in slots:
         students.append(_student_of_slot(model, members[slot.name], batch, slot, recording, block))
-    signal = None
-    if teacher is not None and plan.full and ramp(batch.step, config) > 0:
-        with torch.no_grad():
-            signal = _TeacherSignal(teacher, teacher.states(batch.tokens_BT)[-1].flatten(0, 1))
-    return _score(model, students, batch, config, signal)
+    taught = plan.full and ramp(batch.step, config) > 0
+    targets = teacher.targets(batch) if teacher is not None and taught else None
+    return _score(model, students, batch, config, targets)
 
 
 def _students_of_full_pass(
@@ -156,7 +144,7 @@ def _score(
     students: Sequence[_Student],
     batch: Batch,
     config: LossConfig,
-    signal: _TeacherSignal | None,
+    targets: Targets | None,
 ) -> JointLoss:
     """Return the losses of all students, made chunk by chunk; the first student is the full model."""
     labels_N = batch.labels_BT.flatten()
@@ -178,7 +166,7 @@ def _score(
         # One product for all: an exit's few rows, and their part of the weights' gradient, are slow alone.
         packed_NV = F.linear(torch.cat(states_ND), weight_VD)
         logits = packed_NV.split([len(states) for states in states_ND])
-        losses = _losses(logits, rows, labels_N[here], signal and signal.logits(here), config, batch.step)
+        losses = _losses(logits, rows, labels_N[here], here, targets, config, batch.step)
         sums = [student.weight * loss_N.sum() for student, loss_N in zip(students, losses, strict=True)]
         return torch.stack(sums) / batch.num_valid
 
@@ -193,18 +181,20 @@ def _losses(
     logits: Sequence[Tensor],
     rows: Sequence[slice],
     labels_N: Tensor,
-    teacher_NV: Tensor | None,
+    here: slice,
+    targets: Targets | None,
     config: LossConfig,
     step: int,
 ) -> Iterator[Tensor]:
     """Yield each student's losses in a chunk: the full model teaches the others, and may have a teacher."""
     full_NV = logits[0].detach()
-    if teacher_NV is None:
+    if targets is None:
         yield cross_entropy(logits[0], labels_N)
     else:
-        yield member_loss(logits[0], labels_N, teacher_NV, config, step)
-    for member_NV, here in zip(logits[1:], rows[1:], strict=True):
-        yield member_loss(member_NV, labels_N[here], full_NV[here], config, step)
+        from_teacher = partial(targets.divergence, here, logits[0], config)
+        yield taught_loss(logits[0], labels_N, from_teacher, config, step)
+    for member_NV, part in zip(logits[1:], rows[1:], strict=True):
+        yield member_loss(member_NV, labels_N[part], full_NV[part], config, step)
 
 
 def _within(positions: range, span: range) -> range:

@@ -6,6 +6,8 @@ global number of valid tokens, so that the gradient is the same under any accumu
 Legend: N tokens, V vocabulary.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from models.base.labels import IGNORE_INDEX
@@ -22,6 +24,7 @@ __all__ = [
     "greedy_match",
     "member_loss",
     "ramp",
+    "taught_loss",
 ]
 
 
@@ -32,28 +35,47 @@ def member_loss(
     config: LossConfig,
     step: int,
 ) -> Tensor:
+    """Return the loss of a member, whose teacher is the full model; see `taught_loss`.
+
+    Args:
+        logits_NV: the member's.
+        labels_N: next tokens.
+        target_logits_NV: the full model's, detached by the caller.
+        config: the recipe's `loss` section.
+        step: the absolute optimizer step, from 0.
+    """
+    return taught_loss(
+        logits_NV, labels_N, lambda: divergence(target_logits_NV, logits_NV, config), config, step
+    )
+
+
+def taught_loss(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    from_teacher: Callable[[], Tensor],
+    config: LossConfig,
+    step: int,
+) -> Tensor:
     """Return the loss of a model that has a teacher: cross-entropy that ramps to the divergence.
 
-    A member's teacher is the full model; that of the full model, if it has one, is another model.
-
-    `(1 - r) * cross_entropy + r * weight * divergence`, with `r = ramp(step, config)`. Distillation
-    from the first step on would drag the weights that the full model shares. A part of
-    weight 0 is not computed.
+    `(1 - r) * cross_entropy + r * weight * divergence`, with `r = ramp(step, config)`; of the cross-entropy
+    the fraction `text_weight` stays. Distillation from the first step on would drag the weights that the
+    full model shares. A part of weight 0 is not computed.
 
     Args:
         logits_NV: the student's.
         labels_N: next tokens; `IGNORE_INDEX` gives 0, for the divergence too.
-        target_logits_NV: the teacher's, detached by the caller.
+        from_teacher: gives the divergence [N] from the teacher.
         config: the recipe's `loss` section.
         step: the absolute optimizer step, from 0.
     """
     ramped = ramp(step, config)
+    text_weight = 1 - ramped + ramped * config.text_weight
     loss_N = logits_NV.new_zeros(len(labels_N), dtype=ops.at_least_fp32(logits_NV.dtype))
-    if ramped < 1:
-        loss_N = loss_N + (1 - ramped) * cross_entropy(logits_NV, labels_N)
+    if text_weight > 0:
+        loss_N = loss_N + text_weight * cross_entropy(logits_NV, labels_N)
     if ramped > 0:
-        divergence_N = divergence(target_logits_NV, logits_NV, config)
-        loss_N = loss_N + ramped * config.weight * divergence_N
+        loss_N = loss_N + ramped * config.weight * from_teacher()
     return loss_N.masked_fill(labels_N == IGNORE_INDEX, 0.0)
 
 

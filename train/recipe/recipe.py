@@ -23,6 +23,7 @@ from train.recipe.dials import DIALS, overrides_of, schedule_of, split_dials
 from train.recipe.overrides import load, save
 from train.recipe.sections import (
     DataConfig,
+    DistillConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -58,6 +59,7 @@ class Recipe:
     """Granularity of each member by name; the full model is always there as XL."""
     sampler: SamplerConfig = SamplerConfig()
     loss: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()

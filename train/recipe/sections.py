@@ -136,9 +136,21 @@ class LossConfig:
     """Fraction of the run after which members' losses lose weight, to its end."""
     fade_to: Fraction = 0.1
     """Fraction of that weight that is left at the end; 1: all of it."""
+    text_weight: Fraction = 0.0
+    """Fraction of the cross-entropy that stays when the ramp is over."""
     teacher: str | None = None
-    """Folder of a trained model, from which the full model learns as members learn from the full model;
-    null: it learns from text alone."""
+    """Model folder or GGUF file of a trained model, from which the full model learns as members learn from
+    the full model; null: it learns from text alone."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class DistillConfig:
+    """How the teacher of `loss.teacher` runs."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the teacher's weights; auto: that of the run."""
+    device: str = "auto"
+    """Device of the teacher: cpu, cuda, cuda:1, ...; auto: where the student trains."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)

@@ -21,7 +21,6 @@ from models.elastic.count import (
     count_kv_bytes,
     count_parameters,
     count_step_traffic,
-    count_weight_bytes,
     estimate_training_bytes,
 )
 from models.elastic.granularity import FULL, Granularity
@@ -34,11 +33,12 @@ from models.machine.card import (
     resolve_dtype,
     this_machine,
 )
+from train.distill.open import check_teacher
 from train.objective.chunked_loss import rows_per_chunk
 from train.objective.flops import count_step_flops, count_teacher_flops, first_plans
 from train.objective.sampler import StepPlan
+from train.objective.teacher import TeacherShape
 from train.recipe.recipe import Recipe
-from train.run.teacher import check_teacher
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the fraction of a
 # large product's rate that configs/demo.yaml was seen to reach on one core.
@@ -67,6 +67,7 @@ class Estimate:
     """The teacher's part of a step's operations, once the ramp has begun."""
     teacher_bytes: int = 0
     """The teacher's weights on each device, beside `memory`."""
+    teacher_note: str = ""
 
 
 def dry_run(recipe: Recipe, console: Console) -> Estimate:
@@ -87,7 +88,7 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
 
 
 def estimate_run(
-    recipe: Recipe, config: ElasticConfig, card: MachineCard, teacher: ElasticConfig | None = None
+    recipe: Recipe, config: ElasticConfig, card: MachineCard, teacher: TeacherShape | None = None
 ) -> Estimate:
     """Return tokens, memory and time of a run.
 
@@ -130,9 +131,10 @@ def estimate_run(
         seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION[dtype] * devices),
         dtype=dtype,
         gflops=gflops,
-        teacher_parameters=count_parameters(teacher) if teacher else 0,
+        teacher_parameters=teacher.parameters if teacher else 0,
         teacher_flops=count_teacher_flops(recipe, config, teacher),
-        teacher_bytes=count_weight_bytes(teacher, dtype_bytes=number_bytes) if teacher else 0,
+        teacher_bytes=teacher.weight_bytes(number_bytes) if teacher else 0,
+        teacher_note=teacher.note if teacher else "",
     )
 
 
@@ -176,7 +178,7 @@ def family_costs(members: Mapping[str, Granularity], config: ElasticConfig) -> T
 
 def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table:
     """Return the estimate in words."""
-    memory, tokenizer, taught = estimate.memory, recipe.data.tokenizer, estimate.teacher_parameters > 0
+    memory, tokenizer, taught = estimate.memory, recipe.data.tokenizer, recipe.loss.teacher is not None
     state = memory.weights + memory.gradients + memory.optimizer
     decides = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"
     facts = {
@@ -191,6 +193,8 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
             f"{estimate.teacher_parameters:,} parameters, {fraction} of these FLOPs once it teaches, "
             f"{size(estimate.teacher_bytes)} of weights beside the memory below"
         )
+        if estimate.teacher_note:
+            facts["teacher"] += f"; it {estimate.teacher_note}"
     facts["memory"] = (
         f"about {size(memory.total)}: {size(state)} weights, gradients and optimizer, "
         f"{size(memory.activations)} activations, {size(memory.logits)} logits"

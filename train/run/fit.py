@@ -22,7 +22,9 @@ from models.machine.card import known_card, machine_card, training_dtype
 from models.machine.provenance import make_card
 from models.measure.consistency import evaluate_family
 from train.data.module import TextData
+from train.distill.open import check_teacher, open_teacher
 from train.objective.flops import count_step_flops
+from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
 from train.run.callbacks.checkpoint import Checkpoint
 from train.run.callbacks.consistency import Consistency
@@ -41,7 +43,6 @@ from train.run.metrics import MetricsLog
 from train.run.module import JointModule
 from train.run.run_folder import check_belongs, earlier_state, find_state, open_run
 from train.run.state import TrainingState
-from train.run.teacher import Teacher, check_teacher, open_teacher
 from train.run.tracking import make_loggers
 
 OUR_OWN: dict[str, Any] = {
@@ -81,14 +82,14 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
             lock.take()
         precision = training_precision(recipe.dtype)
         with console.status("reading the teacher") if recipe.loss.teacher else contextlib.nullcontext():
-            teacher = open_teacher(recipe, precision)
+            teacher = open_teacher(recipe, precision, console)
         state = find_state(recipe, out, resume, console, teacher) if fabric.is_global_zero else None
         torch.manual_seed(recipe.seed)
         data = TextData(recipe).prepare(console)
         exit_code = None
         with side_by_side(fabric):
             check_agreed(fabric, "dtype=auto", precision)
-            check_agreed(fabric, "loss.teacher", str(teacher and teacher.record))
+            check_agreed(fabric, "loss.teacher", str(teacher and dict(teacher.record)))
             state = fabric.broadcast(state)
             run = identify(recipe, data, teacher, precision)
             if fabric.is_global_zero and resume != "never":
@@ -146,7 +147,7 @@ def make_module(
         recipe,
         first_step=state.step if state else 0,
         guard=state.guard if state else None,
-        teacher=teacher.model if teacher else None,
+        teacher=teacher,
     )
 
 
@@ -279,6 +280,6 @@ def make_provenance(module: JointModule, data: TextData, teacher: Teacher | None
         "skipped_steps": module.guard.skipped,
         "rollbacks": module.guard.rollbacks,
         "data": data.provenance,
-        "teacher": None if teacher is None else teacher.record,
+        "teacher": None if teacher is None else dict(teacher.record),
         "card": make_card(dtypes={"training": training_precision(module.recipe.dtype)}),
     }

@@ -15,10 +15,10 @@ from models.base.errors import NestlingError, UsageError
 from models.base.files import read_json
 from models.checkpoint.family import FAMILY_FILE
 from train.data.module import TextData
+from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe, load_saved_recipe
 from train.recipe.settings import show
 from train.run.optim import learning_rate_factor
-from train.run.teacher import Teacher
 
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "data.json"
@@ -69,7 +69,7 @@ def identify(recipe: Recipe, data: TextData, teacher: Teacher | None, dtype: str
         tokens=data.tokens_sha256,
         tokenizer=data.text_tokenizer.sha256,
         source=recipe.data.source,
-        teacher=teacher.sha256 if teacher else None,
+        teacher=teacher.record["sha256"] if teacher else None,
         dtype=dtype,
     )
 

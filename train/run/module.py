@@ -21,6 +21,7 @@ from train.data.batch import Batch
 from train.objective.joint_loss import joint_loss
 from train.objective.losses import fade
 from train.objective.sampler import plan_step
+from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
 from train.run.fsdp import gather, shard
 from train.run.optim import learning_rate_factor, make_optimizer
@@ -47,7 +48,7 @@ class JointModule(pl.LightningModule):
         *,
         first_step: int = 0,
         guard: Mapping[str, float] | None = None,
-        teacher: ElasticLM | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -75,7 +76,7 @@ class JointModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Move the teacher to the device: it is no submodule, so Lightning does not."""
         for teacher in self.teachers:
-            teacher.to(self.trainer.strategy.root_device)
+            teacher.place(self.trainer.strategy.root_device)
         # What is here stays: walking over every object again and again, the collector takes 2 % of a step.
         gc.freeze()
 

@@ -12,6 +12,7 @@ from models.base.errors import NestlingError, UsageError
 from models.base.files import check_replaceable, make_folder, read_json, remove_folder, sweep, write_json
 from models.base.outputs import check_apart
 from train.data.module import TextData
+from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe, load_saved_recipe, save_recipe
 from train.run.identity import (
     DATA_FILE,
@@ -25,7 +26,6 @@ from train.run.identity import (
 from train.run.lock import RunLock
 from train.run.module import JointModule
 from train.run.state import TrainingState, drop_old_states, load_state, newest_state
-from train.run.teacher import Teacher
 
 TEACHER_FILE = "teacher.json"
 
@@ -116,16 +116,16 @@ def open_run(
     save_recipe(recipe, out / RECIPE_FILE)  # first: it makes the folder one that may be gone on with
     write_json(out / DATA_FILE, run.data)
     if teacher is not None:
-        write_json(out / TEACHER_FILE, teacher.record)
+        write_json(out / TEACHER_FILE, dict(teacher.record))
 
 
 def _check_same_teacher(teacher: Teacher | None, out: Path) -> None:
     """Compare the weights; a run without a record was killed before it trained."""
     record = out / TEACHER_FILE
-    if teacher is None or not record.is_file() or read_json(record).get("sha256") == teacher.sha256:
+    if teacher is None or not record.is_file() or read_json(record).get("sha256") == teacher.record["sha256"]:
         return
     raise UsageError(
-        f"loss.teacher={teacher.path}: has other weights than when the run in --out {out} began; "
+        f"loss.teacher={teacher.record['path']}: has other weights than when the run in --out {out} began; "
         "restore them, choose another --out, or start over with --resume never"
     )
 

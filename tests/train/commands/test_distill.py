@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.checkpoint.folder import load_model
 from train.cli import main
@@ -95,7 +96,7 @@ def test_a_teacher_that_does_not_fit_is_named_and_leaves_nothing(
 
 @pytest.mark.parametrize("teacher", ["nowhere", "seed=1"])
 def test_a_teacher_that_is_not_there_is_named(teacher: str, fails: Fails) -> None:
-    assert f"TEACHER {teacher} is no folder" in fails("distill", teacher, "--config", TINY, code=2)
+    assert f"TEACHER {teacher} does not exist" in fails("distill", teacher, "--config", TINY, code=2)
     line = fails("train", "--config", TINY, f"loss.teacher={teacher}", "--dry-run", code=2)
     assert f"loss.teacher={teacher}: is no model folder" in line
 
@@ -109,3 +110,61 @@ def test_the_weights_of_a_teacher_are_read_before_anything_is_made(
     line = fails("distill", teacher, "--config", TINY, "--out", out, code=1)
     assert str(teacher / "model.safetensors") in line
     assert not out.exists()
+
+
+def train_briefly(teacher: Path, out: Path, *words: str) -> Path:
+    small = [
+        "model.num_hidden_layers=1",
+        "family={}",
+        "dtype=fp32",
+        "trainer.max_steps=3",
+        "loss.ramp_start=0",
+    ]
+    assert main(["distill", str(teacher), "--config", TINY, "--out", str(out), *small, *words]) == 0
+    return out / "model"
+
+
+def test_a_gguf_file_teaches(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "teacher.gguf"
+    assert main(["extract", str(model), "--granularity", "full", "--out", str(file), "--format", "gguf"]) == 0
+    by_file, by_folder = (
+        load_model(train_briefly(teacher, tmp_path / name)).model
+        for name, teacher in (("file", file), ("folder", model))
+    )
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(by_file.parameters(), by_folder.parameters(), strict=True)
+    )
+
+
+def test_a_model_that_only_transformers_knows_teaches_and_is_said_to_be_slower(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    teacher = tmp_path / "gpt2"
+    shape = GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(shape).save_pretrained(teacher)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, teacher)
+    student = load_model(train_briefly(teacher, tmp_path / "run", "distill.dtype=bf16"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "runs in transformers' own forward pass, which is slower" in said
+    assert student.provenance["teacher"]["path"] == str(teacher)
+
+
+def test_a_teacher_is_placed_where_a_setting_says(model: Path, tmp_path: Path, fails: Fails) -> None:
+    words = ["--config", TINY, "--out", tmp_path / "run", "distill.device=nowhere"]
+    assert "distill.device=nowhere: is no device of this machine" in fails("distill", model, *words, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_cuts_otherwise_is_refused(model: Path, tmp_path: Path, fails: Fails) -> None:
+    """The same tokens, other merges: only a text shows it."""
+    shutil.copytree(model, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:20]
+    path.write_text(json.dumps(content))
+    words = ["--config", TINY, "--out", tmp_path / "run", f"data.tokenizer={tmp_path / 'other'}"]
+    assert "cuts a text in other places than loss.teacher" in fails("distill", model, *words, code=2)

@@ -16,6 +16,7 @@ from train.objective import joint_loss as objective
 from train.objective.joint_loss import joint_loss
 from train.objective.losses import DIVERGENCES, cross_entropy, member_loss
 from train.objective.sampler import Slot, StepPlan, plan_step
+from train.objective.teacher import ElasticTeacher
 from train.recipe.sections import LossConfig, SamplerConfig
 
 MEMBERS = {
@@ -78,7 +79,8 @@ def gradients(
 ) -> dict[str, Tensor]:
     model.zero_grad()
     for batch in batches:
-        joint_loss(model, MEMBERS, batch, plan, config, block=3, teacher=teacher).total.backward()
+        says = None if teacher is None else ElasticTeacher(teacher)
+        joint_loss(model, MEMBERS, batch, plan, config, block=3, teacher=says).total.backward()
     return {
         name: parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
         for name, parameter in model.named_parameters()

@@ -115,3 +115,15 @@ def test_a_member_can_learn_from_the_text_alone() -> None:
     labels = torch.tensor([0, 3, IGNORE_INDEX, 6, 1])
     config = LossConfig(divergence="cross_entropy", ramp_start=0, ramp_steps=0, weight=9.0)
     assert torch.equal(member_loss(q, labels, p, config, 10**6), cross_entropy(q, labels))
+
+
+def test_a_fraction_of_the_text_stays_when_the_ramp_is_over() -> None:
+    """Before the ramp it changes nothing; amid it the two parts still add up."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NV, target_NV = torch.randn(2, 5, 8, generator=generator)
+    labels_N = torch.randint(0, 8, (5,), generator=generator)
+    config = LossConfig(divergence="forward_kl", text_weight=0.25, ramp_start=0, ramp_steps=2)
+    text_N, apart_N = cross_entropy(logits_NV, labels_N), DIVERGENCES["forward_kl"](target_NV, logits_NV)
+    for step, text, apart in ((0, 1.0, 0.0), (1, 0.625, 0.5), (2, 0.25, 1.0)):
+        ours_N = member_loss(logits_NV, labels_N, target_NV, config, step)
+        torch.testing.assert_close(ours_N, text * text_N + apart * apart_N)

@@ -7,6 +7,7 @@ import pytest
 from models.elastic.count import count_flops, count_parameters
 from models.elastic.granularity import Granularity
 from models.machine.card import MachineCard, measure_card, this_machine
+from train.objective.teacher import TeacherShape
 from train.recipe.recipe import Recipe, load_recipe
 from train.run.dryrun import UTILISATION, Estimate, estimate_run, num_devices
 
@@ -62,12 +63,12 @@ def test_a_teacher_costs_a_pass_of_its_own_where_the_full_model_learns(card: Mac
     one, always = recipe(), recipe("sampler.kind=random", "sampler.probabilities={S: 1, XL: 0}")
     config = one.elastic_config()
     teacher = dataclasses.replace(config, num_hidden_layers=7)
-    alone, taught = estimate_run(one, config, card), estimate_run(one, config, card, teacher)
+    alone, taught = estimate_run(one, config, card), estimate_run(one, config, card, TeacherShape.of(teacher))
     assert taught.teacher_flops == ROWS * count_flops(teacher, num_tokens=LENGTH)
     assert taught.flops_per_step == alone.flops_per_step + taught.teacher_flops
     assert taught.seconds > alone.seconds
     assert taught.teacher_bytes == 4 * taught.teacher_parameters == 4 * count_parameters(teacher)
-    assert estimate_run(always, config, card, teacher).teacher_flops == 0
+    assert estimate_run(always, config, card, TeacherShape.of(teacher)).teacher_flops == 0
 
 
 def test_accumulation_takes_time_and_no_memory(card: MachineCard) -> None:

@@ -1,0 +1,138 @@
+"""Open the teacher that a recipe names, and check it before anything is spent.
+
+A teacher (https://arxiv.org/abs/1503.02531) stays as it is: no part of the module that trains, so neither
+optimised, clipped, saved nor sharded; a run that goes on knows it again by a hash. Its kinds:
+
+    a model folder or GGUF file that `nestling import` opens     train/objective/teacher.py
+    any other causal model of transformers                       train/distill/stock.py
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from models.base.dtypes import DTYPES
+from models.base.errors import NestlingError, UsageError
+from models.checkpoint.folder import load_model, read_config
+from models.checkpoint.gguf_read import is_gguf
+from models.checkpoint.weights import hash_weights
+from train.data.tokenizer import MIXED_TEXT, TextTokenizer, load_tokenizer
+from train.distill.stock import StockTeacher, load_stock_teacher, read_stock_shape
+from train.objective.teacher import ElasticTeacher, Teacher, TeacherShape
+from train.recipe.recipe import Recipe
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def check_teacher(recipe: Recipe) -> TeacherShape | None:
+    """Return the shape of a recipe's teacher, or None; check that it fits the recipe, and read no weights.
+
+    Raises:
+        UsageError: if there is no model, it has no tokenizer or another one than the recipe asks for, its
+            context is shorter than a row, or the device that it shall run on is not there.
+        NestlingError: naming a file of it that is damaged.
+    """
+    if recipe.loss.teacher is None:
+        return None
+    shown, path = f"loss.teacher={recipe.loss.teacher}", _path(recipe.loss.teacher)
+    if not is_gguf(path) and not (path / "config.json").is_file():
+        raise UsageError(
+            f"{shown}: is no model folder; give one with config.json and model.safetensors, or a GGUF file"
+        )
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise UsageError(f"{shown}: has no tokenizer.json, which the run would share; give a folder with one")
+    _device(recipe)
+    shape = _read_shape(path)
+    length = recipe.data.sequence_length
+    if shape.longest is not None and shape.longest < length:
+        raise UsageError(
+            f"{shown}: reads at most {shape.longest} tokens, fewer than data.sequence_length={length}; "
+            f"set that to {shape.longest} or less"
+        )
+    theirs = load_tokenizer(recipe.loss.teacher, key="loss.teacher")
+    check_vocabulary(recipe, theirs, shape)
+    return shape
+
+
+def check_vocabulary(recipe: Recipe, theirs: TextTokenizer, shape: TeacherShape) -> None:
+    """Refuse a teacher that reads other tokens than its student would, or scores fewer than there are.
+
+    Raises:
+        UsageError: naming both.
+    """
+    shown = f"loss.teacher={recipe.loss.teacher}"
+    if theirs.vocab_size > shape.vocab_size:
+        raise UsageError(
+            f"{shown}: its tokenizer has {theirs.vocab_size} tokens and its logits are {shape.vocab_size} "
+            "wide; give the tokenizer that it was trained with"
+        )
+    if recipe.data.tokenizer == "bpe":
+        return
+    ours = load_tokenizer(recipe.data.tokenizer)
+    remedy = "set it to bpe to take the teacher's"
+    if ours.backend.get_vocab() != theirs.backend.get_vocab():
+        raise UsageError(
+            f"data.tokenizer={recipe.data.tokenizer}: its {ours.vocab_size} tokens are not the "
+            f"{theirs.vocab_size} of {shown}; {remedy}"
+        )
+    if ours.backend.encode(MIXED_TEXT).ids != theirs.backend.encode(MIXED_TEXT).ids:
+        raise UsageError(
+            f"data.tokenizer={recipe.data.tokenizer}: cuts a text in other places than {shown} does; {remedy}"
+        )
+
+
+def open_teacher(recipe: Recipe, dtype: str, console: Console | None = None) -> Teacher | None:
+    """Return a recipe's teacher, checked and hashed; None if it has none.
+
+    Args:
+        recipe: its `loss.teacher` and `distill`.
+        dtype: the training precision, `fp32` or `bf16`, in which the teacher is held unless
+            `distill.dtype` says otherwise.
+        console: shows what a user should know of it.
+
+    Raises:
+        UsageError, NestlingError: as `check_teacher`, or if its weights are missing or damaged.
+    """
+    shape = check_teacher(recipe)
+    if recipe.loss.teacher is None or shape is None:
+        return None
+    if shape.note and console is not None:
+        console.print(f"loss.teacher={recipe.loss.teacher}: {shape.note}", markup=False, highlight=False)
+    path, held = _path(recipe.loss.teacher), recipe.distill.dtype
+    weights_dtype = DTYPES[dtype if held == "auto" else held]
+    record = {"path": recipe.loss.teacher, "sha256": hash_weights(path)}
+    if shape.elastic is None:
+        return StockTeacher(load_stock_teacher(path, weights_dtype), record, _device(recipe))
+    return ElasticTeacher(load_model(path, dtype=weights_dtype).model, record, _device(recipe))
+
+
+def _read_shape(path: Path) -> TeacherShape:
+    """Read what the model is; one that our own class cannot hold runs in transformers."""
+    try:
+        return TeacherShape.of(read_config(path))
+    except NestlingError as error:
+        stock = None if is_gguf(path) else read_stock_shape(path)
+        if stock is None:
+            raise
+        note = f"runs in transformers' own forward pass, which is slower ({error})"
+        return replace(stock, note=note)
+
+
+def _device(recipe: Recipe) -> torch.device | None:
+    name = recipe.distill.device
+    if name == "auto":
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(
+            f"distill.device={name}: is no device of this machine; give cpu, cuda or auto"
+        ) from None
+    return device
+
+
+def _path(path: str) -> Path:
+    return Path(path).expanduser()
