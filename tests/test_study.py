@@ -1,8 +1,10 @@
 """The study behind the defaults: its page says what its runs reached, and a run does what its arm says."""
 
-import importlib.util
+import dataclasses
+import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,14 +25,18 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", ROOT / "docs" / "study.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study"] = module  # where dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
+def study() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))  # as `python docs/study.py` does
+        yield importlib.import_module("study")
+
+
+def arms_of(study: ModuleType) -> ModuleType:
+    return sys.modules[study.Arm.__module__]
+
+
+def page_of(study: ModuleType) -> ModuleType:
+    return sys.modules[study.files.__module__]
 
 
 def test_the_page_is_what_the_runs_say(study: ModuleType) -> None:
@@ -39,11 +45,38 @@ def test_the_page_is_what_the_runs_say(study: ModuleType) -> None:
 
 def test_every_arm_is_a_recipe(study: ModuleType, tmp_path: Path) -> None:
     for arm in study.ARMS:
-        recipe = study.recipe_of(arm, "dialogues", 2, Path("data"), tmp_path)
+        recipe = study.recipe_of(arm, study.Run(arm.name, "dialogues", 2), Path("data"), tmp_path)
         assert recipe.seed == 2
         assert recipe.data.source == "data/dialogues_train.jsonl.xz"
         assert (recipe.loss.teacher is not None) == arm.taught
         assert ("D" in recipe.family) == (arm.member is None and arm.name != study.ALONE)
+        assert (recipe.trainer.max_steps < study.SHORT) == arm.extra
+
+
+def test_a_longer_run_warms_up_and_ramps_in_proportion(study: ModuleType, tmp_path: Path) -> None:
+    arm = study.ARMS[0]
+    run = study.Run(arm.name, "dialogues", 0, 2 * study.SHORT)
+    long, short = (
+        study.recipe_of(arm, one, Path("data"), tmp_path) for one in (run, run._replace(steps=450))
+    )
+    assert long.trainer.max_steps == 2 * short.trainer.max_steps
+    assert long.optim.warmup_steps == 2 * short.optim.warmup_steps
+    assert (long.loss.ramp_start, long.loss.ramp_steps) == (
+        2 * short.loss.ramp_start,
+        2 * short.loss.ramp_steps,
+    )
+    assert run.folder(tmp_path) != run._replace(steps=450).folder(tmp_path)
+
+
+def test_the_extra_time_buys_fewer_steps_of_what_costs_more(study: ModuleType, tmp_path: Path) -> None:
+    steps = {
+        arm.name: study.recipe_of(
+            arm, study.Run(arm.name, "dialogues", 0), Path("data"), tmp_path
+        ).trainer.max_steps
+        for arm in study.ARMS
+        if arm.extra
+    }
+    assert 0 < steps["S distilled in the extra time"] < steps["S alone in the extra time"] < study.SHORT / 3
 
 
 def test_the_table_pairs_runs_of_a_seed(study: ModuleType) -> None:
@@ -51,13 +84,18 @@ def test_the_table_pairs_runs_of_a_seed(study: ModuleType) -> None:
         one = {"loss": 3.5, "alpha": alpha, "match": 0.5}
         return {"XL": {"loss": full}, **dict.fromkeys("SLD", one)}
 
+    run = study.Run("base", "tinystories", 0)
     runs = {
-        (study.ALONE, "tinystories", seed): {"XL": {"loss": loss}} for seed, loss in enumerate((2.0, 4.0))
+        run.of(study.ALONE)._replace(seed=seed): {"members": {"XL": {"loss": loss}}}
+        for seed, loss in enumerate((2.0, 4.0))
     }
-    runs |= {("base", "tinystories", seed): members(full, 0.8) for seed, full in enumerate((2.02, 4.12))}
-    table = study.table(runs, "tinystories")
+    runs |= {
+        run._replace(seed=seed): {"members": members(full, 0.8)} for seed, full in enumerate((2.02, 4.12))
+    }
+    table = page_of(study).table(runs, {"base": 1.25})
     rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
     assert rows["base"]["against alone"] == "+2.0 ± 1.0 %"  # of 1 % and 3 %
+    assert rows["base"]["time"] == "1.25x"
     assert (rows["base"]["seeds"], rows["base"]["D alpha"], rows["base"]["D match"]) == (
         "2",
         "0.800",
@@ -76,16 +114,15 @@ def test_arms_are_trained_measured_and_written(
         ]
         (tmp_path / f"toy_{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     wanted = (study.ALONE, "base", "D alone", "D distilled")
-    arms = [arm for arm in study.ARMS if arm.name in wanted]
-    monkeypatch.setattr(
-        study, "ARMS", [study.dataclasses.replace(a, overrides=(*TINY, *a.overrides)) for a in arms]
-    )
-    for name, value in {
-        "SEEDS": range(1),
-        "CORPORA": {"toy": "jsonl"},
-        "RESULTS": tmp_path / "results",
-    }.items():
-        monkeypatch.setattr(study, name, value)
+    arms = [
+        dataclasses.replace(arm, overrides=(*TINY, *arm.overrides))
+        for arm in study.ARMS
+        if arm.name in wanted
+    ]
+    changed = {"ARMS": arms, "SEEDS": range(1), "CORPORA": {"toy": "jsonl"}, "RESULTS": tmp_path / "results"}
+    for module in (study, arms_of(study), page_of(study)):
+        for name in set(changed) & set(vars(module)):
+            monkeypatch.setattr(module, name, changed[name])
     options = ["--data", str(tmp_path), "--out", str(tmp_path / "runs")]
     assert study.main(options) == 0
     found = json.loads((tmp_path / "results" / "runs.json").read_text(encoding="utf-8"))

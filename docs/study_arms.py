@@ -1,0 +1,155 @@
+"""What docs/study.py trains: the arms, and the recipe and the files of a run."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from train.objective.flops import count_step_flops
+from train.recipe.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "study.yaml"
+CORPORA = {"tinystories": "txt.xz", "dialogues": "jsonl.xz"}
+SEEDS = range(3)
+SHORT = 450
+"""Steps of the recipe."""
+
+BATCH_TOKENS = 2048
+ALONE = "full model alone"
+NO_FAMILY = ("family.S=null", "family.L=null", "family.D=null")
+SMALL = {
+    "S": "model.intermediate_size=64",
+    "L": "model.intermediate_size=256",
+    "D": "model.num_hidden_layers=1",
+}
+"""A member's shape as a model of its own."""
+
+EXTRA_TIME = 0.25
+"""What a family may cost beyond its full model, in steps of the full model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        name: what differs, as the page says it.
+        overrides: of the recipe.
+        member: which member's shape this is, if it is a small model of its own.
+        taught: whether it learns from the full model that was trained alone, as members do from theirs.
+        extra: whether it gets no more time than the family would take for it: a third of `EXTRA_TIME`.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    member: str | None = None
+    taught: bool = False
+    extra: bool = False
+
+
+def _small(member: str, **settings: bool) -> Arm:
+    how = "distilled" if settings.get("taught") else "alone"
+    name = f"{member} {how}" + (" in the extra time" if settings.get("extra") else "")
+    return Arm(name, (*NO_FAMILY, SMALL[member]), member=member, **settings)
+
+
+TODAY = ("sampler.exit_stride=4", "loss.fade_to=0.1")
+"""The defaults."""
+
+ARMS = (
+    Arm("base"),
+    Arm(ALONE, NO_FAMILY),
+    _small("S"),
+    _small("D"),
+    _small("S", taught=True),
+    _small("D", taught=True),
+    Arm("weight_power 0.5", ("sampler.weight_power=0.5",)),
+    Arm("exit_stride 1", ("sampler.exit_stride=1",)),
+    Arm("row_fraction 1/4", ("sampler.row_fraction=0.25",)),
+    Arm("cross_entropy", ("loss.divergence=cross_entropy",)),
+    Arm("forward_kl", ("loss.divergence=forward_kl",)),
+    Arm("kl_tv", ("loss.divergence=kl_tv",)),
+    Arm("no ramp", ("loss.ramp_start=0", "loss.ramp_steps=0")),
+    Arm("shared_cache 0", ("sampler.shared_cache=0",)),
+    Arm("min_rows 1", ("sampler.min_rows=1",)),
+    Arm("all members on all rows", ("sampler.kind=all",)),
+    Arm("exit_stride 4", ("sampler.exit_stride=4",)),
+    Arm("shared_cache 1", ("sampler.shared_cache=1",)),
+    Arm("exit_stride 4, fade_to 0.25", ("sampler.exit_stride=4", "loss.fade_to=0.25")),
+    Arm("exit_stride 4, fade_to 0.1", TODAY),
+    Arm("MatFormer", ("sampler.kind=all", "loss.divergence=cross_entropy", "sampler.shared_cache=0")),
+    _small("L"),
+    _small("S", extra=True),
+    _small("D", extra=True),
+    _small("S", taught=True, extra=True),
+    _small("D", taught=True, extra=True),
+)
+FIRST = 14
+"""The number of arms that get all their seeds before the others get their first."""
+
+
+class Run(NamedTuple):
+    """One training: an arm, a corpus, a seed and a length."""
+
+    arm: str
+    corpus: str
+    seed: int
+    steps: int = SHORT
+
+    def folder(self, out: Path) -> Path:
+        """Return the folder of the training."""
+        above = out / self.corpus if self.steps == SHORT else out / f"{self.corpus}-{self.steps}"
+        return above / str(self.seed) / self.arm.replace(" ", "-").replace("/", "_").replace(".", "_")
+
+    def result(self, out: Path) -> Path:
+        """Return the file that tells what it reached."""
+        folder = self.folder(out)
+        return folder.with_name(f"{folder.name}.json")
+
+    def of(self, arm: str) -> "Run":
+        """Return the run of another arm, with all else equal."""
+        return self._replace(arm=arm)
+
+
+def work(corpora: Iterable[str], seeds: Iterable[int], steps: int) -> Iterator[tuple[Arm, Run]]:
+    """Yield every run, in the order that makes an early end worth most."""
+    for arms in (ARMS[:FIRST], ARMS[FIRST:]):
+        for seed in seeds:
+            for corpus in corpora:
+                for arm in arms:
+                    yield arm, Run(arm.name, corpus, seed, steps)
+
+
+def recipe_of(arm: Arm, run: Run, data: Path, out: Path) -> Recipe:
+    """Return the recipe of a run; what the recipe counts in steps grows with the length."""
+    ending, steps = CORPORA[run.corpus], run.steps
+    overrides = [f"data.source={data}/{run.corpus}_train.{ending}"]
+    overrides += [f"data.valid={data}/{run.corpus}_valid.{ending}", f"seed={run.seed}", *arm.overrides]
+    if arm.taught:
+        overrides.append(f"loss.teacher={run.of(ALONE).folder(out) / 'model'}")
+    if arm.extra:
+        steps = round(steps * _extra_fraction(load_recipe([CONFIG], overrides)))
+    return load_recipe([CONFIG], [*_lengths(steps), *overrides])
+
+
+def _lengths(steps: int) -> list[str]:
+    """Return the settings of another length than the recipe's."""
+    if steps == SHORT:
+        return []
+    tenth, two_fifths = steps // 10, 2 * steps // 5
+    return [
+        *(f"trainer.{name}={steps}" for name in ("max_steps", "val_check_interval", "checkpoint_every")),
+        *(f"{name}={tenth}" for name in ("optim.warmup_steps", "loss.ramp_start")),
+        f"loss.ramp_steps={two_fifths}",
+    ]
+
+
+def _extra_fraction(recipe: Recipe) -> float:
+    """Return the fraction of the full model's steps that fit into a third of the extra time."""
+    alone = load_recipe([CONFIG], NO_FAMILY)
+    full = alone.elastic_config(alone.data.vocab_size, 0)
+    own = recipe.elastic_config(recipe.data.vocab_size, 0)
+    teacher = full if recipe.loss.teacher else None
+    of_full = count_step_flops(alone, full) / count_step_flops(recipe, own, teacher)
+    return EXTRA_TIME / 3 * of_full

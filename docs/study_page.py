@@ -1,0 +1,129 @@
+"""The page of docs/study.py: a table and a picture for each corpus and length, generated from runs.json."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import altair as alt
+from study_arms import ALONE, ARMS, BATCH_TOKENS, CORPORA, ROOT, SHORT, Run
+
+from models.base.numbers import NOTHING
+from models.base.table import Table
+from train.recipe.recipe import FULL_NAME
+from train.report.style import INK, Chart, styled, to_svg
+from train.report.tables import flatten
+
+RESULTS = ROOT / "docs" / "results" / "study"
+MEASURES = {"alpha_shared": "in place"}
+
+Found: TypeAlias = Mapping[str, Any]
+"""What runs.json says of a run."""
+
+Runs: TypeAlias = Mapping[Run, Found]
+
+NOTE = "<!-- generated from runs.json by `python docs/study.py`; do not edit -->"
+INTRODUCTION = """\
+`configs/study.yaml` (1.1M parameters, 922,000 tokens), each time with one thing changed against `base`,
+which is the defaults but for its `exit_stride` of 2 and losses that do not fade: the defaults are the row
+`exit_stride 4, fade_to 0.1`. Means over the seeds; "against alone" is the mean and the standard error of the
+paired differences in the full model's loss, in percent. Loss in nats per token of held-out text; alpha:
+expected acceptance of a drafted token, by the member's own keys and values or, "in place", by the full
+model's, as it decodes. `S alone` and `D alone` are models of that shape trained on the same tokens by
+themselves, the distilled ones with the full model alone as a frozen teacher, by the loss that members learn
+from; their alpha is against the full model alone. "In the extra time": on no more tokens than fit into a
+third of the 25 % of time that a family may cost beyond its full model. Time: of a step, beside the full model
+alone. `MatFormer` is the reference recipe: every member on every row, cross-entropies, summed.
+So small a model, so early in its training, shows directions, not the size of an effect in yours."""
+
+
+def read_runs(found: Iterable[Found]) -> dict[Run, Found]:
+    """Return what was found of each run; runs of the recipe's length need not tell it."""
+    return {Run(one["arm"], one["corpus"], one["seed"], one.get("steps", SHORT)): one for one in found}
+
+
+def files(study: Mapping[str, Any]) -> dict[Path, str]:
+    """Return the page and its pictures."""
+    runs = read_runs(study["runs"])
+    parts, page = [NOTE, "# What the defaults rest on", INTRODUCTION], {}
+    for corpus in CORPORA:
+        for steps in sorted({run.steps for run in runs if run.corpus == corpus}):
+            here = {run: found for run, found in runs.items() if (run.corpus, run.steps) == (corpus, steps)}
+            name = corpus if steps == SHORT else f"{corpus}-{steps}"
+            title = f"{corpus}, {steps:,} steps of {BATCH_TOKENS:,} tokens"
+            parts += [
+                f"## {title}",
+                f"![full model's loss and alpha]({name}.svg)",
+                table(here, study.get("times", {})).to_markdown(),
+            ]
+            page[RESULTS / f"{name}.svg"] = to_svg(picture(here))
+    card = Table(("card", ""), tuple(flatten(study["card"]).items()), num_labels=2)
+    parts += [f"Trained and measured by\n\n```\n{study['command']}\n```", card.to_markdown()]
+    return {RESULTS / "README.md": "\n\n".join(parts) + "\n", **page}
+
+
+def table(runs: Runs, times: Mapping[str, float]) -> Table:
+    """Return a row for each arm: means over the seeds, and the spread of the full model's loss."""
+    columns = [("S", "loss"), ("S", "alpha"), ("S", "alpha_shared"), ("L", "loss"), ("L", "alpha")]
+    columns += [("D", "loss"), ("D", "alpha"), ("D", "match")]
+    header = ["trained with", "seeds", "full model's loss", "against alone", "time"]
+    header += [f"{member} {MEASURES.get(measure, measure)}" for member, measure in columns]
+    rows = []
+    for arm in ARMS:
+        found = {run: one["members"] for run, one in runs.items() if run.arm == arm.name}
+        if found:
+            worse = [full_loss(runs, run) for run in found if FULL_NAME in found[run]]
+            time = f"{times[arm.name]:.2f}x" if arm.name in times else NOTHING
+            cells = [mean(found.values(), FULL_NAME, "loss"), spread(worse), time]
+            cells += [mean(found.values(), member, measure) for member, measure in columns]
+            rows.append((arm.name, str(len(found)), *cells))
+    return Table(tuple(header), tuple(rows))
+
+
+def full_loss(runs: Runs, run: Run) -> float:
+    """Return how many percent the full model's loss is above that of the full model alone."""
+    own, alone = (runs[one]["members"][FULL_NAME]["loss"] for one in (run, run.of(ALONE)))
+    return 100 * (own / alone - 1)
+
+
+def mean(runs: Iterable[Mapping[str, Any]], member: str, measure: str) -> str:
+    """Return the mean of a member's measure over the seeds."""
+    values = [run[member][measure] for run in runs if measure in run.get(member, {})]
+    return f"{statistics.fmean(values):.3f}" if values else NOTHING
+
+
+def spread(percents: Sequence[float]) -> str:
+    """Return the mean and the standard error of the differences between paired runs, in percent.
+
+    >>> spread([1.0, 2.0, 3.0])
+    '+2.0 ± 0.6 %'
+    """
+    if not percents:
+        return NOTHING
+    error = f" ± {statistics.stdev(percents) / len(percents) ** 0.5:.1f}" if len(percents) > 1 else ""
+    return f"{statistics.fmean(percents):+.1f}{error} %"
+
+
+def picture(runs: Runs) -> Chart:
+    """Draw each arm as a point: what it costs the full model, and how well its members draft."""
+    rows = [
+        {
+            "arm": run.arm,
+            "loss": full_loss(runs, run),
+            **{name: found["members"][name]["alpha"] for name in "DL"},
+        }
+        for run, found in runs.items()
+        if {"D", "L", FULL_NAME} <= set(found["members"])
+    ]
+    scale = alt.Scale(zero=False, padding=30)
+    panels = []
+    for name in "DL":
+        base = alt.Chart(alt.InlineData(values=rows)).encode(
+            x=alt.X("mean(loss):Q", title="full model's loss against alone, %", scale=scale),
+            y=alt.Y(f"mean({name}):Q", title=f"alpha of {name}", scale=scale),
+            detail="arm:N",
+        )
+        points = base.mark_point(filled=True, size=60, color=INK)
+        labels = base.mark_text(align="left", dx=7, fontSize=11, color=INK).encode(text="arm:N")
+        panels.append(alt.LayerChart(layer=[points, labels]).properties(width=430, height=330))
+    return styled(alt.hconcat(*panels, spacing=36)).properties(background="white", padding=16)
