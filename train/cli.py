@@ -60,7 +60,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., Any], str]] = {
 }
 """The commands in the order of `--help`, each with an example of its arguments."""
 TRAINING = ("train", "distill")
-PATHS = ("--json", "--out", "--plot", "--prompts", "--config", "--data", "--resume")
+PATHS = ("--json", "--out", "--plot", "--prompts", "--config", "--data", "--resume", "--latency-table")
 TAKE_KEYS = (*TRAINING, "bench", "demo")
 
 for name, (command, example) in COMMANDS.items():

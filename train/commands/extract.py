@@ -8,7 +8,8 @@ import typer
 
 from models.base.errors import UsageError
 from models.base.outputs import check_apart
-from train.commands.common import JsonOption, ModelArgument, check_json, write_results
+from train.commands.choose import BudgetOption, LatencyOption, Request, choose, show
+from train.commands.common import JsonOption, ModelArgument, TextFieldOption, check_json, write_results
 from train.commands.console import make_console
 
 if TYPE_CHECKING:
@@ -22,12 +23,19 @@ def extract(
     model: ModelArgument,
     *,
     granularity: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="G",
             help="Member to cut out, or a granularity: ffn=0.25,heads=0.5,layers=0:3:5.",
         ),
-    ],
+    ] = None,
+    budget: BudgetOption = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text on which members are compared for --budget."),
+    ] = None,
+    text_field: TextFieldOption = None,
+    latency_table: LatencyOption = None,
     out: Annotated[Path, typer.Option(metavar="PATH", help="Folder to write, or file for gguf.")],
     format_: Annotated[
         str,
@@ -46,16 +54,29 @@ def extract(
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Cut one member out, as a stock Hugging Face folder or a file for llama.cpp, and prove it equal."""
+    """Cut one member out, as a stock Hugging Face folder or a file for llama.cpp, and prove it equal.
+
+    With --budget, the member is the one that loses least within it.
+    """
     check_json(json, MODEL=model, out=out)
     check_apart({"--out": out}, {"MODEL": model})
+    _check_one(granularity, budget)
     _check_format(format_, dtype, out)
     from models.checkpoint.folder import load_model
     from models.elastic.granularity import Granularity
 
+    request = Request(
+        budgets=budget or [],
+        data=data,
+        text_field=text_field,
+        engine="padded",  # equal layers: the ones that are written here
+        latency_table=latency_table,
+    )
+    search = {} if granularity else _choose(model, request)
     folder = load_model(model)
-    member = Granularity.parse(granularity, folder.family)
-    named = {"granularity": str(member), "out": str(out), "format": format_}
+    member = Granularity.parse(granularity or search["best"]["granularity"], folder.family)
+    named: dict[str, Any] = {"granularity": str(member), "out": str(out), "format": format_}
+    named |= {"search": search} if search else {}
     if format_ == "gguf":
         results, dtypes = _write_file(folder, member, out, dtype)
     else:
@@ -79,6 +100,29 @@ def _write_file(
 
     written = extract_gguf(folder, member, out, make_console(), dtype=dtype)
     return dataclasses.asdict(written), {"weights": written.dtype}
+
+
+def _choose(model: Path, request: Request) -> dict[str, Any]:
+    """Return what a search under a budget found, which is shown."""
+    chosen = choose(model, request)
+    show(chosen, make_console())
+    return chosen.fields
+
+
+def _check_one(granularity: str | None, budget: list[str] | None) -> None:
+    if granularity and budget:
+        raise UsageError(
+            f"--granularity {granularity} and --budget {budget[0]} exclude each other; give one of them"
+        )
+    if not granularity and not budget:
+        raise UsageError(
+            "--granularity is missing: name a member, as in S, or give --budget, as in params=0.5"
+        )
+    for text in budget or []:
+        if "=" not in text:
+            raise UsageError(
+                f"--budget {text} has no amount; write how much the member may take, as in {text}=0.5"
+            )
 
 
 def _check_format(format_: str, dtype: str | None, out: Path) -> None:

@@ -1,4 +1,7 @@
-"""`nestling search`: the draft that decodes fastest on this machine; see train/search/drafts.py."""
+"""`nestling search`: the draft that decodes fastest on this machine, or the best member within a budget.
+
+See train/search/drafts.py and train/search/members.py.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +10,15 @@ import typer
 
 from models.base.errors import UsageError
 from models.base.progress import progress_bar
+from train.commands.choose import (
+    BudgetOption,
+    EngineOption,
+    EvaluationsOption,
+    LatencyOption,
+    Request,
+    choose,
+    show,
+)
 from train.commands.common import (
     DataOption,
     DtypeOption,
@@ -34,7 +46,10 @@ if TYPE_CHECKING:
 DraftOption = Annotated[
     bool, typer.Option("--draft", help="Search for the fastest draft, which --draft auto then takes.")
 ]
-NumTokensOption = Annotated[int, typer.Option(help="Number of tokens to measure acceptance on.")]
+NumTokensOption = Annotated[
+    int | None,
+    typer.Option(help="Number of tokens to measure on. Default: 4096 for a draft, 16384 for a budget."),
+]
 TemperaturesOption = Annotated[
     list[float] | None,
     typer.Option(help="Sampling temperature; 0 decodes greedily; repeatable. Default: 0 and 1."),
@@ -54,9 +69,13 @@ def search(
     model: ModelArgument,
     *,
     draft: DraftOption = False,
+    budget: BudgetOption = None,
+    engine: EngineOption = None,
+    latency_table: LatencyOption = None,
+    evaluations: EvaluationsOption = 60,
     data: DataOption,
     text_field: TextFieldOption = None,
-    num_tokens: NumTokensOption = 4096,
+    num_tokens: NumTokensOption = None,
     temperature: TemperaturesOption = None,
     granularity: GranularitiesOption = None,
     confirm: ConfirmOption = 3,
@@ -65,8 +84,29 @@ def search(
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
 ) -> None:
-    """Measure which draft, precision, vocabulary, length of a round and verifier decode fastest here."""
-    check_json(json, MODEL=model, data=data)
+    """Measure which draft, precision, vocabulary, length of a round and verifier decode fastest here.
+
+    That is --draft. With --budget, find the members of every size that lose least, trained or not: which
+    layers run, and the width of each.
+    """
+    check_json(json, MODEL=model, data=data, latency_table=latency_table)
+    if budget and not draft:
+        _search_members(
+            model,
+            Request(
+                budgets=budget,
+                data=data,
+                text_field=text_field,
+                engine=engine,
+                latency_table=latency_table,
+                max_tokens=16384 if num_tokens is None else num_tokens,
+                evaluations=evaluations,
+            ),
+            json,
+        )
+        return
+    num_tokens = 4096 if num_tokens is None else num_tokens
+    _check_alone(draft, budget, engine=engine, latency_table=latency_table)
     _check(draft, data, num_tokens=num_tokens, confirm=confirm, num_prompts=num_prompts, rounds=rounds)
     from models.decode.open import open_for_decoding
     from models.decode.sampling.params import SamplingParams
@@ -123,9 +163,27 @@ def _finish(folder: Path, result: "Result", settings: dict[str, Any], json: Path
     write_results(json, document, dtypes={"model": dtype})
 
 
+def _search_members(model: Path, request: Request, json: Path | None) -> None:
+    chosen = choose(model, request)
+    show(chosen, make_console())
+    write_results(json, chosen.fields, dtypes={"model": "fp32"})
+
+
+def _check_alone(draft: bool, budget: list[str] | None, **flags: object) -> None:
+    if draft and budget:
+        raise UsageError("--draft and --budget are two searches; give one of them")
+    for name, value in flags.items():
+        if draft and value is not None:
+            flag = "for" if name == "engine" else name.replace("_", "-")
+            raise UsageError(f"--{flag} {value} goes with --budget, not with --draft; leave it out")
+
+
 def _check(draft: bool, data: str, **numbers: int) -> None:
     if not draft:
-        raise UsageError("--draft is missing: say what to search for, as in nestling search MODEL --draft")
+        raise UsageError(
+            "--draft is missing: say what to search for, as in nestling search MODEL --draft, or --budget "
+            "params=0.5"
+        )
     check_data(data)
     check_at_least(1, **numbers)
 

@@ -47,7 +47,7 @@ def time_target(target: ElasticLM, most_tokens: int, *, budget: float, clock: Cl
     """Return the seconds of a pass on 1, 2, ... tokens that the context has room for; they never fall."""
     cache = filled_cache(target, most_tokens)
     tokens = range(1, cache.num_positions - cache.length + 1)
-    cells = {m: one_pass(target, cache, m) for m in tokens} | {1: _plain(target, cache)}
+    cells = {m: one_pass(target, cache, m) for m in tokens} | {1: plain_passes(target, cache)}
     seconds = alternate(cells, budget=budget, clock=clock, before=cells).median
     one = seconds.pop(1) / PLAIN_PASSES
     return {1: one} | dict(zip(seconds, rising(seconds.values()), strict=True))
@@ -96,7 +96,7 @@ def time_drafts(
     most = min(MOST_DRAFTED, cache.num_positions - cache.length - 1)
     seeds = itertools.count()  # the noise of a seed may be kept
     verifications = {gamma: one_pass(target, cache, gamma + 1) for gamma in (1, most)}
-    cells: dict[tuple[str, int], Work] = {("", 0): _plain(target, cache)}
+    cells: dict[tuple[str, int], Work] = {("", 0): plain_passes(target, cache)}
     before = dict(cells)
     for name, draft in drafts.items():
         for gamma in (1, most):
@@ -123,7 +123,7 @@ def time_hosts(
     kinds = list(kinds)
     cache = filled_cache(target, max(HOST_GAMMAS) + 1)
     gammas = [gamma for gamma in HOST_GAMMAS if gamma < cache.num_positions - cache.length]
-    cells: dict[Any, Work] = {"pass": _plain(target, cache)}
+    cells: dict[Any, Work] = {"pass": plain_passes(target, cache)}
     before = dict(cells)
     for params, verifier in kinds:
         plain = _PlainDecoding(target, params, verifier)
@@ -160,7 +160,8 @@ def one_pass(model: Scorer, cache: KVCache, num_tokens: int) -> Work:
     return work
 
 
-def _plain(model: Scorer, cache: KVCache) -> Work:
+def plain_passes(model: Scorer, cache: KVCache) -> Work:
+    """Return the work of `PLAIN_PASSES` passes on one token, one after the other."""
     one = one_pass(model, cache, 1)
 
     def work() -> None:

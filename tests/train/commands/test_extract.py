@@ -52,6 +52,36 @@ def test_a_granularity_that_does_not_fit_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_budget_chooses_the_member(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results = tmp_path / "small", tmp_path / "extract.json"
+    command = ["extract", str(model), "--budget", "params=0.6", "--data", str(text), "--out", str(out)]
+    assert main([*command, "--json", str(results)]) == 0
+    assert "chosen:" in capsys.readouterr().out
+    written = json.loads(results.read_text())
+    assert written["ids_equal"] is True
+    assert written["search"]["best"]["granularity"] == written["granularity"]
+    assert sum(weight.numel() for weight in load_model(out).model.parameters()) <= 0.6 * 217_536
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], "--granularity is missing"),
+        (["--granularity", "S", "--budget", "params=0.5"], "exclude each other"),
+        (["--budget", "params=0.5"], "--data is missing"),
+        (["--budget", "params"], "has no amount"),
+        (["--budget", "params=0.5", "--data", "nowhere.txt"], "--data nowhere.txt"),
+    ],
+)
+def test_a_budget_that_chooses_nothing_is_named(
+    flags: list[str], named: str, model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    assert named in fails("extract", model, *flags, "--out", tmp_path / "out", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fails: Fails) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert str(tmp_path) in fails("extract", model, "--granularity", "S", "--out", tmp_path, code=2)

@@ -73,6 +73,74 @@ def test_what_cannot_be_searched_is_named(
     assert named in fails("search", model, *flags, code=2)
 
 
+MEMBERS = ("--num-tokens", "300", "--evaluations", "12")
+
+
+def test_a_budget_gives_a_frontier_and_a_second_one_measures_nothing_it_knows(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "search.json"
+    command = ["search", str(model), "--data", str(text), *MEMBERS, "--json", str(path)]
+    assert main([*command, "--budget", "params=0.7"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "heuristic" in shown
+    first = json.loads(path.read_text())
+    assert first["num_measured"] > 20
+    assert first["best"]["costs"]["params"] <= 0.7 * 217_536
+    assert {one["from"] for one in first["members"]} == {"trained", "uniform", "heuristic", "found"}
+    assert main([*command, "--budget", "params=0.7"]) == 0
+    again = json.loads(path.read_text())
+    assert again["num_measured"] == 0
+    assert again["members"] == first["members"]
+
+
+def test_a_table_of_latencies_is_measured_and_can_be_given(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    path = tmp_path / "search.json"
+    command = ["search", str(model), "--data", str(text), *MEMBERS, "--json", str(path)]
+    assert main([*command, "--budget", "latency"]) == 0
+    assert "latencies are of" in " ".join(capsys.readouterr().out.split())
+    table = json.loads(path.read_text())["latency"]
+    assert len(table["layers"]) >= 3
+    slow = tmp_path / "phone.json"
+    slow.write_text(json.dumps(table | {"machine": "a phone", "ends": 1.0}))
+    assert main([*command, "--budget", "latency=1500ms", "--latency-table", str(slow)]) == 0
+    assert "a phone" in capsys.readouterr().out
+    assert json.loads(path.read_text())["best"]["costs"]["latency"] >= 1.0
+    slow.write_text(json.dumps(table | {"shape": [1, 2, 3, 4]}))
+    line = fails(*command, "--budget", "latency=0.5", "--latency-table", slow, code=1)
+    assert "of another shape" in line
+    slow.write_text("{}")
+    assert "no table of latencies" in fails(
+        *command, "--budget", "latency=0.5", "--latency-table", slow, code=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--budget", "params=0.001"], "the smallest member"),
+        (["--budget", "latency=3parsecs"], "unknown unit 'parsecs'"),
+        (["--budget", "params=0.5", "--budget", "params=0.2"], "exclude each other"),
+        (["--budget", "params=0.5", "--draft"], "--draft and --budget"),
+        (["--draft", "--for", "vllm"], "--for vllm goes with --budget"),
+        (["--budget", "params=0.5", "--for", "ollama"], "--for ollama"),
+        (["--budget", "latency=0.5", "--latency-table", "nowhere.json"], "nowhere.json"),
+        (["--budget", "params=0.5", "--evaluations", "0"], "--evaluations must be at least 1, got 0"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_named(
+    flags: list[str], named: str, model: Path, text: Path, fails: Fails
+) -> None:
+    assert named in fails("search", model, "--data", text, *flags, code=2)
+
+
 def test_a_text_shorter_than_a_prompt_is_named(model: Path, tmp_path: Path, fails: Fails) -> None:
     short = tmp_path / "short.txt"
     short.write_text("a")

@@ -1,0 +1,47 @@
+"""Budgets are read, or named with the remedy."""
+
+import pytest
+
+from models.base.errors import UsageError
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity
+from train.search.budgets import cost_of, holds_unequal, parse_budget, parse_budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("size=0.5", "'size' is not counted"),
+        ("latency=12parsecs", "unknown unit 'parsecs'"),
+        ("latency=12", "12 has no unit"),
+        ("params=-1", "'-1' is no amount"),
+        ("params=0", "'0' is no amount"),
+        ("params=", "'' is no amount"),
+        ("bytes=3k", "unknown unit 'k'"),
+    ],
+)
+def test_what_is_no_budget_is_named(text: str, named: str) -> None:
+    with pytest.raises(UsageError, match="--budget") as error:
+        parse_budget(text)
+    assert named in str(error.value)
+
+
+def test_two_budgets_of_a_kind_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match=r"params=0\.5 and params=0\.3 exclude each other"):
+        parse_budgets(["params=0.5", "bytes=0.5", "params=0.3"])
+
+
+def test_a_fraction_is_of_what_the_full_model_costs(tiny_config: ElasticConfig) -> None:
+    for kind in ("params", "bytes", "flops", "memory"):
+        cost = cost_of(kind, tiny_config, weight_bytes=4, context=64)
+        assert parse_budget(f"{kind}=0.5").limit(cost) == cost(FULL) / 2
+        assert cost(Granularity(ffn=(0.5,))) < cost(FULL)
+
+
+def test_engines_hold_what_their_sources_say(tiny_config: ElasticConfig) -> None:
+    assert holds_unequal("hf", tiny_config) == (True, True)
+    assert holds_unequal("sglang", tiny_config) == (True, False)
+    assert holds_unequal("mlx", tiny_config) == (False, False)
+    assert holds_unequal("llama.cpp", tiny_config) == (True, True)
+    with pytest.raises(UsageError, match="--for ollama"):
+        holds_unequal("ollama", tiny_config)

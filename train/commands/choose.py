@@ -1,0 +1,206 @@
+"""The member that loses least within a budget: what `search --budget` and `extract --budget` share."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from models.base.errors import NestlingError, UsageError
+from models.base.progress import progress_bar
+from train.commands.common import check_at_least, check_data, check_file
+from train.commands.console import make_console
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+    from models.checkpoint.folder import ModelFolder
+    from models.measure.latency import LatencyTable
+    from train.search.budgets import Budget, Cost
+    from train.search.members import Result
+    from train.search.space import Space
+
+MAX_SEQUENCE_LENGTH = 1024
+MAX_CONTEXT = 1024
+"""Positions whose keys and values count in memory, if the model has as many."""
+
+BudgetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KIND=AMOUNT",
+        help="The most that the member may take: params=0.5 (of the full model), params=3M, bytes=40MB, "
+        "flops=8M (a token), latency=12ms, memory=60MB; repeatable.",
+    ),
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="ENGINE",
+        help="Engine that must hold the member: hf, padded, vllm, sglang, llama.cpp or mlx.",
+    ),
+]
+LatencyOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Table of latencies to count with, from the JSON of an earlier search. Default: this machine's.",
+    ),
+]
+EvaluationsOption = Annotated[int, typer.Option(help="Number of members to measure, at most.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of a search under budgets."""
+
+    budgets: Sequence[str]
+    data: str | None
+    text_field: str | None = None
+    engine: str | None = None
+    latency_table: Path | None = None
+    max_tokens: int = 16384
+    evaluations: int = 60
+
+    def check(self) -> "list[Budget]":
+        """Return the budgets.
+
+        Raises:
+            UsageError: before a model is opened, for what cannot be.
+        """
+        from train.search.budgets import ENGINES, parse_budgets
+
+        budgets = parse_budgets(self.budgets)
+        if self.data is None:
+            raise UsageError("--data is missing: members are compared on a text; give the file of one")
+        check_data(self.data)
+        check_at_least(1, max_tokens=self.max_tokens, evaluations=self.evaluations)
+        if self.engine is not None and self.engine not in ENGINES:
+            raise UsageError(f"--for {self.engine} is not known; choose from {', '.join(ENGINES)}")
+        if self.latency_table is not None:
+            check_file("--latency-table", self.latency_table)
+        return budgets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What a search under budgets found, and how it counted."""
+
+    result: "Result"
+    kind: str
+    fields: dict[str, Any]
+
+
+def choose(path: Path, request: Request, *, console: "Console | None" = None) -> Chosen:
+    """Search for the member of a model folder that loses least within the budgets.
+
+    Raises:
+        UsageError: if no member keeps them, or the engine holds none.
+    """
+    budgets = request.check()
+    from models.checkpoint.folder import load_model
+    from models.checkpoint.weights import dtype_name
+    from models.machine.card import machine_card
+    from models.measure.token_losses import TokenLosses, losses_path
+    from train.data.loader import take_batches
+    from train.data.tokens import load_rows_for
+    from train.search.budgets import holds_unequal
+    from train.search.members import MemberSearch
+    from train.search.space import Space
+
+    assert request.data is not None
+    folder = load_model(path)
+    stored = dtype_name(folder.model)
+    folder.model.float().to("cuda" if machine_card().gpu else "cpu")
+    rows = load_rows_for(folder, request.data, longest=MAX_SEQUENCE_LENGTH, text_field=request.text_field)
+    batches = list(take_batches(rows, request.max_tokens))
+    losses = TokenLosses(folder.model, batches, losses_path(folder.path, batches, "fp32"))
+    config = folder.model.config
+    space = Space.of(config, folder.family.values(), unequal=holds_unequal(request.engine, config))
+    with progress_bar("searching", console=console or make_console(stderr=True)) as bar:
+        costs, table = _costs(folder, budgets, space, stored, request)
+        search = MemberSearch(losses, folder.family, space, budgets, costs, bar.show)
+        result = search.run(request.evaluations)
+    kind = budgets[0].kind
+    settings = {
+        "model": str(path),
+        "data": request.data,
+        "num_tokens": losses.num_tokens,
+        "for": request.engine,
+    }
+    settings |= {"budgets": [one.text for one in budgets], "latency": table and table.to_json()}
+    return Chosen(result=result, kind=kind, fields={**search_fields_of(result, kind), **settings})
+
+
+def search_fields_of(result: "Result", kind: str) -> dict[str, Any]:
+    """Return what was found, for JSON."""
+    from train.search.member_results import search_fields
+
+    return search_fields(result, kind)
+
+
+def show(chosen: Chosen, console: "Console") -> None:
+    """Show the members that were measured, and the one that was chosen."""
+    from train.search.member_results import LEGEND, describe, member_table
+
+    console.print(member_table(chosen.result, chosen.kind).to_rich(caption=LEGEND))
+    for line in describe(chosen.result):
+        console.print(line, markup=False)
+    if (table := chosen.fields["latency"]) is not None:
+        where = f"{table['machine']}, {table['dtype']}"
+        console.print(f"latencies are of {where}; off by {table['residual']:.0%} when checked", markup=False)
+
+
+def _costs(
+    folder: "ModelFolder", budgets: "Sequence[Budget]", space: "Space", stored: str, request: Request
+) -> "tuple[Mapping[str, Cost], LatencyTable | None]":
+    """Return what members cost in each kind of the budgets, and the table of latencies if one counts."""
+    from models.base.dtypes import DTYPES
+    from train.search.budgets import cost_of
+
+    config, table = folder.model.config, None
+    weight_bytes = next(dtype.itemsize for dtype in DTYPES.values() if str(dtype).endswith(stored))
+    context = min(config.max_position_embeddings, MAX_CONTEXT)
+    costs: dict[str, Cost] = {}
+    for kind in [one.kind for one in budgets]:
+        if kind == "latency":
+            table = _latency_table(folder, space, request.latency_table)
+            costs[kind] = functools.partial(table.seconds, config)
+        else:
+            costs[kind] = cost_of(kind, config, weight_bytes=weight_bytes, context=context)
+    return costs, table
+
+
+def _latency_table(folder: "ModelFolder", space: "Space", path: Path | None) -> "LatencyTable":
+    from models.base.files import naming, read_json
+    from models.base.processor import processor_name
+    from models.elastic.granularity import Granularity
+    from models.machine.card import machine_card, resolve_dtype
+    from models.measure.latency import LatencyTable, measure_latency, shape_of
+    from models.packed.quantize import pack
+
+    if path is not None:
+        with naming(path):
+            fields = read_json(path)
+            table = LatencyTable.from_json(fields.get("latency") or fields)
+            if table.shape != shape_of(folder.model.config):
+                raise NestlingError(f"it is of a model of another shape, {table.shape}; measure again")
+            return table
+    dtype = resolve_dtype("auto", machine_card(), purpose="decoding")
+    num = space.num_layers
+    half = num // 2
+    checks = [
+        Granularity(ffn=(space.ffn[0],) * half + (1.0,) * (num - half)),
+        Granularity(ffn=(space.ffn[len(space.ffn) // 2],) * half + (space.ffn[0],) * (num - half)),
+    ]
+    return measure_latency(
+        pack(folder.model, dtype),
+        [(ffn, heads) for ffn in space.ffn for heads in space.heads],
+        checks if half else [],
+        machine=processor_name()[0],
+        dtype=dtype,
+    )

@@ -1,0 +1,400 @@
+"""The member that loses least within a budget, and the frontier of all sizes.
+
+    proxy       what each layer's widths cost in loss, from members with one layer changed
+    knapsack    the best choice of options at every cost, for each set of layers
+    measure     some of the frontier, the paper's heuristic, the trained members and the uniform ones
+    correct     the proxy by what was measured; again knapsack and measure
+    switch      one layer narrower, another wider, around the best
+
+What is chosen is chosen by measured losses; the proxy only says what is worth measuring.
+"""
+
+import bisect
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.base.errors import UsageError
+from models.elastic.granularity import FULL, Granularity
+from models.measure.token_losses import Report, TokenLosses
+from train.search.budgets import Budget, Cost, show_cost
+from train.search.knapsack import knapsack_frontier
+from train.search.proxy import Proxy, find_layer_sets, measure_proxy
+from train.search.space import Choice, Option, Space
+
+NUM_TARGETS = 12
+"""Costs at which the frontier is measured."""
+NEAR = (1.0, 0.97, 0.94)
+"""Fractions of a budget at which it is measured, too."""
+ROUNDS = 3
+"""Times that candidates are found, measured and the proxy corrected."""
+SWITCHES = 4
+"""Switches of two layers that are measured at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A member that was measured.
+
+    Args:
+        name: its name in the family; None for one that was not trained.
+        member: its granularity.
+        origin: trained, uniform, heuristic or found.
+        costs: kind of budget -> what it costs.
+        predicted: the proxy's loss; None for a member that it does not know.
+        loss: nats per token.
+        above: loss above the full model's; `error` is its standard error.
+        error: see `above`.
+        fits: whether it keeps all budgets.
+    """
+
+    name: str | None
+    member: Granularity
+    origin: str
+    costs: Mapping[str, float]
+    predicted: float | None
+    loss: float
+    above: float
+    error: float
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a search found.
+
+    Args:
+        found: measured members, the cheapest first.
+        best: the member that loses least within the budgets; None without one.
+        rank_correlation: Spearman's, of predicted and measured losses of members with unequal layers.
+        prediction_error: mean distance of the two, in nats per token.
+        last_error: likewise of members of the last round, for which the proxy had been corrected.
+        num_evaluated: members measured besides what the proxy needs.
+        num_measured: members that were measured now; the others were known.
+    """
+
+    found: Sequence[Found]
+    best: Found | None
+    rank_correlation: float | None
+    prediction_error: float
+    last_error: float
+    num_evaluated: int
+    num_measured: int
+
+    def trained(self) -> list[Found]:
+        """Return the trained members."""
+        return [one for one in self.found if one.origin == "trained"]
+
+    def frontier(self, kind: str) -> list[Found]:
+        """Return members that none beats in cost and loss."""
+        best, kept = float("inf"), []
+        for one in sorted(self.found, key=lambda one: (one.costs[kind], one.loss)):
+            if one.loss < best:
+                best = one.loss
+                kept.append(one)
+        return kept
+
+    def line(self, kind: str, cost: float) -> float | None:
+        """Return the loss at a cost on the lower hull of the trained members; None outside of it."""
+        points = _lower_hull(sorted((one.costs[kind], one.loss) for one in self.trained()))
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        return float(np.interp(cost, xs, ys)) if points and xs[0] <= cost <= xs[-1] else None
+
+
+class MemberSearch:
+    """A search under budgets; see this file's docstring.
+
+    Args:
+        losses: measures members on the text.
+        family: trained members by name.
+        space: options of a layer.
+        budgets: all of which a member must keep; the first one's cost is the frontier's.
+        costs: kind of budget -> what a member costs.
+        report: told how far the work is.
+    """
+
+    def __init__(
+        self,
+        losses: TokenLosses,
+        family: Mapping[str, Granularity],
+        space: Space,
+        budgets: Sequence[Budget],
+        costs: Mapping[str, Cost],
+        report: Report | None = None,
+    ) -> None:
+        self.losses, self.space, self.report = losses, space, report
+        self.family, self.budgets, self.costs = dict(family), budgets, costs
+        self.kind = budgets[0].kind
+        self.limits = {
+            one.kind: limit for one in budgets if (limit := one.limit(costs[one.kind])) is not None
+        }
+        self.origins: dict[Choice, str] = {}
+        self.predicted: dict[Choice, float] = {}
+        self._seen: dict[Choice, dict[str, float]] = {}
+
+    def run(self, num_evaluations: int = 60) -> Result:
+        """Search.
+
+        Raises:
+            UsageError: if no member keeps the budgets.
+        """
+        before = self.losses.num_measured
+        trained_sets = [one.layers for one in self.family.values() if one.layers is not None]
+        self._check_budget(trained_sets)
+        sets = find_layer_sets(self.losses, self.space, trained_sets, self.report)
+        proxy = measure_proxy(self.losses, self.space, [self.space.all_layers, *sets], self.report)
+        every = self.space.all_layers
+        self._add("uniform", [self.space.uniform(every, one) for one in self.space.options], proxy)
+        self._add("heuristic", self._heuristics(), proxy)
+        last: set[Choice] = set()
+        for _ in range(ROUNDS):
+            earlier = set(self.origins)
+            self._add("found", self._picks(proxy)[: num_evaluations - len(earlier)], proxy)
+            if self.origins.keys() == earlier:
+                break
+            self._measure()
+            last = self.origins.keys() - earlier
+            proxy = proxy.corrected(self._known())
+        if self.limits:
+            self._switch(proxy, num_evaluations)
+        return self._result(before, last)
+
+    def _check_budget(self, sets: Sequence[tuple[int, ...]]) -> None:
+        """Say before anything is measured that no member can keep a budget."""
+        num = self.space.num_layers
+        few = min([*map(len, sets), max(1, num // 2 if num <= 12 else num - num // 4)])
+        least_sets = [one for one in [*sets, tuple(range(few))] if len(one) == few]
+        smallest = self.space.uniform(least_sets[0], self.space.least).member(num)
+        for kind, limit in self.limits.items():
+            cost = self.costs[kind](smallest)
+            if cost > limit:
+                raise UsageError(
+                    f"--budget {next(one.text for one in self.budgets if one.kind == kind)} allows "
+                    f"{show_cost(kind, limit)}, and the smallest member, {smallest}, takes "
+                    f"{show_cost(kind, cost)}; allow that much"
+                )
+
+    def _cost(self, choice: Choice) -> dict[str, float]:
+        if choice not in self._seen:
+            member = choice.member(self.space.num_layers)
+            self._seen[choice] = {kind: cost(member) for kind, cost in self.costs.items()}
+        return self._seen[choice]
+
+    def _fits(self, choice: Choice) -> bool:
+        costs = self._cost(choice)
+        return all(costs[kind] <= limit * (1 + 1e-9) for kind, limit in self.limits.items())
+
+    def _add(self, origin: str, choices: Iterable[Choice], proxy: Proxy) -> None:
+        for choice in choices:
+            if choice not in self.origins:
+                self.origins[choice], self.predicted[choice] = origin, proxy.predict(choice)
+
+    def _measure(self) -> None:
+        members = [choice.member(self.space.num_layers) for choice in self.origins]
+        self.losses.measure([FULL, *self.family.values(), *members], self.report, "measuring candidates")
+
+    def _known(self) -> dict[Choice, float]:
+        return {one: self._loss(one) for one in self.origins}
+
+    def _loss(self, choice: Choice) -> float:
+        return self.losses.mean(choice.member(self.space.num_layers))
+
+    def _targets(self) -> list[float]:
+        """Return the costs at which members are picked."""
+        full = self._cost(self.space.uniform(self.space.all_layers, self.space.full))[self.kind]
+        least = self._cost(self.space.uniform(self.space.all_layers, self.space.least))[self.kind]
+        spaced = np.linspace(least, full, NUM_TARGETS + 1)[1:]
+        limit = self.limits.get(self.kind)
+        return [*spaced, *(limit * near for near in NEAR if limit is not None)]
+
+    def _picks(self, proxy: Proxy) -> list[Choice]:
+        """Return the best member by the proxy at each target, and within all budgets."""
+        kinds = [self.kind] if len(self.limits) < 2 else list(self.limits)
+        found: list[Choice] = []
+        for weights in _mixtures(kinds):
+            points = self._frontier(proxy, weights)
+            found += self._at_targets(points) if weights == {self.kind: 1.0} else []
+            fitting = [choice for _, choice in points if self._fits(choice)]
+            found += fitting[-1:] if self.limits else []
+        return list(dict.fromkeys(found))
+
+    def _frontier(self, proxy: Proxy, weights: Mapping[str, float]) -> list[tuple[float, Choice]]:
+        """Return costs and members of the proxy's frontier over all sets of layers, the cheapest first."""
+        candidates: list[tuple[float, float, Choice]] = []
+        for layers in proxy.offsets:
+            for options in self.space.groups_of_options():
+                candidates += self._points(proxy, layers, options, weights)
+        kept, best = [], float("inf")
+        for cost, loss, choice in sorted(candidates, key=lambda one: one[:2]):
+            if loss < best:
+                best = loss
+                kept.append((cost, choice))
+        return kept
+
+    def _points(
+        self, proxy: Proxy, layers: tuple[int, ...], options: Sequence[Option], weights: Mapping[str, float]
+    ) -> list[tuple[float, float, Choice]]:
+        ends, by_option = self._parts(options, weights)
+        losses = [
+            [proxy.factors[layers] * proxy.sensitivities[layer][one] for one in options] for layer in layers
+        ]
+        if not (self.space.unequal_ffn or self.space.unequal_heads):
+            choice = self.space.uniform(layers, options[0])
+            return [(ends + len(layers) * by_option[0], proxy.predict(choice), choice)]
+        exact = len(weights) == 1 and self.kind in ("params", "flops")
+        points = knapsack_frontier([by_option] * len(layers), losses, exact=exact)
+        base = proxy.full + proxy.offsets[layers]
+        return [
+            (ends + one.cost, base + one.loss, Choice(layers, tuple(options[place] for place in one.choice)))
+            for one in points
+        ]
+
+    def _parts(self, options: Sequence[Option], weights: Mapping[str, float]) -> tuple[float, list[float]]:
+        """Return what the ends of a model cost, and a layer of each option; several budgets are mixed."""
+        ends, layers = 0.0, [0.0] * len(options)
+        for kind, weight in weights.items():
+            scale = weight if len(weights) == 1 else weight / self.limits[kind]
+            one, full = self._one_layer(kind, self.space.full), self.costs[kind](FULL)
+            base = one - (full - one) / max(1, self.space.num_layers - 1)
+            ends += scale * base
+            ones = (self._one_layer(kind, option) for option in options)
+            layers = [total + scale * (cost - base) for total, cost in zip(layers, ones, strict=True)]
+        return ends, layers
+
+    def _one_layer(self, kind: str, option: Option) -> float:
+        """Return what the model of the first layer alone costs."""
+        return self.costs[kind](Granularity(ffn=(option.ffn,), heads=(option.heads,), layers=(0,)))
+
+    def _heuristics(self) -> list[Choice]:
+        """Return the paper's heuristic at each target."""
+        choices = sorted(self.space.heuristics(), key=lambda one: self._cost(one)[self.kind])
+        return self._at_targets([(self._cost(one)[self.kind], one) for one in choices])
+
+    def _at_targets(self, points: Sequence[tuple[float, Choice]]) -> list[Choice]:
+        """Return the most expensive member up to each target."""
+        costs = [cost for cost, _ in points]
+        places = (bisect.bisect_right(costs, target * (1 + 1e-9)) for target in self._targets())
+        return list(dict.fromkeys(points[place - 1][1] for place in places if place))
+
+    def _switch(self, proxy: Proxy, num_evaluations: int) -> None:
+        """Measure members around the best one until none is better, or enough are measured."""
+        while len(self.origins) < num_evaluations:
+            fitting = {one: loss for one, loss in self._known().items() if self._fits(one)}
+            if not fitting:
+                return
+            best = min(fitting, key=fitting.__getitem__)
+            near = [one for one in self._neighbours(best) if one not in self.origins and self._fits(one)]
+            few = sorted(near, key=proxy.predict)[: min(SWITCHES, num_evaluations - len(self.origins))]
+            self._add("found", few, proxy)
+            self._measure()
+            proxy = proxy.corrected(self._known())
+            known = self._known()
+            if not few or min(known[one] for one in few) >= known[best]:
+                return
+
+    def _neighbours(self, choice: Choice) -> list[Choice]:
+        """Return members of which one layer is a step wider, or another one narrower as well."""
+        if not self.space.unequal_ffn:
+            return []
+        steps, widths = self.space.ffn, [option.ffn for option in choice.options]
+
+        def moved(ups: Sequence[int], downs: Sequence[int]) -> Choice | None:
+            new = list(choice.options)
+            for places, change in ((ups, 1), (downs, -1)):
+                for place in places:
+                    index = steps.index(widths[place]) + change
+                    if not 0 <= index < len(steps):
+                        return None
+                    new[place] = Option(steps[index], new[place].heads)
+            return Choice(choice.layers, tuple(new))
+
+        places = range(len(widths))
+        moves = [moved([up], []) for up in places]
+        moves += [moved([up], [down]) for up, down in itertools.permutations(places, 2)]
+        return [one for one in dict.fromkeys(moves) if one is not None]
+
+    def _result(self, before: int, last: Collection[Choice]) -> Result:
+        found = [self._found(choice, origin) for choice, origin in self.origins.items()]
+        known = {str(one.member): one for one in found}
+        for name, member in {**self.family, "full": FULL}.items():
+            same = known.get(str(member))
+            if same is None or same.name is None:
+                known[str(member)] = self._found(self.space.choice_of(member), "trained", name)
+        rows = sorted(known.values(), key=lambda one: (one.costs[self.kind], one.loss))
+        fitting = [one for one in rows if one.fits]
+        unequal = [one for one in self.predicted if len({*one.options}) > 1]
+        pairs = {one: (self.predicted[one], self._loss(one)) for one in unequal}
+        return Result(
+            found=rows,
+            best=min(fitting, key=lambda one: one.loss) if self.limits and fitting else None,
+            rank_correlation=spearman(list(pairs.values())),
+            prediction_error=_mean_distance(pairs.values()),
+            last_error=_mean_distance(pair for one, pair in pairs.items() if one in last),
+            num_evaluated=len(rows),
+            num_measured=self.losses.num_measured - before,
+        )
+
+    def _found(self, choice: Choice, origin: str, name: str | None = None) -> Found:
+        member = choice.member(self.space.num_layers)
+        difference = self.losses.compare(member, FULL)
+        return Found(
+            name=name,
+            member=member,
+            origin=origin,
+            costs=self._cost(choice),
+            predicted=self.predicted.get(choice),
+            loss=self.losses.mean(member),
+            above=difference.mean,
+            error=difference.error,
+            fits=self._fits(choice),
+        )
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Return Spearman's rank correlation; None of fewer than three pairs, or of equal numbers.
+
+    >>> spearman([(1.0, 10.0), (2.0, 30.0), (3.0, 20.0)])
+    0.5
+    """
+    if len(pairs) < 3:
+        return None
+    ranks = [_ranks([pair[side] for pair in pairs]) for side in (0, 1)]
+    if any(one.std() == 0 for one in ranks):
+        return None
+    return float(round(np.corrcoef(ranks[0], ranks[1])[0, 1], 12))
+
+
+def _mean_distance(pairs: Iterable[tuple[float, float]]) -> float:
+    distances = [abs(one - other) for one, other in pairs]
+    return sum(distances) / max(1, len(distances))
+
+
+def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    """Return ranks; equal values share their mean rank."""
+    array = np.asarray(values)
+    below, equal = (array[:, None] > array).sum(1), (array[:, None] == array).sum(1)
+    ranks: NDArray[np.float64] = below + (equal - 1) / 2.0
+    return ranks
+
+
+def _mixtures(kinds: Sequence[str]) -> list[dict[str, float]]:
+    """Return weights by which several budgets are one."""
+    mixed = [] if len(kinds) == 1 else [{kind: 1 / len(kinds) for kind in kinds}]
+    return [*({kind: 1.0} for kind in kinds), *mixed]
+
+
+def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no line between two others lies below."""
+    hull: list[tuple[float, float]] = []
+    for point in points:
+        while len(hull) > 1 and _turn(hull[-2], hull[-1], point) <= 0:
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
