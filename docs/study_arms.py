@@ -85,6 +85,8 @@ ARMS = (
     _small("S", taught=True, extra=True),
     _small("D", taught=True, extra=True),
 )
+DEFAULT = "exit_stride 4, fade_to 0.1"
+"""The arm of today's defaults."""
 FIRST = 14
 """The number of arms that get all their seeds before the others get their first."""
 
@@ -148,8 +150,8 @@ def _lengths(steps: int) -> list[str]:
 def _extra_fraction(recipe: Recipe) -> float:
     """Return the fraction of the full model's steps that fit into a third of the extra time."""
     alone = load_recipe([CONFIG], NO_FAMILY)
-    full = alone.elastic_config(alone.data.vocab_size, 0)
-    own = recipe.elastic_config(recipe.data.vocab_size, 0)
-    teacher = full if recipe.loss.teacher else None
-    of_full = count_step_flops(alone, full) / count_step_flops(recipe, own, teacher)
-    return EXTRA_TIME / 3 * of_full
+    full, own = (one.elastic_config(one.data.vocab_size, 0) for one in (alone, recipe))
+    of_full, of_own = count_step_flops(alone, full), count_step_flops(recipe, own)
+    if recipe.loss.teacher:
+        of_own += of_full / 3  # a forward pass
+    return EXTRA_TIME / 3 * of_full / of_own

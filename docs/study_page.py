@@ -1,12 +1,13 @@
 """The page of docs/study.py: a table and a picture for each corpus and length, generated from runs.json."""
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import altair as alt
-from study_arms import ALONE, ARMS, BATCH_TOKENS, CORPORA, ROOT, SHORT, Run
+from study_arms import ALONE, ARMS, BATCH_TOKENS, CORPORA, DEFAULT, ROOT, SHORT, Run
 
 from models.base.numbers import NOTHING
 from models.base.table import Table
@@ -15,6 +16,8 @@ from train.report.style import INK, Chart, styled, to_svg
 from train.report.tables import flatten
 
 RESULTS = ROOT / "docs" / "results" / "study"
+FAMILY = "family-1m"
+"""The result that README.md shows first."""
 MEASURES = {"alpha_shared": "in place"}
 
 Found: TypeAlias = Mapping[str, Any]
@@ -59,7 +62,41 @@ def files(study: Mapping[str, Any]) -> dict[Path, str]:
             page[RESULTS / f"{name}.svg"] = to_svg(picture(here))
     card = Table(("card", ""), tuple(flatten(study["card"]).items()), num_labels=2)
     parts += [f"Trained and measured by\n\n```\n{study['command']}\n```", card.to_markdown()]
-    return {RESULTS / "README.md": "\n\n".join(parts) + "\n", **page}
+    page[RESULTS / "README.md"] = "\n\n".join(parts) + "\n"
+    return page | {RESULTS.parent / f"{FAMILY}.json": json.dumps(against_alone(study, runs), indent=2) + "\n"}
+
+
+def against_alone(study: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
+    """Return the result that README.md shows first: the family of the defaults beside models of their own."""
+    corpus = next(iter(CORPORA))
+    rows: list[dict[str, Any]] = []
+    for member, measure in ((FULL_NAME, "loss"), ("S", "loss"), ("S", "alpha"), ("D", "alpha")):
+        is_full = member == FULL_NAME
+        arms = {"alone": ALONE if is_full else f"{member} alone", "distilled": f"{member} distilled"}
+        found = {
+            kind: by_seed(runs, arm, corpus, member, measure)
+            for kind, arm in {**arms, "family": DEFAULT}.items()
+        }
+        everyones = set.intersection(*(set(values) for values in found.values() if values))
+        means = {
+            kind: statistics.fmean(values[seed] for seed in everyones) if values else None
+            for kind, values in found.items()
+        }
+        rows.append({"what": f"{'full model' if is_full else member}: {measure}", **means})
+    times = {"alone": 1.0, "family": study.get("times", {}).get(DEFAULT)}
+    rows.append({"what": "a training step, x the full model's", **times})
+    title = "A family beside models of their own: TinyStories, 1.1 million parameters, means over seeds"
+    return {"title": title, "command": study["command"], "card": study["card"], "alone": rows}
+
+
+def by_seed(runs: Runs, arm: str, corpus: str, member: str, measure: str) -> dict[int, float]:
+    """Return seed -> what a member reached in an arm's runs of the recipe's length."""
+    return {
+        run.seed: one["members"][member][measure]
+        for run, one in runs.items()
+        if (run.arm, run.corpus, run.steps) == (arm, corpus, SHORT)
+        and measure in one["members"].get(member, {})
+    }
 
 
 def table(runs: Runs, times: Mapping[str, float]) -> Table:

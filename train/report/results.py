@@ -3,8 +3,9 @@
     python -m train.report.results            # write what is out of date
     python -m train.report.results --check    # only say so: exit code 1
 
-A result is {"title", "command", "card", "members": [...], "speed": [...], "training": [...]}: what
-`evaluate --json`, `bench --json` and `bench --train --json` measure, with at least one of the lists. In
+A result is {"title", "command", "card", "members": [...], "speed": [...], "training": [...], "alone": [...]}:
+what `evaluate --json`, `bench --json`, `bench --train --json` and docs/study.py measure, with at least one of
+the lists. In
 README.md everything between `<!-- results:begin NAME -->` and `<!-- results:end -->` comes from NAME.json, so
 no number there is typed; of a bench it shows the fastest ways only.
 """
@@ -23,6 +24,7 @@ from models.base.numbers import NOTHING
 from models.base.table import Table
 from models.checkpoint.family import Member
 from train.report.tables import (
+    alone_table,
     brief_speed_table,
     family_table,
     flatten,
@@ -32,7 +34,7 @@ from train.report.tables import (
 from train.report.write import write_text
 
 FOLDER = Path("docs/results")
-LISTS = ("members", "speed", "training")
+LISTS = ("members", "speed", "training", "alone")
 README = Path("README.md")
 BLOCK = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 BEGIN = "<!-- results:begin"
@@ -51,6 +53,7 @@ class Result:
     members: list[Member]
     speed: list[dict[str, Any]]
     training: list[dict[str, Any]]
+    alone: list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,7 +103,7 @@ def read_result(path: Path) -> Result:
     kinds = {"title": str, "command": str, "card": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
     if not any(content.get(name) for name in LISTS):
-        wrong.append("members, speed or training")
+        wrong.append("members, speed, training or alone")
     for name in LISTS:
         rows = content.get(name, [])
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -112,6 +115,7 @@ def read_result(path: Path) -> Result:
         members=[_member(path, item) for item in content.get("members", [])],
         speed=content.get("speed", []),
         training=content.get("training", []),
+        alone=content.get("alone", []),
         **{name: content[name] for name in kinds},
     )
 
@@ -163,6 +167,8 @@ def _readme_block(result: Result) -> str:
         table = brief_speed_table(result.speed)
     elif result.training:
         table = training_table(result.training)
+    elif result.alone:
+        table = alone_table(result.alone)
     else:
         table = family_table(result.members)
     details = f"[Everything about this result]({(FOLDER / result.name).as_posix()}.md)"
@@ -181,6 +187,8 @@ def _tables(result: Result, folder: Path) -> list[str]:
         parts.append(family_table(result.members).to_markdown())
     if result.speed:
         parts.append(speed_table(result.speed).to_markdown())
+    if result.alone:
+        parts.append(alone_table(result.alone).to_markdown())
     return [*parts, training_table(result.training).to_markdown()] if result.training else parts
 
 

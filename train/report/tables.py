@@ -91,6 +91,21 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table.of(rows, columns, labels=("engine", "mode"))
 
 
+def alone_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a row for each thing measured of a family and of its members trained by themselves.
+
+    Args:
+        rows: fields `what`, `alone`, `distilled` and `family`; without a number where nothing was measured.
+    """
+    columns: Columns = {
+        "what": ("", str),
+        "alone": ("trained alone", fixed(3)),
+        "distilled": ("distilled alone", fixed(3)),
+        "family": ("one family", fixed(3)),
+    }
+    return Table.of(rows, columns, labels=("what",))
+
+
 def setting(row: Mapping[str, Any]) -> str:
     """Return what tells rows of one engine, mode and draft apart: the cache, or how much is drafted.
 
