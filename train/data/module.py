@@ -31,7 +31,7 @@ class TextData(pl.LightningDataModule):
     """Text as batches, for training from any step and for validation.
 
     Args:
-        recipe: its `data`, `seed`, `loss.teacher` and the batch sizes of `trainer` are read.
+        recipe: its `data`, `seed`, `model.from`, `loss.teacher` and the batch sizes of `trainer` are read.
         first_step: steps that are done already.
         first_row: the place of the first row that it reads there; see `StepLoader`.
 
@@ -168,8 +168,10 @@ class TextData(pl.LightningDataModule):
         config, fraction = self.config, self._fraction
         if config.tokenizer != "bpe":
             return load_tokenizer(config.tokenizer)
-        if self.recipe.loss.teacher is not None:
-            return load_tokenizer(self.recipe.loss.teacher, key="loss.teacher")
+        shared = {"model.from": self.recipe.model.from_, "loss.teacher": self.recipe.loss.teacher}
+        for key, path in shared.items():
+            if path is not None:
+                return load_tokenizer(path, key=key)
 
         def build(partial: Path) -> dict[str, Any]:
             documents = take_documents(corpus, config.max_documents)

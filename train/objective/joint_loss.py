@@ -68,6 +68,7 @@ def joint_loss(
     *,
     block: int,
     teacher: Teacher | None = None,
+    full_config: LossConfig | None = None,
 ) -> JointLoss:
     """Return the loss of one micro-batch.
 
@@ -79,15 +80,17 @@ def joint_loss(
         config: The members' loss, and with a teacher the full model's.
         block: Positions of a block for members that train on the shared cache.
         teacher: Of the same vocabulary; the full model learns from it. None: from text alone.
+        full_config: The full model's loss with a teacher, where it is not that of the members.
     """
     slots = [slot for slot in plan.slots if _meet(slot.rows, batch.rows_everywhere)]
     recording = Recording() if any(slot.shift is not None for slot in slots) else None
     students = _students_of_full_pass(model, members, batch, plan, recording)
     for slot in slots:
         students.append(_student_of_slot(model, members[slot.name], batch, slot, recording, block))
-    taught = plan.full and ramp(batch.step, config) > 0
+    own = full_config or config
+    taught = plan.full and ramp(batch.step, own) > 0
     targets = teacher.targets(batch) if teacher is not None and taught else None
-    return _score(model, students, batch, config, targets)
+    return _score(model, students, batch, config, own, targets)
 
 
 def _students_of_full_pass(
@@ -144,6 +147,7 @@ def _score(
     students: Sequence[_Student],
     batch: Batch,
     config: LossConfig,
+    own: LossConfig,
     targets: Targets | None,
 ) -> JointLoss:
     """Return the losses of all students, made chunk by chunk; the first student is the full model."""
@@ -166,7 +170,7 @@ def _score(
         # One product for all: an exit's few rows, and their part of the weights' gradient, are slow alone.
         packed_NV = F.linear(torch.cat(states_ND), weight_VD)
         logits = packed_NV.split([len(states) for states in states_ND])
-        losses = _losses(logits, rows, labels_N[here], here, targets, config, batch.step)
+        losses = _losses(logits, rows, labels_N[here], here, targets, config, own, batch.step)
         sums = [student.weight * loss_N.sum() for student, loss_N in zip(students, losses, strict=True)]
         return torch.stack(sums) / batch.num_valid
 
@@ -184,6 +188,7 @@ def _losses(
     here: slice,
     targets: Targets | None,
     config: LossConfig,
+    own: LossConfig,
     step: int,
 ) -> Iterator[Tensor]:
     """Yield each student's losses in a chunk: the full model teaches the others, and may have a teacher."""
@@ -191,8 +196,8 @@ def _losses(
     if targets is None:
         yield cross_entropy(logits[0], labels_N)
     else:
-        from_teacher = partial(targets.divergence, here, logits[0], config)
-        yield taught_loss(logits[0], labels_N, from_teacher, config, step)
+        from_teacher = partial(targets.divergence, here, logits[0], own)
+        yield taught_loss(logits[0], labels_N, from_teacher, own, step)
     for member_NV, part in zip(logits[1:], rows[1:], strict=True):
         yield member_loss(member_NV, labels_N[part], full_NV[part], config, step)
 

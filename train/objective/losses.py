@@ -22,6 +22,7 @@ __all__ = [
     "divergence",
     "fade",
     "greedy_match",
+    "held_config",
     "member_loss",
     "ramp",
     "taught_loss",
@@ -77,6 +78,17 @@ def taught_loss(
     if ramped > 0:
         loss_N = loss_N + ramped * config.weight * from_teacher()
     return loss_N.masked_fill(labels_N == IGNORE_INDEX, 0.0)
+
+
+def held_config(trust: float) -> LossConfig:
+    """Return the loss of a full model that is held to its frozen original by KL, from the first step on.
+
+    Args:
+        trust: the KL's part of the loss; the rest is cross-entropy.
+    """
+    return LossConfig(
+        divergence="forward_kl", weight=trust, text_weight=1 - trust, ramp_start=0, ramp_steps=0
+    )
 
 
 def ramp(step: int, config: LossConfig) -> float:

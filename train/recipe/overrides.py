@@ -4,19 +4,21 @@ OmegaConf reads and merges them and resolves `${other.key}`, pydantic validates 
 refused with the nearest right one, wrong values with what was expected; all of them at once.
 """
 
-import dataclasses
 import difflib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from models.base.errors import UsageError
 from models.base.files import write_text
-from train.recipe.settings import help_rows, show
+from train.recipe.settings import as_table, help_rows, show
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 S = TypeVar("S")
 REFERENCES = "a value may refer to another key, as in ${trainer.max_steps}, or to ${oc.env:NAME}"
@@ -39,6 +41,7 @@ def load(
     renamed: Mapping[str, str],
     dials: Collection[str] = (),
     saved: bool = False,
+    implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> S:
     """Make a section from its defaults, then the files, then the overrides (see `pair_overrides`).
 
@@ -52,6 +55,7 @@ def load(
         renamed: The new key of each setting that had another one in an earlier release.
         dials: Names that are no settings, but that the command line takes.
         saved: whether the files were written by `save`, maybe of an earlier release: old keys are read.
+        implied: maps the merged tables to defaults, by dotted key, that follow from them.
 
     Raises:
         UsageError: one line for each key that is unknown and each value that does not fit.
@@ -63,15 +67,15 @@ def load(
     unknown = [key for key in given if key not in takes and "table" not in takes.get(_parent(key), "")]
     problems = [_unknown(takes, key, given.pop(key), renamed, dials) for key in unknown]
     try:
-        config = OmegaConf.create(TypeAdapter(section).dump_python(section(), mode="json"))
-        for key, one in given.items():
-            OmegaConf.update(config, key, one.value, merge=False, force_add=True)
-        made, wrong = _validate(section, OmegaConf.to_container(config, resolve=True), given)
+        config = _merge(section, {}, given)
+        if implied is not None:
+            config = _merge(section, implied(_tables(config)), given)
+        made, wrong = _validate(section, _tables(config), given)
         texts = {key: given[key].text for key in wrong if key in given and not given[key].origin}
         for key, text in texts.items():  # text needs no quotes on the command line: name=2024 is text, too
             OmegaConf.update(config, key, text, merge=False)
         if texts:
-            made, wrong = _validate(section, OmegaConf.to_container(config, resolve=True), given)
+            made, wrong = _validate(section, _tables(config), given)
     except _yaml_errors() as error:
         raise UsageError(_unresolved(error, given)) from None
     problems += [line or _unfit(takes, key, given) for key, line in wrong.items()]
@@ -84,7 +88,7 @@ def save(section: Any, path: Path) -> None:
     """Write every setting as YAML that `load` reads back equal; the file is complete or absent."""
     from omegaconf import OmegaConf
 
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(section))))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(as_table(section))))
 
 
 def pair_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -122,6 +126,24 @@ def _given(
         given.pop(key, None)  # the last word on the command line is merged last
         given[key] = Given(_parse_yaml(text), text)
     return given
+
+
+def _merge(section: type, implied: Mapping[str, Any], given: Mapping[str, Given]) -> "DictConfig":
+    """Return the defaults, then what is implied, then what is given, as OmegaConf holds them."""
+    from omegaconf import OmegaConf
+
+    config: DictConfig = OmegaConf.create(
+        TypeAdapter(section).dump_python(section(), mode="json", by_alias=True)
+    )
+    for key, value in [*implied.items(), *((key, one.value) for key, one in given.items())]:
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    return config
+
+
+def _tables(config: "DictConfig") -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def _leaves(

@@ -21,6 +21,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from train.recipe.dials import DIALS, overrides_of, schedule_of, split_dials
 from train.recipe.overrides import load, save
+from train.recipe.pretrained import implied_by_start
 from train.recipe.sections import (
     DataConfig,
     DistillConfig,
@@ -99,7 +100,7 @@ class Recipe:
         Raises:
             UsageError: if the sizes do not fit together.
         """
-        fields = asdict(self.model)
+        fields = {name: value for name, value in asdict(self.model).items() if name != "from_"}
         fields["max_position_embeddings"] = fields["max_position_embeddings"] or self.data.sequence_length
         vocab_size = self.data.vocab_size if vocab_size is None else vocab_size
         try:
@@ -125,10 +126,13 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     """
     dials, words = split_dials(overrides)
     words = [*overrides_of(dials), *words]
-    recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS)
+    recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
     if "tokens" in dials:  # whose number of steps depends on what the others say
-        words = [*schedule_of(dials["tokens"], recipe.trainer, recipe.data), *words]
-        recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS)
+        schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data)
+        if recipe.model.from_ is not None:  # whose members learn from the full model from the first step on
+            schedule = [word for word in schedule if not word.startswith("loss.")]
+        words = [*schedule, *words]
+        recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
     return recipe
 
 

@@ -38,6 +38,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class ModelConfig:
     """The full model, in Hugging Face's names; the vocabulary comes from the tokenizer."""
 
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """Folder or GGUF file of a model to begin from, which gives the shape, the tokenizer and, if it has one,
+    the family; null: random weights."""
     hidden_size: Count = 256
     """Width of the residual stream."""
     intermediate_size: Count = 1024
@@ -141,6 +144,9 @@ class LossConfig:
     teacher: str | None = None
     """Model folder or GGUF file of a trained model, from which the full model learns as members learn from
     the full model; null: it learns from text alone."""
+    trust: Fraction = 0.9
+    """With model.from and without loss.teacher, the fraction of the full model's loss that holds it to the
+    frozen original (KL); the rest is cross-entropy. 0: no original is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -169,8 +175,8 @@ class DataConfig:
     separator: str = "<|endoftext|>"
     """Line that ends a document in a .txt file."""
     tokenizer: str = "bpe"
-    """Tokenizer: bpe (trained on source, or with loss.teacher the teacher's), a folder, or a Hugging Face
-    name."""
+    """Tokenizer: bpe (trained on source; with model.from or loss.teacher, that model's), a folder, or a
+    Hugging Face name."""
     vocab_size: Annotated[Whole, Field(ge=2)] = 4096
     """Number of tokens of a trained tokenizer."""
     sequence_length: Annotated[Whole, Field(ge=2)] = 256

@@ -11,11 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 
-CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+CHECKED = ConfigDict(
+    extra="forbid",
+    strict=True,
+    allow_inf_nan=False,
+    use_attribute_docstrings=True,
+    validate_by_name=True,
+)
 """Pydantic refuses what is unknown, text in place of a number, and what is infinite."""
 
 
@@ -34,7 +40,7 @@ def help_rows(section: type, prefix: str = "") -> list[SettingHelp]:
     assert is_pydantic_dataclass(section)
     rows = []
     for name, field in section.__pydantic_fields__.items():
-        key, default = f"{prefix}{name}", field.get_default(call_default_factory=True)
+        key, default = f"{prefix}{field.alias or name}", field.get_default(call_default_factory=True)
         if is_pydantic_dataclass(type(default)):
             rows += help_rows(type(default), f"{key}.")
         else:
@@ -42,6 +48,12 @@ def help_rows(section: type, prefix: str = "") -> list[SettingHelp]:
             kind = takes(field.annotation, field.metadata)
             rows.append(SettingHelp(key, kind, show(default, limit=200), text))
     return rows
+
+
+def as_table(section: Any) -> dict[str, Any]:
+    """Return the values of a section by their keys, sections inside it as tables."""
+    table: dict[str, Any] = TypeAdapter(type(section)).dump_python(section, by_alias=True)
+    return table
 
 
 def takes(hint: Any, metadata: Iterable[Any] = ()) -> str:

@@ -5,7 +5,6 @@ pass, counted over the sampler's own plans, at a fraction of the rate that the m
 matrix product; memory is models/elastic/count.py's.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,12 +32,13 @@ from models.machine.card import (
     resolve_dtype,
     this_machine,
 )
-from train.distill.open import check_teacher
 from train.objective.chunked_loss import rows_per_chunk
 from train.objective.flops import count_step_flops, count_teacher_flops, first_plans
 from train.objective.sampler import StepPlan
 from train.objective.teacher import TeacherShape
 from train.recipe.recipe import Recipe
+from train.recipe.settings import as_table
+from train.run.start import check_start, check_taught
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the fraction of a
 # large product's rate that configs/demo.yaml was seen to reach on one core.
@@ -76,8 +76,8 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
     Raises:
         UsageError: if the model's sizes do not fit together, or its teacher not to the recipe.
     """
-    teacher = check_teacher(recipe)
-    config = recipe.elastic_config(teacher.vocab_size if teacher else None)
+    start, teacher = check_start(recipe), check_taught(recipe)
+    config = start or recipe.elastic_config(teacher.vocab_size if teacher else None)
     with console.status("measuring this machine"):
         card = _card()
     estimate = estimate_run(recipe, config, card, teacher)
@@ -179,17 +179,19 @@ def family_costs(members: Mapping[str, Granularity], config: ElasticConfig) -> T
 def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table:
     """Return the estimate in words."""
     memory, tokenizer, taught = estimate.memory, recipe.data.tokenizer, recipe.loss.teacher is not None
+    held = recipe.model.from_ is not None and recipe.loss.trust > 0
     state = memory.weights + memory.gradients + memory.optimizer
+    owner = "that model" if recipe.model.from_ else "the teacher" if taught else ""
     decides = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"
     facts = {
-        "vocabulary": f"{vocab_size:,}{' (the teacher has it)' if taught else decides}",
+        "vocabulary": f"{vocab_size:,}{f' ({owner} has it)' if owner else decides}",
         "tokens per step": f"{estimate.tokens_per_step:,}",
         "tokens in total": f"{estimate.tokens:,} in {recipe.trainer.max_steps:,} steps",
         "FLOPs per step": f"{si(estimate.flops_per_step)}, forward and backward, members included",
     }
-    if taught:
+    if taught or held:
         fraction = percent(estimate.teacher_flops / estimate.flops_per_step)
-        facts["teacher"] = (
+        facts["teacher" if taught else "frozen original"] = (
             f"{estimate.teacher_parameters:,} parameters, {fraction} of these FLOPs once it teaches, "
             f"{size(estimate.teacher_bytes)} of weights beside the memory below"
         )
@@ -217,4 +219,4 @@ def _card() -> MachineCard:
 def _yaml(recipe: Recipe) -> str:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+    return OmegaConf.to_yaml(OmegaConf.create(as_table(recipe)))

@@ -22,10 +22,11 @@ from models.machine.card import known_card, machine_card, training_dtype
 from models.machine.provenance import make_card
 from models.measure.consistency import evaluate_family
 from train.data.module import TextData
-from train.distill.open import check_teacher, open_teacher
+from train.distill.open import open_teacher
 from train.objective.flops import count_step_flops
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
+from train.recipe.settings import as_table
 from train.run.callbacks.checkpoint import Checkpoint
 from train.run.callbacks.consistency import Consistency
 from train.run.callbacks.gradients import Gradients
@@ -42,6 +43,7 @@ from train.run.malloc import keep_freed_memory
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
 from train.run.run_folder import check_belongs, earlier_state, find_state, open_run
+from train.run.start import Start, check_start, check_taught, load_start, open_original, open_start
 from train.run.state import TrainingState
 from train.run.tracking import make_loggers
 
@@ -81,8 +83,9 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
         if fabric.is_global_zero:
             lock.take()
         precision = training_precision(recipe.dtype)
-        with console.status("reading the teacher") if recipe.loss.teacher else contextlib.nullcontext():
-            teacher = open_teacher(recipe, precision, console)
+        with console.status("reading models") if check_taught(recipe) else contextlib.nullcontext():
+            start = open_start(recipe)
+            teacher = open_teacher(recipe, precision, console) or open_original(recipe, start, precision)
         state = find_state(recipe, out, resume, console, teacher) if fabric.is_global_zero else None
         torch.manual_seed(recipe.seed)
         data = TextData(recipe).prepare(console)
@@ -91,7 +94,8 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
             check_agreed(fabric, "dtype=auto", precision)
             check_agreed(fabric, "loss.teacher", str(teacher and dict(teacher.record)))
             state = fabric.broadcast(state)
-            run = identify(recipe, data, teacher, precision)
+            check_agreed(fabric, "model.from", str(start and start.sha256))
+            run = identify(recipe, data, teacher, precision, start)
             if fabric.is_global_zero and resume != "never":
                 check_belongs(recipe, run, out, state, console)
             check_agreed(fabric, "the text's hash", data.tokens_sha256)
@@ -110,7 +114,7 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
         if exit_code is not None:
             console.print(f"stopped after step {module.step}; the same command goes on from there")
             raise SystemExit(exit_code)
-        return finish(module, data, out, console, teacher)
+        return finish(module, data, out, console, teacher, start)
 
 
 def _quieten() -> None:
@@ -121,13 +125,17 @@ def _quieten() -> None:
 
 
 def make_config(recipe: Recipe, data: TextData) -> ElasticConfig:
-    """Return the full model's shape; its vocabulary is the tokenizer's, or as wide as the teacher's."""
-    teacher = check_teacher(recipe)
+    """Return the full model's shape: that of `model.from`, else with the vocabulary of teacher or data."""
+    start, teacher = check_start(recipe), check_taught(recipe)
+    if start is not None:
+        return start
     return recipe.elastic_config(teacher.vocab_size if teacher else data.vocab_size, data.eos_token_id)
 
 
 def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
-    """Return a model with seeded initial weights."""
+    """Return the model of `model.from`, or one with seeded initial weights."""
+    if recipe.model.from_ is not None:
+        return load_start(recipe)
     model = ElasticLM(make_config(recipe, data))
     model.init_weights(torch.Generator().manual_seed(recipe.seed))
     return model
@@ -169,7 +177,7 @@ def train(
     recipe, settings = module.recipe, module.recipe.trainer
     log = MetricsLog(None)
     if fabric.is_global_zero:
-        loggers = make_loggers(recipe.tracking, out, module.members, asdict(recipe))
+        loggers = make_loggers(recipe.tracking, out, module.members, as_table(recipe))
         log = MetricsLog(out / "metrics.jsonl", loggers, first_step=module.first_step)
     callbacks = [signals, *make_callbacks(module, data, out, log, state, run, console)]
     trainer = pl.Trainer(
@@ -210,7 +218,7 @@ def full_speed(recipe: Recipe, config: ElasticConfig) -> float | None:
         return None
     rate = device.dtypes[training_precision(recipe.dtype)].product_gflops * 1e9
     tokens = recipe.trainer.rows_per_step * recipe.data.sequence_length
-    return rate * tokens / count_step_flops(recipe, config, check_teacher(recipe))
+    return rate * tokens / count_step_flops(recipe, config, check_taught(recipe))
 
 
 def make_callbacks(
@@ -255,7 +263,14 @@ def make_callbacks(
     return callbacks
 
 
-def finish(module: JointModule, data: TextData, out: Path, console: Console, teacher: Teacher | None) -> Path:
+def finish(
+    module: JointModule,
+    data: TextData,
+    out: Path,
+    console: Console,
+    teacher: Teacher | None,
+    start: Start | None = None,
+) -> Path:
     """Measure the family once more on more text and write the model folder."""
     members: list[Member] = []
     batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
@@ -265,21 +280,26 @@ def finish(module: JointModule, data: TextData, out: Path, console: Console, tea
     return save_model(
         out / "model",
         module.model,
-        tokenizer=data.tokenizer,
+        tokenizer=start.tokenizer if start else data.tokenizer,
         family=module.members,
         members=members,
-        provenance=make_provenance(module, data, teacher),
+        provenance=make_provenance(module, data, teacher, start),
+        chat_template=start.chat_template if start else None,
+        like=Path(start.path).expanduser() if start else None,
     )
 
 
-def make_provenance(module: JointModule, data: TextData, teacher: Teacher | None) -> dict[str, Any]:
+def make_provenance(
+    module: JointModule, data: TextData, teacher: Teacher | None, start: Start | None = None
+) -> dict[str, Any]:
     """Return the origin of a model: recipe, data, teacher, commit, versions, machine."""
     return {
-        "recipe": asdict(module.recipe),
+        "recipe": as_table(module.recipe),
         "steps": max(module.step, module.first_step),
         "skipped_steps": module.guard.skipped,
         "rollbacks": module.guard.rollbacks,
         "data": data.provenance,
+        "start": None if start is None else start.record,
         "teacher": None if teacher is None else dict(teacher.record),
         "card": make_card(dtypes={"training": training_precision(module.recipe.dtype)}),
     }

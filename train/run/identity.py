@@ -1,4 +1,4 @@
-"""The identity of a run: recipe, text, tokenizer and teacher; a folder or state of another run is refused.
+"""The identity of a run: recipe, text, tokenizer, start and teacher; what is of another run is refused.
 
 A state of other text would go on with a tokenizer that its weights never saw, so such a run is refused before
 anything is written. What may change on the way (how long, how many rows a step) is told in a line.
@@ -17,8 +17,9 @@ from models.checkpoint.family import FAMILY_FILE
 from train.data.module import TextData
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe, load_saved_recipe
-from train.recipe.settings import show
+from train.recipe.settings import as_table, show
 from train.run.optim import learning_rate_factor
+from train.run.start import Start
 
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "data.json"
@@ -40,6 +41,7 @@ class Identity:
         tokenizer: hash of the tokenizer.
         source: name of the text.
         teacher: hash of the teacher's weights.
+        start: hash of the weights that it began from.
         dtype: that it trains in.
     """
 
@@ -48,6 +50,7 @@ class Identity:
     tokenizer: str | None = None
     source: str | None = None
     teacher: str | None = None
+    start: str | None = None
     dtype: str | None = None
 
     @property
@@ -62,14 +65,17 @@ class Identity:
         return Identity(**{"recipe": {}, **known})
 
 
-def identify(recipe: Recipe, data: TextData, teacher: Teacher | None, dtype: str) -> Identity:
+def identify(
+    recipe: Recipe, data: TextData, teacher: Teacher | None, dtype: str, start: Start | None = None
+) -> Identity:
     """Return the run that a recipe and its prepared data make."""
     return Identity(
-        recipe=asdict(recipe),
+        recipe=as_table(recipe),
         tokens=data.tokens_sha256,
         tokenizer=data.text_tokenizer.sha256,
         source=recipe.data.source,
         teacher=teacher.record["sha256"] if teacher else None,
+        start=start.sha256 if start else None,
         dtype=dtype,
     )
 
@@ -78,7 +84,7 @@ def read_identity(folder: Path) -> Identity | None:
     """Return the identity of the run in a folder; None if there is no run."""
     if not (folder / RECIPE_FILE).is_file():
         return None
-    recipe = asdict(load_saved_recipe(folder / RECIPE_FILE))
+    recipe = as_table(load_saved_recipe(folder / RECIPE_FILE))
     if (folder / DATA_FILE).is_file():
         return Identity.read({**read_json(folder / DATA_FILE), "recipe": recipe})
     model = folder / "model" / FAMILY_FILE  # of a run that finished before there was a data.json
@@ -127,12 +133,15 @@ def check_same_run(ours: Identity, theirs: Identity, where: str) -> None:
                 f"(data.source={ours.source}); use another --out or the old data, "
                 "or start over with --resume never"
             )
-    if theirs.teacher is not None and ours.teacher != theirs.teacher:
-        raise UsageError(
-            f"{where} holds a run with another loss.teacher: hash {_short(theirs.teacher)}, now "
-            f"{_short(ours.teacher)}; restore its weights, choose another --out, or start over "
-            "with --resume never"
-        )
+    for what, now, before in (
+        ("model.from", ours.start, theirs.start),
+        ("loss.teacher", ours.teacher, theirs.teacher),
+    ):
+        if before is not None and now != before:
+            raise UsageError(
+                f"{where} holds a run with another {what}: hash {_short(before)}, now {_short(now)}; "
+                "restore its weights, choose another --out, or start over with --resume never"
+            )
 
 
 def what_changes(recipe: Recipe, ours: Identity, theirs: Identity, *, step: int, row: int) -> list[str]:

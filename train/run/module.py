@@ -19,7 +19,7 @@ from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.objective.joint_loss import joint_loss
-from train.objective.losses import fade
+from train.objective.losses import fade, held_config
 from train.objective.sampler import plan_step
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
@@ -59,6 +59,8 @@ class JointModule(pl.LightningModule):
         self.guard = Guard(recipe.optim.skip_sigma, guard)
         # In a tuple, and so no submodule: nothing that is optimised, clipped, saved or sharded.
         self.teachers = () if teacher is None else (teacher,)
+        is_held = recipe.loss.teacher is None and recipe.loss.trust > 0
+        self.full_config = held_config(recipe.loss.trust) if is_held else None
         self.losses: dict[str, Tensor] = {}
         self.gradient_norm = torch.zeros(())
         self.batch_ended: float | None = None
@@ -103,6 +105,7 @@ class JointModule(pl.LightningModule):
             recipe.loss,
             block=recipe.sampler.block,
             teacher=next(iter(self.teachers), None),
+            full_config=self.full_config,
         )
         self._keep(loss.terms, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
         averaged_over = recipe.trainer.accumulate_grad_batches * self.trainer.world_size

@@ -3,7 +3,7 @@
 recipe.yaml  data.json  metrics.jsonl  steps/<n>/  model/  and with a teacher teacher.json
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from models.base.outputs import check_apart
 from train.data.module import TextData
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe, load_saved_recipe, save_recipe
+from train.recipe.settings import as_table
 from train.run.identity import (
     DATA_FILE,
     RECIPE_FILE,
@@ -35,16 +36,16 @@ def find_state(
 ) -> TrainingState | None:
     """Return the state to go on from, if any; touch nothing."""
     check_replaceable(out, marker=RECIPE_FILE)
-    check_apart({"--out": out}, {"loss.teacher": recipe.loss.teacher})
+    check_apart({"--out": out}, {"loss.teacher": recipe.loss.teacher, "model.from": recipe.model.from_})
     if resume == "never":
         return None
     if (out / RECIPE_FILE).is_file():
-        check_recipe(asdict(recipe), asdict(load_saved_recipe(out / RECIPE_FILE)), f"--out {out}")
-        _check_same_teacher(teacher, out)
+        check_recipe(as_table(recipe), as_table(load_saved_recipe(out / RECIPE_FILE)), f"--out {out}")
+        _check_same_teacher(teacher, out, "loss.teacher" if recipe.loss.teacher else "model.from")
     if resume != "auto":
         named = load_state(Path(resume))
         if before := _told_by(named).recipe:
-            check_recipe(asdict(recipe), before, f"--resume {resume}")
+            check_recipe(as_table(recipe), before, f"--resume {resume}")
         return named
     state, damaged = newest_state(out / "steps")
     for line in damaged:
@@ -119,13 +120,13 @@ def open_run(
         write_json(out / TEACHER_FILE, dict(teacher.record))
 
 
-def _check_same_teacher(teacher: Teacher | None, out: Path) -> None:
+def _check_same_teacher(teacher: Teacher | None, out: Path, key: str) -> None:
     """Compare the weights; a run without a record was killed before it trained."""
     record = out / TEACHER_FILE
     if teacher is None or not record.is_file() or read_json(record).get("sha256") == teacher.record["sha256"]:
         return
     raise UsageError(
-        f"loss.teacher={teacher.record['path']}: has other weights than when the run in --out {out} began; "
+        f"{key}={teacher.record['path']}: has other weights than when the run in --out {out} began; "
         "restore them, choose another --out, or start over with --resume never"
     )
 

@@ -1,7 +1,7 @@
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from train.recipe.recipe import (
     save_recipe,
 )
 from train.recipe.sections import DataConfig, LossConfig, OptimConfig, SamplerConfig, TrackingConfig
+from train.recipe.settings import as_table
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
@@ -133,7 +134,7 @@ def test_probabilities_are_a_table_that_starts_empty() -> None:
         ("seeed=1", "seed"),
         ("seed.x=1", "seed"),
         ("loss.divergance=kl_tv", "loss.divergence"),
-        ("model=3", "model.hidden_size"),
+        ("model=3", "model.from"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_right_one(override: str, nearest: str) -> None:
@@ -291,7 +292,7 @@ def test_every_setting_has_a_row_of_help() -> None:
         return [key for group in nested for key in group]
 
     rows = recipe_help()
-    assert [row.key for row in rows] == keys(asdict(Recipe()))
+    assert [row.key for row in rows] == keys(as_table(Recipe()))
     assert all(row.help and row.type and row.default for row in rows)
     share = next(row for row in rows if row.key == "sampler.row_fraction")
     assert (share.type, share.default) == ("number in (0, 1]", "0.0625")
@@ -312,8 +313,7 @@ def test_reading_a_recipe_does_not_load_torch() -> None:
 
 
 def shape(recipe: Recipe) -> ElasticConfig:
-    fields = {**asdict(recipe.model), "max_position_embeddings": recipe.data.sequence_length}
-    return ElasticConfig(vocab_size=recipe.data.vocab_size, **fields)
+    return recipe.elastic_config()
 
 
 def test_there_are_recipes() -> None:

@@ -1,0 +1,230 @@
+"""Runs that begin from given weights."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.base.errors import UsageError
+from models.base.files import read_json
+from models.checkpoint.folder import ModelFolder, load_model, save_model
+from models.checkpoint.weights import weights_of
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
+from train.cli import main
+from train.data.tokenizer import train_bpe
+from train.recipe.recipe import load_recipe, load_saved_recipe
+from train.run.start import check_start
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "dog",
+    "run",
+    "to",
+    "its",
+    "small",
+    "house",
+]
+Train = Callable[..., ModelFolder]
+QUICK = {
+    "data.sequence_length": 32,
+    "data.valid_fraction": 0.1,
+    "trainer.max_steps": 6,
+    "trainer.batch_size": 4,
+    "trainer.val_check_interval": 3,
+    "trainer.limit_val_batches": 1,
+    "trainer.checkpoint_every": 3,
+    "trainer.accelerator": "cpu",
+    "sampler.min_rows": 1,
+    "tracking.wandb": "disabled",
+    "tracking.tensorboard": "false",
+    "dtype": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    picks = torch.randint(0, len(WORDS), (60, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n<|endoftext|>\n".join(" ".join(WORDS[i] for i in row) for row in picks))
+    return path
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as a user has it: weights in bf16, a tokenizer, a template, a family of its own."""
+    tokenizer = train_bpe([" ".join(WORDS)] * 9, vocab_size=280)
+    config = ElasticConfig(
+        vocab_size=288,  # wider than the tokenizer, as real models often are
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rope_theta=5000.0,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = ElasticLM(config)
+    model.init_weights(torch.Generator().manual_seed(3))
+    return save_model(
+        tmp_path_factory.mktemp("given") / "model",
+        model.to(torch.bfloat16),
+        tokenizer=tokenizer.backend,
+        family={"H": Granularity.parse("ffn=0.5"), "E": Granularity.parse("layers=0-1")},
+        chat_template=TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="module")
+def train(text: Path, tmp_path_factory: pytest.TempPathFactory, quick_machine: None) -> Train:
+    def run(start: Path, *words: str, out: Path | None = None) -> ModelFolder:
+        keys = {"model.from": start, "data.source": text, "data.cache_dir": text.parent / "cache", **QUICK}
+        settings = [f"{key}={value}" for key, value in keys.items()]
+        out = out or tmp_path_factory.mktemp("runs") / "run"
+        assert main(["train", "--out", str(out), *settings, *words]) == 0
+        return load_model(out / "model")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unmoved(given: Path, train: Train) -> ModelFolder:
+    return train(given, "optim.lr=1e-30")
+
+
+def test_a_run_that_does_not_learn_keeps_the_given_weights(given: Path, unmoved: ModelFolder) -> None:
+    before = weights_of(load_model(given, dtype=torch.float32).model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(unmoved.model).items())
+
+
+def test_shape_family_tokenizer_and_template_are_those_of_the_given_model(
+    given: Path, unmoved: ModelFolder
+) -> None:
+    recipe_file = unmoved.path.parent / "recipe.yaml"
+    recipe = load_saved_recipe(recipe_file)
+    assert (recipe.model.hidden_size, recipe.model.rope_theta) == (32, 5000.0)
+    assert "\n  from: " in recipe_file.read_text()
+    assert unmoved.model.config == load_model(given).model.config
+    assert list(unmoved.family) == ["H", "E", "XL"]
+    assert unmoved.chat_template == TEMPLATE
+    assert (unmoved.path / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
+    start = unmoved.provenance["start"]
+    assert start["path"] == str(given)
+    assert len(start["sha256"]) == 64
+    assert unmoved.provenance["teacher"]["sha256"] == start["sha256"], "the original held it"
+
+
+def test_a_run_from_given_weights_goes_on_bit_for_bit(given: Path, train: Train, tmp_path: Path) -> None:
+    whole = train(given, out=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for gone in ("model", "steps/00000006"):
+        shutil.rmtree(tmp_path / "parts" / gone)
+    parts = train(given, out=tmp_path / "parts")
+    ours, theirs = weights_of(parts.model), weights_of(whole.model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert read_json(tmp_path / "parts" / "data.json")["start"] == whole.provenance["start"]["sha256"]
+
+
+def test_a_gguf_file_begins_a_run(given: Path, train: Train, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    words = ["--granularity", "full", "--format", "gguf", "--dtype", "fp32", "--out", str(file)]
+    assert main(["extract", str(given), *words]) == 0
+    trained = train(file, "optim.lr=1e-30", "trainer.max_steps=1")
+    before = weights_of(load_model(given, dtype=torch.float32).model)
+    after = weights_of(trained.model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert trained.chat_template == TEMPLATE
+    assert trained.tokenizer is not None
+
+
+def test_the_trust_term_holds_the_full_model_to_its_original(given: Path, train: Train) -> None:
+    def moved(trust: float) -> float:
+        after = weights_of(train(given, "optim.lr=3e-3", f"loss.trust={trust}", "family={}").model)
+        before = weights_of(load_model(given, dtype=torch.float32).model)
+        return sum(float((after[name] - before[name]).norm()) for name in before)
+
+    assert moved(1.0) < 0.5 * moved(0.0), "KL alone is 0 at the start, and its gradient but for rounding"
+
+
+def test_the_recipe_of_a_run_without_a_start_says_null(text: Path) -> None:
+    recipe = load_recipe(overrides=["seed=1"])
+    assert recipe.model.from_ is None
+    assert check_start(recipe) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["model.hidden_size=64"], "model.hidden_size=64: is 32 in model.from={given}; leave it out"),
+        (["size=1M"], "model.hidden_size=128: is 32 in model.from={given}; leave it out"),
+        (["data.sequence_length=256"], "is longer than model.max_position_embeddings=128"),
+        (["data.tokenizer={other}"], "data.tokenizer={other}: its 257 tokens are not the 280 of"),
+        (["family={F: layers=0-5}"], "family.F=layers=0-5"),
+        (["model.from=nowhere"], "model.from=nowhere: nowhere does not exist"),
+    ],
+)
+@pytest.mark.parametrize("flags", [["--dry-run"], ["--out", "run"]], ids=["dry", "wet"])
+def test_what_does_not_fit_the_given_model_is_named_and_leaves_nothing(
+    words: list[str],
+    named: str,
+    flags: list[str],
+    given: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, other = tmp_path / "here", tmp_path / "other"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    other.mkdir()
+    train_bpe(["def area(width, height):"], vocab_size=257).save(other)
+    words = [word.replace("{other}", str(other)) for word in words]
+    keys = [f"model.from={given}", "data.sequence_length=32", f"data.source={text}"]
+    assert main(["train", *flags, *keys, *words]) == 2
+    error = capsys.readouterr().err
+    assert named.replace("{given}", str(given)).replace("{other}", str(other)) in error
+    assert list(here.iterdir()) == []
+
+
+def test_other_weights_are_refused_and_the_recipe_opens_without_any(
+    given: Path, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, out = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(given, start)
+    words = ["loss.trust=0", "trainer.max_steps=1"]
+    train(start, *words, out=out)
+    tensors = load_file(start / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, start / "model.safetensors")
+    with pytest.raises(AssertionError):
+        train(start, *words, out=out)
+    assert "holds a run with another model.from: hash" in capsys.readouterr().err
+    shutil.rmtree(start)
+    assert load_saved_recipe(out / "recipe.yaml").model.from_ == str(start)
+    with pytest.raises(UsageError, match=r"model\.from"):
+        load_recipe([out / "recipe.yaml"])
+
+
+def test_a_dry_run_shows_the_given_shape_and_the_frozen_original(
+    given: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"model.from={given}", "data.sequence_length=32", f"data.source={text}"]
+    assert main(["train", "--dry-run", *words]) == 0
+    out = capsys.readouterr().out
+    assert f"from: {given}" in out
+    assert "288 (that model has it)" in out
+    assert "frozen original" in out

@@ -1,0 +1,66 @@
+"""The defaults that follow from the model that a run begins from: its shape, its family, a gentle schedule.
+
+They stand below everything that is given, so that a key which contradicts the model's shape stays and is
+refused by its name (train/run/start.py).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.base.errors import UsageError
+from models.elastic.config import ElasticConfig
+from train.recipe.sections import ModelConfig
+
+HEALING: Mapping[str, Any] = {
+    "optim.lr": 3e-4,
+    "optim.warmup_steps": 20,
+    "optim.weight_decay": 0.0,
+    "loss.ramp_start": 0,
+    "loss.ramp_steps": 0,
+    "loss.fade_to": 1.0,
+}
+"""A trained model needs neither a high learning rate nor text before its members learn from it."""
+
+
+def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of a recipe with `model.from`, by dotted key; none without it.
+
+    Raises:
+        UsageError: if no model is there.
+        NestlingError: naming a file of it that is damaged.
+    """
+    start = (tables.get("model") or {}).get("from")
+    if not isinstance(start, str):
+        return {}
+    from models.checkpoint.family import FAMILY_FILE, read_family  # torch comes with them
+
+    config = read_start_config(start)
+    shape = {f"model.{name}": value for name, value in shape_of(config).items()}
+    family_file = Path(start).expanduser() / FAMILY_FILE
+    if not family_file.is_file():
+        return {**HEALING, **shape}
+    members, _, _ = read_family(family_file, config)
+    return {**HEALING, **shape, "family": {name: str(one) for name, one in members.items()}}
+
+
+def read_start_config(start: str) -> ElasticConfig:
+    """Return the shape of the model that `model.from` names; its weights are not read.
+
+    Raises:
+        UsageError: if there is no model.
+        NestlingError: if its config.json is missing, damaged or of a kind that cannot be held.
+    """
+    from models.checkpoint.folder import read_config
+
+    try:
+        return read_config(Path(start).expanduser())
+    except UsageError as error:
+        raise UsageError(f"model.from={start}: {error}") from None
+
+
+def shape_of(config: ElasticConfig) -> dict[str, Any]:
+    """Return the settings of a recipe's `model` section that a model's shape decides, by name."""
+    names = [field.name for field in dataclasses.fields(ModelConfig) if hasattr(config, field.name)]
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,142 @@
+"""The model that a run begins from, `model.from`: its shape is the run's, and so is its tokenizer.
+
+Its weights are read once, at step 0; a run that goes on reads its own state. Where the full model is held to
+it (`loss.trust`), a frozen copy teaches beside it, as a teacher of `loss.teacher` would.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from models.base.dtypes import DTYPES
+from models.base.errors import UsageError
+from models.checkpoint.folder import ModelFolder, load_model
+from models.checkpoint.weights import hash_weights
+from models.elastic.config import ElasticConfig
+from models.elastic.model import ElasticLM
+from train.data.tokenizer import TextTokenizer, load_tokenizer
+from train.distill.open import check_teacher
+from train.objective.teacher import ElasticTeacher, TeacherShape
+from train.recipe.pretrained import read_start_config, shape_of
+from train.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run keeps of the model that it began from.
+
+    Args:
+        path: As the recipe names it.
+        sha256: Hash of its weights.
+        tokenizer: Its tokenizer, as its own files hold it.
+        chat_template: Its chat template, if it has one.
+        provenance: Where it came from.
+    """
+
+    path: str
+    sha256: str
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    provenance: Mapping[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The part of a model's provenance that names it."""
+        return {"path": self.path, "sha256": self.sha256, "provenance": dict(self.provenance)}
+
+
+def check_start(recipe: Recipe) -> ElasticConfig | None:
+    """Return the shape of the model that a recipe begins from, or None; check that it fits, read no weights.
+
+    Raises:
+        UsageError: if there is no model, it has no tokenizer or another one than the recipe asks for, or the
+            recipe states another shape.
+        NestlingError: naming a file of it that is damaged.
+    """
+    start = recipe.model.from_
+    if start is None:
+        return None
+    config = read_start_config(start)
+    wrong = [
+        f"model.{name}={getattr(recipe.model, name)}: is {value} in model.from={start}; leave it out"
+        for name, value in shape_of(config).items()
+        if getattr(recipe.model, name) != value
+    ]
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    check_same_tokenizer(recipe, load_tokenizer(start, key="model.from"), f"model.from={start}")
+    return config
+
+
+def check_same_tokenizer(recipe: Recipe, theirs: TextTokenizer, shown: str) -> None:
+    """Refuse a `data.tokenizer` that is not that of a model which the run shares it with.
+
+    Args:
+        recipe: The run.
+        theirs: The model's tokenizer.
+        shown: The setting that names the model, with its value.
+
+    Raises:
+        UsageError: naming both.
+    """
+    if recipe.data.tokenizer == "bpe":
+        return
+    ours = load_tokenizer(recipe.data.tokenizer)
+    if ours.backend.get_vocab() != theirs.backend.get_vocab():
+        raise UsageError(
+            f"data.tokenizer={recipe.data.tokenizer}: its {ours.vocab_size} tokens are not the "
+            f"{theirs.vocab_size} of {shown}; set it to bpe to take that model's"
+        )
+
+
+def open_start(recipe: Recipe) -> Start | None:
+    """Return what is kept of a recipe's start, checked and hashed; None if it has none.
+
+    Raises:
+        UsageError, NestlingError: as `check_start`, or if its weights are missing or damaged.
+    """
+    if recipe.model.from_ is None:
+        return None
+    check_start(recipe)
+    folder = _load(recipe.model.from_)
+    return Start(
+        path=recipe.model.from_,
+        sha256=hash_weights(folder.path),
+        tokenizer=folder.tokenizer,
+        chat_template=folder.chat_template,
+        provenance=folder.provenance,
+    )
+
+
+def check_taught(recipe: Recipe) -> TeacherShape | None:
+    """Return the shape of the frozen model that the full one learns from: a teacher, or the original.
+
+    Raises:
+        UsageError, NestlingError: as `check_start` and `check_teacher`.
+    """
+    start, teacher = check_start(recipe), check_teacher(recipe)
+    if teacher is not None or start is None or not recipe.loss.trust:
+        return teacher
+    return TeacherShape.of(start)
+
+
+def open_original(recipe: Recipe, start: Start | None, dtype: str) -> ElasticTeacher | None:
+    """Return the frozen original that the full model is held to; None without one."""
+    if start is None or not recipe.loss.trust:
+        return None
+    model = load_model(Path(start.path).expanduser(), dtype=DTYPES[dtype]).model
+    return ElasticTeacher(model, {"path": start.path, "sha256": start.sha256})
+
+
+def load_start(recipe: Recipe) -> ElasticLM:
+    """Return the model of `model.from` in fp32, ready to train."""
+    assert recipe.model.from_ is not None
+    return _load(recipe.model.from_).model.train()
+
+
+def _load(start: str) -> ModelFolder:
+    return load_model(Path(start).expanduser(), dtype=torch.float32)
