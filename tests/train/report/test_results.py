@@ -148,7 +148,7 @@ def test_speeds_alone_have_no_picture(root: Path, content: dict[str, Any]) -> No
     [
         ({"title": None}, "has no title"),
         ({"card": None, "command": None}, "has no command, no card"),
-        ({"members": [], "speed": []}, "has no members, speed or training"),
+        ({"members": [], "speed": []}, "has no members, speed, training or alone"),
         ({"members": [{"name": "S"}]}, "is not a measured member"),
         ({"training": "abc"}, "has no list of objects as training"),
         ({"speed": [3]}, "has no list of objects as speed"),
