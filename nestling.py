@@ -53,6 +53,7 @@ _HOMES = {
 NEEDED = (
     "altair",
     "datasets",
+    "fastapi",
     "filelock",
     "gguf",
     "jinja2",
@@ -66,6 +67,7 @@ NEEDED = (
     "torch",
     "transformers",
     "typer",
+    "uvicorn",
     "wandb",
     "yaml",
 )

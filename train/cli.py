@@ -31,6 +31,7 @@ from train.commands.machine import machine
 from train.commands.order import order
 from train.commands.report import report
 from train.commands.search import search
+from train.commands.serve import serve
 from train.commands.train import PASS_ON, train
 from train.commands.train_help import TrainCommand
 from train.commands.verify import verify
@@ -51,6 +52,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "extract": (extract, "checkpoints/mine/model --granularity ffn=0.5 --out checkpoints/half"),
     "search": (search, "checkpoints/mine/model --draft --data stdlib"),
     "generate": (generate, 'checkpoints/mine/model --draft S --prompt "Once upon a time"'),
+    "serve": (serve, "checkpoints/mine/model --draft auto --port 8000"),
     "evaluate": (evaluate, "checkpoints/mine/model --data stdlib --granularity ffn=0.5,layers=0-2"),
     "verify": (verify, "checkpoints/mine/model --draft S --verifier block"),
     "bench": (bench, "checkpoints/mine/model --data stdlib, or nestling bench --train --config demo"),

@@ -5,7 +5,7 @@ is plain decoding's.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -77,7 +77,7 @@ def stream_text(
     config = changed(config, changes)
     prompt_ids = encode_prompt(target, tokenizer, prompt)
     tokens = stream(target, prompt_ids, config, draft=draft, gamma=gamma, policy=policy)
-    return TextStream(tokens, Detokenizer(tokenizer, prompt_ids), StopStrings(config.stop_texts))
+    return TextStream(tokens, TextBuilder(tokenizer, prompt_ids, config.stop_texts))
 
 
 def generate_batch(
@@ -112,7 +112,7 @@ def generate_batch(
     prompt_ids = [encode_prompt(target, tokenizer, prompt) for prompt in _items(prompts) or ()]
     streams = stream_batch(target, prompt_ids, config, new_policy=new_policy)
     texts = [
-        TextStream(tokens, Detokenizer(tokenizer, ids), StopStrings(config.stop_texts))
+        TextStream(tokens, TextBuilder(tokenizer, ids, config.stop_texts))
         for tokens, ids in zip(streams, prompt_ids, strict=True)
     ]
     going = list(texts)
@@ -121,11 +121,37 @@ def generate_batch(
     return [text.result() for text in texts]
 
 
+class TextBuilder:
+    """Makes text of tokens as they come: whole characters, up to the first stop string.
+
+    Args:
+        tokenizer: the model's.
+        prompt_ids: tokens that the text follows.
+        stop: texts that end it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Collection[str]) -> None:
+        self._detokenizer, self._stop = Detokenizer(tokenizer, prompt_ids), StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """True once there was a stop string; what follows it is no part of the text."""
+        return self._stop.stopped
+
+    def add(self, token: int) -> str:
+        """Return the text that is certain with this token."""
+        return self._stop.add(self._detokenizer.add(token))
+
+    def finish(self) -> str:
+        """Return the rest."""
+        return self._stop.add(self._detokenizer.flush()) + self._stop.flush()
+
+
 class TextStream(Iterator[Piece]):
     """Pieces of text as they come, none of them empty; `result()` is what was taken so far."""
 
-    def __init__(self, tokens: Stream, detokenizer: Detokenizer, stop: StopStrings) -> None:
-        self._tokens, self._detokenizer, self._stop = tokens, detokenizer, stop
+    def __init__(self, tokens: Stream, text: TextBuilder) -> None:
+        self._tokens, self._text = tokens, text
         self._ids: list[int] = []
         self._texts: list[str] = []
         self._pieces = (piece for piece in self._decode() if piece.text)
@@ -148,15 +174,15 @@ class TextStream(Iterator[Piece]):
 
     def _decode(self) -> Iterator[Piece]:
         drafted, report = False, self._tokens.report
-        for token, drafted in self._tokens:
+        for token, drafted, _ in self._tokens:
             self._ids.append(token)
             if report.finish_reason != "eos":  # the end token's text is no part of the output
-                yield Piece(self._stop.add(self._detokenizer.add(token)), drafted)
-            if self._stop.stopped:
+                yield Piece(self._text.add(token), drafted)
+            if self._text.stopped:
                 self._tokens.close()
                 break
-        rest = self._stop.add(self._detokenizer.flush()) + self._stop.flush()
-        if self._stop.stopped:
+        rest = self._text.finish()
+        if self._text.stopped:
             report.finish_reason = "stop"
         yield Piece(rest, drafted)
 

@@ -128,6 +128,14 @@ class KVCache:
         assert 0 <= length <= self.length, (length, self.length)
         self.length = length
 
+    def copy_from(self, other: "KVCache", length: int) -> None:
+        """Hold the first `length` positions that another cache has committed, and nothing else."""
+        assert length <= min(other.length, self.num_positions), (length, other.length, self.num_positions)
+        for ours, theirs in zip(self._stores, other._stores, strict=True):
+            for our_BGSK, their_BGSK in zip(ours, theirs, strict=True):
+                our_BGSK[:, :, :length] = their_BGSK[:, :, :length]
+        self.length = length
+
     def view(self) -> "KVCache":
         """Return the same store with a length of its own, which starts at this one's."""
         view = object.__new__(KVCache)

@@ -176,12 +176,12 @@ def propose(
     if scorer.can_draw:
         draws = sampler.draws(proposal, num_tokens, scorer.full.config.vocab_size)
     if draws is not None:
-        rows_TV = yield Pass(scorer, ids, cache, num_last=1, draws=draws)
+        rows_TV = yield Pass(scorer, ids, cache, num_last=1, draws=draws, is_draft=True)
         cache.commit(len(ids) + draws.num_read)
         proposal.add(draws, rows_TV)
         return proposal
     while len(proposal.ids) < num_tokens:
-        logits_TV = yield Pass(scorer, ids, cache, num_last=1)
+        logits_TV = yield Pass(scorer, ids, cache, num_last=1, is_draft=True)
         cache.commit(len(ids))
         ids = [sampler.draft(logits_TV[0], proposal)]
     return proposal

@@ -3,7 +3,7 @@
     prefill   the target reads the prompt; its last logits give the first token
     choose    a policy says who drafts this round and how many tokens gamma (models/decode/engine/policy.py)
     propose   the draft proposes up to gamma tokens after the pending one
-    verify    the target scores [pending, d1 .. d_gamma] in one pass and decides which of them stay
+    verify    the target scores [pending, d1 .. d_gamma] in one pass, which decides which of them stay
     commit    what stays is committed: the cache's length grows, nothing is copied or cropped
 
 A step asks for its passes and is sent their logits (models/decode/engine/scheduler.py), so that one request
@@ -14,20 +14,23 @@ equals plain decoding's token by token.
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from models.base.errors import NestlingError, UsageError
+from torch import Tensor
+
+from models.base.errors import NestlingError
 from models.decode.engine.draft import Draft
 from models.decode.engine.generation_config import DEFAULT, GenerationConfig
+from models.decode.engine.logprobs import Logprobs, logprobs_of
 from models.decode.engine.policy import NO_DRAFT, Fixed, Policy, Round, RoundPlan
 from models.decode.engine.report import Report
+from models.decode.engine.request import DecodingRequest, new_request
 from models.decode.engine.scheduler import BatchScheduler, Events, Pass, Steps, run_sequentially
-from models.decode.engine.state import State
 from models.decode.sampling.rng import Random, SeededRandom
-from models.decode.sampling.samplers import Proposal, Sampler, Verification, make_sampler
+from models.decode.sampling.samplers import Proposal, Verification
 from models.elastic.view import Model
 
 
@@ -37,9 +40,11 @@ class Token(NamedTuple):
     id: int
     drafted: bool
     """True if the draft proposed it."""
+    logprobs: Logprobs | None = None
+    """If the request asks for them."""
 
 
-class _Committed(NamedTuple):
+class Committed(NamedTuple):
     """A token, and what the report needs to know of it once it is taken."""
 
     token: Token
@@ -51,7 +56,7 @@ class _Committed(NamedTuple):
 class Stream(Iterator[Token]):
     """Tokens as they are decided, a round at a time; to cancel, stop taking them, or `close` it."""
 
-    def __init__(self, committed: Iterator[_Committed], report: Report, cancel: Callable[[], None]) -> None:
+    def __init__(self, committed: Iterator[Committed], report: Report, cancel: Callable[[], None]) -> None:
         self._committed = committed
         self.report = report
         self._cancel = cancel
@@ -98,8 +103,8 @@ def stream(
     """
     config = replace(config, **changes)
     random = random or SeededRandom(config.seed)
-    request = _request(target, prompt_ids, policy or Fixed(draft, gamma), random, config)
-    events = _decode(request)
+    request = new_request(target, prompt_ids, policy or Fixed(draft, gamma), random, config)
+    events = decode(request)
     return Stream(run_sequentially(events), request.report, events.close)
 
 
@@ -132,19 +137,19 @@ def stream_batch(
     config = replace(config, **changes)
     randoms = randoms or [SeededRandom(config.seed, row) for row in range(len(prompts))]
     requests = [
-        _request(target, prompt_ids, new_policy(), random, config)
+        new_request(target, prompt_ids, new_policy(), random, config)
         for prompt_ids, random in zip(prompts, randoms, strict=True)
     ]
-    scheduler = BatchScheduler([_decode(request) for request in requests], target)
-    lines: list[deque[_Committed]] = [deque() for _ in requests]
+    scheduler = BatchScheduler[Committed]()
+    lines = [deque(scheduler.add(number, decode(request))) for number, request in enumerate(requests)]
 
-    def taken(number: int) -> Iterator[_Committed]:
+    def taken(number: int) -> Iterator[Committed]:
         while True:
-            while not lines[number]:
-                event = next(scheduler, None)
-                if event is None:
-                    return
-                lines[event[0]].append(event[1])
+            while not lines[number] and len(scheduler):
+                for owner, token in scheduler.step():
+                    lines[owner].append(token)
+            if not lines[number]:
+                return
             yield lines[number].popleft()
 
     def cancel(number: int) -> Callable[[], None]:
@@ -153,44 +158,8 @@ def stream_batch(
     return [Stream(taken(row), one.report, cancel(row)) for row, one in enumerate(requests)]
 
 
-def _request(
-    target: Model,
-    prompt_ids: Sequence[int],
-    policy: Policy,
-    random: Random,
-    config: GenerationConfig,
-) -> "_Request":
-    limit = _num_new_tokens(target, prompt_ids, config)
-    policy.check(target)
-    eos_token_ids = config.end_tokens
-    if eos_token_ids is None:
-        eos_token_ids = target.full.config.eos_token_ids
-    else:
-        _check_end_tokens(eos_token_ids, target.full.config.vocab_size)
-    cache = target.full.new_cache(len(prompt_ids) + limit)
-    return _Request(
-        target=target,
-        policy=policy,
-        sampler=make_sampler(config.params, random, config.verifier),
-        limit=limit,
-        eos_token_ids=frozenset(eos_token_ids),
-        state=State(list(prompt_ids), cache),
-        report=Report(kv_bytes=cache.num_bytes, known_costs=policy.costs),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    target: Model
-    policy: Policy
-    sampler: Sampler
-    limit: int
-    eos_token_ids: frozenset[int]
-    state: State
-    report: Report
-
-
-def _decode(request: _Request) -> Events[_Committed]:
+def decode(request: DecodingRequest) -> Events[Committed]:
+    """Decode a request: a coroutine that yields its passes and each round's tokens."""
     report, room = request.report, request.limit
     started = perf_counter()
     kept = yield from prefill(request)
@@ -198,7 +167,7 @@ def _decode(request: _Request) -> Events[_Committed]:
     while True:
         room -= len(kept)
         ended = "eos" if kept[-1].id in request.eos_token_ids else "length" if room == 0 else ""
-        *first, last = (_Committed(token, position, "") for position, token in enumerate(kept))
+        *first, last = (Committed(token, position, "") for position, token in enumerate(kept))
         yield [*first, last._replace(finish_reason=ended)]
         if ended:
             return
@@ -207,8 +176,9 @@ def _decode(request: _Request) -> Events[_Committed]:
         plan = request.policy.choose(request.state, room - 1)
         proposal = yield from propose(request, plan)
         drafted = perf_counter() if proposal.ids else started
-        verification = yield from verify(request, proposal)
-        kept = commit(request, verification)
+        logits_TV = yield from score(request, proposal)
+        verification = request.sampler.verify(logits_TV, proposal)
+        kept = commit(request, verification, logits_TV)
         verified = perf_counter()
         done = Round(
             draft=plan.name if proposal.ids else NO_DRAFT,
@@ -223,39 +193,49 @@ def _decode(request: _Request) -> Events[_Committed]:
         report.decode_seconds += perf_counter() - started
 
 
-def prefill(request: _Request) -> Steps[list[Token]]:
-    """Read the prompt and commit the first token."""
+def prefill(request: DecodingRequest) -> Steps[list[Token]]:
+    """Read the prompt, but for what the cache holds already, and commit the first token."""
     state = request.state
-    logits_TV = yield Pass(request.target, state.ids, state.cache, num_last=1)
+    chunk, scores = request.prefill_chunk or len(state.ids), request.prompt_logprobs
+    while True:
+        start = state.cache.length
+        ids = state.ids[start : start + chunk]
+        logits_TV = yield Pass(request.target, ids, state.cache, num_last=1 if scores is None else len(ids))
+        if scores is not None:
+            followers = state.ids[start + 1 : start + len(ids) + 1]
+            scores += logprobs_of(logits_TV, followers, request.logprobs or 0)
+        if start + len(ids) == len(state.ids):
+            break
+        state.cache.commit(len(ids))
+    logits_TV = logits_TV[-1:]
     if not bool((logits_TV < math.inf).all()):  # nan is not below infinity either
         raise NestlingError(
             "the model's logits are not numbers: its weights do not fit its config.json, or not this dtype; "
             "try --dtype fp32"
         )
     # commit() counts one position for each token kept; here the rest of the prompt comes on top.
-    state.cache.commit(len(state.ids) - 1)
-    return commit(request, request.sampler.verify(logits_TV, Proposal(state.ids)))
+    state.cache.commit(len(ids) - 1)
+    return commit(request, request.sampler.verify(logits_TV, Proposal(state.ids)), logits_TV)
 
 
-def propose(request: _Request, plan: RoundPlan) -> Steps[Proposal]:
+def propose(request: DecodingRequest, plan: RoundPlan) -> Steps[Proposal]:
     """Let the chosen draft propose tokens; none without a draft."""
     if plan.draft is None:
         return Proposal(request.state.ids)
     return (yield from plan.draft.propose(request.state, plan.gamma, request.sampler))
 
 
-def verify(request: _Request, proposal: Proposal) -> Steps[Verification]:
-    """Score the pending token and the proposal in one pass, and decide what stays.
+def score(request: DecodingRequest, proposal: Proposal) -> Steps[Tensor]:
+    """Let the target score the pending token and the proposal in one pass.
 
     The pass writes the target's keys and values over whatever a draft left in the cache's tail.
     """
     state = request.state
     block = [state.ids[-1], *proposal.ids]
-    logits_TV = yield Pass(request.target, block, state.cache, num_last=len(block))
-    return request.sampler.verify(logits_TV, proposal)
+    return (yield Pass(request.target, block, state.cache, num_last=len(block)))
 
 
-def commit(request: _Request, verification: Verification) -> list[Token]:
+def commit(request: DecodingRequest, verification: Verification, logits_TV: Tensor) -> list[Token]:
     """Commit what was kept, up to the end of the text, and return it.
 
     The pending token and all kept ones but the last enter the cache; the last is pending now.
@@ -267,33 +247,9 @@ def commit(request: _Request, verification: Verification) -> list[Token]:
         if token in request.eos_token_ids:
             break
     request.state.cache.commit(len(tokens))
-    request.state.ids += [token.id for token in tokens]
+    ids = [token.id for token in tokens]
+    request.state.ids += ids
+    if request.logprobs is not None:
+        each = logprobs_of(logits_TV, ids, request.logprobs)
+        tokens = [token._replace(logprobs=one) for token, one in zip(tokens, each, strict=True)]
     return tokens
-
-
-def _num_new_tokens(target: Model, prompt_ids: Sequence[int], config: GenerationConfig) -> int:
-    context = target.full.config.max_position_embeddings
-    if not prompt_ids:
-        raise UsageError("--prompt is empty: give at least one token to continue")
-    if len(prompt_ids) >= context:
-        raise UsageError(
-            f"--prompt has {len(prompt_ids)} tokens, but the model's context holds {context} and "
-            f"needs room for a new one: shorten the prompt to at most {context - 1} tokens"
-        )
-    num_new = config.max_new_tokens
-    if config.max_length is not None:
-        num_new = config.max_length - len(prompt_ids)
-        if num_new < 1:
-            raise UsageError(
-                f"max_length={config.max_length} counts the prompt, which has {len(prompt_ids)} tokens; give "
-                f"at least {len(prompt_ids) + 1}, or max_new_tokens"
-            )
-    return min(num_new, context - len(prompt_ids))
-
-
-def _check_end_tokens(eos_token_ids: Collection[int], vocab_size: int) -> None:
-    for token in eos_token_ids:
-        if not 0 <= token < vocab_size:
-            raise UsageError(
-                f"eos_token_id={token} is no token of the model; give one from 0 to {vocab_size - 1}, or ()"
-            )

@@ -14,7 +14,7 @@ T positions, V vocabulary.
 """
 
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,12 +38,14 @@ class Pass(NamedTuple):
     """Number of last positions that are scored."""
     draws: Draws | None = None
     """More tokens that the pass draws and, but for the last, reads; only of a model that `can_draw`."""
+    is_draft: bool = False
+    """True if the tokens that it scores are to be drafted."""
 
 
 Steps: TypeAlias = Generator[Pass, Tensor, Result]
 """A coroutine: yields passes, receives their rows (see `run`), and returns a result."""
 
-Events: TypeAlias = Generator[Pass | list[Event], Tensor | None, None]
+Events: TypeAlias = Generator[Pass | Sequence[Event], Tensor | None, None]
 """A coroutine: yields a Pass and receives its logits, or yields new events and receives None."""
 
 
@@ -65,50 +67,59 @@ def run_steps(steps: Steps[Result]) -> Result:
             return result
 
 
-class BatchScheduler(Iterator[tuple[int, Event]]):
-    """Run many requests' passes in batches; gives (number of the request, what it emitted).
+class BatchScheduler(Generic[Event]):
+    """Runs many requests' passes in batches; requests may join and leave between any two passes.
 
-    Passes through any model but the target's go first, so that the target scores the drafts of all.
+    Passes that draft go first, so that the target scores the drafts of all.
 
     Args:
-        requests: steps of each request.
-        target: the target of all requests.
+        max_tokens: the most tokens of a pass, unless a single request has more; None sets no limit.
     """
 
-    def __init__(self, requests: Sequence[Events[Event]], target: Scorer) -> None:
-        self._requests = list(requests)
-        self._target = target.key
+    def __init__(self, max_tokens: int | None = None) -> None:
+        self._max_tokens = max_tokens
+        self._requests: dict[int, Events[Event]] = {}
         self._waiting: dict[int, Pass] = {}
-        self._events = self._run()
 
-    def __next__(self) -> tuple[int, Event]:
-        """Return the next event of any request."""
-        return next(self._events)
+    def __len__(self) -> int:
+        """Return the number of requests that are not at their end."""
+        return len(self._requests)
+
+    def add(self, number: int, request: Events[Event]) -> list[Event]:
+        """Let a request join, by a number of its own; return what it emits before its first pass."""
+        self._requests[number] = request
+        return self._advance(number, None)
 
     def cancel(self, number: int) -> None:
         """End a request; the others go on."""
-        self._requests[number].close()
+        if (request := self._requests.pop(number, None)) is not None:
+            request.close()
         self._waiting.pop(number, None)
 
-    def _run(self) -> Iterator[tuple[int, Event]]:
-        for number in range(len(self._requests)):
-            yield from self._advance(number, None)
-        while self._waiting:
-            group = _next_group(self._waiting, self._target)
-            with torch.inference_mode():
-                logits = run([self._waiting.pop(number) for number in group])
-            for number, logits_TV in zip(group, logits, strict=True):
-                yield from self._advance(number, logits_TV)
+    def step(self) -> list[tuple[int, Event]]:
+        """Run one pass, of all requests that can share it; return what they emit, with their numbers."""
+        group = _next_group(self._waiting, self._max_tokens)
+        if not group:
+            return []
+        with torch.inference_mode():
+            logits = run([self._waiting.pop(number) for number in group])
+        events = []
+        for number, logits_TV in zip(group, logits, strict=True):
+            events += [(number, event) for event in self._advance(number, logits_TV)]
+        return events
 
-    def _advance(self, number: int, logits_TV: Tensor | None) -> Iterator[tuple[int, Event]]:
-        """Let a request go on to its next pass."""
-        event = _send(self._requests[number], logits_TV)
-        while event is not None and not isinstance(event, Pass):
-            for one in event:
-                yield number, one
-            event = _send(self._requests[number], None)
-        if isinstance(event, Pass):
-            self._waiting[number] = event
+    def _advance(self, number: int, logits_TV: Tensor | None) -> list[Event]:
+        """Let a request go on to its next pass or its end."""
+        events: list[Event] = []
+        emitted = _send(self._requests[number], logits_TV)
+        while emitted is not None and not isinstance(emitted, Pass):
+            events += emitted
+            emitted = _send(self._requests[number], None)
+        if emitted is None:
+            del self._requests[number]
+        else:
+            self._waiting[number] = emitted
+        return events
 
 
 def run(passes: Sequence[Pass]) -> list[Tensor]:
@@ -118,13 +129,13 @@ def run(passes: Sequence[Pass]) -> list[Tensor]:
     drawn from is a distribution. Gradients are off where this is called: turning them off once more takes
     time.
     """
-    requests = [Request(*one[1:]) for one in passes]
+    requests = [Request(*one[1:5]) for one in passes]
     rows_TV = passes[0].scorer.run(requests)
     return [rows_TV] if len(passes) == 1 else list(rows_TV.split([one.num_rows for one in requests]))
 
 
 @torch.inference_mode()
-def _run_until_emitted(events: Events[Event]) -> list[Event] | None:
+def _run_until_emitted(events: Events[Event]) -> Sequence[Event] | None:
     """Run passes until events are emitted; None at the end."""
     logits_TV = None
     try:
@@ -138,7 +149,7 @@ def _run_until_emitted(events: Events[Event]) -> list[Event] | None:
 
 
 @torch.inference_mode()
-def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | list[Event] | None:
+def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | Sequence[Event] | None:
     """Go on to the next event; None at the end."""
     try:
         return events.send(logits_TV)
@@ -146,9 +157,29 @@ def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | list[Event]
         return None
 
 
-def _next_group(waiting: Mapping[int, Pass], target: Hashable) -> list[int]:
-    """Return requests that wait for one model: for a draft while any do, since the others wait for them."""
+def _next_group(waiting: Mapping[int, Pass], max_tokens: int | None) -> list[int]:
+    """Return requests whose passes become the next one.
+
+    Drafts go first, since the target waits for them; among targets the one that has waited longest.
+    """
     groups: dict[Hashable, list[int]] = {}
     for number, one in waiting.items():
         groups.setdefault(one.scorer.key, []).append(number)
-    return max(groups.items(), key=lambda group: (group[0] != target, len(group[1])))[1]
+
+    def drafts(group: list[int]) -> int:
+        return sum(waiting[number].is_draft for number in group)
+
+    return _within(max(groups.values(), key=drafts, default=[]), waiting, max_tokens)
+
+
+def _within(group: list[int], waiting: Mapping[int, Pass], max_tokens: int | None) -> list[int]:
+    """Return what fits into one pass, short passes first: a long prompt is not to delay them."""
+    if max_tokens is None:
+        return group
+    room, kept = max_tokens, list[int]()
+    for number in sorted(group, key=lambda number: len(waiting[number].ids)):
+        room -= len(waiting[number].ids)
+        if kept and room < 0:
+            break
+        kept.append(number)
+    return kept

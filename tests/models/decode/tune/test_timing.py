@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from models.decode.engine import engine
 from models.decode.engine.costs import DraftCosts, HostCosts
@@ -74,10 +75,10 @@ def test_what_the_engine_does_besides_is_part_of_every_round(
     num_commits = 0
     real = engine.commit
 
-    def counting(request: Any, verification: Verification) -> list[engine.Token]:
+    def counting(request: Any, verification: Verification, logits_TV: Tensor) -> list[engine.Token]:
         nonlocal num_commits
         num_commits += 1
-        return real(request, verification)
+        return real(request, verification, logits_TV)
 
     monkeypatch.setattr("models.decode.engine.engine.commit", counting)
     kind = (SamplingParams(), "block")

@@ -1,0 +1,293 @@
+"""The worker: one thread in which the model runs, whoever waits for it.
+
+    queue    jobs in the order of their coming; a full queue refuses at once
+    admit    between two passes jobs join, as far as the batch and the memory of keys and values have room
+    step     one pass of all texts that can share it (models/decode/engine/scheduler.py)
+    post     what is new of each text goes to its client's event loop; nobody waits for a slow reader
+
+A client that has gone is cancelled between two passes. What fails in one text ends that text only.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from models.base.errors import UsageError
+from models.decode.engine.engine import Committed, Token, decode
+from models.decode.engine.report import Report
+from models.decode.engine.request import new_request
+from models.decode.engine.scheduler import BatchScheduler, Events
+from models.decode.sampling.rng import SeededRandom
+from models.decode.text import TextBuilder
+from models.serve.job import Busy, Job, Stopped, Update
+from models.serve.load import Load
+from models.serve.metrics import Metrics
+from models.serve.prefixes import Prefixes, Text
+
+logger = logging.getLogger(__name__)
+Post = Callable[[Sequence[tuple[Job, Update]]], None]
+"""Hands updates over to the clients' event loop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of a server."""
+
+    batch: int = 16
+    """The most texts that are written at the same time."""
+    queue: int = 64
+    """The most texts that wait."""
+    kv_bytes: int = 2**30
+    """Memory of keys and values."""
+    prefill_chunk: int = 128
+    """The most tokens of a prompt that one pass reads, so that a long prompt delays nobody for long."""
+
+    @property
+    def pass_tokens(self) -> int:
+        """The most tokens of a pass: those of all texts, and some of a prompt."""
+        return 16 * self.batch + self.prefill_chunk
+
+
+class Worker:
+    """Writes the texts of jobs in a thread of its own; see the module.
+
+    Args:
+        limits: bounds.
+        post: hands updates over.
+        metrics: counts.
+        load: is told how many texts are written.
+    """
+
+    def __init__(self, limits: Limits, post: Post, metrics: Metrics, load: Load | None = None) -> None:
+        self.limits, self._post, self._metrics, self._load = limits, post, metrics, load
+        self._wake = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._cancelled: set[Job] = set()
+        self._stops = False
+        self._scheduler = BatchScheduler[Committed | Exception](limits.pass_tokens)
+        self._prefixes = Prefixes(limits.kv_bytes)
+        self._live: dict[int, _Live] = {}
+        self._num_jobs = 0
+        self._updates: list[tuple[Job, Update]] = []
+        # torch's number of threads is each thread's own
+        self._num_threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="nestling-worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all texts where they are, and the thread."""
+        with self._wake:
+            self._stops = True
+            self._wake.notify()
+        self._thread.join()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue some jobs, all or none.
+
+        Raises:
+            UsageError: if one has no room even in empty memory.
+            Busy: if the queue has no room.
+            Stopped: if the server stops.
+        """
+        for job in jobs:
+            self._check_size(job)
+        with self._wake:
+            if self._stops:
+                raise Stopped("the server stops; ask another one")
+            idle = self.limits.batch - len(self._live)
+            if len(self._queue) + len(jobs) > self.limits.queue + max(0, idle):
+                raise Busy(
+                    f"the server is busy: {len(self._queue)} texts wait already; try again later",
+                    self._metrics.seconds_to_wait(len(self._queue), self.limits.batch),
+                )
+            self._queue.extend(jobs)
+            self._metrics.queued = len(self._queue)
+            self._wake.notify()
+
+    def _check_size(self, job: Job) -> None:
+        most = self.limits.kv_bytes // bytes_per_position(job)
+        if job.num_positions > most:
+            raise UsageError(
+                f"--max-tokens: prompt and output have up to {job.num_positions} tokens, but the server's "
+                f"memory of keys and values holds {most}; ask for fewer, or start it with more --kv-memory"
+            )
+
+    def cancel(self, jobs: Iterable[Job]) -> None:
+        """Write these no further; nothing happens to those that are done."""
+        with self._wake:
+            self._cancelled.update(jobs)
+            self._wake.notify()
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)
+        while self._wait():
+            try:
+                self._admit()
+                events = self._scheduler.step()
+            except Exception as error:  # a pass that fails is of all its texts; the server goes on
+                logger.exception("a pass failed")
+                for number in list(self._live):
+                    self._end(number, Update(error=error))
+            else:
+                self._take(events)
+            self._flush()
+        for number in list(self._live):
+            self._end(number, Update(error=Stopped("the server stops")))
+        self._updates += [(job, Update(error=Stopped("the server stops"))) for job in self._queue]
+        self._flush()
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; drop who has gone; False when all is over."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._queue or self._live or self._cancelled or self._stops)
+            gone, self._cancelled = self._cancelled, set()
+            if gone:
+                self._queue = deque(job for job in self._queue if job not in gone)
+        for number, live in list(self._live.items()):
+            if live.job in gone:
+                self._metrics.cancelled += 1
+                self._forget(number)
+        return not self._stops
+
+    def _admit(self) -> None:
+        while len(self._live) < self.limits.batch:
+            with self._wake:
+                if not self._queue or not self._has_room(self._queue[0]):
+                    break
+                job = self._queue.popleft()
+            self._begin(job)
+        self._metrics.queued, self._metrics.running = len(self._queue), len(self._live)
+        self._metrics.kv_bytes = self._prefixes.num_bytes
+        if self._load is not None:
+            self._load.num_live = max(1, len(self._live))
+
+    def _has_room(self, job: Job) -> bool:
+        if not job.scores_prompt and self._prefixes.must_wait(job.target.key, job.prompt_ids):
+            return False
+        return self._prefixes.make_room(job.num_positions * bytes_per_position(job))
+
+    def _begin(self, job: Job) -> None:
+        number, self._num_jobs = self._num_jobs, self._num_jobs + 1
+        key, cache = job.target.key, job.target.full.new_cache(job.num_positions)
+        if not job.scores_prompt:  # they are known of tokens that are read
+            job.num_shared = self._prefixes.fill(cache, key, job.prompt_ids)
+        request = new_request(
+            job.target,
+            job.prompt_ids,
+            job.new_policy(),
+            SeededRandom(job.config.seed, job.row),
+            job.config,
+            cache=cache,
+            prefill_chunk=self.limits.prefill_chunk,
+            logprobs=job.logprobs,
+            prompt_logprobs=job.prompt_logprobs if job.scores_prompt else None,
+        )
+        text = Text(key, request.state, len(job.prompt_ids))
+        self._prefixes.add(text)
+        job.report = request.report
+        builder = TextBuilder(job.tokenizer, job.prompt_ids, job.config.stop_texts)
+        self._live[number] = _Live(job, text, builder)
+        self._metrics.prompt_tokens += len(job.prompt_ids)
+        self._metrics.shared_tokens += job.num_shared
+        self._scheduler.add(number, _guarded(decode(request)))
+
+    def _take(self, events: Iterable[tuple[int, Committed | Exception]]) -> None:
+        touched = dict.fromkeys(number for number, _ in events)
+        for number, event in events:
+            live = self._live.get(number)
+            if live is not None and not live.ended:
+                live.take(event)
+        now = perf_counter()
+        for number in touched:
+            live = self._live[number]
+            update = live.update()
+            self._metrics.count_tokens(live.job, len(update.tokens), live.last, now)
+            live.last = now
+            if update.is_last:
+                self._end(number, update)
+            elif update.text or update.tokens:
+                self._updates.append((live.job, update))
+
+    def _end(self, number: int, update: Update) -> None:
+        job = self._live[number].job
+        self._metrics.count_text(job.report, perf_counter() - job.submitted)
+        self._updates.append((job, update))
+        self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        self._scheduler.cancel(number)
+        self._live.pop(number).text.is_live = False
+        self._metrics.running = len(self._live)
+
+    def _flush(self) -> None:
+        updates, self._updates = self._updates, []
+        if updates:
+            self._post(updates)
+
+
+@dataclass
+class _Live:
+    """A text that is being written."""
+
+    job: Job
+    text: Text
+    builder: TextBuilder
+    last: float | None = None
+    """When its last tokens came."""
+    ended: str = ""
+    error: Exception | None = None
+    pieces: list[str] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+
+    @property
+    def report(self) -> Report:
+        return self.job.report
+
+    def take(self, event: Committed | Exception) -> None:
+        if isinstance(event, Exception):
+            self.error, self.ended = event, "error"
+            return
+        token, position, finish_reason = event
+        self.report.count_token(position if token.drafted else None)
+        self.report.finish_reason = finish_reason
+        self.tokens.append(token)
+        if finish_reason != "eos":  # the end token's text is no part of the output
+            self.pieces.append(self.builder.add(token.id))
+        if finish_reason or self.builder.stopped:
+            self.pieces.append(self.builder.finish())
+            self.ended = "length" if finish_reason == "length" and not self.builder.stopped else "stop"
+            if self.builder.stopped:
+                self.report.finish_reason = "stop"
+
+    def update(self) -> Update:
+        pieces, tokens = self.pieces, self.tokens
+        self.pieces, self.tokens = [], []
+        finish_reason = "" if self.error else self.ended
+        return Update(
+            text="".join(pieces), tokens=tuple(tokens), finish_reason=finish_reason, error=self.error
+        )
+
+
+def _guarded(events: Events[Committed]) -> "Events[Committed | Exception]":
+    """Turn what goes wrong in a text into its last event: the others of the batch go on."""
+    try:
+        yield from events
+    except Exception as error:
+        logger.debug("a text failed", exc_info=True)
+        yield [error]
+
+
+def bytes_per_position(job: Job) -> int:
+    """Return the bytes of keys and values that a token of the text takes."""
+    config, dtype = job.target.full.config, job.target.full.cache_dtype
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

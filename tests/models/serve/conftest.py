@@ -1,0 +1,120 @@
+"""A server of a very small family, in a thread of this process."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from models.checkpoint.folder import save_model
+from models.decode.decoder import Decoder, open_decoder
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from models.serve.server import Address, Server
+from models.serve.worker import Limits
+
+CONTEXT = 256
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}"
+    "{{ raise_exception('a conversation begins with its user') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+)
+Start = Callable[..., "contextlib.AbstractContextManager[Served]"]
+
+
+class Served:
+    """A running server, and how to ask it."""
+
+    def __init__(self, server: Server, url: str) -> None:
+        self.server, self.url = server, url
+        self.http = httpx.Client(base_url=url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def complete(self, **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"model": "tiny", "temperature": 0, **fields})
+
+    def text(self, prompt: str, **fields: Any) -> str:
+        response = self.complete(prompt=prompt, **fields)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["text"])
+
+
+@contextlib.contextmanager
+def running(decoder: Decoder, *, address: Address | None = None, **limits: int) -> Iterator[Served]:
+    ready, urls = threading.Event(), list[str]()
+
+    def on_ready(url: str) -> None:
+        urls.append(url)
+        ready.set()
+
+    bounds = Limits(**({"kv_bytes": 2**24} | limits))
+    server = Server(decoder, "tiny", address or Address(port=0), bounds, on_ready)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    served = Served(server, urls[0])
+    try:
+        yield served
+    finally:
+        served.http.close()
+        served.openai.close()
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family of four layers with a tokenizer of single bytes."""
+    torch.set_num_threads(1)
+    config = ElasticConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=256,
+        initializer_range=0.2,
+    )
+    model = ElasticLM(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    family = {"S": Granularity(ffn=(0.5,)), "D": Granularity(layers=(0, 1)), "XL": FULL}
+    path = tmp_path_factory.mktemp("serve") / "model"
+    save_model(path, model, tokenizer=tokenizer, family=family)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="package")
+def decoder(folder: Path) -> Decoder:
+    """The family with a draft of its first layers."""
+    torch.set_num_threads(1)
+    return open_decoder(folder, draft="D", dtype="fp32")
+
+
+@pytest.fixture(scope="package")
+def start() -> Start:
+    """Start servers with other settings."""
+    return running
+
+
+@pytest.fixture(scope="package")
+def served(decoder: Decoder) -> Iterator[Served]:
+    """A server that drafts by its load."""
+    with running(decoder) as one:
+        yield one

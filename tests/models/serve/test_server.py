@@ -1,0 +1,277 @@
+"""The server says what `nestling generate` says, to however many clients at the same time."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from models.decode.decoder import Decoder, open_decoder
+from models.decode.engine.scheduler import BatchScheduler
+from models.decode.sampling.params import SamplingParams
+
+Served = Any
+"""What the fixture of conftest.py gives."""
+Start = Callable[..., "AbstractContextManager[Served]"]
+PROMPTS = [f"{number} bottles of {'beer ' * (number % 7)}on the wall, " for number in range(24)]
+SAMPLED: dict[str, Any] = {
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "top_k": 50,
+    "min_p": 0.01,
+    "repetition_penalty": 1.1,
+}
+
+
+@pytest.mark.parametrize("num_clients", [1, 4, 16])
+def test_greedy_text_is_that_of_generate_for_any_number_of_clients(
+    num_clients: int, served: Served, decoder: Decoder
+) -> None:
+    with ThreadPoolExecutor(num_clients) as clients:
+        theirs = list(clients.map(lambda prompt: served.text(prompt, max_tokens=24), PROMPTS))
+    assert theirs == [decoder.generate(prompt, max_new_tokens=24).text for prompt in PROMPTS]
+
+
+def test_sampled_text_with_a_seed_is_that_of_generate_with_coupled_noise(
+    served: Served, folder: Path
+) -> None:
+    alone = open_decoder(folder, verifier="coupled", dtype="fp32", params=SamplingParams(**SAMPLED))
+
+    def ask(seed: int) -> str:
+        return str(served.text(PROMPTS[seed], max_tokens=24, seed=seed, **SAMPLED))
+
+    with ThreadPoolExecutor(16) as clients:
+        theirs = list(clients.map(ask, range(16)))
+    ours = [alone.generate(PROMPTS[seed], max_new_tokens=24, seed=seed).text for seed in range(16)]
+    assert theirs == ours
+
+
+def test_members_are_models(served: Served, folder: Path) -> None:
+    names = [model.id for model in served.openai.models.list()]
+    assert names == ["tiny", "tiny:S", "tiny:D", "tiny:XL"]
+    full, small, same = (served.text("once", model=name, max_tokens=16) for name in ("tiny", *names[1::2]))
+    assert full == same != small
+
+
+def test_the_official_client_streams_what_it_gets_at_once(served: Served) -> None:
+    asked = {"model": "tiny", "prompt": "once", "max_tokens": 40, "seed": 7, "logprobs": 2}
+    whole = served.openai.completions.create(**asked)
+    *chunks, last = served.openai.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    choices = [chunk.choices[0] for chunk in chunks]
+    assert "".join(choice.text for choice in choices) == whole.choices[0].text
+    assert choices[-1].finish_reason == whole.choices[0].finish_reason == "length"
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.tokens or []]
+    assert tokens == (whole.choices[0].logprobs and whole.choices[0].logprobs.tokens)
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 40
+    assert 1 <= last.usage.model_extra["tau"] <= 9
+
+
+def test_the_official_client_chats_by_the_template(served: Served, decoder: Decoder) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+    answer = served.openai.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=20, temperature=0, logprobs=True, top_logprobs=3
+    )
+    ours = decoder.generate(decoder.encode_chat(messages), max_new_tokens=20).text
+    assert answer.choices[0].message.content == ours
+    assert answer.choices[0].logprobs is not None
+    content = answer.choices[0].logprobs.content or []
+    assert len(content) == 20
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in content), "greedy takes the likeliest"
+    stream = served.openai.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=20, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == ours
+
+
+def test_choices_differ_and_the_first_is_that_of_one_alone(served: Served) -> None:
+    one = served.complete(prompt="once", max_tokens=20, temperature=1, seed=3).json()
+    four = served.complete(prompt="once", max_tokens=20, temperature=1, seed=3, n=4).json()
+    texts = [choice["text"] for choice in four["choices"]]
+    assert len(set(texts)) == 4
+    assert texts[0] == one["choices"][0]["text"]
+    assert four["usage"]["prompt_tokens"] == 4
+    assert four["usage"]["completion_tokens"] == 80
+
+
+def test_a_stop_text_ends_the_output_before_it(served: Served, decoder: Decoder) -> None:
+    text = decoder.generate("stop", max_new_tokens=60).text
+    stop = text[10:13]
+    response = served.complete(prompt="stop", max_tokens=60, stop=["never there", stop]).json()
+    assert response["choices"][0]["text"] == text[: text.index(stop)]
+    assert response["choices"][0]["finish_reason"] == "stop"
+
+
+def test_an_echo_scores_the_prompt_as_evaluation_harnesses_ask(served: Served, decoder: Decoder) -> None:
+    import torch
+
+    ids = decoder.tokenizer.encode("a prompt that is scored").ids
+    response = served.complete(prompt=[ids, ids[:5]], max_tokens=1, logprobs=1, echo=True).json()
+    first, second = (choice["logprobs"] for choice in response["choices"])
+    with torch.inference_mode():
+        logits_TV = decoder.folder.model(torch.tensor([ids]))[0]
+    expected = logits_TV.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
+    assert first["token_logprobs"][0] is None
+    assert first["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-4)
+    assert second["token_logprobs"][:5] == pytest.approx(first["token_logprobs"][:5], abs=1e-6)
+    assert len(first["tokens"]) == len(first["top_logprobs"]) == len(first["text_offset"]) == len(ids) + 1
+
+
+def test_a_prefix_that_two_prompts_share_is_read_once(decoder: Decoder, start: Start) -> None:
+    system = "You are a very helpful assistant that answers in verse. "
+    with start(decoder) as served:
+        first = served.complete(prompt=system + "One?", max_tokens=8).json()
+        second = served.complete(prompt=system + "Two?", max_tokens=8).json()
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == len(system)
+        assert second["choices"][0]["text"] == decoder.generate(system + "Two?", max_new_tokens=8).text
+        with ThreadPoolExecutor(8) as clients:  # eight at the same time: one of them reads it
+            list(clients.map(lambda _: served.text("x" + system, max_tokens=4), range(8)))
+        assert served.server.metrics.shared_tokens == len(system) * 8
+
+
+@pytest.fixture
+def slow_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass takes a few milliseconds, as that of a large model."""
+    step = BatchScheduler.step
+
+    def slowly(scheduler: BatchScheduler[Any]) -> list[tuple[int, Any]]:
+        time.sleep(0.005)
+        return step(scheduler)
+
+    monkeypatch.setattr(BatchScheduler, "step", slowly)
+
+
+@pytest.mark.usefixtures("slow_passes")
+def test_a_full_queue_is_told_with_the_time_to_come_back(decoder: Decoder, start: Start) -> None:
+    with start(decoder, batch=1, queue=1) as served:
+        responses = [
+            served.openai.completions.with_streaming_response.create(
+                model="tiny", prompt="a", max_tokens=250, extra_body={"ignore_eos": True}, stream=True
+            ).__enter__()
+            for _ in range(2)
+        ]
+        refused = served.complete(prompt="b")
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        for response in responses:
+            response.close()
+        assert_idle(served)
+        assert served.text("b", max_tokens=4)
+
+
+def assert_idle(served: Served) -> None:
+    """Nothing is written or waits, soon."""
+    deadline = time.monotonic() + 10
+    while served.server.metrics.running or served.server.metrics.queued:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("slow_passes")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_is_written_no_further(stream: bool, decoder: Decoder, start: Start) -> None:
+    with start(decoder) as served:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 250, "ignore_eos": True, "n": 16}
+        before = served.server.metrics.tokens
+        with httpx.Client(base_url=served.url, timeout=0.1 if not stream else 10) as client:
+            if stream:
+                with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+                    next(response.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post("/v1/completions", json=body)
+        assert_idle(served)
+        assert served.server.metrics.tokens - before < 16 * 250
+        assert served.text("b", max_tokens=4)
+
+
+def test_a_text_without_room_in_the_memory_of_keys_and_values_waits_or_is_refused(
+    decoder: Decoder, start: Start
+) -> None:
+    with start(decoder, kv_bytes=100 * 4 * 2 * 2 * 8 * 4) as served:  # a hundred tokens
+        with ThreadPoolExecutor(4) as clients:
+            texts = list(clients.map(lambda _: served.text("abc", max_tokens=60), range(4)))
+        assert len(set(texts)) == 1
+        refused = served.complete(prompt="abc", max_tokens=200)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"prompt": "a", "model": "huge"}, 404, "model"),
+        ({"prompt": "a" * 300}, 400, "prompt"),
+        ({"prompt": 3}, 400, "prompt"),
+        ({"prompt": [1, 10**9]}, 400, "prompt"),
+        ({"prompt": "\ud800"}, 400, "prompt"),
+        ({}, 400, "prompt"),
+        ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
+        ({"prompt": "a", "max_tokens": "8"}, 400, "max_tokens"),
+        ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "a", "temperature": 1e-300}, 400, "temperature"),
+        ({"prompt": "a", "top_p": 0}, 400, "top_p"),
+        ({"prompt": "a", "n": 10**6}, 400, "n"),
+        ({"prompt": "a", "stop": [""]}, 400, "stop"),
+        ({"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"prompt": "a", "temprature": 0.5}, 400, "temprature"),
+        ({"prompt": "a", "seed": 2**70}, 400, "seed"),
+    ],
+)
+def test_a_bad_field_is_named_in_openais_shape(
+    fields: dict[str, object], status: int, param: str, served: Served
+) -> None:
+    body = json.dumps({"model": "tiny", **fields}).encode()
+    response = served.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+
+
+def test_the_official_client_raises_its_own_errors(served: Served) -> None:
+    with pytest.raises(openai.NotFoundError):
+        served.openai.completions.create(model="other", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="begins with its user"):
+        served.openai.chat.completions.create(model="tiny", messages=[{"role": "assistant", "content": "a"}])
+
+
+def test_health_metrics_and_the_page(served: Served) -> None:
+    served.text("a", max_tokens=4)
+    assert served.http.get("/health").json() == {"status": "ok"}
+    lines = served.http.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values["nestling_tokens_total"]) >= 4
+    assert float(values["nestling_time_to_first_token_seconds_count"]) >= 1
+    page = served.http.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http" not in page.text.replace("http-equiv", ""), "the page asks no network for anything"
+
+
+@pytest.mark.usefixtures("slow_passes")
+def test_texts_that_were_begun_are_finished_when_the_server_stops(decoder: Decoder, start: Start) -> None:
+    done = list[str]()
+    with start(decoder) as served:
+
+        def ask() -> None:
+            done.append(served.text("drain", max_tokens=200, ignore_eos=True))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while not served.server.metrics.running:
+            time.sleep(0.001)
+        served.server.should_exit = True
+        thread.join(30)
+    assert done == [decoder.generate("drain", max_new_tokens=200, eos_token_id=()).text]
