@@ -77,15 +77,17 @@ def evaluate(
     return list(evaluate_family(folder.model, choose_members(folder, names), batches))
 
 
-def extract(model: str | Path, granularity: str, out: str | Path) -> Path:
+def extract(model: str | Path, granularity: str, out: str | Path, *, form: str | None = None) -> Path:
     """Cut a member out as a stock Hugging Face folder, as `nestling extract` does; return the folder.
 
     Args:
         model: the model folder.
         granularity: a name of the family, or written out: "ffn=0.25,heads=0.5,layers=0:3:5".
         out: the new folder.
+        form: stock, ragged or padded: how the folder holds unequal layers; None is ragged for those.
     """
     if not isinstance(granularity, str):
         raise UsageError(f'granularity={show(granularity)} is no text; give one, as in "S" or "ffn=0.5"')
     folder = load_model(one_path("model", model))
-    return extraction.extract(folder, Granularity.parse(granularity, folder.family), one_path("out", out))
+    member = Granularity.parse(granularity, folder.family)
+    return extraction.extract(folder, member, one_path("out", out), form=form)

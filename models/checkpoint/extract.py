@@ -1,8 +1,8 @@
 """Cut a granularity out of a family: contiguous weights in a stock folder of its own.
 
 A member whose layers are equal is a smaller model of a stock architecture, so that
-`AutoModelForCausalLM.from_pretrained` opens it with no code of ours (invariant 1). Source: MatFormer,
-https://arxiv.org/abs/2310.07707.
+`AutoModelForCausalLM.from_pretrained` opens it with no code of ours (invariant 1); for unequal layers see
+models/checkpoint/layout.py. Source: MatFormer, https://arxiv.org/abs/2310.07707.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from models.base.files import check_replaceable, read_json
 from models.checkpoint.family import FAMILY_FILE
 from models.checkpoint.folder import Member, ModelFolder, save_model
 from models.checkpoint.huggingface import load_stock
+from models.checkpoint.layout import Layout, lay_out
 from models.checkpoint.weights import count_elements, model_from, weights_of
 from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
 from models.elastic.model import ElasticLM
@@ -49,41 +50,54 @@ class Parity:
         return self.ids_equal and self.difference <= LOGITS_TOLERANCE
 
 
-def extract(folder: ModelFolder, granularity: Granularity, out: str | Path) -> Path:
+def extract(
+    folder: ModelFolder,
+    granularity: Granularity,
+    out: str | Path,
+    *,
+    form: str | None = None,
+    finish: Callable[[Path, Layout], object] | None = None,
+) -> Path:
     """Write one member as a model folder of its own; tokenizer and generation settings go with it.
 
     Args:
         folder: the family.
-        granularity: the member; its layers must be equal.
+        granularity: the member.
         out: the new folder. It may replace an earlier extraction, never a family.
+        form: one of `models.checkpoint.layout.FORMS`; None takes ragged where layers are unequal.
+        finish: called with the folder before it appears; what it raises leaves nothing.
 
     Returns:
         The new folder. Its `nestling.json` names the parent, and its family is itself alone.
 
     Raises:
-        UsageError: if the granularity does not fit, its layers differ, or `out` cannot be replaced.
+        UsageError: if the granularity or the form does not fit, or `out` cannot be replaced.
         NestlingError: if the disk refuses.
     """
     out = Path(out)
-    member_model = cut(folder, granularity)
+    layout = lay_out(View(folder.model, granularity), form)
     _check_out(folder, out)
     known = _measured(folder, granularity)
     member = Member(
         name="full",
         granularity=str(FULL),
-        parameters=count_elements(member_model),
+        parameters=layout.parameters,
         loss=known.loss if known else None,
         perplexity=known.perplexity if known else None,
     )
+    with torch.device("meta"):  # only its shape is written: the weights are the layout's
+        shape = ElasticLM(layout.config)
     return save_model(
         out,
-        member_model,
+        shape,
         tokenizer=folder.tokenizer,
         family={"full": FULL},
         members=[member],
-        provenance=provenance(folder, granularity, member.parameters),
+        provenance={**provenance(folder, granularity, member.parameters), "form": layout.form},
         chat_template=folder.chat_template,
         like=folder.path,
+        layout=layout,
+        finish=None if finish is None else lambda path: finish(path, layout),
     )
 
 

@@ -9,7 +9,7 @@ as well. Nothing is pickled; a save is whole or absent.
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,16 @@ from models.checkpoint.huggingface_config import (
     end_tokens,
     json_eos,
 )
+from models.checkpoint.layout import PER_LAYER, Layout, pad, stock_architectures
 from models.checkpoint.tokenizer import open_tokenizer
-from models.checkpoint.weights import dtype_name, model_from, read_weights, write_weights
+from models.checkpoint.weights import (
+    WEIGHTS,
+    dtype_name,
+    model_from,
+    read_weights,
+    weights_of,
+    write_tensors,
+)
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import DEFAULT_FAMILY, Granularity
 from models.elastic.model import ElasticLM
@@ -96,6 +104,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
     config = read_config(path)
     tensors = read_weights(path)
     with naming(path):
+        if read_json(path / "config.json").get(PER_LAYER):  # unequal layers run here as padded ones
+            tensors = pad(tensors, config)
         model = model_from(config, tensors, dtype=dtype).eval()
     family, members, provenance = read_family(path / FAMILY_FILE, config)
     return ModelFolder(
@@ -143,7 +153,7 @@ def read_config(path: Path) -> ElasticConfig:
     config_path = path / "config.json"
     fields = read_json(config_path)
     with naming(config_path):
-        config = config_from_hugging_face(fields)
+        config = config_from_hugging_face(stock_architectures(fields))
     generation_path = path / GENERATION
     if not generation_path.is_file():
         return config
@@ -172,6 +182,8 @@ def save_model(
     provenance: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
     like: Path | None = None,
+    layout: Layout | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a model folder, whole or not at all; an existing model folder is replaced.
 
@@ -185,19 +197,26 @@ def save_model(
         chat_template: Jinja that makes a text of a conversation, if the model has one.
         like: a model folder whose tokenizer and generation files are carried over unchanged,
             in place of `tokenizer` and `chat_template`.
+        layout: configuration, weights and further files in place of the model's own.
+        finish: called with the folder before it appears; what it raises leaves nothing.
 
     Raises:
         UsageError: if something that we did not write stands at `path`, or the family does not fit.
         NestlingError: if no stock architecture holds the model, or the disk refuses.
     """
-    fields = config_to_hugging_face(model.config, dtype=dtype_name(model))
+    if layout is None:
+        fields: Mapping[str, Any] = config_to_hugging_face(model.config, dtype=dtype_name(model))
+    else:
+        fields = layout.fields
     for granularity in family.values():
         granularity.resolve(model.config)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, model.config, "the tokenizer")
     with write_folder(path, marker=FAMILY_FILE) as folder:
         write_json(folder / "config.json", fields)
-        write_weights(folder, model)
+        write_tensors(folder / WEIGHTS, weights_of(model) if layout is None else layout.tensors)
+        for name, text in () if layout is None else layout.files.items():
+            write_text(folder / name, text)
         carried = _carry(like, folder)
         if tokenizer is not None and TOKENIZER not in carried:
             _write_tokenizer(folder, tokenizer, model.config)
@@ -206,6 +225,8 @@ def save_model(
         if GENERATION not in carried:
             write_json(folder / GENERATION, _generation(model.config))
         write_family(folder / FAMILY_FILE, family, members, provenance or {})
+        if finish is not None:
+            finish(folder)
     return Path(path)
 
 

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from models.base.errors import NestlingError
+from models.base.files import read_json
 from models.base.paths import utf8_path
-from models.checkpoint.huggingface_config import config_from_hugging_face, config_to_hugging_face
+from models.checkpoint.huggingface_config import (
+    ARCHITECTURES,
+    config_from_hugging_face,
+    config_to_hugging_face,
+)
+from models.checkpoint.layout import MODELING, modeling_source
 from models.checkpoint.weights import EMBEDDING, HEAD, dtype_name, model_from, weights_of
 from models.elastic.model import ElasticLM
 
@@ -58,8 +64,10 @@ def from_hugging_face(model: "PreTrainedModel") -> ElasticLM:
 def load_stock(path: str | Path) -> "PreTrainedModel":
     """Open a model folder with transformers alone, as other projects do: fp32, evaluation mode.
 
+    A modelling file is run only if it is the one that we write.
+
     Raises:
-        NestlingError: if transformers found weights missing or unexpected.
+        NestlingError: if transformers found weights missing or unexpected, or the code is not ours.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -69,7 +77,11 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
     try:
         with utf8_path(path) as spelled:
             opened: Any = AutoModelForCausalLM.from_pretrained(
-                spelled, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                spelled,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=has_own_code(Path(path)),
             )
     finally:
         if shows_progress:
@@ -79,6 +91,24 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
     if wrong:
         raise NestlingError(f"{path} does not open cleanly in transformers: {wrong}")
     return cast("PreTrainedModel", stock.eval())
+
+
+def has_own_code(folder: Path) -> bool:
+    """Return whether a folder has a modelling file.
+
+    Raises:
+        NestlingError: if it is not the one that we write, byte for byte.
+    """
+    fields = read_json(folder / "config.json")
+    if "auto_map" not in fields:
+        return False
+    path, model_type = folder / MODELING, str(fields.get("model_type"))
+    expected = modeling_source(model_type) if model_type in ARCHITECTURES else None
+    if not path.is_file() or path.read_text(encoding="utf-8") != expected:
+        raise NestlingError(
+            f"{path} is not the file that this release writes, and is not run; write it again"
+        )
+    return True
 
 
 def load_stock_tokenizer(path: str | Path) -> Any:

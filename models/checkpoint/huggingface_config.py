@@ -29,12 +29,15 @@ ARCHITECTURES = {
 SPELLING = "5.23.0"
 
 
-def config_to_hugging_face(config: ElasticConfig, *, dtype: str = "float32") -> dict[str, Any]:
+def config_to_hugging_face(
+    config: ElasticConfig, *, dtype: str = "float32", model_type: str | None = None
+) -> dict[str, Any]:
     """Return the `config.json` of the stock architecture that computes the same function.
 
     Args:
         config: the elastic shape.
         dtype: dtype of the weights that it describes, as in `float32` or `bfloat16`.
+        model_type: the architecture's, where another one than the default computes the same.
 
     Raises:
         NestlingError: if no stock architecture holds it.
@@ -46,7 +49,7 @@ def config_to_hugging_face(config: ElasticConfig, *, dtype: str = "float32") -> 
     >>> fields["architectures"], fields["sliding_window"], fields["head_dim"]
     (['MistralForCausalLM'], None, 4)
     """
-    model_type = _model_type(config)
+    model_type = model_type or _model_type(config)
     fields: dict[str, Any] = {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,

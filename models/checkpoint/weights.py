@@ -72,11 +72,20 @@ def write_weights(folder: Path, model: ElasticLM) -> None:
     Raises:
         NestlingError: if the disk refuses.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in weights_of(model).items()}
+    write_tensors(folder / WEIGHTS, weights_of(model))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        NestlingError: if the disk refuses.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(contiguous, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise NestlingError(f"cannot write {folder / WEIGHTS}: {error}; free some space") from error
+        raise NestlingError(f"cannot write {path}: {error}; free some space") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def run_demo(out: Path, console: Console, *, overrides: Sequence[str] = ()) -> d
     console.print(family_table(folder.members).to_rich(caption=FAMILY_LEGEND))
 
     console.rule(f"2. cut {MEMBER} out, and open it in stock transformers")
-    parity = extract_and_prove(folder, folder.family[MEMBER], out / MEMBER, console)
+    parity = extract_and_prove(folder, folder.family[MEMBER], out / MEMBER, console).parity
 
     console.rule("3. complete a function, plainly and with the family's own draft")
     speed = complete_function(path, console)

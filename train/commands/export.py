@@ -11,11 +11,13 @@ from rich.console import Console
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import finite, naming, write_file
+from models.base.numbers import size
 from models.base.outputs import check_link
 from models.checkpoint.extract import Parity, cut, extract, provenance, verify_extraction
 from models.checkpoint.folder import ModelFolder
 from models.checkpoint.gguf import OURS, check_gguf, holds, is_ours, write_gguf
 from models.checkpoint.gguf_tokenizer import differs_on, tokenizer_keys
+from models.checkpoint.layout import PADDED, RAGGED, Layout
 from models.checkpoint.weights import count_elements, dtype_name
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
@@ -43,30 +45,74 @@ class GgufFile:
     pre: str
 
 
-def extract_and_prove(folder: ModelFolder, granularity: Granularity, out: Path, console: Console) -> Parity:
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """A folder that was written and compared.
+
+    Args:
+        form: one of `models.checkpoint.layout.FORMS`.
+        parameters: numbers in it, zeros of padding included.
+        wasted_bytes: bytes of those zeros.
+        parity: its comparison with the member in place.
+    """
+
+    form: str
+    parameters: int
+    wasted_bytes: int
+    parity: Parity
+
+
+def extract_and_prove(
+    folder: ModelFolder, granularity: Granularity, out: Path, console: Console, *, form: str | None = None
+) -> Extraction:
     """Write the member to `out`, open it in transformers, compare, and say how it went.
 
     Raises:
-        UsageError: if the granularity does not fit, its layers differ, or `out` cannot be replaced.
-        NestlingError: if the disk refuses, or the two differ, which is a bug of ours.
+        UsageError: if the granularity or the form does not fit, or `out` cannot be replaced.
+        NestlingError: if the disk refuses, or the two differ, which is a bug of ours; then nothing is left.
     """
-    extract(folder, granularity, out)
     config = folder.model.config
     num_new_tokens = min(NUM_NEW_TOKENS, config.max_position_embeddings // 2)
-    with console.status("comparing it with stock transformers"):
-        parity = verify_extraction(folder, granularity, out, num_new_tokens=num_new_tokens)
-    if not parity.holds:
-        raise NestlingError(
-            f"{out} differs from the member in place (greedy ids equal: {parity.ids_equal}, logits "
-            f"differ by {parity.difference:.1e} of the largest); do not use it, and please report this"
-        )
+    proved: list[Extraction] = []
+
+    def prove(partial: Path, layout: Layout) -> None:
+        parity = verify_extraction(folder, granularity, partial, num_new_tokens=num_new_tokens)
+        if not parity.holds:
+            raise NestlingError(
+                f"{out} would differ from the member in place (greedy ids equal: {parity.ids_equal}, logits "
+                f"differ by {parity.difference:.1e} of the largest); please report this"
+            )
+        wasted = layout.wasted * folder.model.dtype.itemsize
+        parameters = layout.parameters
+        proved.append(Extraction(form=layout.form, parameters=parameters, wasted_bytes=wasted, parity=parity))
+
+    with console.status("writing it, and comparing it with transformers"):
+        extract(folder, granularity, out, form=form, finish=prove)
+    _tell(proved[0], folder, granularity, out, console)
+    return proved[0]
+
+
+def _tell(
+    written: Extraction, folder: ModelFolder, granularity: Granularity, out: Path, console: Console
+) -> None:
+    config, parity = folder.model.config, written.parity
     parameters, full = count_parameters(config, granularity), count_parameters(config)
     console.print(f"{out}: {granularity}, {parameters:,} of {full:,} parameters", markup=False)
+    opens = "transformers, with trust_remote_code=True" if written.form == RAGGED else "stock transformers"
     console.print(
-        f"equal in stock transformers: {parity.num_tokens} greedy tokens identical, "
+        f"equal in {opens}: {parity.num_tokens} greedy tokens identical, "
         f"logits differ by {parity.difference:.1g} of the largest"
     )
-    return parity
+    if written.form == RAGGED:
+        console.print(
+            "its layers are unequal: modeling_nestling.py builds each from config.json's per_layer_config; "
+            "without trust_remote_code transformers names the field. --form padded needs no code"
+        )
+    elif written.form == PADDED:
+        share = 1 - parameters / written.parameters
+        console.print(
+            f"its layers are unequal, filled up with zeros: {size(written.wasted_bytes)} wasted, {share:.0%}"
+        )
 
 
 def extract_gguf(

@@ -8,7 +8,7 @@ import typer
 
 from models.base.errors import UsageError
 from models.base.outputs import check_apart
-from train.commands.choose import BudgetOption, LatencyOption, Request, choose, show
+from train.commands.choose import BudgetOption, EngineOption, LatencyOption, Request, choose, show
 from train.commands.common import JsonOption, ModelArgument, TextFieldOption, check_json, write_results
 from train.commands.console import make_console
 
@@ -35,6 +35,7 @@ def extract(
         typer.Option(metavar="FILE", help="Text on which members are compared for --budget."),
     ] = None,
     text_field: TextFieldOption = None,
+    engine: EngineOption = None,
     latency_table: LatencyOption = None,
     out: Annotated[Path, typer.Option(metavar="PATH", help="Folder to write, or file for gguf.")],
     format_: Annotated[
@@ -45,6 +46,14 @@ def extract(
             help="Output format: a stock Hugging Face folder, or one file for llama.cpp.",
         ),
     ] = "hf",
+    form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="stock|ragged|padded",
+            help="How a folder holds unequal layers: true shapes and a small modelling file (ragged, the "
+            "default), or zeros up to the widest layer, without any code (padded).",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -61,6 +70,7 @@ def extract(
     check_json(json, MODEL=model, out=out)
     check_apart({"--out": out}, {"MODEL": model})
     _check_one(granularity, budget)
+    form = _form_of(form, engine, format_)
     _check_format(format_, dtype, out)
     from models.checkpoint.folder import load_model
     from models.elastic.granularity import Granularity
@@ -69,7 +79,7 @@ def extract(
         budgets=budget or [],
         data=data,
         text_field=text_field,
-        engine="padded",  # equal layers: the ones that are written here
+        engine=_engine_of(engine, format_, form),
         latency_table=latency_table,
     )
     search = {} if granularity else _choose(model, request)
@@ -80,17 +90,17 @@ def extract(
     if format_ == "gguf":
         results, dtypes = _write_file(folder, member, out, dtype)
     else:
-        results, dtypes = _write_folder(folder, member, out)
+        results, dtypes = _write_folder(folder, member, out, form)
     write_results(json, named | results, dtypes=dtypes)
 
 
 def _write_folder(
-    folder: "ModelFolder", member: "Granularity", out: Path
+    folder: "ModelFolder", member: "Granularity", out: Path, form: str | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     from train.commands.export import extract_and_prove
 
-    parity = extract_and_prove(folder, member, out, make_console())
-    return dataclasses.asdict(parity), {"comparison": "fp32"}
+    written = dataclasses.asdict(extract_and_prove(folder, member, out, make_console(), form=form))
+    return {**written.pop("parity"), **written}, {"comparison": "fp32"}
 
 
 def _write_file(
@@ -107,6 +117,35 @@ def _choose(model: Path, request: Request) -> dict[str, Any]:
     chosen = choose(model, request)
     show(chosen, make_console())
     return chosen.fields
+
+
+def _engine_of(engine: str | None, format_: str, form: str | None) -> str | None:
+    """Return the engine that must hold a member which is searched for."""
+    if engine is None:
+        return "llama.cpp" if format_ == "gguf" else "padded" if form in ("padded", "stock") else None
+    return engine
+
+
+def _form_of(form: str | None, engine: str | None, format_: str) -> str | None:
+    """Return the form that an engine reads.
+
+    Raises:
+        UsageError: if the flags exclude each other.
+    """
+    from models.checkpoint.layout import FORMS
+    from train.search.budgets import ENGINES
+
+    if form is not None and form not in FORMS:
+        raise UsageError(f"--form {form} is not one of {', '.join(FORMS)}; choose one of them")
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(f"--for {engine} is not known; choose from {', '.join(ENGINES)}")
+    if form is not None and format_ == "gguf":
+        raise UsageError(f"--form {form} is for a folder; a gguf file has one form, leave it out")
+    if engine == "llama.cpp" and format_ != "gguf":
+        raise UsageError("--for llama.cpp reads one file; add --format gguf")
+    if engine == "mlx" and form == "ragged":
+        raise UsageError("--form ragged needs a modelling file, which --for mlx does not run; take padded")
+    return form or ("padded" if engine in ("padded", "mlx") else None)
 
 
 def _check_one(granularity: str | None, budget: list[str] | None) -> None:

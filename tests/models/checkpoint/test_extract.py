@@ -136,6 +136,7 @@ def test_an_extraction_knows_where_it_came_from(tiny_model: ElasticLM, tmp_path:
         "parent_parameters": sum(parameter.numel() for parameter in tiny_model.parameters()),
         "granularity": "ffn=0.125",
         "parameters": count,
+        "form": "stock",
         "parent_provenance": {"commit": "abc"},
     }
 
@@ -169,18 +170,6 @@ def test_verification_sees_a_wrong_weight(tiny_model: ElasticLM, tmp_path: Path)
 
 def test_equal_logits_do_not_excuse_other_ids() -> None:
     assert not Parity(num_tokens=1, ids_equal=False, difference=0.0).holds
-
-
-def test_unequal_layers_are_refused_by_name(tiny_model: ElasticLM, tmp_path: Path) -> None:
-    family = load_model(save_model(tmp_path / "model", tiny_model))
-    with pytest.raises(UsageError) as caught:
-        extract(family, Granularity.parse("ffn=1:0.5:0.5,layers=0:1:3"), tmp_path / "out")
-    assert str(caught.value) == (
-        "granularity: ffn=1:0.5:0.5,layers=0-1:3 has unequal layers "
-        "(layers=0: ffn 64, key/value groups 2; layers=1:3: ffn 32, key/value groups 2), "
-        "which no stock architecture holds; give all of them one fraction of each axis, such as layers=0-1:3"
-    )
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_granularity_that_does_not_fit_is_refused(tiny_model: ElasticLM, tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ def test_a_member_comes_out_equal(model: Path, tmp_path: Path, capsys: pytest.Ca
         ("layers=0:9", "layer 9"),
         ("layers=2:1", "layers=2:1"),
         ("ffn=1:0.5", "ffn=1:0.5"),
-        ("ffn=1:0.5:0.5", "layers=1-2: ffn 128"),
         ("depth=2", "depth=2"),
     ],
 )
@@ -52,6 +51,25 @@ def test_a_granularity_that_does_not_fit_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [("ragged", "with trust_remote_code=True"), ("padded", "wasted"), (None, "with trust_remote_code=True")],
+)
+def test_unequal_layers_come_out_equal(
+    form: str | None, said: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results = tmp_path / "mixed", tmp_path / "extract.json"
+    flags = [] if form is None else ["--form", form]
+    command = ["extract", str(model), "--granularity", "ffn=1:0.5:0.5", "--out", str(out), *flags]
+    assert main([*command, "--json", str(results)]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    written = json.loads(results.read_text())
+    assert written["ids_equal"] is True
+    assert written["form"] == form or form is None
+    assert (written["wasted_bytes"] > 0) == (form == "padded")
+    assert main(["generate", str(out), "--prompt", "def", "--max-new-tokens", "2"]) == 0
+
+
 def test_a_budget_chooses_the_member(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,13 +80,20 @@ def test_a_budget_chooses_the_member(
     written = json.loads(results.read_text())
     assert written["ids_equal"] is True
     assert written["search"]["best"]["granularity"] == written["granularity"]
-    assert sum(weight.numel() for weight in load_model(out).model.parameters()) <= 0.6 * 217_536
+    assert written["parameters"] <= 0.6 * 217_536
+    assert load_model(out).provenance["granularity"] == written["granularity"]
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         ([], "--granularity is missing"),
+        (["--granularity", "ffn=1:0.5:0.5", "--form", "stock"], "--form stock"),
+        (["--granularity", "S", "--form", "zip"], "--form zip"),
+        (["--granularity", "S", "--form", "ragged", "--format", "gguf"], "--form ragged is for a folder"),
+        (["--granularity", "S", "--form", "ragged", "--for", "mlx"], "--for mlx does not run"),
+        (["--granularity", "S", "--for", "llama.cpp"], "add --format gguf"),
+        (["--granularity", "S", "--for", "ollama"], "--for ollama"),
         (["--granularity", "S", "--budget", "params=0.5"], "exclude each other"),
         (["--budget", "params=0.5"], "--data is missing"),
         (["--budget", "params"], "has no amount"),
