@@ -18,6 +18,10 @@ import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+
     from models.elastic.config import ElasticConfig
     from models.elastic.model import ElasticLM
 
@@ -93,3 +97,43 @@ def tiny_model(tiny_config: ElasticConfig) -> ElasticLM:
     model = ElasticLM(tiny_config)
     model.init_weights(torch.Generator().manual_seed(0))
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer() -> Tokenizer:
+    """A token for each byte, and one that ends a text: 256."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_level_family(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer: Tokenizer) -> Path:
+    """A model folder with that tokenizer: four layers with random weights, of which D are the first two."""
+    from models.checkpoint.folder import save_model
+    from models.elastic.config import ElasticConfig
+    from models.elastic.granularity import FULL, Granularity
+    from models.elastic.model import ElasticLM
+
+    config = ElasticConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=256,
+        initializer_range=0.2,
+    )
+    model = ElasticLM(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    family = {"S": Granularity(ffn=(0.5,)), "D": Granularity(layers=(0, 1)), "XL": FULL}
+    path = tmp_path_factory.mktemp("family") / "model"
+    return save_model(path, model, tokenizer=byte_level_tokenizer, family=family)

@@ -30,6 +30,11 @@ from train.commands.console import make_console
 MODELS, SETTINGS, TRAINING = "What decodes", "How it decodes", "Training"
 BOTH = {"train", "rounds", "json", "config", "steps"}
 """Parameters that `--train` takes; it alone takes the last two."""
+SERVED = {
+    *("model", "serve", "rounds", "json", "draft", "gamma", "dtype"),
+    *("prompts", "num_prompts", "max_new_tokens", "temperature"),
+}
+"""Parameters that `--serve` takes."""
 ModelOrKeys = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="Model folder; with --train, recipe keys as KEY=VALUE."),
@@ -136,6 +141,13 @@ TrainOption = Annotated[
         help="Measure training instead: the family, the full model alone, and transformers.Trainer.",
     ),
 ]
+ServeOption = Annotated[
+    bool,
+    typer.Option(
+        "--serve",
+        help="Measure a server instead: nestling serve MODEL, by the number of its clients.",
+    ),
+]
 StepsOption = Annotated[
     int, typer.Option(rich_help_panel=TRAINING, help="Number of timed optimizer steps in a round.")
 ]
@@ -161,6 +173,7 @@ def bench(
     max_new_tokens: MaxNewTokensOption = 64,
     temperature: TemperaturesOption = None,
     plot: PlotOption = None,
+    serve: ServeOption = False,
     train: TrainOption = False,
     config: ConfigOption = None,
     steps: StepsOption = 8,
@@ -177,6 +190,19 @@ def bench(
         _bench_training([*([model] if model else []), *context.args], config or [], num_rounds, steps, json)
         return
     check_plot(plot, json=json, **inputs)
+    if serve:
+        _check_served(context, model)
+        _bench_serving(
+            Path(model or ""),
+            {"drafts": draft or ["auto"], "max_new_tokens": max_new_tokens, "gamma": gamma},
+            (temperature or [0.0])[0],
+            (dtype or ["auto"])[0],
+            num_rounds if rounds else 2,
+            prompts,
+            num_prompts,
+            json,
+        )
+        return
     _check_source(model, random, alpha, {"--prompts": prompts, "--data": data}, text_field)
     from models.decode.sampling.params import SamplingParams
     from train.bench.contenders import DEFAULT_EXIT, BenchSettings
@@ -218,6 +244,28 @@ def _show_decoding(results: Mapping[str, Any], json: Path | None, plot: Path | N
         save_chart(speed_chart(results["results"], shown(results["model"])), plot)
 
 
+def _bench_serving(
+    model: Path,
+    settings: Mapping[str, Any],
+    temperature: float,
+    dtype: str,
+    rounds: int,
+    prompts: Path | None,
+    num_prompts: int,
+    json: Path | None,
+) -> None:
+    from models.decode.prompts import HEADINGS, read_prompts
+    from train.bench.serve_bench import ServeSettings, bench_serving, show_serving
+
+    texts = [one.text for one in read_prompts(prompts, num_prompts)] if prompts else list(HEADINGS)
+    results = bench_serving(
+        ServeSettings(**settings, prompts=texts, temperature=temperature, dtype=dtype, rounds=rounds),
+        model=model,
+        console=make_console(stderr=True),
+    )
+    show_serving(add_card(json, results, dtypes={"model": dtype}), make_console())
+
+
 def _bench_training(
     words: Sequence[str], files: Sequence[Path], rounds: int, steps: int, json: Path | None
 ) -> None:
@@ -254,6 +302,17 @@ def _check_flags(context: typer.Context, train: bool) -> None:
         near = difflib.get_close_matches(word, flags, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"No such option: {word}{hint} (see nestling bench --help)")
+
+
+def _check_served(context: typer.Context, model: str | None) -> None:
+    """Refuse what has no effect on a server."""
+    if model is None:
+        raise UsageError("--serve needs a MODEL; give a model folder")
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name or "")
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and param.name not in SERVED:
+            raise UsageError(f"{param.opts[0]} has no effect with --serve; leave one of them out")
 
 
 def _engines(names: list[str] | None) -> Sequence[str]:

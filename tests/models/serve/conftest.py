@@ -1,6 +1,7 @@
 """A server of a very small family, in a thread of this process."""
 
 import contextlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,18 +11,11 @@ import httpx
 import openai
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 
-from models.checkpoint.folder import save_model
 from models.decode.decoder import Decoder, open_decoder
-from models.elastic.config import ElasticConfig
-from models.elastic.granularity import FULL, Granularity
-from models.elastic.model import ElasticLM
 from models.serve.server import Address, Server
 from models.serve.worker import Limits
 
-CONTEXT = 256
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}"
     "{{ raise_exception('a conversation begins with its user') }}{% endif %}"
@@ -72,30 +66,10 @@ def running(decoder: Decoder, *, address: Address | None = None, **limits: int) 
 
 
 @pytest.fixture(scope="package")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A family of four layers with a tokenizer of single bytes."""
-    torch.set_num_threads(1)
-    config = ElasticConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=256,
-        initializer_range=0.2,
-    )
-    model = ElasticLM(config)
-    model.init_weights(torch.Generator().manual_seed(0))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])
-    family = {"S": Granularity(ffn=(0.5,)), "D": Granularity(layers=(0, 1)), "XL": FULL}
+def folder(tmp_path_factory: pytest.TempPathFactory, byte_level_family: Path) -> Path:
+    """The family with a chat template."""
     path = tmp_path_factory.mktemp("serve") / "model"
-    save_model(path, model, tokenizer=tokenizer, family=family)
+    shutil.copytree(byte_level_family, path)
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
 
