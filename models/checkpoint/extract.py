@@ -5,7 +5,6 @@ A member whose layers are equal is a smaller model of a stock architecture, so t
 models/checkpoint/layout.py. Source: MatFormer, https://arxiv.org/abs/2310.07707.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from models.checkpoint.folder import Member, ModelFolder, save_model
 from models.checkpoint.huggingface import load_stock
 from models.checkpoint.layout import Layout, lay_out
 from models.checkpoint.weights import count_elements, model_from, weights_of
-from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
+from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
 
@@ -101,19 +100,6 @@ def extract(
     )
 
 
-def cut(folder: ModelFolder, granularity: Granularity) -> ElasticLM:
-    """Return one member as a model of its own, in memory that it owns.
-
-    Raises:
-        UsageError: if the granularity does not fit, or its layers differ.
-    """
-    plan = granularity.resolve(folder.model.config)
-    if not plan.is_uniform:
-        raise UsageError(_unequal(granularity, plan))
-    view = View(folder.model, granularity)
-    return model_from(view.config, view.state_dict())
-
-
 @torch.no_grad()
 def verify_extraction(
     folder: ModelFolder,
@@ -191,23 +177,3 @@ def _measured(folder: ModelFolder, granularity: Granularity) -> Member | None:
         if folder.family.get(member.name) == granularity or member.granularity == str(granularity):
             return member
     return None
-
-
-def _unequal(granularity: Granularity, plan: Plan) -> str:
-    def widths(layer: LayerPlan) -> tuple[int, int]:
-        return layer.ffn, layer.groups
-
-    runs = [list(run) for _, run in itertools.groupby(plan.layers, widths)]
-    named = "; ".join(
-        f"{Granularity(layers=tuple(layer.index for layer in run))}: "
-        f"ffn {run[0].ffn}, key/value groups {run[0].groups}"
-        for run in runs
-    )
-    equal = Granularity(
-        ffn=(max(granularity.ffn),), heads=(max(granularity.heads),), layers=granularity.layers
-    )
-    return (
-        f"granularity: {granularity} has unequal layers ({named}), "
-        "which no stock architecture holds; "
-        f"give all of them one fraction of each axis, such as {equal}"
-    )

@@ -1,4 +1,4 @@
-"""A uniform model as a GGUF file, the format of llama.cpp; `gguf` is imported only when one is written.
+"""A model or a member as a GGUF file, the format of llama.cpp; `gguf` is imported only when one is written.
 
 Names and keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file holds weights and shape,
 and what `metadata` says: with the keys of `models.checkpoint.gguf_tokenizer` anyone can use it, without them
@@ -9,24 +9,38 @@ each of its query and key heads are interleaved on the way; Qwen's are halves on
 """
 
 import errno
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from models.base.errors import NestlingError
-from models.checkpoint.weights import EMBEDDING, HEAD, weights_of
+from models.base.errors import NestlingError, UsageError
+from models.checkpoint.layout import widest
+from models.checkpoint.weights import EMBEDDING, HEAD
 from models.elastic.config import ElasticConfig
-from models.elastic.model import ElasticLM
+from models.elastic.granularity import FULL, Plan
 from models.elastic.rope import rope_frequencies
 from models.elastic.rope_scaling import RopeScaling, yarn_attention_factor
+from models.elastic.view import Model, View
 
-DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "Q8_0"}
-"""Our names of dtypes -> those of the format; Q8_0 is 8 bits with a scale for every 32 numbers."""
-FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0"}
-Q8_BLOCK = 32
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
+"""Our names of dtypes -> those of the format; of Q8_0 and Q4_0 every 32 numbers have a scale."""
+SPELLINGS = {"f32": "fp32", "f16": "fp16", "q8_0": "int8", "q4_0": "int4"}
+"""Names that people know from llama.cpp."""
+FILE_TYPES = {
+    "fp32": "ALL_F32",
+    "bf16": "MOSTLY_BF16",
+    "fp16": "MOSTLY_F16",
+    "int8": "MOSTLY_Q8_0",
+    "int4": "MOSTLY_Q4_0",
+}
+BLOCKS, BLOCK = ("int8", "int4"), 32
+FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 FREQUENCY_DIVISORS = "rope_freqs.weight"
 """The tensor by which each rotary frequency is divided (Llama 3)."""
 TOKENIZER_MODEL = "tokenizer.ggml.model"
@@ -55,10 +69,8 @@ PARTS = {
 }
 
 
-def write_gguf(
-    model: ElasticLM, path: Path, *, dtype: str, metadata: Mapping[str, Any] | None = None
-) -> Path:
-    """Write the full model.
+def write_gguf(model: Model, path: Path, *, dtype: str, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write a model or a member of one, a tensor at a time.
 
     Args:
         model: the model, its weights as they were loaded.
@@ -69,23 +81,30 @@ def write_gguf(
     Returns:
         `path`.
 
+    Raises:
+        UsageError: if its layers are unequal, and of a kind of which llama.cpp holds equal ones only.
     """
     import gguf
 
-    config = model.config
-    assert holds(config, dtype), (config, dtype)
-    writer = gguf.GGUFWriter(path, _architecture(config))
+    view = _view(model)
+    config = widest(view.model.config, view.plan)
+    assert holds(view.model.config, dtype, view.plan), (config, dtype)
+    writer = gguf.GGUFWriter(path, _architecture(config, view.plan))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _write_shape(writer, config)
+    _write_shape(writer, config, view.plan)
     for key, value in (metadata or {TOKENIZER_MODEL: "no_vocab"}).items():
         _ADDERS[type(value)](writer, key, value)
-    for name, array, kind in _arrays(model, dtype):
-        writer.add_tensor(name, array, raw_dtype=kind)
     try:
+        for name, tensor in _tensors(view):
+            kind = _kind(name, tensor, dtype)
+            bytes_ = math.prod(gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kind))
+            writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), bytes_, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for _, array, _ in _arrays(view, dtype):
+            writer.write_tensor_data(array)
     except OSError as error:
         if error.errno is None:  # NumPy says how much was written, not why it was no more
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -95,7 +114,15 @@ def write_gguf(
     return path
 
 
-def check_gguf(model: ElasticLM, path: Path, *, dtype: str, metadata: Mapping[str, Any]) -> int:
+def count_file_bytes(model: Model, dtype: str) -> int:
+    """Return the bytes of the tensors of a file, which are nearly all of it."""
+    import gguf
+
+    shapes = ((tuple(tensor.shape), _kind(name, tensor, dtype)) for name, tensor in _tensors(_view(model)))
+    return sum(math.prod(gguf.quant_shape_to_byte_shape(shape, kind)) for shape, kind in shapes)
+
+
+def check_gguf(model: Model, path: Path, *, dtype: str, metadata: Mapping[str, Any]) -> int:
     """Read a file back and compare every tensor, bit for bit, and every key with what was to be written.
 
     Returns:
@@ -105,13 +132,12 @@ def check_gguf(model: ElasticLM, path: Path, *, dtype: str, metadata: Mapping[st
         NestlingError: naming what differs.
     """
     import gguf
-    import numpy as np
 
     reader = gguf.GGUFReader(path)
     fields, tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
     wrong = [key for key, value in metadata.items() if key not in fields or fields[key].contents() != value]
     num_tensors = 0
-    for name, array, kind in _arrays(model, dtype):
+    for name, array, kind in _arrays(_view(model), dtype):
         num_tensors += 1
         found = tensors.get(name)
         if found is None or found.tensor_type != kind or not np.array_equal(found.data, array):
@@ -131,26 +157,62 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def holds(config: ElasticConfig, dtype: str) -> bool:
-    """Return whether the format has this dtype at these widths: int8 comes in whole blocks."""
-    widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
-    return dtype != "int8" or all(width % Q8_BLOCK == 0 for width in widths)
+def holds(config: ElasticConfig, dtype: str, plan: Plan | None = None) -> bool:
+    """Return whether the format has this dtype at these widths: int8 and int4 come in whole blocks."""
+    layers = (FULL.resolve(config) if plan is None else plan).layers
+    wide = config.heads_per_group * config.head_dim
+    widths = {
+        config.hidden_size,
+        *(layer.ffn for layer in layers),
+        *(layer.groups * wide for layer in layers),
+    }
+    return dtype not in BLOCKS or all(width % BLOCK == 0 for width in widths)
 
 
-def _architecture(config: ElasticConfig) -> str:
-    if config.qk_norm:
-        return "qwen3"
-    return "qwen2" if config.attention_bias else "llama"
+def architecture_of(model: Model) -> str:
+    """Return llama.cpp's name of the architecture that a file is written as."""
+    view = _view(model)
+    return _architecture(view.model.config, view.plan)
 
 
-def _write_shape(writer: Any, config: ElasticConfig) -> None:
+def _view(model: Model) -> View:
+    return model if isinstance(model, View) else View(model, FULL)
+
+
+def _architecture(config: ElasticConfig, plan: Plan) -> str:
+    """Return llama.cpp's name: most of its architectures size every layer as the first one.
+
+    Raises:
+        UsageError: if layers are unequal, and none of those that size each layer by itself computes the same.
+    """
+    if plan.is_uniform:
+        return "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
+    if config.qk_norm and config.tie_word_embeddings and config.rope_scaling is None:
+        return "openelm"
+    if config.qk_norm or config.attention_bias:
+        kind = (
+            "biases" if config.attention_bias else "norms of heads, and a head of its own or scaled positions"
+        )
+        raise UsageError(
+            f"llama.cpp holds no unequal layers with {kind}; give all layers one fraction of each axis, "
+            "or take --format hf"
+        )
+    return "deci"
+
+
+def _write_shape(writer: Any, config: ElasticConfig, plan: Plan) -> None:
+    groups = [layer.groups for layer in plan.layers]
+    per_layer = {
+        "feed_forward_length": [layer.ffn for layer in plan.layers],
+        "head_count": [count * config.heads_per_group for count in groups],
+        "head_count_kv": groups,
+    }
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    for name, values in per_layer.items():
+        getattr(writer, f"add_{name}")(values[0] if plan.is_uniform else values)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -177,33 +239,49 @@ def _write_rope_scaling(writer: Any, scaling: RopeScaling) -> None:
         writer.add_rope_scaling_yarn_attn_factor(scaling.attention_factor / own)
 
 
-def _arrays(model: ElasticLM, dtype: str) -> Iterator[tuple[str, Any, Any]]:
+def _arrays(view: View, dtype: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield names, numbers as they stand in the file, and their type there."""
     import gguf
 
-    matrix, vector = gguf.GGMLQuantizationType[DTYPES[dtype]], gguf.GGMLQuantizationType.F32
-    for name, tensor in _tensors(model):
-        kind = vector if tensor.ndim == 1 else matrix
+    for name, tensor in _tensors(view):
+        kind = _kind(name, tensor, dtype)
         yield name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), kind
 
 
-def _tensors(model: ElasticLM) -> Iterator[tuple[str, Tensor]]:
+def _kind(name: str, tensor: Tensor, dtype: str) -> Any:
+    """Return the type of a tensor: vectors stay in fp32, and the vocabulary's matrices never have 4 bits."""
+    import gguf
+
+    if tensor.ndim == 1:
+        return gguf.GGMLQuantizationType.F32
+    is_end = name in ENDS.values()
+    return gguf.GGMLQuantizationType[DTYPES["int8" if is_end and dtype == "int4" else dtype]]
+
+
+def _tensors(view: View) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors, on the CPU; a tied head is left to the embedding."""
-    config = model.config
-    interleaved = _architecture(config) == "llama"
+    config = view.model.config
+    kind = _architecture(config, view.plan)
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
         stretched_K = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         yield FREQUENCY_DIVISORS, rope_frequencies(config.head_dim, config.rope_theta) / stretched_K
-    for name, tensor in weights_of(model).items():
-        tensor = tensor.cpu()
+    tensors = {name: tensor.detach() for name, tensor in view.state_dict().items()}
+    if config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    for name, tensor in tensors.items():
         if name in ENDS:
-            yield ENDS[name], tensor
+            yield ENDS[name], tensor.cpu()
             continue
         layer, _, rest = name.removeprefix("model.layers.").partition(".")
-        part, _, kind = rest.rpartition(".")
-        if interleaved and part in ("self_attn.q_proj", "self_attn.k_proj"):
+        part, _, suffix = rest.rpartition(".")
+        if kind == "openelm" and part in FUSED:
+            if part == FUSED[0]:  # q, k and v are one matrix there
+                rows = [tensors[f"model.layers.{layer}.{one}.{suffix}"].cpu() for one in FUSED]
+                yield f"blk.{layer}.attn_qkv.{suffix}", torch.cat(rows)
+            continue
+        if kind in ("llama", "deci") and part in FUSED[:2]:
             tensor = interleave(tensor, config.head_dim)
-        yield f"blk.{layer}.{PARTS[part]}.{kind}", tensor
+        yield f"blk.{layer}.{PARTS[part]}.{suffix}", tensor.cpu()
 
 
 def interleave(weight_OI: Tensor, head_dim: int) -> Tensor:

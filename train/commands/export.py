@@ -13,14 +13,15 @@ from models.base.errors import NestlingError, UsageError
 from models.base.files import finite, naming, write_file
 from models.base.numbers import size
 from models.base.outputs import check_link
-from models.checkpoint.extract import Parity, cut, extract, provenance, verify_extraction
+from models.checkpoint.extract import Parity, extract, provenance, verify_extraction
 from models.checkpoint.folder import ModelFolder
-from models.checkpoint.gguf import OURS, check_gguf, holds, is_ours, write_gguf
-from models.checkpoint.gguf_tokenizer import differs_on, tokenizer_keys
+from models.checkpoint.gguf import OURS, architecture_of, check_gguf, holds, is_ours, write_gguf
+from models.checkpoint.gguf_tokenizer import differs_on, missing_bytes, tokenizer_keys
 from models.checkpoint.layout import PADDED, RAGGED, Layout
-from models.checkpoint.weights import count_elements, dtype_name
+from models.checkpoint.weights import dtype_name
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
+from models.elastic.view import View
 
 NUM_NEW_TOKENS = 32
 _STORED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -36,6 +37,8 @@ class GgufFile:
         bytes: size of the file.
         tensors: number of tensors compared, bit for bit.
         pre: llama.cpp's name of the pattern that cuts words.
+        architecture: llama.cpp's name of it: unequal layers are `deci` or `openelm`.
+        missing_bytes: bytes that have no token; texts without them are cut equally.
     """
 
     dtype: str
@@ -43,6 +46,8 @@ class GgufFile:
     bytes: int
     tensors: int
     pre: str
+    architecture: str
+    missing_bytes: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +127,7 @@ def extract_gguf(
 
     Args:
         folder: the family, with its tokenizer.
-        granularity: the member; its layers must be equal.
+        granularity: the member.
         out: the file; it may replace one that was written here, and nothing else.
         console: shows the progress.
         dtype: dtype of the matrices, a key of `models.checkpoint.gguf.DTYPES`; None keeps the one on disk.
@@ -133,9 +138,10 @@ def extract_gguf(
             back otherwise.
     """
     check_file_replaceable(out)
-    model = cut(folder, granularity)
-    dtype = dtype or _STORED[dtype_name(model)]
-    if not holds(model.config, dtype):
+    member = View(folder.model, granularity)
+    config = folder.model.config
+    dtype = dtype or _STORED[dtype_name(folder.model)]
+    if not holds(config, dtype, member.plan):
         raise UsageError(
             f"--dtype {dtype} packs 32 numbers at a time, and a width of {granularity} is no multiple of 32; "
             "choose fp16 or another granularity"
@@ -143,8 +149,9 @@ def extract_gguf(
     if folder.tokenizer is None:
         raise NestlingError(f"{folder.path} has no tokenizer.json, which a GGUF file holds; add it")
     with naming(folder.path):
-        tokenizer = tokenizer_keys(folder.tokenizer, model.config, chat_template=folder.chat_template)
-    parameters = count_elements(model)
+        tokenizer = tokenizer_keys(folder.tokenizer, config, chat_template=folder.chat_template)
+    parameters = count_parameters(config, granularity)
+    missing = missing_bytes(folder.tokenizer)
     metadata = {
         "general.name": out.stem,
         OURS: str(granularity),
@@ -152,21 +159,28 @@ def extract_gguf(
         **tokenizer,
     }
     with console.status("writing the file and reading it back"), write_file(out) as partial:
-        write_gguf(model, partial, dtype=dtype, metadata=metadata)
-        tensors = check_gguf(model, partial, dtype=dtype, metadata=metadata)
+        write_gguf(member, partial, dtype=dtype, metadata=metadata)
+        tensors = check_gguf(member, partial, dtype=dtype, metadata=metadata)
     written = GgufFile(
         dtype=dtype,
         parameters=parameters,
         bytes=out.stat().st_size,
         tensors=tensors,
         pre=tokenizer["tokenizer.ggml.pre"],
+        architecture=architecture_of(member),
+        missing_bytes=missing,
     )
-    full = count_parameters(folder.model.config)
+    full = count_parameters(config)
     console.print(
         f"{out}: {granularity}, {parameters:,} of {full:,} parameters in {dtype}, {written.bytes:,} bytes",
         markup=False,
     )
-    console.print(f"read back equal: {tensors} tensors, {model.config.vocab_size:,} tokens")
+    console.print(f"read back equal: {tensors} tensors, {config.vocab_size:,} tokens")
+    if missing:
+        told = ", ".join(f"0x{byte:02x}" for byte in missing)
+        console.print(
+            f"{len(missing)} of the 256 bytes have no token ({told}): texts without them are cut equally"
+        )
     if (texts := differs_on(folder.tokenizer)) is not None:
         console.print(f"llama.cpp does not normalise: {texts} has other tokens there")
     return written

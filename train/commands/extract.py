@@ -57,8 +57,9 @@ def extract(
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="fp32|bf16|fp16|int8",
-            help="Data type of the matrices in a gguf file; int8 is its Q8_0. Default: the one on disk.",
+            metavar="fp32|bf16|fp16|int8|int4",
+            help="Data type of the matrices in a gguf file; int8 is its q8_0, int4 its q4_0. "
+            "Default: the one on disk.",
         ),
     ] = None,
     json: JsonOption = None,
@@ -71,7 +72,7 @@ def extract(
     check_apart({"--out": out}, {"MODEL": model})
     _check_one(granularity, budget)
     form = _form_of(form, engine, format_)
-    _check_format(format_, dtype, out)
+    dtype = _check_format(format_, dtype, out)
     from models.checkpoint.folder import load_model
     from models.elastic.granularity import Granularity
 
@@ -164,8 +165,8 @@ def _check_one(granularity: str | None, budget: list[str] | None) -> None:
             )
 
 
-def _check_format(format_: str, dtype: str | None, out: Path) -> None:
-    """Say before the weights are read what cannot be."""
+def _check_format(format_: str, dtype: str | None, out: Path) -> str | None:
+    """Say before the weights are read what cannot be; return our name of the dtype."""
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_} is not one of {', '.join(FORMATS)}; choose one of them")
     if format_ == "hf":
@@ -173,8 +174,10 @@ def _check_format(format_: str, dtype: str | None, out: Path) -> None:
             raise UsageError(f"--dtype {dtype} is for --format gguf; a folder keeps the dtype on disk")
         if out.suffix == ".gguf":
             raise UsageError(f"--out {out} would be a folder; add --format gguf, or choose another name")
-        return
-    from models.checkpoint.gguf import DTYPES
+        return None
+    from models.checkpoint.gguf import DTYPES, SPELLINGS
 
+    dtype = SPELLINGS.get(dtype or "", dtype)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}; choose one of them")
+    return dtype

@@ -7,13 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from models.base.errors import NestlingError
+from models.base.errors import NestlingError, UsageError
 from models.bench.llama import LlamaEngine, Llamas, is_installed, open_llama
-from models.checkpoint.gguf import DTYPES, OURS, TOKENIZER_MODEL, check_gguf, holds, is_ours, write_gguf
+from models.checkpoint.gguf import (
+    DTYPES,
+    OURS,
+    TOKENIZER_MODEL,
+    architecture_of,
+    check_gguf,
+    count_file_bytes,
+    holds,
+    is_ours,
+    write_gguf,
+)
 from models.checkpoint.weights import weights_of
 from models.decode.sampling.params import SamplingParams
 from models.elastic.config import ElasticConfig
+from models.elastic.count import count_parameters
+from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.rope_scaling import RopeScaling
+from models.elastic.view import View
 
 pytestmark = [
     # It forgets itself when the interpreter ends, and its own close() fails then.
@@ -67,6 +81,77 @@ def test_llama_cpp_computes_our_logits(
     ours_TV = model(torch.tensor([TOKENS]))[0]
     assert torch.equal(ours_TV.argmax(-1), theirs_TV.argmax(-1))
     assert float((ours_TV - theirs_TV).abs().max() / ours_TV.abs().max()) < LOGITS_TOLERANCE
+
+
+UNEQUAL = Granularity(ffn=(1.0, 0.5, 0.75), heads=(0.5, 1.0, 0.5), layers=(0, 1, 3))
+KINDS: dict[str, dict[str, Any]] = {
+    "deci": {},
+    "deci untied": {"tie_word_embeddings": False},
+    "deci odd heads": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "deci llama3": {
+        "rope_scaling": RopeScaling(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        )
+    },
+    "openelm": {"qk_norm": True},
+}
+
+
+@needs_llama
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_llama_cpp_computes_the_logits_of_unequal_layers(
+    tiny_config: ElasticConfig, tmp_path: Path, kind: str
+) -> None:
+    view = View(make_model(tiny_config, **KINDS[kind]), UNEQUAL)
+    path = write_gguf(view, tmp_path / "m.gguf", dtype="fp32")
+    llama = open_llama(path, 32, logits_all=True, type_k=0, type_v=0)
+    llama.eval(TOKENS)
+    theirs_TV = torch.tensor(llama.scores[: len(TOKENS)])
+    ours_TV = view(torch.tensor([TOKENS]))[0]
+    assert torch.equal(ours_TV.argmax(-1), theirs_TV.argmax(-1))
+    assert float((ours_TV - theirs_TV).abs().max() / ours_TV.abs().max()) < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unequal_layers_have_lists_of_widths_and_true_shapes(
+    tiny_config: ElasticConfig, tmp_path: Path, kind: str
+) -> None:
+    import gguf
+
+    view = View(make_model(tiny_config, **KINDS[kind]), UNEQUAL)
+    path = write_gguf(view, tmp_path / "m.gguf", dtype="fp32")
+    reader, name = gguf.GGUFReader(path), kind.split(maxsplit=1)[0]
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    each = view.model.config.heads_per_group
+    assert fields["general.architecture"] == name == architecture_of(view)
+    assert fields[f"{name}.feed_forward_length"] == [64, 32, 48]
+    assert fields[f"{name}.attention.head_count"] == [each, 2 * each, each]
+    assert fields[f"{name}.attention.head_count_kv"] == [1, 2, 1]
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in reader.tensors}
+    assert shapes["blk.1.ffn_down.weight"] == (32, 32)
+    head = view.model.config.head_dim
+    if name == "openelm":
+        assert shapes["blk.2.attn_qkv.weight"] == (32, (each + 2) * head)
+    else:
+        assert shapes["blk.2.attn_q.weight"] == (32, each * head)
+    numbers = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name != "rope_freqs.weight")
+    assert numbers == count_parameters(view.model.config, UNEQUAL)
+    assert count_file_bytes(view, "fp32") == sum(int(tensor.n_bytes) for tensor in reader.tensors)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_bias": True}, {"qk_norm": True, "tie_word_embeddings": False}]
+)
+def test_unequal_layers_that_llama_cpp_cannot_hold_are_refused(
+    tiny_config: ElasticConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="holds no unequal layers"):
+        write_gguf(View(make_model(tiny_config, **changes), UNEQUAL), tmp_path / "m.gguf", dtype="fp32")
 
 
 @needs_llama

@@ -12,7 +12,7 @@ from models.base.errors import NestlingError
 from models.bench.llama import is_installed, open_llama
 from models.checkpoint.chat import read_chat_template
 from models.checkpoint.gguf import write_gguf
-from models.checkpoint.gguf_tokenizer import differs_on, tokenizer_keys
+from models.checkpoint.gguf_tokenizer import byte_letters, differs_on, missing_bytes, tokenizer_keys
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 
@@ -120,9 +120,6 @@ def change(name: str) -> Tokenizer:
     match name:
         case "unigram":
             tokenizer = Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], unk_id=0))
-        case "bytes":
-            tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, [], unk_token="a"))
-            tokenizer.pre_tokenizer, tokenizer.decoder = gpt2, decoders.ByteLevel()
         case "merges":
             vocabulary = {letter: number for number, letter in enumerate(sorted(gpt2.alphabet()))}
             tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -149,7 +146,6 @@ def change(name: str) -> Tokenizer:
     ("name", "said"),
     [
         ("unigram", "Unigram"),
-        ("bytes", "no token for 254 of the 256 bytes"),
         ("merges", "has no merges, only single bytes"),
         ("normalizer", "Lowercase"),
         ("pattern", "cuts words"),
@@ -165,6 +161,26 @@ def test_what_llama_cpp_would_do_in_another_way_is_refused(name: str, said: str)
     with pytest.raises(NestlingError, match=r"--format hf") as error:
         tokenizer_keys(tokenizer, config_of(tokenizer))
     assert said in str(error.value)
+
+
+def without_bytes(unk_token: str | None) -> Tokenizer:
+    """A tokenizer of all bytes but two, which no text in English has."""
+    letters = [letter for byte, letter in byte_letters().items() if byte not in (0xFE, 0xFF)]
+    vocab = {letter: number for number, letter in enumerate([END, *letters, "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b")], unk_token=unk_token))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return tokenizer
+
+
+def test_bytes_without_a_token_are_named_and_the_file_is_written() -> None:
+    assert sorted(byte_letters().values()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = without_bytes(END)
+    assert missing_bytes(tokenizer) == [0xFE, 0xFF]
+    assert tokenizer_keys(tokenizer, config_of(tokenizer))["tokenizer.ggml.pre"] == "gpt-2"
+    assert missing_bytes(without_bytes(None)) == []  # both leave such bytes out
+    assert missing_bytes(make_tokenizer()) == []
 
 
 def test_a_model_that_names_no_end_of_text_is_refused() -> None:

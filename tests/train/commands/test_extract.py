@@ -119,7 +119,9 @@ def test_a_family_is_never_replaced_by_its_member(model: Path, fails: Fails) -> 
     assert (model / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize(("dtype", "written"), [(None, "fp32"), ("fp16", "fp16"), ("int8", "int8")])
+@pytest.mark.parametrize(
+    ("dtype", "written"), [(None, "fp32"), ("f16", "fp16"), ("int8", "int8"), ("q4_0", "int4")]
+)
 def test_a_member_comes_out_as_one_file(
     dtype: str | None, written: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,9 +150,8 @@ def test_a_member_comes_out_as_one_file(
 @pytest.mark.parametrize(
     ("arguments", "named", "code"),
     [
-        (["--granularity", "ffn=1:0.5:0.5"], "no stock architecture holds", 2),
         (["--granularity", "ffn=0.2", "--dtype", "int8"], "--dtype int8", 2),
-        (["--granularity", "S", "--dtype", "q4"], "--dtype q4", 2),
+        (["--granularity", "S", "--dtype", "q4_k_m"], "--dtype q4_k_m", 2),
         (["--granularity", "S", "--format", "onnx"], "--format onnx", 2),
         (["--granularity", "S", "--format", "hf"], "add --format gguf", 2),
         (["--granularity", "S", "--format", "hf", "--dtype", "bf16"], "--dtype bf16", 2),
