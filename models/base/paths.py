@@ -24,6 +24,15 @@ def is_stream(path: Path) -> bool:
     return False
 
 
+def is_url(text: str) -> bool:
+    """Return whether a text names a server.
+
+    >>> is_url("http://localhost:8000/v1"), is_url("checkpoints/demo/model")
+    (True, False)
+    """
+    return text.startswith(("http://", "https://"))
+
+
 _MOST_LINKS = 40
 """Links that the system follows: https://man7.org/linux/man-pages/man7/path_resolution.7.html"""
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from models.base.errors import UsageError
+from models.base.paths import is_url
 from train.commands.common import ConfigOption
 from train.commands.train import DryRunOption, OutOption, ResumeOption, run_training
 
@@ -17,13 +18,24 @@ from train.commands.train import DryRunOption, OutOption, ResumeOption, run_trai
 def distill(
     context: typer.Context,
     teacher: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="TEACHER", help="A model folder or GGUF file; the new model shares its tokenizer."
+            metavar="TEACHER",
+            help="A model folder or GGUF file, whose tokenizer the new model shares, or the URL of a server.",
         ),
     ],
     *,
     config: ConfigOption = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that keeps what the teacher says about the text: made once, used by many runs.",
+        ),
+    ] = None,
+    cache_only: Annotated[
+        bool, typer.Option("--cache-only", help="Make the cache, and train nothing.")
+    ] = False,
     out: OutOption = None,
     resume: ResumeOption = "auto",
     dry_run: DryRunOption = False,
@@ -32,9 +44,12 @@ def distill(
 
     Dials and recipe keys follow as KEY=VALUE, --KEY=VALUE or --KEY VALUE.
     """
-    if not teacher.exists():
+    if not is_url(teacher) and not Path(teacher).expanduser().exists():
         raise UsageError(
-            f"TEACHER {teacher} does not exist; give a model folder or a GGUF file first, then recipe keys"
+            f"TEACHER {teacher} does not exist; give a model folder, a GGUF file or a URL first, then "
+            "recipe keys"
         )
     words = [*context.args, f"loss.teacher={teacher}"]
-    return run_training(words, config or [], out, resume=resume, dry_run=dry_run)
+    if cache is not None:
+        words.append(f"distill.cache={cache}")
+    return run_training(words, config or [], out, resume=resume, dry_run=dry_run, cache_only=cache_only)

@@ -38,7 +38,7 @@ ResumeOption = Annotated[
     ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and make nothing.")]
-FLAGS = ("--config", "--out", "--resume", "--dry-run", "--help", HELP_ALL)
+FLAGS = ("--config", "--out", "--resume", "--dry-run", "--cache", "--cache-only", "--help", HELP_ALL)
 
 
 def train(
@@ -54,7 +54,13 @@ def train(
 
 
 def run_training(
-    words: Sequence[str], files: Sequence[Path], out: Path | None, *, resume: str, dry_run: bool
+    words: Sequence[str],
+    files: Sequence[Path],
+    out: Path | None,
+    *,
+    resume: str,
+    dry_run: bool,
+    cache_only: bool = False,
 ) -> int:
     """Run `train` or `distill`.
 
@@ -64,6 +70,7 @@ def run_training(
         out: The run folder, if it was given.
         resume: The state to go on from.
         dry_run: Show what would run, and make nothing.
+        cache_only: Make the teacher's cache, and train nothing.
 
     Returns:
         The exit code.
@@ -88,6 +95,11 @@ def run_training(
         show(recipe, console)
         return 0
     recipe.elastic_config()  # sizes that do not fit are refused before anything is made
+    if cache_only:
+        from train.run.fit import make_cache
+
+        make_cache(recipe, console)
+        return 0
     from train.run.fit import fit
 
     model = fit(recipe, out or default_out(recipe, files), resume=resume, console=console)

@@ -16,6 +16,7 @@ class Batch(NamedTuple):
         num_rows: Rows of the step, over all micro-batches and processes.
         num_valid: Valid labels of the step: the one divisor.
         stride: Distance from one row to the next: the number of processes that divide the micro-batch.
+        row_ids_B: Numbers of the rows in the text, if it is known.
     """
 
     tokens_BT: Tensor
@@ -25,6 +26,7 @@ class Batch(NamedTuple):
     num_rows: int
     num_valid: int
     stride: int = 1
+    row_ids_B: Tensor | None = None
 
     @property
     def rows(self) -> range:

@@ -89,6 +89,7 @@ class StepLoader:
             num_rows=self.rows_per_step,
             num_valid=self.rows.count_labels(ids_of_step),
             stride=self.world_size,
+            row_ids_B=torch.from_numpy(ids_here.copy()),
         )
 
     def row_ids(self, step: int) -> NDArray[np.int64]:

@@ -5,8 +5,11 @@ optimised, clipped, saved nor sharded; a run that goes on knows it again by a ha
 
     a model folder or GGUF file that `nestling import` opens     train/objective/teacher.py
     any other causal model of transformers                       train/distill/stock.py
+    a model behind an OpenAI-shaped endpoint                     train/distill/endpoint.py
+    any of them, written down before the run                     train/distill/cache.py
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +18,16 @@ from rich.console import Console
 
 from models.base.dtypes import DTYPES
 from models.base.errors import NestlingError, UsageError
+from models.base.paths import is_url
 from models.checkpoint.folder import load_model, read_config
 from models.checkpoint.gguf_read import is_gguf
 from models.checkpoint.weights import hash_weights
 from train.data.tokenizer import MIXED_TEXT, TextTokenizer, load_tokenizer
+from train.distill.cache import CachedTeacher, ModelSource, Source
+from train.distill.endpoint import Endpoint, EndpointTeacher, check_endpoint
+from train.distill.forms import Form, TopK, make_form
 from train.distill.stock import StockTeacher, load_stock_teacher, read_stock_shape
-from train.objective.teacher import ElasticTeacher, Teacher, TeacherShape
+from train.objective.teacher import ElasticTeacher, LogitTeacher, Teacher, TeacherShape
 from train.recipe.recipe import Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -36,6 +43,8 @@ def check_teacher(recipe: Recipe) -> TeacherShape | None:
     """
     if recipe.loss.teacher is None:
         return None
+    if is_url(recipe.loss.teacher):
+        return _check_served(recipe)[1]
     shown, path = f"loss.teacher={recipe.loss.teacher}", _path(recipe.loss.teacher)
     if not is_gguf(path) and not (path / "config.json").is_file():
         raise UsageError(
@@ -95,17 +104,85 @@ def open_teacher(recipe: Recipe, dtype: str, console: Console | None = None) -> 
     Raises:
         UsageError, NestlingError: as `check_teacher`, or if its weights are missing or damaged.
     """
+    if recipe.loss.teacher is not None and is_url(recipe.loss.teacher):
+        return _open_served(recipe)
     shape = check_teacher(recipe)
     if recipe.loss.teacher is None or shape is None:
         return None
     if shape.note and console is not None:
         console.print(f"loss.teacher={recipe.loss.teacher}: {shape.note}", markup=False, highlight=False)
     path, held = _path(recipe.loss.teacher), recipe.distill.dtype
-    weights_dtype = DTYPES[dtype if held == "auto" else held]
+    weights = dtype if held == "auto" else held
     record = {"path": recipe.loss.teacher, "sha256": hash_weights(path)}
-    if shape.elastic is None:
-        return StockTeacher(load_stock_teacher(path, weights_dtype), record, _device(recipe))
-    return ElasticTeacher(load_model(path, dtype=weights_dtype).model, record, _device(recipe))
+
+    def load() -> LogitTeacher:
+        if shape.elastic is None:
+            return StockTeacher(load_stock_teacher(path, DTYPES[weights]), record, _device(recipe))
+        return ElasticTeacher(load_model(path, dtype=DTYPES[weights]).model, record, _device(recipe))
+
+    if recipe.distill.cache is None:
+        return load()
+    form = make_form(recipe, shape.vocab_size, weights)
+    device = _device(recipe) or default_device(recipe)
+    return make_cached_teacher(recipe, form, record, lambda: ModelSource(load(), form, device))
+
+
+def make_cached_teacher(
+    recipe: Recipe, form: Form, record: Mapping[str, str], open_source: Callable[[], Source]
+) -> CachedTeacher:
+    """Return the teacher of a recipe with a cache; `prepare` makes or opens it."""
+    config, loss = recipe.distill, recipe.loss
+    assert config.cache is not None
+    kept = {"k": config.k, "temperature": loss.temperature} if config.form != "all" else {}
+    return CachedTeacher(
+        _path(config.cache),
+        form,
+        {**record, "cache": config.form},
+        {"form": config.form, **kept},
+        open_source,
+        batch_size=recipe.trainer.batch_size,
+    )
+
+
+def default_device(recipe: Recipe) -> torch.device:
+    """Return the device that a teacher runs on alone."""
+    on_gpu = torch.cuda.is_available() and recipe.trainer.accelerator != "cpu"
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _check_served(recipe: Recipe) -> tuple[str, TeacherShape]:
+    """Return the name and the shape of a served teacher, which answers and cuts a text as the run does."""
+    url = recipe.loss.teacher or ""
+    shown = f"loss.teacher={url}"
+    if recipe.data.tokenizer == "bpe":
+        raise UsageError(
+            f"{shown}: a server keeps its tokenizer to itself; set data.tokenizer to that of its model"
+        )
+    if recipe.distill.form != "topk":
+        raise UsageError(
+            f"distill.form={recipe.distill.form}: {shown} tells its most likely tokens alone; set it to topk"
+        )
+    if recipe.loss.temperature != 1:
+        raise UsageError(
+            f"loss.temperature={recipe.loss.temperature:g}: {shown} tells its probabilities at 1; set it to 1"
+        )
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    name = check_endpoint(Endpoint(url, recipe.distill.timeout), recipe.distill.model, tokenizer)
+    note = "is asked for each row, which is slow; keep its answers with --cache"
+    shape = TeacherShape(vocab_size=tokenizer.vocab_size, note="" if recipe.distill.cache else note)
+    return name, shape
+
+
+def _open_served(recipe: Recipe) -> Teacher:
+    name, shape = _check_served(recipe)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    form = make_form(recipe, shape.vocab_size, "fp32")
+    assert isinstance(form, TopK)
+    endpoint = Endpoint(recipe.loss.teacher or "", recipe.distill.timeout)
+    teacher = EndpointTeacher(endpoint, name, form, tokenizer)
+    if recipe.distill.cache is None:
+        return teacher
+    return make_cached_teacher(recipe, form, teacher.record, lambda: teacher)
 
 
 def _read_shape(path: Path) -> TeacherShape:

@@ -6,7 +6,7 @@ large vocabulary would take gigabytes.
 B rows, T positions, N positions of all rows, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,7 @@ from torch import Tensor
 
 from models.base.errors import NestlingError
 from models.base.paths import utf8_path
-from train.data.batch import Batch
-from train.objective.losses import divergence
-from train.objective.teacher import Targets, TeacherShape, frozen
-from train.recipe.sections import LossConfig
+from train.objective.teacher import LogitTeacher, TeacherShape, frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +63,7 @@ def load_stock_teacher(path: Path, dtype: torch.dtype) -> "PreTrainedModel":
     return stock
 
 
-class StockTeacher:
+class StockTeacher(LogitTeacher):
     """A model of transformers.
 
     Args:
@@ -78,20 +75,19 @@ class StockTeacher:
     def __init__(
         self, model: "PreTrainedModel", record: Mapping[str, str], device: torch.device | None = None
     ) -> None:
+        super().__init__(model.config.get_text_config(decoder=True).vocab_size, record, device)
         self.model: Any = model
-        self.record = dict(record)
-        self.device = device
 
     def place(self, device: torch.device) -> None:
         """See `Teacher`."""
         self.model.to(self.device or device)
 
-    def targets(self, batch: Batch) -> Targets:
-        """See `Teacher`."""
-        return _StockTargets(self.model, batch.tokens_BT.to(self.model.device))
+    def logits(self, tokens_BT: Tensor) -> Callable[[slice], Tensor]:
+        """See `LogitTeacher`."""
+        return _StockLogits(self.model, tokens_BT.to(self.model.device))
 
 
-class _StockTargets:
+class _StockLogits:
     """The logits of rows, made when they are asked for; the last row stays, as two chunks may share it."""
 
     def __init__(self, model: Any, tokens_BT: Tensor) -> None:
@@ -99,14 +95,11 @@ class _StockTargets:
         self.tokens_BT = tokens_BT
         self.latest: tuple[int, Tensor] | None = None
 
-    def divergence(self, here: slice, logits_NV: Tensor, config: LossConfig) -> Tensor:
-        """See `Targets`."""
+    def __call__(self, here: slice) -> Tensor:
         num_positions = self.tokens_BT.shape[1]
         rows = range(here.start // num_positions, -(-here.stop // num_positions))
-        parts = [self._row(row) for row in rows]
         first = here.start - rows.start * num_positions
-        target_NV = torch.cat(parts)[first : first + here.stop - here.start]
-        return divergence(target_NV.to(logits_NV.device), logits_NV, config)
+        return torch.cat([self._row(row) for row in rows])[first : first + here.stop - here.start]
 
     def _row(self, row: int) -> Tensor:
         if self.latest is None or self.latest[0] != row:

@@ -29,8 +29,11 @@ def count_step_flops(recipe: Recipe, config: ElasticConfig, teacher: TeacherShap
 
 
 def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: TeacherShape | None) -> float:
-    """Return the operations of a frozen teacher in a step: a forward pass where the full model trains."""
-    if teacher is None:
+    """Return the operations of a frozen teacher in a step: a forward pass where the full model trains.
+
+    There are none where a cache keeps what it says.
+    """
+    if teacher is None or recipe.distill.cache is not None:
         return 0.0
     taught = statistics.fmean(plan.full for plan in first_plans(recipe, config))
     return taught * recipe.trainer.rows_per_step * teacher.flops(recipe.data.sequence_length)

@@ -134,8 +134,17 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return ops.cross_entropy(logits_NV, labels_N)
 
 
-def divergence(target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossConfig) -> Tensor:
-    """Return the divergence that a recipe names, with its temperature and its own setting; value_N."""
+def divergence(
+    target_logits_NV: Tensor, draft_logits_NV: Tensor, config: LossConfig, temperature: float | None = None
+) -> Tensor:
+    """Return the divergence that a recipe names, with its own setting; value_N.
+
+    Args:
+        target_logits_NV: the teacher's.
+        draft_logits_NV: the student's.
+        config: the recipe's `loss` section.
+        temperature: divisor of both; None is the recipe's.
+    """
     name = config.divergence
     own = {SETTINGS[name]: getattr(config, SETTINGS[name])} if name in SETTINGS else {}
-    return DIVERGENCES[name](target_logits_NV, draft_logits_NV, config.temperature, **own)
+    return DIVERGENCES[name](target_logits_NV, draft_logits_NV, temperature or config.temperature, **own)

@@ -7,17 +7,20 @@ N positions, V vocabulary, D model.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_flops, count_parameters, count_weight_bytes
 from models.elastic.model import ElasticLM
 from train.data.batch import Batch
+from train.data.module import TextData
 from train.objective.losses import divergence
 from train.recipe.sections import LossConfig
 
@@ -39,6 +42,10 @@ class Teacher(Protocol):
     @property
     def record(self) -> Mapping[str, str]:
         """Names it: its path, and a hash of what it says."""
+        ...
+
+    def prepare(self, data: TextData, console: Console | None) -> None:
+        """Get ready for the text of a run, before it begins: a cache is made or opened."""
         ...
 
     def place(self, device: torch.device) -> None:
@@ -91,8 +98,46 @@ class TeacherShape:
         return count_weight_bytes(self.elastic, dtype_bytes=dtype_bytes)
 
 
-class ElasticTeacher:
-    """A model of our own class.
+class LogitTeacher(ABC):
+    """A teacher whose logits can be had.
+
+    Args:
+        vocab_size: their width.
+        record: see `Teacher`.
+        device: where it runs; None: where the student trains.
+    """
+
+    def __init__(self, vocab_size: int, record: Mapping[str, str], device: torch.device | None) -> None:
+        self.vocab_size = vocab_size
+        self.record = dict(record)
+        self.device = device
+
+    def prepare(self, data: TextData, console: Console | None) -> None:  # noqa: B027 - a hook
+        """See `Teacher`."""
+
+    @abstractmethod
+    def place(self, device: torch.device) -> None:
+        """See `Teacher`."""
+
+    @abstractmethod
+    def logits(self, tokens_BT: Tensor) -> Callable[[slice], Tensor]:
+        """Read rows, and return what gives the logits [N, V] of a chunk of their positions, in order."""
+
+    def targets(self, batch: Batch) -> Targets:
+        """See `Teacher`."""
+        return _LogitTargets(self.logits(batch.tokens_BT))
+
+
+class _LogitTargets(NamedTuple):
+    logits: Callable[[slice], Tensor]
+
+    def divergence(self, here: slice, logits_NV: Tensor, config: LossConfig) -> Tensor:
+        """See `Targets`."""
+        return divergence(self.logits(here).to(logits_NV.device), logits_NV, config)
+
+
+class ElasticTeacher(LogitTeacher):
+    """A model of our own class; its states are kept, and logits made of them a chunk at a time.
 
     Args:
         model: the model; nothing here trains it.
@@ -103,33 +148,24 @@ class ElasticTeacher:
     def __init__(
         self, model: ElasticLM, record: Mapping[str, str] | None = None, device: torch.device | None = None
     ) -> None:
+        super().__init__(model.config.vocab_size, record or {}, device)
         self.model = model.requires_grad_(False)
-        self.record = dict(record or {})
-        self.device = device
 
     def place(self, device: torch.device) -> None:
         """See `Teacher`."""
         self.model.to(self.device or device)
 
-    def targets(self, batch: Batch) -> "Targets":
-        """See `Teacher`."""
-        tokens_BT = batch.tokens_BT.to(self.model.device)
-        with frozen(self.model.device):
-            states_BTD = self.model.states(tokens_BT)[-1]
-        return _ElasticTargets(self.model, states_BTD.flatten(0, 1))
+    def logits(self, tokens_BT: Tensor) -> Callable[[slice], Tensor]:
+        """See `LogitTeacher`."""
+        device = self.model.device
+        with frozen(device):
+            states_ND = self.model.states(tokens_BT.to(device))[-1].flatten(0, 1)
 
+        def at(here: slice) -> Tensor:
+            with frozen(device):
+                return self.model.head(states_ND[here])
 
-class _ElasticTargets(NamedTuple):
-    """A teacher's states at all positions; logits are made of them a chunk at a time."""
-
-    model: ElasticLM
-    states_ND: Tensor
-
-    def divergence(self, here: slice, logits_NV: Tensor, config: LossConfig) -> Tensor:
-        """See `Targets`."""
-        with frozen(self.model.device):
-            target_NV = self.model.head(self.states_ND[here])
-        return divergence(target_NV.to(logits_NV.device), logits_NV, config)
+        return at
 
 
 @contextlib.contextmanager

@@ -142,8 +142,8 @@ class LossConfig:
     text_weight: Fraction = 0.0
     """Fraction of the cross-entropy that stays when the ramp is over."""
     teacher: str | None = None
-    """Model folder or GGUF file of a trained model, from which the full model learns as members learn from
-    the full model; null: it learns from text alone."""
+    """A trained model, from which the full model learns as members learn from the full model: a model
+    folder, a GGUF file or the URL of an OpenAI-shaped endpoint; null: it learns from text alone."""
     trust: Fraction = 0.9
     """With model.from and without loss.teacher, the fraction of the full model's loss that holds it to the
     frozen original (KL); the rest is cross-entropy. 0: no original is kept."""
@@ -157,6 +157,18 @@ class DistillConfig:
     """Type of the teacher's weights; auto: that of the run."""
     device: str = "auto"
     """Device of the teacher: cpu, cuda, cuda:1, ...; auto: where the student trains."""
+    cache: str | None = None
+    """Folder that keeps what the teacher says about the training text: made once, used by many runs; null:
+    the teacher runs beside the student."""
+    form: Literal["topk", "samples", "all"] = "topk"
+    """Form of the cache: the k most likely tokens and all others as one bucket; k draws with their counts; or
+    every logit."""
+    k: Annotated[Whole, Field(ge=1, le=255)] = 16
+    """Tokens of a position in the cache, or that a served teacher tells."""
+    model: str | None = None
+    """Name of the model at a served teacher; null: the first that it serves."""
+    timeout: Positive = 60.0
+    """Seconds to wait for an answer of a served teacher; it is asked three times."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)

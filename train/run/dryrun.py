@@ -195,6 +195,8 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
             f"{estimate.teacher_parameters:,} parameters, {fraction} of these FLOPs once it teaches, "
             f"{size(estimate.teacher_bytes)} of weights beside the memory below"
         )
+        if recipe.distill.cache is not None:
+            facts["teacher"] = f"{recipe.distill.form} of {recipe.distill.k} tokens, read from the cache"
         if estimate.teacher_note:
             facts["teacher"] += f"; it {estimate.teacher_note}"
     facts["memory"] = (

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
+from models.base.errors import UsageError
 from models.checkpoint.folder import Member, save_model
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
@@ -89,6 +90,8 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
         state = find_state(recipe, out, resume, console, teacher) if fabric.is_global_zero else None
         torch.manual_seed(recipe.seed)
         data = TextData(recipe).prepare(console)
+        if teacher is not None:
+            teacher.prepare(data, console)
         exit_code = None
         with side_by_side(fabric):
             check_agreed(fabric, "dtype=auto", precision)
@@ -115,6 +118,20 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
             console.print(f"stopped after step {module.step}; the same command goes on from there")
             raise SystemExit(exit_code)
         return finish(module, data, out, console, teacher, start)
+
+
+def make_cache(recipe: Recipe, console: Console) -> None:
+    """Make the cache of a recipe's teacher, and train nothing.
+
+    Raises:
+        UsageError: if the recipe names no teacher or cache, or they do not fit together.
+        NestlingError: if the teacher or the disk fails; what was made stays.
+    """
+    if recipe.loss.teacher is None or recipe.distill.cache is None:
+        raise UsageError("--cache-only needs a teacher and a cache; give --cache DIR")
+    teacher = open_teacher(recipe, training_precision(recipe.dtype), console)
+    assert teacher is not None
+    teacher.prepare(TextData(recipe).prepare(console), console)
 
 
 def _quieten() -> None:

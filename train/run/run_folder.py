@@ -36,7 +36,9 @@ def find_state(
 ) -> TrainingState | None:
     """Return the state to go on from, if any; touch nothing."""
     check_replaceable(out, marker=RECIPE_FILE)
-    check_apart({"--out": out}, {"loss.teacher": recipe.loss.teacher, "model.from": recipe.model.from_})
+    reads = {"loss.teacher": recipe.loss.teacher, "model.from": recipe.model.from_}
+    cache = {} if recipe.distill.cache is None else {"distill.cache": Path(recipe.distill.cache)}
+    check_apart({"--out": out, **cache}, reads)
     if resume == "never":
         return None
     if (out / RECIPE_FILE).is_file():
