@@ -28,7 +28,7 @@ def logprobs_of(logits_TV: Tensor, ids: Sequence[int], num_top: int) -> list[Log
     ('-1.3863', 0)
     """
     x_TV = torch.log_softmax(logits_TV[: len(ids)].float(), dim=-1)
-    chosen_T = x_TV[torch.arange(len(ids)), torch.tensor(ids)].tolist()
+    chosen_T = x_TV[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)].tolist()
     values_TN, tokens_TN = x_TV.topk(min(num_top, x_TV.shape[-1]), dim=-1)
     rows = zip(tokens_TN.tolist(), values_TN.tolist(), strict=True)
     top = [tuple(zip(tokens, values, strict=True)) for tokens, values in rows]
