@@ -62,6 +62,10 @@ class GgufTokenizer:
     tokenizer: Tokenizer | None
     eos_token: str | None
     """The text of the token that ends a text."""
+    bos_token: str | None = None
+    """The text of the token that begins one."""
+    chat_template: str | None = None
+    """Jinja, if the file has one."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -91,9 +95,18 @@ def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
     """
     with naming_damage(path):
         keys = _keys(open_gguf(path))
-        texts, eos = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.eos_token_id")
-        eos_token = texts[eos] if texts and eos is not None and eos < len(texts) else None
-        return GgufTokenizer(tokenizer=read_tokenizer(path, keys), eos_token=eos_token)
+        texts = keys.get("tokenizer.ggml.tokens") or []
+
+        def token(role: str) -> str | None:
+            number = keys.get(f"tokenizer.ggml.{role}_token_id")
+            return texts[number] if number is not None and number < len(texts) else None
+
+        return GgufTokenizer(
+            tokenizer=read_tokenizer(path, keys),
+            eos_token=token("eos"),
+            bos_token=token("bos"),
+            chat_template=_text("tokenizer.chat_template", keys),
+        )
 
 
 def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> GgufModel:

@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
+from models.base.errors import UsageError
+from train.data.conversations import checked_messages
+from train.data.documents import checked_text
 from train.data.files import find_files, kind_of
 from train.data.hub import HubDataset
 from train.data.standard_library import StandardLibrary
@@ -56,6 +59,7 @@ def open_corpus(
     separator: str = "<|endoftext|>",
     cache_dir: Path | None = None,
     key: str = "data.source",
+    messages_field: str | None = None,
 ) -> Corpus:
     """Open the corpus that `source` names; documents are read later, as a stream.
 
@@ -65,18 +69,26 @@ def open_corpus(
         separator: the line that separates documents in .txt.
         cache_dir: folder of downloads; None is the default of `datasets`.
         key: name in errors of the setting that `source` came from.
+        messages_field: the field that holds a conversation, which is read in place of text.
 
     Raises:
         UsageError: if there is no such file, folder, kind of file, dataset or field.
         NestlingError: if the hub cannot be reached.
     """
+    field, check = messages_field or text_field, checked_messages if messages_field else checked_text
     if source == "stdlib":
+        if messages_field:
+            raise UsageError(
+                f"data.messages_field={messages_field}: {key}=stdlib has none; give .jsonl files"
+            )
         return StandardLibrary.on_this_disk()
     if source.startswith("hub:"):
-        return HubDataset.load(source[4:], text_field=text_field, cache_dir=cache_dir, key=key)
+        return HubDataset.load(source[4:], text_field=field, cache_dir=cache_dir, key=key, check=check)
     if looks_like_hub_name(source) and not Path(source).exists():
-        return HubDataset.load(source, text_field=text_field, cache_dir=cache_dir, key=key)
-    return find_files(source, text_field=text_field, separator=separator, cache_dir=cache_dir, key=key)
+        return HubDataset.load(source, text_field=field, cache_dir=cache_dir, key=key, check=check)
+    return find_files(
+        source, text_field=field, separator=separator, cache_dir=cache_dir, key=key, check=check
+    )
 
 
 class Reading(TypedDict, total=False):

@@ -6,10 +6,12 @@ of processes or documents added later, and a document that occurs twice cannot s
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from models.base.errors import UsageError
 
+Check = Callable[[object, str, str, str], str]
+"""Maps what a field holds, its name, where it stands and the setting to a document, or refuses it."""
 PIECE_CHARS = 1 << 20
 """Longer documents are tokenized in pieces: bounded memory, and work for every core."""
 
@@ -85,12 +87,14 @@ def sample_documents(documents: Iterable[str], max_chars: int) -> list[str]:
     return [piece for _, _, piece in sorted(kept, key=lambda entry: entry[1])]
 
 
-def field_setting(key: str) -> str:
-    """Return the setting of the text field where a source came from `key`, a recipe's setting or a flag.
+def field_setting(key: str, *, messages: bool = False) -> str:
+    """Return the setting of the field that is read where a source came from `key`, a setting or a flag.
 
-    >>> field_setting("data.valid"), field_setting("--data")
-    ('data.text_field', '--text-field')
+    >>> field_setting("data.valid"), field_setting("--data"), field_setting("data.valid", messages=True)
+    ('data.text_field', '--text-field', 'data.messages_field')
     """
+    if messages:
+        return "data.messages_field"
     return "--text-field" if key.startswith("--") else "data.text_field"
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import parse_json
-from train.data.documents import checked_text, field_setting, require_field
+from train.data.documents import Check, checked_text, field_setting, require_field
 from train.data.hub import stream_parquet
 
 KINDS = {".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json", ".parquet": ".parquet"}
@@ -47,6 +47,7 @@ class LocalFiles:
         cache_dir: a folder for what `datasets` writes.
         num_skipped: files of a folder that were left out: hidden ones, and those of other kinds.
         field_setting: name in errors of the setting of the text field.
+        check: makes a document of what the field holds.
     """
 
     source: str
@@ -56,6 +57,7 @@ class LocalFiles:
     cache_dir: Path | None
     num_skipped: int = 0
     field_setting: str = "data.text_field"
+    check: Check = checked_text
 
     @property
     def licence(self) -> str:
@@ -71,7 +73,8 @@ class LocalFiles:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the files' bytes and of how they are read, not of their names."""
-        digest = hashlib.sha256(repr((self.text_field, self.separator)).encode())
+        read = (self.text_field, self.separator)
+        digest = hashlib.sha256(repr(read if self.check is checked_text else (*read, "messages")).encode())
         for path in self.paths:
             try:
                 with path.open("rb") as file:
@@ -98,7 +101,13 @@ class LocalFiles:
 
 
 def find_files(
-    source: str, *, text_field: str, separator: str, cache_dir: Path | None, key: str
+    source: str,
+    *,
+    text_field: str,
+    separator: str,
+    cache_dir: Path | None,
+    key: str,
+    check: Check = checked_text,
 ) -> LocalFiles:
     """Find the files that a path, folder or glob names, sorted.
 
@@ -134,7 +143,8 @@ def find_files(
         separator=separator,
         cache_dir=cache_dir,
         num_skipped=num_skipped,
-        field_setting=field_setting(key),
+        field_setting=field_setting(key, messages=check is not checked_text),
+        check=check,
     )
 
 
@@ -209,6 +219,8 @@ def _open_zst(path: Path, mode: str) -> IO[bytes]:
 
 def read_txt(path: Path, files: LocalFiles) -> Iterator[str]:
     """Yield the documents between separator lines; the line end before a separator belongs to it."""
+    if files.check is not checked_text:
+        raise UsageError(f"{files.field_setting}={files.text_field!r}: {path} has no fields; give .jsonl")
     lines: list[str] = []
     num_inside = 0
     with open_text(path) as file:
@@ -264,7 +276,7 @@ def _text_of(record: Any, files: LocalFiles, where: str) -> Iterator[str]:
         raise NestlingError(f"{where} is a {kind}, not an object; give one object a line")
     require_field(record, files.text_field, where, files.field_setting)
     if record[files.text_field] is not None:
-        yield checked_text(record[files.text_field], files.text_field, where, files.field_setting)
+        yield files.check(record[files.text_field], files.text_field, where, files.field_setting)
 
 
 def read_parquet(path: Path, files: LocalFiles) -> Iterator[str]:
@@ -274,7 +286,7 @@ def read_parquet(path: Path, files: LocalFiles) -> Iterator[str]:
     for batch in table.select_columns([files.text_field]).iter(batch_size=256):
         for text in batch[files.text_field]:
             if text is not None:
-                yield checked_text(text, files.text_field, str(path), files.field_setting)
+                yield files.check(text, files.text_field, str(path), files.field_setting)
 
 
 READERS: dict[str, Callable[[Path, LocalFiles], Iterator[str]]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.base.errors import NestlingError, UsageError
-from train.data.documents import checked_text, field_setting, hash_documents, require_field
+from train.data.documents import Check, checked_text, field_setting, hash_documents, require_field
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset  # type: ignore[import-untyped]
@@ -35,9 +35,13 @@ class HubDataset:
     text_field: str
     num_skipped: int = 0
     num_bytes: int | None = None
+    check: Check = checked_text
+    field_setting: str = "data.text_field"
 
     @staticmethod
-    def load(name: str, *, text_field: str, cache_dir: Path | None, key: str) -> "HubDataset":
+    def load(
+        name: str, *, text_field: str, cache_dir: Path | None, key: str, check: Check = checked_text
+    ) -> "HubDataset":
         """Download, or find in the cache, what `name[:config][@split]` says.
 
         Raises:
@@ -64,8 +68,9 @@ class HubDataset:
                 f"{key}={name!r}: {one_line(error)}; give a path, or owner/name[:config][@split]"
             ) from error
         assert isinstance(table, Dataset), type(table)
-        require_field(table.column_names, text_field, name, field_setting(key))
-        return HubDataset(source=name, table=table, text_field=text_field)
+        setting = field_setting(key, messages=check is not checked_text)
+        require_field(table.column_names, text_field, name, setting)
+        return HubDataset(source=name, table=table, text_field=text_field, check=check, field_setting=setting)
 
     @property
     def licence(self) -> str:
@@ -83,7 +88,7 @@ class HubDataset:
             for value in batch[self.text_field]:
                 if value is None:
                     continue
-                text = checked_text(value, self.text_field, self.source)
+                text = self.check(value, self.text_field, self.source, self.field_setting)
                 if text.strip():
                     yield text
 

@@ -87,7 +87,7 @@ class StepLoader:
             step=step,
             first_row=first_row,
             num_rows=self.rows_per_step,
-            num_valid=self.rows.count_labels(ids_of_step),
+            num_valid=max(1, self.rows.count_labels(ids_of_step)),  # a step may hold questions alone
             stride=self.world_size,
             row_ids_B=torch.from_numpy(ids_here.copy()),
         )

@@ -14,8 +14,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from models.base.errors import NestlingError, UsageError
 from models.base.files import default_cache_dir
 from train.data.cache import build_once, content_key
+from train.data.conversations import ANSWERS, ChatFormat, load_chat
 from train.data.corpus import Corpus, open_corpus, take_documents
 from train.data.documents import is_validation, sample_documents
 from train.data.loader import StepLoader, one_pass
@@ -38,10 +40,12 @@ class TextData(pl.LightningDataModule):
     After `prepare()`:
         text_tokenizer: the tokenizer with its end token.
         train_rows, valid_rows: the packed text; `valid_rows` is empty if nothing was held out.
+        chat: how conversations are written; None where the documents are texts.
         provenance: where the text came from, its licence, hashes and counts; JSON can hold it.
     """
 
     text_tokenizer: TextTokenizer
+    chat: ChatFormat | None
     train_rows: Rows
     valid_rows: Rows
     provenance: dict[str, Any]
@@ -86,20 +90,32 @@ class TextData(pl.LightningDataModule):
         config = self.config
         corpus = self._open(config.source, "data.source")
         self.text_tokenizer = self._make_tokenizer(corpus)
+        self.chat = self._read_chat()
         tokens = self._tokenize(corpus, "data.source", self._fraction, config.max_documents)
         train, valid, held_out_tokens = tokens.train, tokens.valid, ""
+        train_labels, valid_labels = tokens.train_labels, tokens.valid_labels
         held_out = f"{self._fraction:g} of the documents, by hash of their text"
         if config.valid:
             own = self._tokenize(self._open(config.valid, "data.valid"), "data.valid")
-            valid, held_out_tokens = own.train, own.sha256
+            valid, valid_labels, held_out_tokens = own.train, own.train_labels, own.sha256
             held_out = config.valid
         elif min(len(train), len(valid)) == 1:  # one side holds only its leading eos
             held_out = f"the last {self._fraction:g} of the tokens, for want of documents"
             logger.warning("data.valid_fraction: validation is %s", held_out)
-            train, valid = hold_out_tail(train if len(train) > 1 else valid, self._fraction)
+            is_train = len(train) > 1
+            train, valid = hold_out_tail(train if is_train else valid, self._fraction)
+            labels = train_labels if is_train else valid_labels
+            if labels is not None:
+                train_labels, valid_labels = hold_out_tail(labels, self._fraction)
         self.tokens_sha256 = content_key(tokens.sha256, held_out_tokens, self.eos_token_id)
-        self.train_rows = Rows(stream=train, sequence_length=config.sequence_length)
-        self.valid_rows = Rows(stream=valid, sequence_length=config.sequence_length)
+        length = config.sequence_length
+        self.train_rows = Rows(stream=train, sequence_length=length, is_label=train_labels)
+        self.valid_rows = Rows(stream=valid, sequence_length=length, is_label=valid_labels)
+        if not self.train_rows.num_labels:
+            raise NestlingError(
+                f"data.messages_field={config.messages_field}: no answer in {config.source}, that is no "
+                f"message of the role {ANSWERS}; give conversations that hold some"
+            )
         self.provenance = self._describe(corpus, tokens, held_out)
         return self
 
@@ -149,6 +165,7 @@ class TextData(pl.LightningDataModule):
             separator=self.config.separator,
             cache_dir=self.cache_dir,
             key=key,
+            messages_field=self.config.messages_field,
         )
 
     def _tokenize(
@@ -162,16 +179,34 @@ class TextData(pl.LightningDataModule):
             max_documents=limit,
             console=self.console,
             key=key,
+            chat=self.chat,
         )
+
+    @property
+    def _tokenizer_setting(self) -> tuple[str, str] | None:
+        """Key and value of the setting that names the tokenizer; None: it is trained."""
+        if self.config.tokenizer != "bpe":
+            return "data.tokenizer", self.config.tokenizer
+        shared = {"model.from": self.recipe.model.from_, "loss.teacher": self.recipe.loss.teacher}
+        return next(((key, path) for key, path in shared.items() if path is not None), None)
+
+    def _read_chat(self) -> ChatFormat | None:
+        """Return how conversations are written, if the documents are such."""
+        if self.config.messages_field is None:
+            return None
+        if self._tokenizer_setting is None:
+            raise UsageError(
+                f"data.messages_field={self.config.messages_field}: needs a chat template; set model.from or "
+                "data.tokenizer to a folder that has one"
+            )
+        key, path = self._tokenizer_setting
+        return load_chat(path, self.text_tokenizer, key=key)
 
     def _make_tokenizer(self, corpus: Corpus) -> TextTokenizer:
         config, fraction = self.config, self._fraction
-        if config.tokenizer != "bpe":
-            return load_tokenizer(config.tokenizer)
-        shared = {"model.from": self.recipe.model.from_, "loss.teacher": self.recipe.loss.teacher}
-        for key, path in shared.items():
-            if path is not None:
-                return load_tokenizer(path, key=key)
+        if self._tokenizer_setting:
+            key, path = self._tokenizer_setting
+            return load_tokenizer(path, key=key)
 
         def build(partial: Path) -> dict[str, Any]:
             documents = take_documents(corpus, config.max_documents)

@@ -6,9 +6,11 @@
     row 2                               [f  g  .  .  .] labels  g, then -100
 
 Neighbours share one token: the last label of a row is the first input of the next. So every token but
-the leading eos is a label exactly once: nothing is lost, nothing is seen twice.
+the leading eos is a label exactly once: nothing is lost, nothing is seen twice. Of a conversation, only the
+tokens of answers are labels, likewise exactly once.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -28,18 +30,29 @@ class Rows:
     Args:
         stream: token ids; the first one is input only.
         sequence_length: T, positions in a row.
+        is_label: which tokens are predicted; None: all but the first.
     """
 
     stream: NDArray[Any]
     sequence_length: int
+    is_label: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
-        return math.ceil(self.num_labels / self.sequence_length)
+        return math.ceil((len(self.stream) - 1) / self.sequence_length)
 
-    @property
+    @functools.cached_property
     def num_labels(self) -> int:
         """Tokens to predict, over all rows."""
-        return len(self.stream) - 1
+        return len(self.stream) - 1 if self._labels_of_rows is None else int(self._labels_of_rows.sum())
+
+    @functools.cached_property
+    def _labels_of_rows(self) -> NDArray[np.int64] | None:
+        """The number of labels in each row, and 0 for the row past the end."""
+        if self.is_label is None:
+            return None
+        starts = np.arange(len(self)) * self.sequence_length
+        counts = np.add.reduceat(self.is_label[1:], starts, dtype=np.int64) if len(self) else starts
+        return np.append(counts, 0)
 
     def gather(self, ids_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of some rows.
@@ -53,11 +66,16 @@ class Rows:
         index_BS = ids_B[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         inside_BS = index_BS < len(self.stream)
         token_BS = self.stream[np.where(inside_BS, index_BS, 0)].astype(np.int64)
-        labels_BT = np.where(inside_BS[:, 1:], token_BS[:, 1:], IGNORE_INDEX)
+        is_label_BS = inside_BS
+        if self.is_label is not None:
+            is_label_BS = inside_BS & self.is_label[np.where(inside_BS, index_BS, 0)]
+        labels_BT = np.where(is_label_BS[:, 1:], token_BS[:, 1:], IGNORE_INDEX)
         return torch.from_numpy(token_BS[:, :-1].copy()), torch.from_numpy(labels_BT)
 
     def count_labels(self, ids: NDArray[np.int64]) -> int:
         """Return the number of labels in some rows, without reading them."""
+        if self._labels_of_rows is not None:
+            return int(self._labels_of_rows[ids].sum())
         left = self.num_labels - ids * self.sequence_length
         return int(np.clip(left, 0, self.sequence_length).sum())
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Stream = NDArray[np.unsignedinteger[Any]]
-StreamType = type[np.uint16] | type[np.uint32]
+StreamType = type[np.uint16] | type[np.uint32] | type[np.bool_]
 
 
 def stream_dtype(vocab_size: int) -> StreamType:
@@ -33,7 +33,7 @@ class StreamWriter:
         self.header_bytes = self._write_header()
         self.write(np.array([eos], dtype))
 
-    def write(self, ids: Stream) -> None:
+    def write(self, ids: NDArray[Any]) -> None:
         """Append tokens."""
         self.file.write(ids.tobytes())
         self.num_tokens += len(ids)

@@ -6,6 +6,8 @@ Every document is followed by eos; the leading eos lets a document's first token
 Tokenizing runs on all cores (Rust threads of `tokenizers`) and in bounded memory.
 """
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -22,6 +25,7 @@ from models.base.progress import progress_bar
 from models.checkpoint.folder import ModelFolder
 from models.checkpoint.tokenizer import for_bare_text
 from train.data.cache import MANIFEST, build_once, content_key
+from train.data.conversations import ChatFormat, encode_conversations
 from train.data.corpus import Corpus, as_trained, open_corpus, take_documents
 from train.data.documents import PIECE_CHARS, is_validation, split_into_pieces
 from train.data.pack import Rows
@@ -43,12 +47,15 @@ class Tokens:
         valid: the validation stream; only an eos where nothing was held out.
         facts: num_documents, num_valid_documents, num_chars.
         sha256: hash of both streams, whatever they were made from.
+        train_labels, valid_labels: which tokens are learned, of conversations.
     """
 
     train: Stream
     valid: Stream
     facts: dict[str, Any]
     sha256: str
+    train_labels: NDArray[np.bool_] | None = None
+    valid_labels: NDArray[np.bool_] | None = None
 
 
 def tokenize(
@@ -60,6 +67,7 @@ def tokenize(
     max_documents: int | None = None,
     console: Console | None = None,
     key: str = "data.source",
+    chat: ChatFormat | None = None,
 ) -> Tokens:
     """Tokenize a corpus, or open what an earlier run left.
 
@@ -71,13 +79,14 @@ def tokenize(
         max_documents: use only this many, the first.
         console: for a bar.
         key: name in errors of the setting.
+        chat: how conversations are written; None: the documents are texts.
 
     Raises:
         NestlingError: if there is no text in it.
     """
     name = content_key(
         FORMAT, PIECE_CHARS, corpus.fingerprint, tokenizer.sha256, tokenizer.eos_token_id,
-        valid_fraction, max_documents,
+        valid_fraction, max_documents, *([] if chat is None else dataclasses.astuple(chat)),
     )  # fmt: skip
     folder = cache_dir / f"tokens-{name}"
 
@@ -85,7 +94,8 @@ def tokenize(
         documents = take_documents(corpus, max_documents)
         total = None if max_documents else corpus.num_bytes
         with progress_bar("tokenizing", total and total / 1e6, console=console, unit=" MB") as bar:
-            counts = write_streams(
+            write = write_streams if chat is None else functools.partial(write_conversations, chat=chat)
+            counts = write(
                 partial,
                 documents,
                 tokenizer,
@@ -99,7 +109,11 @@ def tokenize(
     facts = build_once(folder, build)
     train, valid = (np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "valid"))
     sealed = read_json(folder / MANIFEST)["files"]
-    return Tokens(train=train, valid=valid, facts=facts, sha256=content_key(sealed))
+    tokens = Tokens(train=train, valid=valid, facts=facts, sha256=content_key(sealed))
+    if chat is None:
+        return tokens
+    labels = [np.load(folder / f"{side}_labels.npy", mmap_mode="r") for side in ("train", "valid")]
+    return dataclasses.replace(tokens, train_labels=labels[0], valid_labels=labels[1])
 
 
 def write_streams(
@@ -128,6 +142,34 @@ def write_streams(
         "num_valid_documents": num_valid,
         "num_chars": num_chars,
     }
+
+
+def write_conversations(
+    folder: Path,
+    documents: Iterable[str],
+    tokenizer: TextTokenizer,
+    *,
+    valid_fraction: float,
+    advance: Callable[[int], None],
+    chat: ChatFormat,
+) -> dict[str, int]:
+    """Write the streams as `write_streams` does, and beside each which of its tokens are learned."""
+    dtype, eos = stream_dtype(tokenizer.vocab_size), tokenizer.eos_token_id
+    counts = {"num_documents": 0, "num_valid_documents": 0, "num_chars": 0}
+    with (
+        StreamWriter(folder / "train.npy", dtype, eos) as train,
+        StreamWriter(folder / "valid.npy", dtype, eos) as valid,
+        StreamWriter(folder / "train_labels.npy", np.bool_, 0) as train_labels,
+        StreamWriter(folder / "valid_labels.npy", np.bool_, 0) as valid_labels,
+    ):
+        for one in encode_conversations(documents, tokenizer, chat, valid_fraction):
+            (valid if one.is_validation else train).write(one.ids)
+            (valid_labels if one.is_validation else train_labels).write(one.is_label)
+            counts["num_documents"] += 1
+            counts["num_valid_documents"] += one.is_validation
+            counts["num_chars"] += one.num_chars
+            advance(one.num_chars)
+    return counts
 
 
 def load_rows(

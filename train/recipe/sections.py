@@ -184,6 +184,9 @@ class DataConfig:
     """Fraction of the documents that is split off."""
     text_field: str = "text"
     """Field of a jsonl or parquet row that holds the text."""
+    messages_field: str | None = None
+    """Field of a jsonl or parquet row that holds a conversation, a list of messages with role and content. It
+    is written by the model's chat template, and answers alone are learned; null: the text field is read."""
     separator: str = "<|endoftext|>"
     """Line that ends a document in a .txt file."""
     tokenizer: str = "bpe"

@@ -301,7 +301,7 @@ def finish(
         family=module.members,
         members=members,
         provenance=make_provenance(module, data, teacher, start),
-        chat_template=start.chat_template if start else None,
+        chat_template=start.chat_template if start else data.chat.template if data.chat else None,
         like=Path(start.path).expanduser() if start else None,
     )
 

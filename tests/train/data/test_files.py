@@ -4,6 +4,7 @@ import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -16,8 +17,13 @@ from train.data import files
 from train.data.files import LocalFiles, find_files, read_txt
 
 
-def find(source: Path | str, **settings: str) -> LocalFiles:
-    options = {"text_field": "text", "separator": "<|endoftext|>", "key": "data.source", **settings}
+def find(source: Path | str, **settings: Any) -> LocalFiles:
+    options: dict[str, Any] = {
+        "text_field": "text",
+        "separator": "<|endoftext|>",
+        "key": "data.source",
+        **settings,
+    }
     return find_files(str(source), cache_dir=None, **options)
 
 
