@@ -50,6 +50,8 @@ class Metrics:
     """Tokens of prompts that were not read again."""
     tokens: int = 0
     rounds: int = 0
+    round_tokens: int = 0
+    """Tokens of these rounds."""
     drafted: int = 0
     accepted: int = 0
     overlap: float = 0.0
@@ -70,6 +72,7 @@ class Metrics:
         self.texts += 1
         self.text_seconds += seconds
         self.rounds += report.rounds
+        self.round_tokens += max(0, report.num_tokens - 1)
         self.drafted += report.drafted
         self.accepted += report.accepted
         self.overlap += report.overlap
@@ -110,6 +113,7 @@ _FIELDS = {
     "shared_tokens": ("counter", "Tokens of prompts that were read before."),
     "tokens": ("counter", "Tokens written."),
     "rounds": ("counter", "Target passes of texts, the first one left out."),
+    "round_tokens": ("counter", "Tokens of these rounds: round_tokens / rounds is tau."),
     "drafted": ("counter", "Tokens that drafts proposed."),
     "accepted": ("counter", "Drafted tokens that were kept."),
     "overlap": ("counter", "Sum of min(p, q) at drafted positions that were reached."),
