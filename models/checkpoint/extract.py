@@ -18,10 +18,11 @@ from models.base.files import check_replaceable, read_json
 from models.checkpoint.family import FAMILY_FILE
 from models.checkpoint.folder import Member, ModelFolder, save_model
 from models.checkpoint.huggingface import load_stock
-from models.checkpoint.layout import Layout, lay_out
+from models.checkpoint.layout import PADDED, Layout, lay_out
 from models.checkpoint.weights import count_elements, model_from, weights_of
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.owning import copy_owned
 from models.elastic.view import View
 
 # Both sides compute in fp32 but may add in another order; this is some hundred roundings of 6e-8,
@@ -121,8 +122,7 @@ def verify_extraction(
         num_new_tokens: length of the continuation.
     """
     config = folder.model.config
-    full = model_from(config, weights_of(folder.model), dtype=torch.float32).to("cpu").eval()
-    view, stock = View(full, granularity), load_stock(out)
+    view, stock = _in_fp32(folder.model, granularity), load_stock(out)
     if tokens_BT is None:
         generator = torch.Generator().manual_seed(0)
         num_prompt = max(1, min(32, config.max_position_embeddings - num_new_tokens))
@@ -141,6 +141,17 @@ def verify_extraction(
         ids_equal=torch.equal(ours_BT, theirs_BT) and torch.equal(ours_BTV.argmax(-1), theirs_BTV.argmax(-1)),
         difference=float((ours_BTV - theirs_BTV).abs().max()) / max(largest, 1e-30),
     )
+
+
+def _in_fp32(model: ElasticLM, granularity: Granularity) -> View:
+    """Return the member of an fp32 copy of the model."""
+    view = View(model, granularity)
+    if view.owned is not None and view.owned.ownership.rank and model.dtype != torch.float32:
+        # What is merged is rounded to the dtype on disk, which a pass in fp32 would not do.
+        layout = lay_out(view, None if view.plan.is_uniform else PADDED)
+        return View(model_from(layout.config, layout.tensors, dtype=torch.float32).to("cpu").eval(), FULL)
+    full = model_from(model.config, weights_of(model), dtype=torch.float32)
+    return View(copy_owned(model, full).to("cpu").eval(), granularity)
 
 
 def provenance(folder: ModelFolder, granularity: Granularity, parameters: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The family file of a model folder: its members, what was measured, where it came from.
 
-{"format": 1,
+{"format": 1, or 2 if members own weights (models/checkpoint/owned_file.py),
  "family": {"S": "ffn=0.125", ...},
  "members": [{"name", "granularity", "parameters", "loss", "perplexity", "match", "kl", "alpha"}],
+ "owned": {"sha256", "members": {"S": {...}}},
  "provenance": {"recipe", "commit", "versions", "data", ...}}
 """
 
@@ -18,7 +19,8 @@ from models.elastic.config import ElasticConfig
 from models.elastic.granularity import DEFAULT_FAMILY, Granularity
 
 FAMILY_FILE = "nestling.json"
-FORMAT = 1
+FORMAT, FORMAT_WITH_OWNED = 1, 2
+"""A release that knows only the first must not open members without what they own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class Member:
         match: fraction of positions, in percent, where its greedy token is the full model's.
         kl: KL(p, q) in nats per token; p the full model, q the member.
         alpha: expected acceptance of one drafted token, the mean of sum min(p, q).
+        owned_bytes: bytes of the weights that it has for itself beside the full model's.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Member:
     match: float | None = None
     kl: float | None = None
     alpha: float | None = None
+    owned_bytes: int = 0
 
 
 def write_family(
@@ -51,14 +55,16 @@ def write_family(
     family: Mapping[str, Granularity],
     members: Iterable[Member],
     provenance: Mapping[str, Any],
+    owned: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `nestling.json`."""
+    """Write `nestling.json`; what members own is described by models/checkpoint/owned_file.py."""
     write_json(
         path,
         {
-            "format": FORMAT,
+            "format": FORMAT if owned is None else FORMAT_WITH_OWNED,
             "family": {name: str(granularity) for name, granularity in family.items()},
-            "members": [dataclasses.asdict(member) for member in members],
+            "members": [_fields_of(member) for member in members],
+            **({} if owned is None else {"owned": owned}),
             "provenance": dict(provenance),
         },
     )
@@ -76,14 +82,21 @@ def read_family(
         return dict(DEFAULT_FAMILY), [], {}
     content = read_json(path)
     with naming(path):
-        if content.get("format") != FORMAT:
+        if content.get("format") not in (FORMAT, FORMAT_WITH_OWNED):
+            read = f"{FORMAT} or {FORMAT_WITH_OWNED}"
             raise NestlingError(
-                f"format={content.get('format')!r} is not {FORMAT}, the one this release reads; "
+                f"format={content.get('format')!r} is not {read}, which this release reads; "
                 "use the release that wrote it"
             )
         family = {name: _granularity(text, config) for name, text in _part(content, "family", dict).items()}
         members = [_member(item) for item in _part(content, "members", list)]
         return family, members, _part(content, "provenance", dict)
+
+
+def _fields_of(member: Member) -> dict[str, Any]:
+    """Return what is written of a member: of one that owns nothing, no more than earlier releases read."""
+    fields = dataclasses.asdict(member)
+    return {name: value for name, value in fields.items() if name != "owned_bytes" or value}
 
 
 def _part(content: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -103,7 +116,8 @@ def _member(item: object) -> Member:
     fields = {field.name: field for field in dataclasses.fields(Member)}
     if not isinstance(item, dict) or set(item) - set(fields):
         raise NestlingError(f"member {item!r} is not one; its fields are {', '.join(fields)}")
-    kinds = {"name": str, "granularity": str, "parameters": int}
+    kinds = {"name": str, "granularity": str, "parameters": int, "owned_bytes": int}
+    item = dict[str, Any]({"owned_bytes": 0}) | item
     for name in fields:
         kind = kinds.get(name, (int, float, type(None)))
         if not isinstance(item.get(name), kind):

@@ -2,6 +2,7 @@
 
     config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json
     nestling.json    format; family: name -> granularity; members: what was measured; provenance
+    owned.safetensors    what members have for themselves, if anything
 
 An elastic folder *is* a stock model, the full one, and a stock folder without `nestling.json` opens
 as well. Nothing is pickled; a save is whole or absent.
@@ -31,6 +32,7 @@ from models.checkpoint.huggingface_config import (
     json_eos,
 )
 from models.checkpoint.layout import PER_LAYER, Layout, pad, stock_architectures
+from models.checkpoint.owned_file import read_owned, write_owned
 from models.checkpoint.tokenizer import open_tokenizer
 from models.checkpoint.weights import (
     WEIGHTS,
@@ -107,6 +109,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
         if read_json(path / "config.json").get(PER_LAYER):  # unequal layers run here as padded ones
             tensors = pad(tensors, config)
         model = model_from(config, tensors, dtype=dtype).eval()
+    read_owned(path / FAMILY_FILE, model)
     family, members, provenance = read_family(path / FAMILY_FILE, config)
     return ModelFolder(
         path=path,
@@ -217,6 +220,7 @@ def save_model(
         write_tensors(folder / WEIGHTS, weights_of(model) if layout is None else layout.tensors)
         for name, text in () if layout is None else layout.files.items():
             write_text(folder / name, text)
+        owned = write_owned(folder, model)
         carried = _carry(like, folder)
         if tokenizer is not None and TOKENIZER not in carried:
             _write_tokenizer(folder, tokenizer, model.config)
@@ -224,7 +228,7 @@ def save_model(
                 write_text(folder / TEMPLATE_FILE, chat_template)
         if GENERATION not in carried:
             write_json(folder / GENERATION, _generation(model.config))
-        write_family(folder / FAMILY_FILE, family, members, provenance or {})
+        write_family(folder / FAMILY_FILE, family, members, provenance or {}, owned)
         if finish is not None:
             finish(folder)
     return Path(path)

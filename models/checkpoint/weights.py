@@ -19,15 +19,17 @@ from models.base.paths import utf8_path
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.model import ElasticLM
+from models.elastic.ownership import is_owned
 
 WEIGHTS = "model.safetensors"
+OWNED_WEIGHTS = "owned.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def weights_of(model: ElasticLM) -> dict[str, Tensor]:
-    """Return every tensor once, detached, sharing the model's memory."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Return every tensor of the full model once, detached, sharing its memory."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if not is_owned(name)}
 
 
 def dtype_name(model: ElasticLM) -> str:
@@ -36,7 +38,7 @@ def dtype_name(model: ElasticLM) -> str:
 
 
 def count_elements(model: ElasticLM) -> int:
-    """Return how many numbers the tensors hold."""
+    """Return how many numbers the full model's tensors hold."""
     return sum(tensor.numel() for tensor in weights_of(model).values())
 
 
@@ -56,7 +58,7 @@ def model_from(
     with torch.device("meta"):  # a model without memory: its initial weights would be thrown away
         model = ElasticLM(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    tensors = _check(expected, tensors)
+    tensors = check_tensors(expected, tensors)
     dtype = dtype or tensors[EMBEDDING].dtype
     copies = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
     model.load_state_dict(copies, assign=True, strict=False)
@@ -96,17 +98,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
-        tensors |= _read(file)
+        tensors |= read_tensors(file)
     return tensors
 
 
 def hash_weights(folder: Path) -> str:
-    """Return the SHA-256 of `model.safetensors`, or of all shards, one after the other; or of a GGUF file.
+    """Return the SHA-256 of all weights: of `model.safetensors` or its shards, and of what members own.
+
+    Of a GGUF file it is the file's.
 
     Raises:
         NestlingError: naming the file that is missing.
     """
-    return hash_files(*_files(folder))
+    own = folder / OWNED_WEIGHTS
+    return hash_files(*_files(folder), *([own] if own.is_file() else []))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -136,7 +141,12 @@ def _shards(index: Path) -> list[str]:
     return shards
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        NestlingError: if it is missing or damaged.
+    """
     try:
         with utf8_path(path) as spelled:
             return load_file(spelled)
@@ -146,8 +156,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise NestlingError(f"{path} is damaged ({error}); restore it, or write the folder again") from None
 
 
-def _check(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that a model of the expected shapes takes, and nothing else."""
+def check_tensors(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that a model of the expected shapes takes, and nothing else.
+
+    Raises:
+        NestlingError: naming tensors that are missing, unknown, of another shape or not numbers.
+    """
     # Old releases of transformers stored the rotary frequencies, which the configuration gives.
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if HEAD not in expected and HEAD in found:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from models.elastic import ops
 from models.elastic.cache import Memory, Reading, Readings
 from models.elastic.config import ElasticConfig
-from models.elastic.layers import RMSNorm
 from models.elastic.linear import NestedLinear
+from models.elastic.norm import RMSNorm
+from models.elastic.owned import OwnedAttention
 
 
 class Attention(nn.Module):
@@ -32,10 +33,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, groups: int, rotary: tuple[Tensor, Tensor], memory: Memory | None
+        self,
+        x_BTD: Tensor,
+        groups: int,
+        rotary: tuple[Tensor, Tensor],
+        memory: Memory | None,
+        owned: OwnedAttention,
     ) -> Tensor:
         """Return what `groups` groups make of x; `memory` takes keys and values and says what to read."""
-        q_BHTK, k_BGTK, v_BGTK = self._project(x_BTD, groups, rotary)
+        q_BHTK, k_BGTK, v_BGTK = self._project(x_BTD, groups, rotary, owned)
         reading: Reading | Readings = Reading(k_BGTK, v_BGTK, None)
         if memory is not None:
             reading = memory.extend(self.layer, k_BGTK, v_BGTK)
@@ -44,15 +50,19 @@ class Attention(nn.Module):
             mixed_BHTK = torch.cat([ops.attention(part_BHTK, *one) for part_BHTK, one in parts], dim=2)
         else:
             mixed_BHTK = ops.attention(q_BHTK, *reading)
-        y_BTD: Tensor = self.o_proj(mixed_BHTK.to(x_BTD.dtype).transpose(1, 2).flatten(2))
+        y_BTD: Tensor = self.o_proj(mixed_BHTK.to(x_BTD.dtype).transpose(1, 2).flatten(2), None, owned.o_proj)
         return y_BTD
 
-    def _project(self, x_BTD: Tensor, groups: int, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def _project(
+        self, x_BTD: Tensor, groups: int, rotary: tuple[Tensor, Tensor], owned: OwnedAttention
+    ) -> tuple[Tensor, ...]:
         """Return queries [B, H, T, K] and keys [B, G, T, K], rotated, and values."""
         counts = (groups * self.heads_per_group, groups, groups)
         maps, rows = (self.q_proj, self.k_proj, self.v_proj), [count * self.head_dim for count in counts]
-        qkv_BTNK = ops.fused_linear(x_BTD, maps, rows).unflatten(-1, (sum(counts), self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
+        additions = (owned.q_proj, owned.k_proj, owned.v_proj)
+        qkv_BTNK = ops.fused_linear(x_BTD, maps, rows, additions).unflatten(-1, (sum(counts), self.head_dim))
+        q_norm, k_norm = owned.q_norm or self.q_norm, owned.k_norm or self.k_norm
+        if q_norm is not None and k_norm is not None:
             q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split(counts, dim=2)
-            qkv_BTNK = torch.cat([self.q_norm(q_BTHK), self.k_norm(k_BTGK), v_BTGK], dim=2)
+            qkv_BTNK = torch.cat([q_norm(q_BTHK), k_norm(k_BTGK), v_BTGK], dim=2)
         return ops.rope(qkv_BTNK, *counts[:2], rotary)

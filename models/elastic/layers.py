@@ -1,9 +1,7 @@
-"""The parts of a block that are not attention: RMSNorm, rotary positions, SwiGLU.
+"""The parts of a block that are not attention or a norm: rotary positions, SwiGLU.
 
 D model, F ffn, K head dim, T positions.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +9,8 @@ from torch import Tensor, nn
 from models.elastic import ops
 from models.elastic.config import ElasticConfig
 from models.elastic.linear import NestedLinear
+from models.elastic.owned import OwnedMLP
 from models.elastic.rope import rope_frequencies
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension (https://arxiv.org/abs/1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x; see `ops.rms_norm`."""
-        return ops.rms_norm(x, self.weight, self.eps)
-
-    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return `x + branch(self(x))`: a pre-norm residual branch."""
-        return ops.pre_norm_residual(x, self.weight, self.eps, branch)
 
 
 class MLP(nn.Module):
@@ -41,10 +23,11 @@ class MLP(nn.Module):
         self.up_proj = NestedLinear(size, hidden, bias=False)
         self.down_proj = NestedLinear(hidden, size, bias=False)
 
-    def forward(self, x_BTD: Tensor, ffn: int) -> Tensor:
-        """Return what the first `ffn` neurons make of x."""
-        y_BTF = ops.swiglu(self.gate_proj(x_BTD, ffn), self.up_proj(x_BTD, ffn))
-        y_BTD: Tensor = self.down_proj(y_BTF)
+    def forward(self, x_BTD: Tensor, ffn: int, owned: OwnedMLP) -> Tensor:
+        """Return what the first `ffn` neurons make of x, with what a member adds to their weights."""
+        gate_BTF = self.gate_proj(x_BTD, ffn, owned.gate_proj)
+        y_BTF = ops.swiglu(gate_BTF, self.up_proj(x_BTD, ffn, owned.up_proj))
+        y_BTD: Tensor = self.down_proj(y_BTF, None, owned.down_proj)
         return y_BTD
 
 

@@ -3,7 +3,8 @@
     tokens -> embedding -> [ x + attention(norm(x));  x + mlp(norm(x)) ] per layer -> norm -> head
 
 A member runs the layers that its granularity keeps, over prefixes of their heads and neurons; the
-embedding, the norms and the vocabulary head are everyone's. The state dict has Hugging Face's names,
+embedding and the vocabulary head are everyone's, and so are the norms unless the member has its own
+(models/elastic/owned.py). The state dict has Hugging Face's names,
 so extraction is slicing. Source: MatFormer, https://arxiv.org/abs/2310.07707.
 
 B batch, T positions, D model, V vocabulary.
@@ -20,7 +21,10 @@ from models.elastic.attention import Attention
 from models.elastic.cache import Batch, KVCache, Memory
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
-from models.elastic.layers import MLP, RMSNorm, Rotary
+from models.elastic.layers import MLP, Rotary
+from models.elastic.norm import RMSNorm
+from models.elastic.owned import NOTHING, Owned, OwnedLayer
+from models.elastic.ownership import is_owned
 from models.elastic.request import Head, Request
 
 
@@ -35,13 +39,20 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x_BTD: Tensor, plan: LayerPlan, rotary: tuple[Tensor, Tensor], memory: Memory | None
+        self,
+        x_BTD: Tensor,
+        plan: LayerPlan,
+        rotary: tuple[Tensor, Tensor],
+        memory: Memory | None,
+        owned: OwnedLayer = NOTHING,
     ) -> Tensor:
         """Add attention, then the feed-forward part, to the residual stream."""
-        x_BTD = self.input_layernorm.residual(
-            x_BTD, lambda y_BTD: self.self_attn(y_BTD, plan.groups, rotary, memory)
+        before_attention = owned.input_layernorm or self.input_layernorm
+        before_mlp = owned.post_attention_layernorm or self.post_attention_layernorm
+        x_BTD = before_attention.residual(
+            x_BTD, lambda y_BTD: self.self_attn(y_BTD, plan.groups, rotary, memory, owned.self_attn)
         )
-        return self.post_attention_layernorm.residual(x_BTD, lambda y_BTD: self.mlp(y_BTD, plan.ffn))
+        return before_mlp.residual(x_BTD, lambda y_BTD: self.mlp(y_BTD, plan.ffn, owned.mlp))
 
 
 class Backbone(nn.Module):
@@ -65,12 +76,15 @@ class ElasticLM(nn.Module):
         self.rotary = Rotary(config)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.owned = nn.ModuleList()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw normal weights; the two maps that write to the residual stream shrink with depth (GPT-2)."""
         std = self.config.initializer_range
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
+            if is_owned(name):
+                continue
             if name.endswith("norm.weight"):
                 nn.init.ones_(parameter)
             elif name.endswith("bias"):
@@ -80,6 +94,16 @@ class ElasticLM(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if writes else std, generator=generator)
 
     granularity = FULL
+
+    @property
+    def members(self) -> list[Owned]:
+        """What each member owns that owns anything."""
+        return [cast(Owned, one) for one in self.owned]
+
+    def owned_by(self, granularity: Granularity) -> Owned | None:
+        """Return what a member owns; None if it owns nothing, as the full model does."""
+        plan = granularity.resolve(self.config)
+        return next((one for one in self.members if one.plan == plan), None)
 
     @property
     def full(self) -> "ElasticLM":
@@ -137,7 +161,7 @@ class ElasticLM(nn.Module):
             UsageError: if the granularity does not fit the model.
         """
         x_BTD = self.states(tokens_BT, granularity, memory)[-1]
-        return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:])
+        return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:], granularity)
 
     def run(
         self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None
@@ -156,7 +180,7 @@ class ElasticLM(nn.Module):
         x_TD = self.states(torch.tensor([ids], device=self.device), granularity, memory)[-1][0]
         parts = zip(x_TD.split(counts), requests, strict=True)
         scored_TD = torch.cat([part_TD[-one.num_last :] for part_TD, one in parts])
-        return self.head(scored_TD, None if head is None else head.map)
+        return self.head(scored_TD, granularity, None if head is None else head.map)
 
     def new_cache(self, num_positions: int) -> KVCache:
         """Return an empty cache for one row, in the dtype and on the device that passes expect."""
@@ -173,30 +197,34 @@ class ElasticLM(nn.Module):
         """Return residual streams [B, T, D] after each number of layers in `exits`, then the final one.
 
         A member that is a prefix of the layers at full width is an early exit of the full model's pass:
-        `head(states(tokens, exits=(k,))[0])` are its logits.
+        `head(states(tokens, exits=(k,))[0], member)` are its logits.
         """
         plan: Plan = granularity.resolve(self.config)
         x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight).to(self.compute_dtype)
         num_tokens = tokens_BT.shape[1]
         positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
         rotary = self.rotary(positions, x_BTD.dtype)
-        found: dict[int, Tensor] = {}
+        owned, found = self.owned_by(granularity), dict[int, Tensor]()
         for count, layer_plan in enumerate(plan.layers, start=1):
             block = cast(Block, self.model.layers[layer_plan.index])
-            x_BTD = block(x_BTD, layer_plan, rotary, memory)
+            own = NOTHING if owned is None else owned.layer(layer_plan.index)
+            x_BTD = block(x_BTD, layer_plan, rotary, memory, own)
             if count in exits:
                 found[count] = x_BTD
         return [*(found[count] for count in exits), x_BTD]
 
-    def norm(self, x_BTD: Tensor) -> Tensor:
-        """Return what the vocabulary head reads of residual streams [..., D]."""
-        return cast(Tensor, self.model.norm(x_BTD))
+    def norm(self, x_BTD: Tensor, granularity: Granularity = FULL) -> Tensor:
+        """Return what the vocabulary head reads of a member's residual streams [..., D]."""
+        owned = self.owned_by(granularity)
+        return cast(Tensor, ((owned and owned.norm) or self.model.norm)(x_BTD))
 
-    def head(self, x_BTD: Tensor, linear: nn.Linear | None = None) -> Tensor:
+    def head(self, x_BTD: Tensor, granularity: Granularity = FULL, linear: nn.Linear | None = None) -> Tensor:
         """Return logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head.
 
         Args:
             x_BTD: the streams.
+            granularity: the member whose streams they are, which may have a final norm of its own.
             linear: a head in place of the model's own.
         """
-        return cast(Tensor, (self.lm_head if linear is None else linear)(self.norm(x_BTD)))
+        normed_BTD = self.norm(x_BTD, granularity)
+        return cast(Tensor, (self.lm_head if linear is None else linear)(normed_BTD))

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models.base.labels import IGNORE_INDEX
-from models.elastic.linear import NestedLinear
+from models.elastic.linear import LowRank, NestedLinear
 from models.kernels import train_losses, train_ops
 from models.kernels.build import library
 from models.kernels.pack import TYPES
@@ -57,12 +57,15 @@ def pre_norm_residual(x: Tensor, weight_D: Tensor, eps: float, branch: Callable[
     return x + branch(normed)
 
 
-def fused_linear(x: Tensor, maps: Sequence[NestedLinear], rows: Sequence[int]) -> Tensor:
+def fused_linear(
+    x: Tensor, maps: Sequence[NestedLinear], rows: Sequence[int], additions: Sequence[LowRank | None]
+) -> Tensor:
     """Return the first `rows` outputs of each of several maps of the same input, concatenated."""
+    each = list(zip(maps, rows, additions, strict=True))
     if compiled_dtype(x) is None:
-        return torch.cat([one(x, count) for one, count in zip(maps, rows, strict=True)], -1)
+        return torch.cat([one(x, count, addition) for one, count, addition in each], -1)
     # One large product takes less time than several, and less memory than concatenating their results.
-    prefixes = [one.prefix(count, x.shape[-1]) for one, count in zip(maps, rows, strict=True)]
+    prefixes = [one.prefix(count, x.shape[-1], addition) for one, count, addition in each]
     biases = [bias for _, bias in prefixes if bias is not None]
     return F.linear(x, torch.cat([weight for weight, _ in prefixes]), torch.cat(biases) if biases else None)
 
@@ -127,6 +130,14 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | 
     return mixed_BGRK.reshape(num_rows, heads, num_tokens, head_dim)
 
 
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return x, whose gradient will be multiplied by a factor on its way back."""
+    if factor == 1 or not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    scaled: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    return scaled
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return `silu(gate) * up` (https://arxiv.org/abs/2002.05202)."""
     return F.silu(gate) * up if compiled_dtype(gate) is None else train_ops.swiglu(gate, up)
@@ -161,6 +172,17 @@ def softmax(logits_NV: Tensor, temperature: float) -> Tensor:
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in: half precision is raised to fp32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
 
 
 class _Overlap(torch.autograd.Function):

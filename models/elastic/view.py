@@ -1,4 +1,4 @@
-"""A granularity seen in place: calls like a model, owns no memory."""
+"""A granularity seen in place: calls like a model, has no memory of its own."""
 
 import dataclasses
 from collections.abc import Hashable, Sequence
@@ -12,6 +12,8 @@ from models.elastic.cache import Memory
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, Plan
 from models.elastic.model import ElasticLM
+from models.elastic.owned import Owned
+from models.elastic.ownership import is_owned
 from models.elastic.request import Request
 
 
@@ -71,6 +73,16 @@ class View:
         return logits_BTV
 
     @property
+    def owned(self) -> Owned | None:
+        """What the member has for itself, if anything."""
+        return self.model.owned_by(self.granularity)
+
+    @property
+    def owned_bytes(self) -> int:
+        """Bytes of what the member has for itself."""
+        return 0 if self.owned is None else self.owned.num_bytes
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the weights are stored."""
         return self.model.dtype
@@ -82,11 +94,11 @@ class View:
 
     def norm(self, x_BTD: Tensor) -> Tensor:
         """See `ElasticLM.norm`."""
-        return self.model.norm(x_BTD)
+        return self.model.norm(x_BTD, self.granularity)
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """See `ElasticLM.head`."""
-        return self.model.head(x_BTD)
+        return self.model.head(x_BTD, self.granularity)
 
     @property
     def full(self) -> ElasticLM:
@@ -126,14 +138,26 @@ class View:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return prefix slices of the full model's tensors, layers renumbered; they share its memory."""
-        full = self.model.state_dict()
-        state = {name: tensor for name, tensor in full.items() if not name.startswith("model.layers.")}
+        """Return the member's tensors as a model of its own, layers renumbered.
+
+        They are prefix slices of the full model's, whose memory they share, but for what the member owns.
+        """
+        state = {
+            name: self._own(name, tensor)
+            for name, tensor in self.model.state_dict().items()
+            if not is_owned(name) and not name.startswith("model.layers.")
+        }
+        full = self.model.model.layers.state_dict()
         for position, layer in enumerate(self.plan.layers):
             for name, shape in layer.shapes(self.model.config).items():
-                tensor = full[f"model.layers.{layer.index}.{name}"]
-                state[f"model.layers.{position}.{name}"] = tensor[tuple(map(slice, shape))]
+                prefix = full[f"{layer.index}.{name}"][tuple(map(slice, shape))]
+                state[f"model.layers.{position}.{name}"] = self._own(
+                    f"model.layers.{layer.index}.{name}", prefix
+                )
         return state
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self.owned is None else self.owned.merge(name.removeprefix("model."), tensor)
 
 
 Model: TypeAlias = ElasticLM | View

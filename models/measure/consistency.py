@@ -67,6 +67,7 @@ def evaluate_family(
             match=100 * means[name]["match"],
             kl=means[name]["kl"],
             alpha=means[name]["alpha"],
+            owned_bytes=views[name].owned_bytes,
         )
         for name, granularity in family.items()
     ]
@@ -165,7 +166,7 @@ def compare_views(
         for rows in row_chunks(len(labels_N), model.config.vocab_size):
             log_p_NV = exact_logits(model, p_ND[rows]).log_softmax(-1)
             for sums_Q, view, q_ND in zip(sums_MQ, members, q_NDs, strict=True):
-                log_q_NV = exact_logits(view.model, q_ND[rows]).log_softmax(-1)
+                log_q_NV = exact_logits(view, q_ND[rows]).log_softmax(-1)
                 sums_Q += _measures(log_p_NV, log_q_NV, labels_N[rows]).sum(1, dtype=torch.float64)
         num_tokens += len(labels_N)
         if progress:

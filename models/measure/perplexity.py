@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.base.errors import NestlingError
 from models.base.labels import IGNORE_INDEX
-from models.elastic.model import ElasticLM
+from models.elastic.view import Model
 
 Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 """Token ids and labels, both [B, T]; the label of a position is the next token, or `IGNORE_INDEX`."""
@@ -27,7 +27,7 @@ CHUNK_NUMBERS = 2**22
 """Numbers in the largest [N, V] tensor; several of that size live at once."""
 
 
-def exact_logits(model: ElasticLM, x_ND: Tensor) -> Tensor:
+def exact_logits(model: Model, x_ND: Tensor) -> Tensor:
     """Return logits [N, V] in fp32 or better, whatever the model runs in."""
     logits_NV = model.head(x_ND)
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, LayerPlan
-from models.elastic.layers import RMSNorm
+from models.elastic.linear import LowRank
 from models.elastic.model import Block, ElasticLM
+from models.elastic.norm import RMSNorm
+from models.elastic.owned import NOTHING, OwnedLayer
 from models.elastic.request import Head, Request
 from models.kernels.build import library
 from models.kernels.pack import TYPES, Map, Panels, make_panels
@@ -92,7 +94,7 @@ class DecodeStep:
 
     def __init__(self, model: ElasticLM, dtype: torch.dtype, compiled: ctypes.CDLL) -> None:
         self._model, self._dtype, self._run = model, dtype, compiled.nestling_step
-        self._panels: dict[tuple[int, str], Panels] = {}
+        self._panels: dict[tuple[int, str, LowRank | None], Panels] = {}
         self._heads: dict[nn.Linear, Panels] = {}
         self._norms: dict[RMSNorm, Tensor] = {}
         self._members: dict[tuple[Granularity, nn.Linear], _Member] = {}
@@ -170,9 +172,10 @@ class DecodeStep:
     def _make(self, granularity: Granularity, head: Head) -> "_Member":
         """Return the C struct of a member, but for the dtype of the cache, which comes with each pass."""
         source, config = self._model, self._model.config
-        plans = granularity.resolve(config).layers
+        plans, owned = granularity.resolve(config).layers, source.owned_by(granularity)
         kept: list[object] = []
-        layers = (_Layer * len(plans))(*(self._layer(plan, kept) for plan in plans))
+        owns = [NOTHING if owned is None else owned.layer(plan.index) for plan in plans]
+        layers = (_Layer * len(plans))(*(self._layer(*one, kept) for one in zip(plans, owns, strict=True)))
         embedding = source.model.embed_tokens.weight.detach()  # its storage, whatever becomes of the model
         angles = [table_TK.float().contiguous() for table_TK in (source.rotary.cos_TK, source.rotary.sin_TK)]
         if head.map not in self._heads:
@@ -192,42 +195,46 @@ class DecodeStep:
             outputs=None if outputs is None else outputs.data_ptr(),
             cosines=angles[0].data_ptr(),
             sines=angles[1].data_ptr(),
-            norm=self._norm(source.model.norm),
+            norm=self._norm((owned and owned.norm) or source.model.norm),
             head=_map(self._heads[head.map], kept),
             layers=layers,
         )
         return _Member(model, [*kept, embedding, outputs, *angles, layers])
 
-    def _layer(self, plan: LayerPlan, kept: list[object]) -> _Layer:
+    def _layer(self, plan: LayerPlan, own: OwnedLayer, kept: list[object]) -> _Layer:
         block = cast(Block, self._model.model.layers[plan.index])
         shapes = plan.shapes(self._model.config)
-        maps = {
-            name: self._pack(
-                plan.index, name, cast(nn.Linear, block.get_submodule(path)), *shapes[f"{path}.weight"]
-            )
-            for name, path in _MAPS.items()
-        }
+        maps = {name: self._pack(plan, name, own, *shapes[f"{path}.weight"]) for name, path in _MAPS.items()}
         return _Layer(
             **{name: _map(panels, kept) for name, panels in maps.items()},
-            attention_norm=self._norm(block.input_layernorm),
-            ffn_norm=self._norm(block.post_attention_layernorm),
-            query_norm=self._norm(block.self_attn.q_norm),
-            key_norm=self._norm(block.self_attn.k_norm),
+            attention_norm=self._norm(own.input_layernorm or block.input_layernorm),
+            ffn_norm=self._norm(own.post_attention_layernorm or block.post_attention_layernorm),
+            query_norm=self._norm(own.self_attn.q_norm or block.self_attn.q_norm),
+            key_norm=self._norm(own.self_attn.k_norm or block.self_attn.k_norm),
             index=plan.index,
             groups=plan.groups,
             ffn=plan.ffn,
         )
 
-    def _pack(self, layer: int, name: str, linear: nn.Linear, rows: int, columns: int) -> Panels:
-        """Return panels of at least this prefix; what is packed already serves smaller ones."""
-        packed = self._panels.get((layer, name))
+    def _pack(self, plan: LayerPlan, name: str, own: OwnedLayer, rows: int, columns: int) -> Panels:
+        """Return panels of at least this prefix; what is packed already serves smaller ones.
+
+        A member that adds to the matrix has panels of its own.
+        """
+        part, _, short = _MAPS[name].rpartition(".")
+        addition = cast("LowRank | None", getattr(own.get_submodule(part), short))
+        block = cast(Block, self._model.model.layers[plan.index])
+        linear = cast(nn.Linear, block.get_submodule(_MAPS[name]))
+        key = plan.index, name, addition
+        packed = self._panels.get(key)
         if packed is None or packed.rows < rows or packed.columns < columns:
             if packed is not None:
                 rows, columns = max(rows, packed.rows), max(columns, packed.columns)
                 self._members.clear()  # they read the old panels
             bias_O: Tensor | None = linear.bias  # torch's stubs say that it is always there
-            packed = self._panels[layer, name] = make_panels(
-                linear.weight[:rows, :columns],
+            weight_OI = linear.weight[:rows, :columns]
+            packed = self._panels[key] = make_panels(
+                weight_OI if addition is None else addition.add_to(weight_OI),
                 None if bias_O is None else bias_O[:rows],
                 dtype=self._dtype,
                 head_dim=self._model.config.head_dim if name in {"query", "key", "value"} else 0,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from models.base.dtypes import DTYPES
 from models.base.errors import UsageError
 from models.elastic.granularity import FULL, Granularity
-from models.elastic.linear import NestedLinear
+from models.elastic.linear import LowRank, NestedLinear
 from models.elastic.model import ElasticLM
 from models.elastic.request import Head, Request
 from models.kernels.build import kernels_name
@@ -73,6 +73,7 @@ class PackedLM(ElasticLM):
             _check_codes(precision, source.device)
         dtype = DTYPES.get(precision)
         self.precision = precision
+        self.owned = source.owned
         self.decode_step = make_decode_step(source, dtype or _CODES[precision])
         self.load_state_dict(source.state_dict(keep_vars=True), assign=True)
         self.rotary = source.rotary
@@ -106,9 +107,9 @@ class PackedLM(ElasticLM):
             return super().run(requests, granularity, head)
         return self.decode_step(requests, granularity, head)
 
-    def head(self, x_BTD: Tensor, linear: nn.Linear | None = None) -> Tensor:
+    def head(self, x_BTD: Tensor, granularity: Granularity = FULL, linear: nn.Linear | None = None) -> Tensor:
         """See `ElasticLM.head`; logits are in the wider of the weights' and the pass's dtype."""
-        logits_BTV = super().head(x_BTD, linear)
+        logits_BTV = super().head(x_BTD, granularity, linear)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, self.dtype))
 
 
@@ -172,14 +173,14 @@ class QuantizedLinear(NestedLinear):
         self.register_parameter("bias", source.bias)
         self.precision = precision
         self.num_bytes = 0
-        self._products: dict[tuple[int, int], Callable[[Tensor], Tensor]] = {}
+        self._products: dict[tuple[int, int, LowRank | None], Callable[[Tensor], Tensor]] = {}
 
-    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: int | None = None, addition: LowRank | None = None) -> Tensor:
         """See `NestedLinear.forward`; a prefix is copied when it is first used."""
-        shape = self.out_features if rows is None else rows, x.shape[-1]
-        if shape not in self._products:
-            self._products[shape] = self._pack(*self.prefix(*shape))
-        return self._products[shape](x)
+        key = self.out_features if rows is None else rows, x.shape[-1], addition
+        if key not in self._products:
+            self._products[key] = self._pack(*self.prefix(*key))
+        return self._products[key](x)
 
     def _pack(self, weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
         weight_OI, bias_O = weight_OI.detach(), None if bias_O is None else bias_O.detach()

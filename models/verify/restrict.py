@@ -7,6 +7,7 @@ import torch
 
 from models.checkpoint.weights import EMBEDDING, HEAD, model_from, weights_of
 from models.elastic.model import ElasticLM
+from models.elastic.owning import copy_owned
 
 
 def likeliest_tokens(model: ElasticLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[int]:
@@ -37,4 +38,4 @@ def restrict(model: ElasticLM, token_ids: Sequence[int], dtype: torch.dtype | No
         name: tensor[rows] if name in {EMBEDDING, HEAD} else tensor
         for name, tensor in weights_of(model).items()
     }
-    return model_from(config, tensors, dtype=dtype).eval()
+    return copy_owned(model, model_from(config, tensors, dtype=dtype)).eval()

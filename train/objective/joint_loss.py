@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from models.elastic.cache import Recording, SharedPrefix, block_starts
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.ops import scale_gradient
 from train.data.batch import Batch
 from train.objective.chunked_loss import rows_per_chunk, sum_by_chunks
 from train.objective.losses import cross_entropy, member_loss, ramp, taught_loss
@@ -51,7 +52,14 @@ class JointLoss(NamedTuple):
 
 
 class _Student(NamedTuple):
-    """A model's states where it is trained, their positions in the micro-batch, and its loss's weight."""
+    """A model where it is trained, and how its loss counts.
+
+    Args:
+        name: The member.
+        states_ND: What the vocabulary head reads of it.
+        positions: The positions in the micro-batch.
+        weight: Factor of its loss.
+    """
 
     name: str
     states_ND: Tensor
@@ -84,9 +92,9 @@ def joint_loss(
     """
     slots = [slot for slot in plan.slots if _meet(slot.rows, batch.rows_everywhere)]
     recording = Recording() if any(slot.shift is not None for slot in slots) else None
-    students = _students_of_full_pass(model, members, batch, plan, recording)
+    students = _students_of_full_pass(model, members, batch, plan, recording, config)
     for slot in slots:
-        students.append(_student_of_slot(model, members[slot.name], batch, slot, recording, block))
+        students.append(_student_of_slot(model, members[slot.name], batch, slot, recording, block, config))
     own = full_config or config
     taught = plan.full and ramp(batch.step, own) > 0
     targets = teacher.targets(batch) if teacher is not None and taught else None
@@ -99,6 +107,7 @@ def _students_of_full_pass(
     batch: Batch,
     plan: StepPlan,
     recording: Recording | None,
+    config: LossConfig,
 ) -> list[_Student]:
     """Run the full model, and return it and the exits as students."""
     full = next(name for name, granularity in members.items() if granularity == FULL)
@@ -108,12 +117,12 @@ def _students_of_full_pass(
         *states, last_BTD = model.states(batch.tokens_BT, FULL, recording, exits=depths)
     by_depth = dict(zip(depths, states, strict=True))
     positions = range(batch.tokens_BT.numel())
-    students = [_Student(full, last_BTD.flatten(0, 1), positions, float(plan.full))]
+    students = [_Student(full, model.norm(last_BTD.flatten(0, 1)), positions, float(plan.full))]
     assert batch.tokens_BT.shape[1] % plan.exit_stride == 0, (batch.tokens_BT.shape, plan.exit_stride)
     strided = slice(plan.exit_offset, None, plan.exit_stride)  # the same positions of each row
     for name, depth in depth_of.items():
-        states_ND = by_depth[depth].flatten(0, 1)[strided]
-        students.append(_Student(name, states_ND, positions[strided], plan.exit_weight))
+        states_ND = model.norm(by_depth[depth].flatten(0, 1)[strided], members[name])
+        students.append(_member(name, states_ND, positions[strided], plan.exit_weight, config, is_exit=True))
     return students
 
 
@@ -124,6 +133,7 @@ def _student_of_slot(
     slot: Slot,
     recording: Recording | None,
     block: int,
+    config: LossConfig,
 ) -> _Student:
     """Run a member on those rows of its slot that this process has.
 
@@ -139,7 +149,21 @@ def _student_of_slot(
         memory = SharedPrefix(recording.rows(rows), starts_T.to(batch.tokens_BT.device))
     states_BTD = model.states(batch.tokens_BT[rows], granularity, memory)[-1]
     positions = range(rows.start * num_positions, rows.stop * num_positions)
-    return _Student(slot.name, states_BTD.flatten(0, 1), positions, weight)
+    states_ND = model.norm(states_BTD.flatten(0, 1), granularity)
+    return _member(slot.name, states_ND, positions, weight, config, is_exit=False)
+
+
+def _member(
+    name: str, states_ND: Tensor, positions: range, weight: float, config: LossConfig, *, is_exit: bool
+) -> _Student:
+    """Return a member as a student, its gradients scaled before they reach what it shares.
+
+    Its loss is scaled for the vocabulary head's sake and its states' gradient for the layers' sake. What it
+    owns is scaled with them, which AdamW does not notice.
+    """
+    factor = config.exit_gradient if is_exit else config.narrow_gradient
+    scaled_ND = scale_gradient(states_ND, factor / config.head_gradient)
+    return _Student(name, scaled_ND, positions, weight * config.head_gradient)
 
 
 def _score(
@@ -156,7 +180,7 @@ def _score(
     chunks = [range(start, min(start + size, len(labels_N))) for start in range(0, len(labels_N), size)]
     parts = [[_within(student.positions, chunk) for student in students] for chunk in chunks]
     states = [
-        model.norm(student.states_ND).split([len(part) for part in parts_of_student])
+        student.states_ND.split([len(part) for part in parts_of_student])
         for student, parts_of_student in zip(students, zip(*parts, strict=True), strict=True)
     ]
     weight_VD = model.lm_head.weight

@@ -28,6 +28,7 @@ from train.recipe.sections import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    OwnedConfig,
     SamplerConfig,
     TrackingConfig,
     TrainerConfig,
@@ -58,6 +59,7 @@ class Recipe:
         default_factory=lambda: {"S": "ffn=0.125", "M": "ffn=0.25", "L": "ffn=0.5", "D": "layers=0-1"}
     )
     """Granularity of each member by name; the full model is always there as XL."""
+    owned: OwnedConfig = OwnedConfig()
     sampler: SamplerConfig = SamplerConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()

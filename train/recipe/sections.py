@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from models.elastic.ownership import Ownership
 from train.recipe.settings import CHECKED
 
 
@@ -98,6 +99,24 @@ class SamplerConfig:
     """Members drawn at random (kind sandwich)."""
 
 
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class OwnedConfig:
+    """What each member has for itself, beside its part of the full model's matrices."""
+
+    norms: bool = False
+    """Give each member its own gains in the norms of the layers that it runs, and in the last norm. A prefix
+    of the layers at full width, an early exit, has the last one alone."""
+    rank: Natural = 0
+    """Rank of each narrow member's own low-rank addition to each of its matrices (LoRA); 0: none."""
+    alpha: NonNegative = 0.0
+    """Additions are scaled by alpha / rank, as LoRA's; 0: by 1."""
+
+    @property
+    def ownership(self) -> Ownership:
+        """The same, for a model."""
+        return Ownership(norms=self.norms, rank=self.rank, alpha=self.alpha)
+
+
 DivergenceName = Literal[
     "cross_entropy",
     "forward_kl",
@@ -141,6 +160,13 @@ class LossConfig:
     """Fraction of that weight that is left at the end; 1: all of it."""
     text_weight: Fraction = 0.0
     """Fraction of the cross-entropy that stays when the ramp is over."""
+    narrow_gradient: Positive = 1.0
+    """Factor of the gradients that members with a pass of their own send into the layers, which they share
+    with the full model. What they own learns at the full rate, whatever this is."""
+    exit_gradient: Positive = 1.0
+    """The same factor for early exits."""
+    head_gradient: Positive = 1.0
+    """Factor of all members' gradients into the vocabulary head, which everybody shares."""
     teacher: str | None = None
     """A trained model, from which the full model learns as members learn from the full model: a model
     folder, a GGUF file or the URL of an OpenAI-shaped endpoint; null: it learns from text alone."""

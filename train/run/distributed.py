@@ -74,9 +74,10 @@ def make_strategy(recipe: Recipe, world_size: int) -> str | Strategy:
     if recipe.trainer.strategy == "auto" and world_size == 1:
         return "auto"
     # With the random sampler no loss but one narrow member's is trained, and the layers that it skips have no
-    # gradient; with all others the full model's pass reaches every weight in every process.
+    # gradient; with all others the full model's pass reaches every shared weight in every process. What a
+    # member owns has a gradient only in the steps in which it trains.
     return DDPStrategy(
-        find_unused_parameters=recipe.sampler.kind == "random",
+        find_unused_parameters=recipe.sampler.kind == "random" or recipe.owned.ownership.owns,
         gradient_as_bucket_view=True,  # saves a copy of the gradients
     )
 

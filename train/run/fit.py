@@ -19,6 +19,7 @@ from models.base.errors import UsageError
 from models.checkpoint.folder import Member, save_model
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
+from models.elastic.owning import own
 from models.machine.card import known_card, machine_card, training_dtype
 from models.machine.provenance import make_card
 from models.measure.consistency import evaluate_family
@@ -151,10 +152,13 @@ def make_config(recipe: Recipe, data: TextData) -> ElasticConfig:
 
 def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
     """Return the model of `model.from`, or one with seeded initial weights."""
+    generator = torch.Generator().manual_seed(recipe.seed)
     if recipe.model.from_ is not None:
-        return load_start(recipe)
-    model = ElasticLM(make_config(recipe, data))
-    model.init_weights(torch.Generator().manual_seed(recipe.seed))
+        model = load_start(recipe)
+    else:
+        model = ElasticLM(make_config(recipe, data))
+        model.init_weights(generator)
+    own(model, recipe.granularities, recipe.owned.ownership, generator)
     return model
 
 

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.checkpoint.weights import model_from
+from models.checkpoint.weights import model_from, weights_of
 from models.elastic.model import ElasticLM
+from models.elastic.owning import adopt, owned_weights
 
 
 def shard(module: nn.Module, model: ElasticLM, mesh: DeviceMesh, *, step: str) -> None:
@@ -62,9 +63,12 @@ def gather_model(model: ElasticLM, *, wanted: bool) -> ElasticLM | None:
     """
     if not is_sharded(model):
         return model if wanted else None
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        tensor = gather(parameter.detach())
-        if wanted:
-            tensors[name] = tensor
-    return model_from(model.config, tensors) if wanted else None
+    weights, owned = (
+        {name: one for name, one in ((name, gather(shard)) for name, shard in named) if wanted}
+        for named in (weights_of(model).items(), owned_weights(model))
+    )
+    if not wanted:
+        return None
+    gathered = model_from(model.config, weights)
+    adopt(gathered, [one.owner for one in model.members], owned)
+    return gathered

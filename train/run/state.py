@@ -1,6 +1,7 @@
 """Resumable training states: `steps/<n>/`, complete or absent.
 
     model.safetensors      weights in training precision
+    owned.safetensors      what members have for themselves, if anything
     optimizer.safetensors  AdamW's moments, named like the weights
     state.json             optimizer steps, tokens and rows done, the guard's counters, the run that it is of
     manifest.json          size and SHA-256 of each file, written last
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 from models.base.errors import NestlingError, UsageError
 from models.base.files import hash_files, read_json, remove_folder, write_folder, write_json
 from models.base.paths import utf8_path
-from models.checkpoint.weights import WEIGHTS, write_weights
+from models.checkpoint.weights import OWNED_WEIGHTS, WEIGHTS, weights_of, write_tensors, write_weights
 from models.elastic.model import ElasticLM
+from models.elastic.owning import owned_weights
 from train.recipe.recipe import Recipe
 from train.run.fsdp import gather, gather_model, shard_like
 from train.run.identity import check_shapes
@@ -65,16 +66,20 @@ class TrainingState:
 
     def restore_weights(self, model: ElasticLM) -> None:
         """Put the weights into a model of the same shape."""
+        self._restore(weights_of(model), WEIGHTS)
+        if model.members:
+            self._restore(dict(owned_weights(model)), OWNED_WEIGHTS)
+
+    def _restore(self, weights: Mapping[str, Tensor], file: str) -> None:
         with utf8_path(self.path) as path:
-            saved = load_file(path / WEIGHTS)
+            saved = load_file(path / file) if (path / file).is_file() else {}
         check_shapes(
-            {name: parameter.shape for name, parameter in model.named_parameters()},
+            {name: parameter.shape for name, parameter in weights.items()},
             {name: tensor.shape for name, tensor in saved.items()},
-            self.path / WEIGHTS,
+            self.path / file,
         )
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(saved[name])
+        for name, parameter in weights.items():
+            parameter.copy_(saved[name])
 
     def restore_optimizer(self, model: ElasticLM, optimizer: Optimizer) -> None:
         """Put the moments back; the learning rate is the schedule's business."""
@@ -120,6 +125,8 @@ def save_state(
         return path
     with write_folder(path, marker=MANIFEST) as folder:
         write_weights(folder, weights)
+        if weights.members:
+            write_tensors(folder / OWNED_WEIGHTS, dict(owned_weights(weights)))
         try:
             save_file(moments, folder / OPTIMIZER)
         except SafetensorError as error:

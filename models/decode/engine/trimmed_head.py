@@ -72,7 +72,7 @@ class TrimmedHead:
 
     def head(self, x_TD: Tensor) -> Tensor:
         """Return logits [T, V] of residual streams [T, D]."""
-        return self._scatter(self.full.head(x_TD, self._head.map), -math.inf)
+        return self._scatter(self.full.head(x_TD, self.granularity, self._head.map), -math.inf)
 
     def _scatter(self, rows_TN: Tensor, others: float) -> Tensor:
         """Return rows [T, V] with one value for all tokens that are not scored."""

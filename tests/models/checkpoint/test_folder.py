@@ -292,7 +292,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"tokenizer\.json has token ids up to 99, but vocab_size=64",
     ),
     "family is not JSON": (write("nestling.json", "nope"), r"nestling\.json is not JSON"),
-    "newer format": (change_json("nestling.json", format=2), r"nestling\.json: format=2 is not 1"),
+    "newer format": (change_json("nestling.json", format=3), r"nestling\.json: format=3 is not 1 or 2"),
     "no family": (change_json("nestling.json", family=None), r"nestling\.json: family=None"),
     "odd granularity": (change_json("nestling.json", family={"S": "tiny"}), r"nestling\.json: .*'tiny'"),
     "unfit granularity": (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.elastic.layers import RMSNorm
+from models.elastic.norm import RMSNorm
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 from models.base.errors import UsageError
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import DEFAULT_FAMILY, FULL, Granularity
-from models.elastic.layers import RMSNorm
 from models.elastic.model import ElasticLM
+from models.elastic.norm import RMSNorm
 from models.elastic.view import View
 
 SUM_ORDER = 2e-5

@@ -11,6 +11,8 @@ from models.elastic.cache import Recording
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.ownership import Ownership
+from models.elastic.owning import own
 from train.data.batch import Batch
 from train.objective import joint_loss as objective
 from train.objective.joint_loss import joint_loss
@@ -297,3 +299,36 @@ def test_processes_share_the_gradient_of_a_step_and_all_run_the_same_members(
     assert_same(gradients(tiny_model, parts, plan), gradients(tiny_model, [batch], plan))
     names = [list(joint_loss(tiny_model, MEMBERS, part, plan, RAMPED, block=3).terms) for part in parts]
     assert all(one == names[0] for one in names), "FSDP's processes would wait for each other for ever"
+
+
+@pytest.mark.parametrize(
+    ("factor", "scaled"),
+    [
+        ({"narrow_gradient", "exit_gradient"}, "model.layers"),
+        ({"head_gradient"}, "lm_head"),
+    ],
+)
+def test_members_pull_at_shared_weights_by_a_factor(
+    tiny_config: ElasticConfig, factor: set[str], scaled: str
+) -> None:
+    """Gradients are linear in the factor where it scales, and the same where it does not."""
+    model = ElasticLM(dataclasses.replace(tiny_config, tie_word_embeddings=False))
+    model.init_weights(torch.Generator().manual_seed(0))
+    own(model, MEMBERS, Ownership(norms=True))
+    plan = StepPlan(full=True, exits=("D",), slots=(Slot("S", range(4)), Slot("L", range(4, 8))))
+
+    def changed(keys: set[str], value: float) -> LossConfig:
+        settings: dict[str, Any] = dict.fromkeys(keys, value)
+        return dataclasses.replace(RAMPED, **settings)
+
+    whole, half, quarter = (
+        gradients(model, [make_batch()], plan, changed(factor, value)) for value in (1.0, 0.5, 0.25)
+    )
+    here = [name for name in whole if name.startswith(scaled)]
+    assert_same(
+        {name: whole[name] - half[name] for name in here},
+        {name: 2 * (half[name] - quarter[name]) for name in here},
+    )
+    other = "lm_head" if scaled == "model.layers" else "model.layers"
+    assert_same(*({name: one[name] for name in one if name.startswith(other)} for one in (half, whole)))
+    assert all(whole[name].any() for name in whole if name.startswith("owned"))

@@ -134,7 +134,7 @@ def compare(ours: Path, theirs: Path) -> None:
             tolerance = COSINE_TOLERANCE if name.endswith("/cosine") else LOSS_TOLERANCE
             assert value == pytest.approx(their_curve[name], rel=tolerance, abs=tolerance), name
     assert steps(ours) == steps(theirs)
-    for file in ("model.safetensors", "optimizer.safetensors"):
+    for file in ("model.safetensors", "owned.safetensors", "optimizer.safetensors"):
         our_tensors = load_file(ours / "steps" / "00000008" / file)
         their_tensors = load_file(theirs / "steps" / "00000008" / file)
         torch.testing.assert_close(our_tensors, their_tensors, rtol=0, atol=WEIGHT_TOLERANCE)
@@ -173,6 +173,8 @@ def test_two_processes_go_on_from_one_and_one_from_two_as_if_nothing_had_changed
         f"sampler.kind={kind}",
         f"trainer.accumulate_grad_batches={accumulate}",
         f"trainer.batch_size={8 // int(accumulate)}",
+        "owned.norms=true",
+        "owned.rank=2",
     )
     alone, mixed = tmp_path / "alone", tmp_path / "run"
     fit(recipe, alone, console=Console(quiet=True))

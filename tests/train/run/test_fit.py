@@ -102,7 +102,9 @@ def without_clocks(path: Path) -> list[dict[str, Any]]:
 def assert_equal_at(step: int, ours: Path, theirs: Path) -> None:
     """Weights, moments, counters and metrics of two runs, bit for bit."""
     states = [run / "steps" / f"{step:08d}" for run in (ours, theirs)]
-    for file in ("model.safetensors", "optimizer.safetensors"):
+    names = [sorted(path.name for path in state.glob("*.safetensors")) for state in states]
+    assert names[0] == names[1]
+    for file in names[0]:
         a, b = (load_file(state / file) for state in states)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in b)
@@ -202,6 +204,7 @@ def test_metrics_tell_of_every_member_and_the_loss_falls(finished: Path) -> None
     assert {line["member"] for line in lines if line["kind"] == "sample"} == {"S", "D", "XL"}
 
 
+OWNED = ("owned.norms=true", "owned.rank=2", "loss.narrow_gradient=0.3")
 QUICK = [("rows", 1, 0), ("rows", 4, 0)]
 SLOW = [
     case
@@ -211,15 +214,16 @@ SLOW = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulate", "num_workers", "taught"),
+    ("kind", "accumulate", "num_workers", "beside"),
     [
-        *((*case, False) for case in QUICK),
-        ("rows", 1, 0, True),
-        *(pytest.param(*case, False, marks=pytest.mark.slow) for case in SLOW),
+        *((*case, "") for case in QUICK),
+        ("rows", 1, 0, "a teacher"),
+        ("rows", 1, 0, "owned weights"),
+        *(pytest.param(*case, "", marks=pytest.mark.slow) for case in SLOW),
     ],
 )
 def test_a_run_killed_and_resumed_equals_the_run_never_killed(
-    text: Path, tmp_path: Path, finished: Path, kind: str, accumulate: int, num_workers: int, taught: bool
+    text: Path, tmp_path: Path, finished: Path, kind: str, accumulate: int, num_workers: int, beside: str
 ) -> None:
     """Invariant 7: weights, optimizer and metrics, bit for bit; killed after step 6, saved last at 4."""
     recipe = make_recipe(
@@ -228,7 +232,8 @@ def test_a_run_killed_and_resumed_equals_the_run_never_killed(
         f"trainer.accumulate_grad_batches={accumulate}",
         f"trainer.batch_size={4 // accumulate}",
         f"data.num_workers={num_workers}",
-        *([f"loss.teacher={finished / 'model'}"] if taught else []),
+        *([f"loss.teacher={finished / 'model'}"] if beside == "a teacher" else []),
+        *(OWNED if beside == "owned weights" else []),
     )
     run(recipe, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -239,6 +244,20 @@ def test_a_run_killed_and_resumed_equals_the_run_never_killed(
     (tmp_path / "killed" / "metrics.jsonl").write_text("\n".join(seen) + '\n{"kind": "tra')
     run(recipe, tmp_path / "killed")
     assert_equal_at(8, tmp_path / "killed", tmp_path / "whole")
+
+
+def test_members_learn_weights_of_their_own(text: Path, tmp_path: Path) -> None:
+    folder = load_model(run(make_recipe(text, *OWNED), tmp_path / "run"))
+    owned = {one.name: one for one in folder.model.members}
+    assert owned.keys() == {"S", "D"}
+    full = dict(folder.model.model.named_parameters())
+    for one in owned.values():
+        for name, parameter in one.named_parameters():
+            assert not torch.equal(parameter, full.get(name, torch.zeros_like(parameter))), name
+    assert {one.name: one.owned_bytes for one in folder.members} == {
+        **{name: one.num_bytes for name, one in owned.items()},
+        "XL": 0,
+    }
 
 
 def test_a_run_with_a_teacher_leaves_it_alone_and_tells_of_it(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.ownership import is_owned
 from train.data.batch import Batch
 from train.objective.joint_loss import joint_loss
 from train.objective.sampler import Slot, StepPlan
@@ -109,8 +110,8 @@ def _gradient(
     plan: StepPlan,
     config: LossConfig,
 ) -> list[Tensor]:
-    """Return the gradient of each parameter, kept apart from what training adds up in `.grad`."""
-    parameters = list(model.parameters())
+    """Return the gradient of each shared parameter, kept apart from what training adds up in `.grad`."""
+    parameters = [one for name, one in model.named_parameters() if not is_owned(name)]
     loss = joint_loss(model, members, batch, plan, config, block=1).total
     return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 

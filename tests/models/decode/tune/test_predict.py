@@ -1,6 +1,7 @@
 """Which member drafts best: the formula against a simulation, and timings of a real model."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from models.elastic.view import View
 NUM_ROUNDS = 20_000
 
 
-def member(name: str, granularity: str = "ffn=0.5", **measured: float) -> Member:
+def member(name: str, granularity: str = "ffn=0.5", **measured: Any) -> Member:
     return Member(name=name, granularity=granularity, parameters=1, **measured)
 
 

@@ -1,0 +1,154 @@
+"""What members own: nothing for the full model, itself for a member, and all of it runs."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.model import ElasticLM
+from models.elastic.ownership import Ownership
+from models.elastic.owning import copy_owned, own, owned_weights
+from models.elastic.request import Request
+from models.elastic.view import View
+from models.packed import decode_step
+from models.packed.quantize import pack, prepare
+
+FAMILY = {
+    "S": Granularity.parse("ffn=0.25"),
+    "N": Granularity.parse("ffn=0.5,heads=0.5,layers=0:3"),
+    "Mix": Granularity.parse("ffn=1:0.5:0.25:1"),
+    "D": Granularity.parse("layers=0-1"),
+    "XL": FULL,
+}
+NORMS, BOTH = Ownership(norms=True), Ownership(norms=True, rank=2, alpha=4.0)
+TOKENS = torch.arange(20)[None]
+SUM_ORDER = 2e-5
+"""fp32 logits of order 1 through other kernels: sums in another order."""
+
+
+def owning(model: ElasticLM, ownership: Ownership = BOTH) -> ElasticLM:
+    """Members whose own weights are far from the full model's."""
+    own(model, FAMILY, ownership, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    for one in model.members:
+        for name, parameter in one.named_parameters():
+            with torch.no_grad():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            assert "norm" in name or "lora" in name
+    return model
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def model(request: pytest.FixtureRequest, tiny_config: ElasticConfig) -> ElasticLM:
+    fields: dict[str, Any] = {"qwen2": {"attention_bias": True}, "qwen3": {"qk_norm": True}}.get(
+        request.param, {}
+    )
+    made = ElasticLM(dataclasses.replace(tiny_config, **fields))
+    made.init_weights(torch.Generator().manual_seed(0))
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return made
+
+
+def test_the_full_model_owns_nothing_and_stays_bit_for_bit(model: ElasticLM) -> None:
+    """Invariant 2."""
+    before_BTV = model(TOKENS)
+    assert torch.equal(owning(model)(TOKENS), before_BTV)
+    assert model.owned_by(FULL) is None
+    assert {one.name for one in model.members} == {"S", "N", "Mix", "D"}
+
+
+def test_a_member_starts_as_what_the_full_model_makes_of_it(model: ElasticLM) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    before = {name: model(TOKENS, one) for name, one in FAMILY.items()}
+    own(model, FAMILY, BOTH)
+    for name, one in FAMILY.items():
+        assert torch.equal(model(TOKENS, one), before[name]), name
+
+
+@pytest.mark.parametrize("name", ["S", "N", "D"])
+def test_a_member_equals_a_model_of_its_own_weights_with_what_it_owns(model: ElasticLM, name: str) -> None:
+    before_BTV = model(TOKENS, FAMILY[name])
+    view = View(owning(model), FAMILY[name])
+    alone = ElasticLM(view.config)
+    alone.load_state_dict(view.state_dict())
+    torch.testing.assert_close(view(TOKENS), alone(TOKENS), atol=SUM_ORDER, rtol=0)
+    assert not torch.allclose(view(TOKENS), before_BTV, atol=1e-2)
+
+
+def test_a_member_is_found_by_what_it_runs_not_by_its_name(tiny_model: ElasticLM) -> None:
+    owning(tiny_model)
+    spelled = Granularity(ffn=(0.25,), layers=(0, 1, 2, 3))
+    assert torch.equal(tiny_model(TOKENS, spelled), tiny_model(TOKENS, FAMILY["S"]))
+    assert tiny_model.owned_by(Granularity.parse("ffn=0.75")) is None
+
+
+def test_an_exit_owns_its_final_norm_alone(tiny_model: ElasticLM) -> None:
+    owning(tiny_model)
+    exit_BTD, _ = tiny_model.states(TOKENS, exits=(2,))
+    assert torch.equal(tiny_model.states(TOKENS, FAMILY["D"])[-1], exit_BTD)
+    assert torch.equal(tiny_model.head(exit_BTD, FAMILY["D"]), tiny_model(TOKENS, FAMILY["D"]))
+    assert [name for name, _ in owned_weights(tiny_model) if name.startswith("D")] == ["D.norm.weight"]
+
+
+@pytest.mark.parametrize("ownership", [NORMS, BOTH, Ownership(rank=3)])
+def test_shapes_are_those_of_the_weights(model: ElasticLM, ownership: Ownership) -> None:
+    own(model, FAMILY, ownership)
+    for one in model.members:
+        found = {name: tuple(parameter.shape) for name, parameter in one.named_parameters()}
+        assert found == ownership.shapes(model.config, one.granularity)
+
+
+def test_gradients_reach_what_is_shared_and_what_is_owned(tiny_model: ElasticLM) -> None:
+    owning(tiny_model)
+    tiny_model(TOKENS, FAMILY["S"]).logsumexp(-1).sum().backward()
+    for one in tiny_model.members:
+        grads = [parameter.grad is not None for parameter in one.parameters()]
+        assert all(grads) if one.name == "S" else not any(grads)
+    gate = tiny_model.get_parameter("model.layers.0.mlp.gate_proj.weight")
+    assert gate.grad is not None
+    assert gate.grad[:16].any()
+    assert not gate.grad[16:].any()
+
+
+def test_a_copy_of_a_model_has_copies_of_what_its_members_own(tiny_model: ElasticLM) -> None:
+    ours = owning(tiny_model)
+    theirs = copy_owned(ours, ElasticLM(ours.config))
+    for (name, our), (their_name, their) in zip(owned_weights(ours), owned_weights(theirs), strict=True):
+        assert name == their_name
+        assert torch.equal(our, their)
+        assert our.data_ptr() != their.data_ptr()
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["S", "N", "Mix", "D"])
+def test_packed_members_run_with_what_they_own(
+    model: ElasticLM, name: str, precision: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "torch":
+        monkeypatch.setattr(decode_step, "library", lambda: None)
+    packed = pack(owning(model), precision, FAMILY[name])
+    with torch.inference_mode():
+        rows_TV = packed.run([Request(list(range(12)), packed.new_cache(32), 12)], FAMILY[name])
+        theirs_TV = model(TOKENS[:, :12], FAMILY[name])[0]
+        assert float((rows_TV - theirs_TV).norm() / theirs_TV.norm()) < {"fp32": 1e-4, "int8": 0.2}[precision]
+        full_TV = packed.run([Request(list(range(12)), packed.new_cache(32), 12)])
+        assert torch.equal(
+            full_TV, pack(model, precision).run([Request(list(range(12)), packed.new_cache(32), 12)])
+        )
+
+
+def test_gains_cost_no_packed_copy_and_additions_do(tiny_model: ElasticLM) -> None:
+    found = []
+    for ownership in (Ownership(), NORMS, BOTH):
+        own(tiny_model, FAMILY, ownership)
+        found.append(prepare(pack(tiny_model, "int8"), FAMILY["S"]))
+    assert found[0] == found[1] == 0
+    assert found[2] > 0
