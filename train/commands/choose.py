@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
+    from torch import Tensor
 
     from models.checkpoint.folder import ModelFolder
     from models.measure.latency import LatencyTable
@@ -102,27 +103,18 @@ def choose(path: Path, request: Request, *, console: "Console | None" = None) ->
         UsageError: if no member keeps them, or the engine holds none.
     """
     budgets = request.check()
-    from models.checkpoint.folder import load_model
-    from models.checkpoint.weights import dtype_name
-    from models.machine.card import machine_card
     from models.measure.token_losses import TokenLosses, losses_path
-    from train.data.loader import take_batches
-    from train.data.tokens import load_rows_for
     from train.search.budgets import holds_unequal
     from train.search.members import MemberSearch
     from train.search.space import Space
 
     assert request.data is not None
-    folder = load_model(path)
-    stored = dtype_name(folder.model)
-    folder.model.float().to("cuda" if machine_card().gpu else "cpu")
-    rows = load_rows_for(folder, request.data, longest=MAX_SEQUENCE_LENGTH, text_field=request.text_field)
-    batches = list(take_batches(rows, request.max_tokens))
+    folder, batches = open_text(path, request.data, request.text_field, request.max_tokens)
     losses = TokenLosses(folder.model, batches, losses_path(folder.path, batches, "fp32"))
     config = folder.model.config
     space = Space.of(config, folder.family.values(), unequal=holds_unequal(request.engine, config))
     with progress_bar("searching", console=console or make_console(stderr=True)) as bar:
-        costs, table = _costs(folder, budgets, space, stored, request)
+        costs, table = _costs(folder, budgets, space, _weight_bytes(path), request)
         search = MemberSearch(losses, folder.family, space, budgets, costs, bar.show)
         result = search.run(request.evaluations)
     kind = budgets[0].kind
@@ -134,6 +126,29 @@ def choose(path: Path, request: Request, *, console: "Console | None" = None) ->
     }
     settings |= {"budgets": [one.text for one in budgets], "latency": table and table.to_json()}
     return Chosen(result=result, kind=kind, fields={**search_fields_of(result, kind), **settings})
+
+
+def open_text(
+    path: Path, data: str, text_field: str | None, num_tokens: int
+) -> "tuple[ModelFolder, list[tuple[Tensor, Tensor]]]":
+    """Return a model folder in fp32, on the GPU if there is one, and tokens and labels of a text."""
+    from train.commands.common import open_for_measuring
+    from train.data.loader import take_batches
+    from train.data.tokens import load_rows_for
+
+    folder, _ = open_for_measuring(path, "fp32")
+    rows = load_rows_for(folder, data, longest=MAX_SEQUENCE_LENGTH, text_field=text_field)
+    return folder, list(take_batches(rows, num_tokens))
+
+
+def _weight_bytes(path: Path) -> int:
+    """Return the bytes of a weight as a folder keeps it."""
+    from models.base.dtypes import DTYPES
+    from models.base.files import read_json
+
+    fields = read_json(path / "config.json") if path.is_dir() else {}
+    stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    return next((one.itemsize for one in DTYPES.values() if str(one).endswith(stored)), 4)
 
 
 def search_fields_of(result: "Result", kind: str) -> dict[str, Any]:
@@ -156,14 +171,12 @@ def show(chosen: Chosen, console: "Console") -> None:
 
 
 def _costs(
-    folder: "ModelFolder", budgets: "Sequence[Budget]", space: "Space", stored: str, request: Request
+    folder: "ModelFolder", budgets: "Sequence[Budget]", space: "Space", weight_bytes: int, request: Request
 ) -> "tuple[Mapping[str, Cost], LatencyTable | None]":
     """Return what members cost in each kind of the budgets, and the table of latencies if one counts."""
-    from models.base.dtypes import DTYPES
     from train.search.budgets import cost_of
 
     config, table = folder.model.config, None
-    weight_bytes = next(dtype.itemsize for dtype in DTYPES.values() if str(dtype).endswith(stored))
     context = min(config.max_position_embeddings, MAX_CONTEXT)
     costs: dict[str, Cost] = {}
     for kind in [one.kind for one in budgets]:

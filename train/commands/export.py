@@ -70,14 +70,23 @@ class Extraction:
 def extract_and_prove(
     folder: ModelFolder, granularity: Granularity, out: Path, console: Console, *, form: str | None = None
 ) -> Extraction:
-    """Write the member to `out`, open it in transformers, compare, and say how it went.
+    """Write the member to `out`, open it in transformers, compare, say how it went; see `prove_member`."""
+    with console.status("writing it, and comparing it with transformers"):
+        written = prove_member(folder, granularity, out, form=form)
+    _tell(written, folder, granularity, out, console)
+    return written
+
+
+def prove_member(
+    folder: ModelFolder, granularity: Granularity, out: Path, *, form: str | None = None
+) -> Extraction:
+    """Write the member to `out`, open it in transformers and compare.
 
     Raises:
         UsageError: if the granularity or the form does not fit, or `out` cannot be replaced.
         NestlingError: if the disk refuses, or the two differ, which is a bug of ours; then nothing is left.
     """
-    config = folder.model.config
-    num_new_tokens = min(NUM_NEW_TOKENS, config.max_position_embeddings // 2)
+    num_new_tokens = min(NUM_NEW_TOKENS, folder.model.config.max_position_embeddings // 2)
     proved: list[Extraction] = []
 
     def prove(partial: Path, layout: Layout) -> None:
@@ -91,9 +100,7 @@ def extract_and_prove(
         parameters = layout.parameters
         proved.append(Extraction(form=layout.form, parameters=parameters, wasted_bytes=wasted, parity=parity))
 
-    with console.status("writing it, and comparing it with transformers"):
-        extract(folder, granularity, out, form=form, finish=prove)
-    _tell(proved[0], folder, granularity, out, console)
+    extract(folder, granularity, out, form=form, finish=prove)
     return proved[0]
 
 

@@ -9,7 +9,14 @@ import typer
 from models.base.errors import UsageError
 from models.base.outputs import check_apart
 from train.commands.choose import BudgetOption, EngineOption, LatencyOption, Request, choose, show
-from train.commands.common import JsonOption, ModelArgument, TextFieldOption, check_json, write_results
+from train.commands.common import (
+    JsonOption,
+    ModelArgument,
+    TextFieldOption,
+    check_data,
+    check_json,
+    write_results,
+)
 from train.commands.console import make_console
 
 if TYPE_CHECKING:
@@ -17,6 +24,8 @@ if TYPE_CHECKING:
     from models.elastic.granularity import Granularity
 
 FORMATS = ("hf", "gguf")
+PAIR_TOKENS = 16384
+"""Tokens on which a pair is measured."""
 
 
 def extract(
@@ -30,9 +39,16 @@ def extract(
         ),
     ] = None,
     budget: BudgetOption = None,
+    pair: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DRAFT:TARGET",
+            help="Two members to cut out as a draft and its target, with lines that run them, as in D:XL.",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text on which members are compared for --budget."),
+        typer.Option(metavar="FILE", help="Text on which members are compared, for --budget and --pair."),
     ] = None,
     text_field: TextFieldOption = None,
     engine: EngineOption = None,
@@ -62,17 +78,25 @@ def extract(
             "Default: the one on disk.",
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an earlier extraction that stands at --out.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Cut one member out, as a stock Hugging Face folder or a file for llama.cpp, and prove it equal.
 
-    With --budget, the member is the one that loses least within it.
+    With --budget, the member is the one that loses least within it. With --pair, two members come out that
+    run together in other engines.
     """
     check_json(json, MODEL=model, out=out)
     check_apart({"--out": out}, {"MODEL": model})
-    _check_one(granularity, budget)
+    _check_one(granularity, budget, pair)
     form = _form_of(form, engine, format_)
     dtype = _check_format(format_, dtype, out)
+    _check_out(out, force, format_, pair)
+    if pair:
+        _extract_pair(model, pair, out, (data, text_field), (form, format_, dtype), json)
+        return
     from models.checkpoint.folder import load_model
     from models.elastic.granularity import Granularity
 
@@ -120,6 +144,55 @@ def _choose(model: Path, request: Request) -> dict[str, Any]:
     return chosen.fields
 
 
+def _check_out(out: Path, force: bool, format_: str, pair: str | None) -> None:
+    """Say before the work that something stands where the extraction would."""
+    from models.base.files import check_replaceable
+    from train.commands.export import check_file_replaceable
+    from train.commands.pair import PAIR_FILE
+
+    if pair:
+        check_replaceable(out, marker=PAIR_FILE)
+    elif format_ == "gguf":
+        check_file_replaceable(out)
+    else:
+        check_replaceable(out)
+    is_there = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if is_there and not force:
+        raise UsageError(f"--out {out} exists; add --force to replace an extraction, or choose another place")
+
+
+def _extract_pair(
+    model: Path,
+    text: str,
+    out: Path,
+    source: tuple[str | None, str | None],
+    kind: tuple[str | None, str, str | None],
+    json: Path | None,
+) -> None:
+    from models.checkpoint.folder import load_model
+    from train.commands.choose import open_text
+    from train.commands.pair import measure_pair, parse_pair, tell_pair, write_pair
+
+    data, text_field = source
+    if data is None:
+        raise UsageError(
+            "--data is missing: how many drafted tokens are kept is measured on a text; give one"
+        )
+    check_data(data)
+    console = make_console()
+    folder, batches = open_text(model, data, text_field, PAIR_TOKENS)
+    draft, target = parse_pair(text, folder)
+    with console.status("measuring how they run together"):
+        measured = measure_pair(folder, draft, target, batches)
+    folder = load_model(model)  # as it is on disk, which the measuring was not
+    form, format_, dtype = kind
+    fields = write_pair(folder, measured, out, console, form=form, format_=format_, dtype=dtype)
+    tell_pair(fields, out, console)
+    write_results(
+        json, {"out": str(out), "pair": fields}, dtypes={"weights": fields["card"]["dtypes"]["model"]}
+    )
+
+
 def _engine_of(engine: str | None, format_: str, form: str | None) -> str | None:
     """Return the engine that must hold a member which is searched for."""
     if engine is None:
@@ -149,14 +222,15 @@ def _form_of(form: str | None, engine: str | None, format_: str) -> str | None:
     return form or ("padded" if engine in ("padded", "mlx") else None)
 
 
-def _check_one(granularity: str | None, budget: list[str] | None) -> None:
-    if granularity and budget:
+def _check_one(granularity: str | None, budget: list[str] | None, pair: str | None) -> None:
+    flags = {"--granularity": granularity, "--budget": next(iter(budget or ()), None), "--pair": pair}
+    given = [f"{name} {value}" for name, value in flags.items() if value]
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one of them")
+    if not given:
         raise UsageError(
-            f"--granularity {granularity} and --budget {budget[0]} exclude each other; give one of them"
-        )
-    if not granularity and not budget:
-        raise UsageError(
-            "--granularity is missing: name a member, as in S, or give --budget, as in params=0.5"
+            "--granularity is missing: name a member, or give --budget or --pair "
+            "(see nestling extract --help)"
         )
     for text in budget or []:
         if "=" not in text:

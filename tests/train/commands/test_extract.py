@@ -128,8 +128,9 @@ def test_a_member_comes_out_as_one_file(
     out, results = tmp_path / "new" / "S.gguf", tmp_path / "extract.json"
     arguments = [str(model), "--granularity", "S", "--out", str(out), "--json", str(results)]
     asked = [] if dtype is None else ["--dtype", dtype]
-    for _ in range(2):  # the second time it replaces its own file
-        assert main(["extract", *arguments, "--format", "gguf", *asked]) == 0
+    for force in ([], ["--force"]):  # the second time it replaces its own file
+        assert main(["extract", *arguments, "--format", "gguf", *asked, *force]) == 0
+    assert main(["extract", *arguments, "--format", "gguf", *asked]) == 2
     assert f"106,944 of 217,536 parameters in {written}, {out.stat().st_size:,} bytes" in " ".join(
         capsys.readouterr().out.split()
     )
