@@ -17,7 +17,14 @@ def first_plans(recipe: Recipe, config: ElasticConfig) -> list[StepPlan]:
     members = {name: one.resolve(config) for name, one in recipe.granularities.items()}
     num_rows = recipe.trainer.rows_per_step
     return [
-        plan_step(members, recipe.sampler, seed=recipe.seed, step=step, num_rows=num_rows)
+        plan_step(
+            members,
+            recipe.sampler,
+            seed=recipe.seed,
+            step=step,
+            num_rows=num_rows,
+            trains_full=recipe.model.train == "joint",
+        )
         for step in range(NUM_PLANS)
     ]
 

@@ -68,8 +68,11 @@ def plan_step(
     step: int,
     num_rows: int,
     weight: float = 1.0,
+    trains_full: bool = True,
 ) -> StepPlan:
     """Plan a step for the members, the full model among them; all losses but its own get the weight.
+
+    A full model that does not train teaches its members all the same.
 
     >>> from models.elastic.config import ElasticConfig
     >>> from models.elastic.granularity import Granularity
@@ -97,7 +100,7 @@ def plan_step(
     others = [name for name, plan in members.items() if not plan.is_full]
     everyone = range(num_rows)
     if config.kind == "random":
-        names = [*others, full]
+        names = [*others, full] if trains_full else others
         weights = [(config.probabilities or {}).get(name, 0.0) for name in names]
         chosen = rng.choices(names, weights if any(weights) else None)[0]  # None: all alike
         if chosen == full:
@@ -119,7 +122,7 @@ def plan_step(
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
     every = config.exit_stride if config.kind == "rows" else 1
     return StepPlan(
-        full=True,
+        full=trains_full,
         exits=exits,
         slots=slots,
         exit_stride=every,

@@ -22,6 +22,19 @@ HEALING: Mapping[str, Any] = {
     "loss.fade_to": 1.0,
 }
 """A trained model needs neither a high learning rate nor text before its members learn from it."""
+DRAFTING: Mapping[str, Any] = {
+    "owned.norms": True,
+    "owned.rank": 16,
+    "optim.lr": 2e-3,
+    "loss.divergence": "total_variation",
+    "loss.weight": 0.9,
+    "loss.text_weight": 0.1,
+    "loss.trust": 0.0,
+    "sampler.row_fraction": 1.0,
+    "sampler.exit_stride": 1,
+    "sampler.shared_cache": 1.0,
+}
+"""With model.train=owned, members are drafts: they learn what is accepted, on the full model's own cache."""
 
 
 def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,12 +50,13 @@ def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
     from models.checkpoint.family import FAMILY_FILE, read_family  # torch comes with them
 
     config = read_start_config(start)
+    schedule = {**HEALING, **(DRAFTING if tables["model"].get("train") == "owned" else {})}
     shape = {f"model.{name}": value for name, value in shape_of(config).items()}
     family_file = Path(start).expanduser() / FAMILY_FILE
     if not family_file.is_file():
-        return {**HEALING, **shape}
+        return {**schedule, **shape}
     members, _, _ = read_family(family_file, config)
-    return {**HEALING, **shape, "family": {name: str(one) for name, one in members.items()}}
+    return {**schedule, **shape, "family": {name: str(one) for name, one in members.items()}}
 
 
 def read_start_config(start: str) -> ElasticConfig:

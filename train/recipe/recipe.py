@@ -73,7 +73,7 @@ class Recipe:
     """Type of the weights in a pass; auto: the one that this machine is fast at."""
 
     def __post_init__(self) -> None:
-        problems = [*_family_problems(self), *_sampler_problems(self)]
+        problems = [*_family_problems(self), *_sampler_problems(self), *_owned_problems(self)]
         length, longest = self.data.sequence_length, self.model.max_position_embeddings
         if longest and length > longest:
             problems.append(
@@ -102,7 +102,7 @@ class Recipe:
         Raises:
             UsageError: if the sizes do not fit together.
         """
-        fields = {name: value for name, value in asdict(self.model).items() if name != "from_"}
+        fields = {name: value for name, value in asdict(self.model).items() if name not in ("from_", "train")}
         fields["max_position_embeddings"] = fields["max_position_embeddings"] or self.data.sequence_length
         vocab_size = self.data.vocab_size if vocab_size is None else vocab_size
         try:
@@ -178,6 +178,19 @@ def _family_problems(recipe: Recipe) -> list[str]:
                 f"(family.{name}=null)"
             )
     return problems
+
+
+def _owned_problems(recipe: Recipe) -> list[str]:
+    if recipe.model.train == "joint":
+        return []
+    shown = "model.train=owned"
+    if recipe.model.from_ is None:
+        return [f"{shown}: the full model would keep its random weights; set model.from to a trained one"]
+    if not recipe.owned.ownership.owns:
+        return [f"{shown}: members own nothing; set owned.norms=true or owned.rank above 0"]
+    if len(recipe.granularities) == 1:
+        return [f"{shown}: there is no member beside the full model; add one, as in family.D=layers=0-3"]
+    return []
 
 
 def _sampler_problems(recipe: Recipe) -> list[str]:

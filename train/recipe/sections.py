@@ -42,6 +42,9 @@ class ModelConfig:
     from_: Annotated[str | None, Field(alias="from")] = None
     """Folder or GGUF file of a model to begin from, which gives the shape, the tokenizer and, if it has one,
     the family; null: random weights."""
+    train: Literal["joint", "owned"] = "joint"
+    """joint: all weights train; owned: only what members own (section owned), and the full model's tensors
+    stay as model.from has them, bit for bit."""
     hidden_size: Count = 256
     """Width of the residual stream."""
     intermediate_size: Count = 1024

@@ -5,8 +5,9 @@ pass, counted over the sampler's own plans, at a fraction of the rate that the m
 matrix product; memory is models/elastic/count.py's.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -62,6 +63,8 @@ class Estimate:
     dtype: str
     gflops: float
     """The measured rate of a matrix product."""
+    owned: int = 0
+    """Weights of members alone, where nothing else trains."""
     teacher_parameters: int = 0
     teacher_flops: float = 0.0
     """The teacher's part of a step's operations, once the ramp has begun."""
@@ -114,6 +117,9 @@ def estimate_run(
         shards=devices if trainer.strategy == "fsdp" else 1,
         compiled=card.gpu is None and library("train_ops") is not None,
     )
+    if recipe.model.train == "owned":  # what stays has neither gradients nor moments
+        own = 4 * count_owned(recipe, config)
+        memory = replace(memory, weights=memory.weights + own, gradients=own, optimizer=2 * own)
     busiest = max(plans, key=lambda plan: len(plan.slots))
     traffic = count_step_traffic(
         config,
@@ -131,11 +137,19 @@ def estimate_run(
         seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION[dtype] * devices),
         dtype=dtype,
         gflops=gflops,
+        owned=count_owned(recipe, config) if recipe.model.train == "owned" else 0,
         teacher_parameters=teacher.parameters if teacher else 0,
         teacher_flops=count_teacher_flops(recipe, config, teacher),
         teacher_bytes=teacher.weight_bytes(number_bytes) if teacher else 0,
         teacher_note=teacher.note if teacher else "",
     )
+
+
+def count_owned(recipe: Recipe, config: ElasticConfig) -> int:
+    """Return the number of weights that members own."""
+    ownership = recipe.owned.ownership
+    shapes = (ownership.shapes(config, member) for member in recipe.granularities.values())
+    return sum(math.prod(shape) for own in shapes for shape in own.values())
 
 
 def _largest_fractions(plans: list[StepPlan], recipe: Recipe) -> list[tuple[Granularity, float]]:
@@ -203,6 +217,8 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
         f"about {size(memory.total)}: {size(state)} weights, gradients and optimizer, "
         f"{size(memory.activations)} activations, {size(memory.logits)} logits"
     )
+    if estimate.owned:
+        facts["owned"] = f"{estimate.owned:,} parameters; the full model's stay as they are"
     if estimate.devices > 1:
         sent = size(estimate.sent)
         facts["devices"] = f"each of {estimate.devices} devices holds this and sends {sent} a step"

@@ -45,7 +45,15 @@ from train.run.malloc import keep_freed_memory
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
 from train.run.run_folder import check_belongs, earlier_state, find_state, open_run
-from train.run.start import Start, check_start, check_taught, load_start, open_original, open_start
+from train.run.start import (
+    Start,
+    check_start,
+    check_taught,
+    check_unchanged,
+    load_start,
+    open_original,
+    open_start,
+)
 from train.run.state import TrainingState
 from train.run.tracking import make_loggers
 
@@ -159,6 +167,9 @@ def make_model(recipe: Recipe, data: TextData) -> ElasticLM:
         model = ElasticLM(make_config(recipe, data))
         model.init_weights(generator)
     own(model, recipe.granularities, recipe.owned.ownership, generator)
+    if recipe.model.train == "owned":
+        model.requires_grad_(False)
+        model.owned.requires_grad_(True)
     return model
 
 
@@ -252,19 +263,20 @@ def make_callbacks(
     console: Console,
 ) -> list[pl.Callback]:
     """Return everything optional, in the order that it must run in."""
-    settings = module.recipe.trainer
+    recipe, settings = module.recipe, module.recipe.trainer
     metrics = Metrics(
         log,
         tokens=state.tokens if state else 0,
         every=settings.log_every_n_steps,
-        full_speed=full_speed(module.recipe, module.model.config),
+        full_speed=full_speed(recipe, module.model.config),
     )
     batches = data.validation_batches(settings.limit_val_batches)
     every = settings.val_check_interval
     callbacks: list[pl.Callback] = [metrics]
     if batches:
         callbacks.append(Consistency(log, metrics, module.members, batches, every=every))
-        callbacks.append(Gradients(log, metrics, module.members, batches[0], every=every))
+        if recipe.model.train == "joint":  # else members pull at nothing that the full model has
+            callbacks.append(Gradients(log, metrics, module.members, batches[0], every=every))
         row_T = batches[0][0][0]
         prompt_ids = row_T[: min(24, 3 * len(row_T) // 4)].tolist()  # a short context needs room to answer
         callbacks.append(Samples(log, module.members, prompt_ids, data.tokenizer, every=every))
@@ -293,6 +305,8 @@ def finish(
     start: Start | None = None,
 ) -> Path:
     """Measure the family once more on more text and write the model folder."""
+    if start is not None and module.recipe.model.train == "owned":
+        check_unchanged(module.model, start)
     members: list[Member] = []
     batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
     if batches:

@@ -96,6 +96,7 @@ class JointModule(pl.LightningModule):
             step=batch.step,
             num_rows=batch.num_rows,
             weight=fade(batch.step, recipe.loss, recipe.trainer.max_steps),
+            trains_full=recipe.model.train == "joint",
         )
         loss = joint_loss(
             self.model,
@@ -109,6 +110,9 @@ class JointModule(pl.LightningModule):
         )
         self._keep(loss.terms, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
         averaged_over = recipe.trainer.accumulate_grad_batches * self.trainer.world_size
+        if not loss.total.requires_grad:  # of a step in which no member has its turn
+            owned = [one.flatten()[0] for one in self.model.parameters() if one.requires_grad]
+            return loss.total * averaged_over + 0.0 * torch.stack(owned).sum()
         return loss.total * averaged_over
 
     def _keep(self, losses: Mapping[str, Tensor], *, first: bool) -> None:

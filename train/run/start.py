@@ -4,6 +4,7 @@ Its weights are read once, at step 0; a run that goes on reads its own state. Wh
 it (`loss.trust`), a frozen copy teaches beside it, as a teacher of `loss.teacher` would.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from tokenizers import Tokenizer
 
 from models.base.dtypes import DTYPES
-from models.base.errors import UsageError
+from models.base.errors import NestlingError, UsageError
 from models.checkpoint.folder import ModelFolder, load_model
-from models.checkpoint.weights import hash_weights
+from models.checkpoint.weights import hash_weights, weights_of
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 from train.data.tokenizer import TextTokenizer, load_tokenizer
@@ -32,6 +33,7 @@ class Start:
     Args:
         path: As the recipe names it.
         sha256: Hash of its weights.
+        tensors: Hash of its tensors in fp32, whatever file holds them.
         tokenizer: Its tokenizer, as its own files hold it.
         chat_template: Its chat template, if it has one.
         provenance: Where it came from.
@@ -39,6 +41,7 @@ class Start:
 
     path: str
     sha256: str
+    tensors: str
     tokenizer: Tokenizer | None
     chat_template: str | None
     provenance: Mapping[str, Any]
@@ -46,7 +49,8 @@ class Start:
     @property
     def record(self) -> dict[str, Any]:
         """The part of a model's provenance that names it."""
-        return {"path": self.path, "sha256": self.sha256, "provenance": dict(self.provenance)}
+        hashes = {"sha256": self.sha256, "tensors_sha256": self.tensors}
+        return {"path": self.path, **hashes, "provenance": dict(self.provenance)}
 
 
 def check_start(recipe: Recipe) -> ElasticConfig | None:
@@ -106,6 +110,7 @@ def open_start(recipe: Recipe) -> Start | None:
     return Start(
         path=recipe.model.from_,
         sha256=hash_weights(folder.path),
+        tensors=hash_tensors(folder.model),
         tokenizer=folder.tokenizer,
         chat_template=folder.chat_template,
         provenance=folder.provenance,
@@ -136,6 +141,28 @@ def load_start(recipe: Recipe) -> ElasticLM:
     """Return the model of `model.from` in fp32, ready to train."""
     assert recipe.model.from_ is not None
     return _load(recipe.model.from_).model.train()
+
+
+def hash_tensors(model: ElasticLM) -> str:
+    """Return the SHA-256 of the full model's tensors in fp32, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights_of(model).items()):
+        digest.update(f"{name} {list(tensor.shape)} ".encode())
+        digest.update(tensor.float().contiguous().cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def check_unchanged(model: ElasticLM, start: Start) -> None:
+    """Check that the full model is bit for bit the one that the run began from.
+
+    Raises:
+        NestlingError: if it is not, which would be a defect.
+    """
+    if hash_tensors(model) != start.tensors:
+        raise NestlingError(
+            f"model.train=owned changed the full model of model.from={start.path}; nothing was written; "
+            "please report it"
+        )
 
 
 def _load(start: str) -> ModelFolder:

@@ -86,6 +86,8 @@ class TrainingState:
         with utf8_path(self.path) as path:
             saved = load_file(path / OPTIMIZER)
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             prefix = f"{name}/"
             optimizer.state[parameter] = {
                 # AdamW keeps its step counter on the CPU unless it is fused there

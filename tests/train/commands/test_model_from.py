@@ -15,10 +15,11 @@ from models.checkpoint.weights import weights_of
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.owning import owned_weights
 from train.cli import main
 from train.data.tokenizer import train_bpe
 from train.recipe.recipe import load_recipe, load_saved_recipe
-from train.run.start import check_start
+from train.run.start import check_start, hash_tensors
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 WORDS = [
@@ -76,6 +77,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=128,
         rope_theta=5000.0,
+        initializer_range=0.3,
         eos_token_id=tokenizer.eos_token_id,
     )
     model = ElasticLM(config)
@@ -228,3 +230,69 @@ def test_a_dry_run_shows_the_given_shape_and_the_frozen_original(
     assert f"from: {given}" in out
     assert "288 (that model has it)" in out
     assert "frozen original" in out
+
+
+# ---------------------------------------------------------------- model.train=owned
+
+
+OWNED = ["model.train=owned", "owned.rank=2", "family={F: 'ffn=0.5,layers=0:2', E: layers=0}"]
+
+
+def test_training_what_members_own_leaves_the_full_model_bit_for_bit(given: Path, train: Train) -> None:
+    trained = train(given, *OWNED, "optim.lr=0.05")
+    before = weights_of(load_model(given, dtype=torch.float32).model)
+    after = weights_of(trained.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    start = trained.provenance["start"]
+    assert start["tensors_sha256"] == hash_tensors(trained.model) == hash_tensors(load_model(given).model)
+    assert trained.provenance["teacher"] is None, "nothing must be held"
+    own = dict(owned_weights(trained.model))
+    assert any(bool(tensor.any()) for name, tensor in own.items() if "lora_B" in name)
+    assert not torch.equal(own["E.norm.weight"], before["model.norm.weight"]), "an exit learns, too"
+
+
+def test_only_what_is_owned_has_moments_and_a_run_of_it_goes_on_bit_for_bit(
+    given: Path, train: Train, tmp_path: Path
+) -> None:
+    whole = train(given, *OWNED, out=tmp_path / "whole")
+    moments = load_file(tmp_path / "whole" / "steps" / "00000006" / "optimizer.safetensors")
+    assert moments
+    assert all(name.startswith("owned.") for name in moments)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for gone in ("model", "steps/00000006"):
+        shutil.rmtree(tmp_path / "parts" / gone)
+    parts = train(given, *OWNED, out=tmp_path / "parts")
+    ours, theirs = dict(owned_weights(parts.model)), dict(owned_weights(whole.model))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_draft_that_is_owned_learns_to_be_accepted(given: Path, train: Train) -> None:
+    def alpha(*words: str) -> float:
+        members = train(given, *OWNED, "trainer.batch_size=8", *words).members
+        return next(member.alpha for member in members if member.name == "F" and member.alpha)
+
+    assert alpha("trainer.max_steps=60", "optim.lr=0.01") > alpha("trainer.max_steps=1", "optim.lr=1e-9")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["model.train=owned", "owned.norms=false", "owned.rank=0"], "members own nothing; set owned.norms"),
+        (["model.train=owned", "family={}"], "there is no member beside the full model"),
+        (["model.train=owned", "model.from=null"], "would keep its random weights; set model.from"),
+    ],
+)
+def test_training_of_nothing_is_refused(
+    words: list[str], named: str, given: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = [f"model.from={given}", "data.sequence_length=32", f"data.source={text}"]
+    assert main(["train", "--dry-run", *keys, *words]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_what_is_owned(given: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"model.from={given}", "data.sequence_length=32", f"data.source={text}", *OWNED]
+    assert main(["train", "--dry-run", *words]) == 0
+    assert "the full model's stay as they are" in capsys.readouterr().out
