@@ -105,11 +105,14 @@ def train_one(arm: Arm, run: Run, data: Path, out: Path) -> None:
 
 
 def measure(folder: ModelFolder, batches: Any) -> dict[str, dict[str, float]]:
-    """Every member's loss, match, KL and alpha, and its alpha as a draft that reads the target's cache."""
+    """Return each member's loss, match, KL and alpha, its alpha in place, and the bytes that it owns."""
     views = {name: View(folder.model, granularity) for name, granularity in folder.family.items()}
     means = compare_views(folder.model, views, batches)
     shared = evaluate_shared_alpha(folder.model, views, batches)
-    return {name: {**means[name], "alpha_shared": shared[name]} for name in views}
+    return {
+        name: {**means[name], "alpha_shared": shared[name], "owned_bytes": view.owned_bytes}
+        for name, view in views.items()
+    }
 
 
 @contextmanager

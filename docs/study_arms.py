@@ -57,6 +57,28 @@ def _small(member: str, **settings: bool) -> Arm:
 TODAY = ("sampler.exit_stride=4", "loss.fade_to=0.1")
 """The defaults."""
 
+
+def _owned(name: str, *overrides: str, factor: float = 0.3) -> Arm:
+    """Return a family whose members own their norms, in 1.25 times the operations of the full model."""
+    pull = (f"loss.narrow_gradient={factor}", f"loss.exit_gradient={factor}")
+    rows = ("sampler.row_fraction=0.375", "sampler.exit_stride=4", "loss.fade_to=1.0")
+    return Arm(f"own norms{name}, x {factor:g}", ("owned.norms=true", *pull, *rows, *overrides))
+
+
+KL = "loss.divergence=forward_kl"
+OWNED = (
+    _owned(""),
+    _owned(", forward_kl", KL),
+    _owned(", rank 8", "owned.rank=8"),
+    _owned(", rank 8, forward_kl", "owned.rank=8", KL),
+    _owned(", rank 8, forward_kl", "owned.rank=8", KL, factor=1.0),
+    _owned(", rank 8, forward_kl", "owned.rank=8", KL, factor=0.1),
+    _owned(", rank 8, forward_kl, fade_to 0.1", "owned.rank=8", KL, "loss.fade_to=0.1"),
+    _owned(", rank 8, cross_entropy", "owned.rank=8", "loss.divergence=cross_entropy"),
+    _owned(", rank 8, forward_kl, 1/8 of the rows", "owned.rank=8", KL, "sampler.row_fraction=0.125"),
+    _owned(", 1/2 of the rows, exit_stride 1", "sampler.row_fraction=0.5", "sampler.exit_stride=1"),
+)
+
 ARMS = (
     Arm("base"),
     Arm(ALONE, NO_FAMILY),
@@ -79,6 +101,7 @@ ARMS = (
     Arm("exit_stride 4, fade_to 0.25", ("sampler.exit_stride=4", "loss.fade_to=0.25")),
     Arm("exit_stride 4, fade_to 0.1", TODAY),
     Arm("MatFormer", ("sampler.kind=all", "loss.divergence=cross_entropy", "sampler.shared_cache=0")),
+    *OWNED,
     _small("L"),
     _small("S", extra=True),
     _small("D", extra=True),

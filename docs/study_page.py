@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import altair as alt
 from study_arms import ALONE, ARMS, BATCH_TOKENS, CORPORA, DEFAULT, ROOT, SHORT, Run
 
-from models.base.numbers import NOTHING
+from models.base.numbers import NOTHING, size
 from models.base.table import Table
 from train.recipe.recipe import FULL_NAME
 from train.report.style import INK, Chart, styled, to_svg
@@ -18,7 +18,7 @@ from train.report.tables import flatten
 RESULTS = ROOT / "docs" / "results" / "study"
 FAMILY = "family-1m"
 """The result that README.md shows first."""
-MEASURES = {"alpha_shared": "in place"}
+MEASURES = {"alpha_shared": "in place", "owned_bytes": "owns"}
 
 Found: TypeAlias = Mapping[str, Any]
 """What runs.json says of a run."""
@@ -102,7 +102,7 @@ def by_seed(runs: Runs, arm: str, corpus: str, member: str, measure: str) -> dic
 def table(runs: Runs, times: Mapping[str, float]) -> Table:
     """Return a row for each arm: means over the seeds, and the spread of the full model's loss."""
     columns = [("S", "loss"), ("S", "alpha"), ("S", "alpha_shared"), ("L", "loss"), ("L", "alpha")]
-    columns += [("D", "loss"), ("D", "alpha"), ("D", "match")]
+    columns += [("S", "owned_bytes"), ("D", "loss"), ("D", "alpha"), ("D", "match")]
     header = ["trained with", "seeds", "full model's loss", "against alone", "time"]
     header += [f"{member} {MEASURES.get(measure, measure)}" for member, measure in columns]
     rows = []
@@ -125,8 +125,11 @@ def full_loss(runs: Runs, run: Run) -> float:
 
 def mean(runs: Iterable[Mapping[str, Any]], member: str, measure: str) -> str:
     """Return the mean of a member's measure over the seeds."""
-    values = [run[member][measure] for run in runs if measure in run.get(member, {})]
-    return f"{statistics.fmean(values):.3f}" if values else NOTHING
+    values = [run[member][measure] for run in runs if run.get(member, {}).get(measure)]
+    if not values:
+        return NOTHING
+    average = statistics.fmean(values)
+    return size(average) if measure == "owned_bytes" else f"{average:.3f}"
 
 
 def spread(percents: Sequence[float]) -> str:
