@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from models.base.errors import NestlingError, UsageError
+from models.base.numbers import size
 from models.base.outputs import check_link
 from models.base.paths import is_stream
 
@@ -71,6 +72,17 @@ def check_replaceable(path: str | Path, *, marker: str = "nestling.json") -> Non
     ancestor = next(parent for parent in path.absolute().parents if parent.exists())
     if not ancestor.is_dir():
         raise UsageError(f"{path} cannot be: {ancestor} is not a folder; choose another place")
+
+
+def check_room(path: str | Path, num_bytes: int) -> None:
+    """Raise NestlingError if the disk of `path` has less room than that."""
+    place = next(one for one in (Path(path), *Path(path).absolute().parents) if one.exists())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise NestlingError(
+            f"{path} needs {size(num_bytes)}, and {size(free)} are free there; "
+            "make room, or choose another place"
+        )
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from models.base.errors import UsageError
-from models.base.files import check_replaceable, read_json
+from models.base.files import check_replaceable, check_room, read_json
 from models.checkpoint.family import FAMILY_FILE
 from models.checkpoint.folder import Member, ModelFolder, save_model
 from models.checkpoint.huggingface import load_stock
 from models.checkpoint.layout import PADDED, Layout, lay_out
+from models.checkpoint.receipt import Probe, make_probe
 from models.checkpoint.weights import count_elements, model_from, weights_of
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -77,6 +78,7 @@ def extract(
     out = Path(out)
     layout = lay_out(View(folder.model, granularity), form)
     _check_out(folder, out)
+    check_room(out, layout.parameters * folder.model.dtype.itemsize)
     known = _measured(folder, granularity)
     member = Member(
         name="full",
@@ -101,7 +103,6 @@ def extract(
     )
 
 
-@torch.no_grad()
 def verify_extraction(
     folder: ModelFolder,
     granularity: Granularity,
@@ -121,6 +122,19 @@ def verify_extraction(
         tokens_BT: prompts that both continue greedily; None takes fixed random tokens.
         num_new_tokens: length of the continuation.
     """
+    return compare_with_stock(folder, granularity, out, tokens_BT=tokens_BT, num_new_tokens=num_new_tokens)[0]
+
+
+@torch.no_grad()
+def compare_with_stock(
+    folder: ModelFolder,
+    granularity: Granularity,
+    out: str | Path,
+    *,
+    tokens_BT: Tensor | None = None,
+    num_new_tokens: int = 32,
+) -> tuple[Parity, Probe]:
+    """Return the comparison of `verify_extraction`, and the probe by which it can be repeated."""
     config = folder.model.config
     view, stock = _in_fp32(folder.model, granularity), load_stock(out)
     if tokens_BT is None:
@@ -136,11 +150,12 @@ def verify_extraction(
     theirs_BT = _continue_greedily(their_logits, tokens_BT, num_new_tokens)
     ours_BTV, theirs_BTV = view(ours_BT), their_logits(ours_BT)
     largest = float(ours_BTV.abs().max())
-    return Parity(
+    parity = Parity(
         num_tokens=ours_BT.numel(),
         ids_equal=torch.equal(ours_BT, theirs_BT) and torch.equal(ours_BTV.argmax(-1), theirs_BTV.argmax(-1)),
         difference=float((ours_BTV - theirs_BTV).abs().max()) / max(largest, 1e-30),
     )
+    return parity, make_probe(ours_BT, ours_BTV, tokens_BT.shape[1], folder.tokenizer)
 
 
 def _in_fp32(model: ElasticLM, granularity: Granularity) -> View:

@@ -71,7 +71,8 @@ def measure_kept(
         states = draft_states(model, views, tokens_BT.to(model.device), shared_block=None)[1:]
         labels_N, (p_ND, q_ND) = select_valid(labels_BT.to(model.device), states)
         for rows in row_chunks(len(labels_N), model.config.vocab_size):
-            p_NV, q_NV = (exact_logits(model, one_ND[rows]).softmax(-1) for one_ND in (p_ND, q_ND))
+            pairs = zip(views, (p_ND, q_ND), strict=True)
+            p_NV, q_NV = (exact_logits(view, one_ND[rows]).softmax(-1) for view, one_ND in pairs)
             likeliest_N = q_NV.argmax(-1)
             sums["greedy"] += float((p_NV.argmax(-1) == likeliest_N).sum())
             sums["sampled"] += float(torch.minimum(p_NV, q_NV).sum())

@@ -108,7 +108,7 @@ class TokenLosses:
             states_BTD = view.model.states(tokens_BT.to(self.model.device), view.granularity)[-1]
             labels_N, (x_ND,) = select_valid(labels_BT.to(self.model.device), [states_BTD])
             for rows in row_chunks(len(labels_N), self.model.config.vocab_size):
-                logits_NV = exact_logits(view.model, x_ND[rows])
+                logits_NV = exact_logits(view, x_ND[rows])
                 parts.append(cross_entropy(logits_NV, labels_N[rows], reduction="none").float().cpu())
         return torch.cat(parts)
 

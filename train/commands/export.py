@@ -4,24 +4,44 @@ A stock folder is equal in transformers to the member in place, a GGUF file is e
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import finite, naming, write_file
+from models.base.files import check_room, finite, naming, read_json, write_file, write_json, write_text
 from models.base.numbers import size
 from models.base.outputs import check_link
-from models.checkpoint.extract import Parity, extract, provenance, verify_extraction
-from models.checkpoint.folder import ModelFolder
-from models.checkpoint.gguf import OURS, architecture_of, check_gguf, holds, is_ours, write_gguf
+from models.checkpoint.extract import (
+    LOGITS_TOLERANCE,
+    Parity,
+    compare_with_stock,
+    extract,
+    provenance,
+)
+from models.checkpoint.folder import GENERATION, ModelFolder
+from models.checkpoint.gguf import (
+    OURS,
+    architecture_of,
+    check_gguf,
+    count_file_bytes,
+    holds,
+    is_ours,
+    write_gguf,
+)
 from models.checkpoint.gguf_tokenizer import differs_on, missing_bytes, tokenizer_keys
+from models.checkpoint.huggingface import load_stock_tokenizer
 from models.checkpoint.layout import PADDED, RAGGED, Layout
-from models.checkpoint.weights import dtype_name
+from models.checkpoint.receipt import RECEIPT, TEXTS, Check, write_receipt
+from models.checkpoint.weights import dtype_name, hash_weights
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
 from models.elastic.view import View
+from models.machine.provenance import make_card
+from train.report.card import CARD, PICTURE, Subject, model_card, picture
 
 NUM_NEW_TOKENS = 32
 _STORED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -59,28 +79,50 @@ class Extraction:
         parameters: numbers in it, zeros of padding included.
         wasted_bytes: bytes of those zeros.
         parity: its comparison with the member in place.
+        checks: what its receipt says.
     """
 
     form: str
     parameters: int
     wasted_bytes: int
     parity: Parity
+    checks: list[Check]
 
 
 def extract_and_prove(
-    folder: ModelFolder, granularity: Granularity, out: Path, console: Console, *, form: str | None = None
+    folder: ModelFolder,
+    granularity: Granularity,
+    out: Path,
+    console: Console,
+    *,
+    form: str | None = None,
+    search: Mapping[str, Any] | None = None,
 ) -> Extraction:
     """Write the member to `out`, open it in transformers, compare, say how it went; see `prove_member`."""
     with console.status("writing it, and comparing it with transformers"):
-        written = prove_member(folder, granularity, out, form=form)
+        written = prove_member(folder, granularity, out, form=form, search=search)
     _tell(written, folder, granularity, out, console)
     return written
 
 
 def prove_member(
-    folder: ModelFolder, granularity: Granularity, out: Path, *, form: str | None = None
+    folder: ModelFolder,
+    granularity: Granularity,
+    out: Path,
+    *,
+    form: str | None = None,
+    search: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> Extraction:
-    """Write the member to `out`, open it in transformers and compare.
+    """Write the member to `out` with its card and receipt, open it in transformers and compare.
+
+    Args:
+        folder: the family.
+        granularity: the member.
+        out: the new folder.
+        form: one of `models.checkpoint.layout.FORMS`, or None.
+        search: what a search found that chose the member, as `--json` writes it.
+        generation: further settings of generation_config.json.
 
     Raises:
         UsageError: if the granularity or the form does not fit, or `out` cannot be replaced.
@@ -90,18 +132,74 @@ def prove_member(
     proved: list[Extraction] = []
 
     def prove(partial: Path, layout: Layout) -> None:
-        parity = verify_extraction(folder, granularity, partial, num_new_tokens=num_new_tokens)
+        if generation:
+            path = partial / GENERATION
+            write_json(path, {**(read_json(path) if path.is_file() else {}), **generation})
+        parity, probe = compare_with_stock(folder, granularity, partial, num_new_tokens=num_new_tokens)
+        checks = parity_checks(parity)
+        if probe.text_ids:
+            tokenizer = load_stock_tokenizer(partial)
+            found = [tokenizer(text)["input_ids"] for text in TEXTS]
+            other = sum(ours != theirs for ours, theirs in zip(found, probe.text_ids, strict=True))
+            checks.append(Check(check="tokens of texts", compared=len(TEXTS), value=other, bound=0))
         if not parity.holds:
             raise NestlingError(
                 f"{out} would differ from the member in place (greedy ids equal: {parity.ids_equal}, logits "
                 f"differ by {parity.difference:.1e} of the largest); please report this"
             )
-        wasted = layout.wasted * folder.model.dtype.itemsize
-        parameters = layout.parameters
-        proved.append(Extraction(form=layout.form, parameters=parameters, wasted_bytes=wasted, parity=parity))
+        written = Extraction(
+            form=layout.form,
+            parameters=layout.parameters,
+            wasted_bytes=layout.wasted * folder.model.dtype.itemsize,
+            parity=parity,
+            checks=checks,
+        )
+        _write_card(folder, granularity, partial, out, layout, search)
+        source = {"parent": str(folder.path), "granularity": str(granularity), "form": layout.form}
+        source["parent_sha256"] = hash_weights(folder.path)
+        write_receipt(partial, probe, checks, source=source, card=make_card(dtypes={"comparison": "fp32"}))
+        proved.append(written)
 
     extract(folder, granularity, out, form=form, finish=prove)
     return proved[0]
+
+
+def parity_checks(parity: Parity) -> list[Check]:
+    """Return a comparison with transformers as checks of a receipt."""
+    return [
+        Check(check="greedy ids", compared=parity.num_tokens, value=not parity.ids_equal, bound=0),
+        Check(check="logits", compared=parity.num_tokens, value=parity.difference, bound=LOGITS_TOLERANCE),
+    ]
+
+
+def _write_card(
+    folder: ModelFolder,
+    granularity: Granularity,
+    partial: Path,
+    out: Path,
+    layout: Layout,
+    search: Mapping[str, Any] | None,
+) -> None:
+    text = str(granularity)
+    known = next((one for one in folder.members if one.granularity == text), None)
+    found = search["members"] if search else []
+    measured = next((one["loss"] for one in found if one["granularity"] == text), None)
+    subject = Subject(
+        title=out.name,
+        granularity=text,
+        form=layout.form,
+        parameters=layout.parameters,
+        full_parameters=count_parameters(folder.model.config),
+        loss=known.loss if known and measured is None else measured,
+        alpha=known.alpha if known else None,
+        members=folder.members,
+        others=[(one["costs"]["params"], one["loss"]) for one in found if "params" in one["costs"]],
+        budget=", ".join(search["budgets"]) if search else None,
+        provenance=folder.provenance,
+    )
+    write_text(partial / CARD, model_card(subject))
+    if (drawn := picture(subject)) is not None:
+        write_text(partial / PICTURE, drawn)
 
 
 def _tell(
@@ -115,6 +213,8 @@ def _tell(
         f"equal in {opens}: {parity.num_tokens} greedy tokens identical, "
         f"logits differ by {parity.difference:.1g} of the largest"
     )
+    if written.checks:
+        console.print(f"{len(written.checks)} checks in its {RECEIPT}; nestling verify on it repeats them")
     if written.form == RAGGED:
         console.print(
             "its layers are unequal: modeling_nestling.py builds each from config.json's per_layer_config; "
@@ -153,6 +253,7 @@ def extract_gguf(
             f"--dtype {dtype} packs 32 numbers at a time, and a width of {granularity} is no multiple of 32; "
             "choose fp16 or another granularity"
         )
+    check_room(out, count_file_bytes(member, dtype))
     if folder.tokenizer is None:
         raise NestlingError(f"{folder.path} has no tokenizer.json, which a GGUF file holds; add it")
     with naming(folder.path):

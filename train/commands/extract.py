@@ -115,16 +115,17 @@ def extract(
     if format_ == "gguf":
         results, dtypes = _write_file(folder, member, out, dtype)
     else:
-        results, dtypes = _write_folder(folder, member, out, form)
+        results, dtypes = _write_folder(folder, member, out, form, search)
     write_results(json, named | results, dtypes=dtypes)
 
 
 def _write_folder(
-    folder: "ModelFolder", member: "Granularity", out: Path, form: str | None
+    folder: "ModelFolder", member: "Granularity", out: Path, form: str | None, search: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     from train.commands.export import extract_and_prove
 
-    written = dataclasses.asdict(extract_and_prove(folder, member, out, make_console(), form=form))
+    proved = extract_and_prove(folder, member, out, make_console(), form=form, search=search)
+    written = dataclasses.asdict(proved)
     return {**written.pop("parity"), **written}, {"comparison": "fp32"}
 
 

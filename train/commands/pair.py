@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.base.errors import UsageError
-from models.base.files import read_json, write_folder, write_json
+from models.base.files import write_folder, write_json
 from models.base.numbers import si
 from train.commands.export import extract_gguf, prove_member
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 PAIR_FILE = "pair.json"
 FORMAT = 1
-GENERATION = "generation_config.json"
 LEAST_SPEEDUP = 1.0
 
 
@@ -100,7 +99,7 @@ def write_pair(
         UsageError: if `out` cannot be replaced, or a form or format does not hold one of them.
         NestlingError: if the disk refuses, or an extraction differs.
     """
-    from models.checkpoint.launch import RULES
+    from models.checkpoint.launch import RULES, draft_settings
 
     members = {"target": pair.target, "draft": pair.draft}
     suffix = ".gguf" if format_ == "gguf" else ""
@@ -111,20 +110,13 @@ def write_pair(
             if suffix:
                 extract_gguf(folder, member, partial / f"{name}.gguf", console, dtype=dtype)
             else:
-                forms.add(prove_member(folder, member, partial / name, form=form).form)
-        if not suffix:
-            _set_length(partial / "draft", lengths["transformers"])
+                settings = draft_settings(lengths["transformers"]) if name == "draft" else None
+                place = partial / name
+                forms.add(prove_member(folder, member, place, form=form, generation=settings).form)
         places = {name: out / f"{name}{suffix}" for name in members}
         fields = _fields(folder, pair, partial, places, lengths, ragged="ragged" in forms)
         write_json(partial / PAIR_FILE, fields)
     return fields
-
-
-def _set_length(draft: Path, num_tokens: int) -> None:
-    from models.checkpoint.launch import draft_settings
-
-    settings = read_json(draft / GENERATION) if (draft / GENERATION).is_file() else {}
-    write_json(draft / GENERATION, {**settings, **draft_settings(num_tokens)})
 
 
 def _fields(

@@ -1,5 +1,6 @@
 """`nestling verify`: the distribution tests on the user's own model; see models/verify/plan.py."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,8 +60,14 @@ def verify(
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
 ) -> None:
-    """Test on this model that speculative decoding follows the full model's distribution."""
+    """Test on this model that speculative decoding follows the full model's distribution.
+
+    An extraction has a receipt: without --draft, what it says is run again.
+    """
     check_json(json, MODEL=model, draft=draft_paths(draft))
+    if draft is None and (model / "receipt.json").is_file():
+        _repeat(model, json)
+        return
     check_at_least(100, trials=trials)
     check_at_least(1, max_new_tokens=max_new_tokens)
     from models.decode.open import open_for_decoding
@@ -91,6 +98,30 @@ def verify(
         )
     settings = {"model": str(model), "trials": trials, "max_new_tokens": max_new_tokens, "seed": seed}
     _run(jobs, settings, dtype, json, console)
+
+
+def _repeat(folder: Path, json: Path | None) -> None:
+    """Run again what the receipt of an extraction says, and fail if anything differs."""
+    from models.base.errors import NestlingError
+    from models.checkpoint.extract import LOGITS_TOLERANCE
+    from models.checkpoint.receipt import repeat_receipt
+    from models.machine.provenance import versions
+
+    console = make_console()
+    with console.status("running its receipt again"):
+        checks = repeat_receipt(folder, LOGITS_TOLERANCE)
+    for one in checks:
+        verdict = "holds" if one.holds else "FAILS"
+        told = f"off by {one.value:.1g} of the largest" if one.check == "logits" else f"{one.value:g} differ"
+        console.print(f"{verdict}: {one.check}, {one.compared} compared, {told}", markup=False)
+    console.print(f"in transformers {versions().get('transformers')}, without the model it was cut from")
+    fields = [dataclasses.asdict(one) | {"holds": one.holds} for one in checks]
+    passed = all(one.holds for one in checks)
+    results = {"receipt": fields, "passed": passed, "model": str(folder)}
+    write_results(json, results, dtypes={"comparison": "fp32"})
+    if not passed:
+        wrong = ", ".join(one.check for one in checks if not one.holds)
+        raise NestlingError(f"{folder} is not what its receipt says ({wrong}); extract the member again")
 
 
 def _run(

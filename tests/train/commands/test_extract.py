@@ -107,6 +107,19 @@ def test_a_budget_that_chooses_nothing_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("format_", ["hf", "gguf"])
+def test_a_disk_without_room_is_said_first(
+    format_: str, model: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("models.base.files.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    out = tmp_path / "new" / "S"
+    line = fails("extract", model, "--granularity", "S", "--out", out, "--format", format_, code=1)
+    assert "418 KiB" in line or "417 KiB" in line
+    assert "1000 B are free" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fails: Fails) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert str(tmp_path) in fails("extract", model, "--granularity", "S", "--out", tmp_path, code=2)
