@@ -1,6 +1,7 @@
 # Everything lives in .venv; `make demo` and `make test` set it up by themselves.
 #
 #   make demo    train a family, cut it out, decode with its own draft (minutes, two cores)
+#   make demo-pretrained MODEL=PATH    train a draft for a model that you have, which stays as it is (minutes)
 #   make test    the test suite, a worker a core    make test PYTEST_ARGS="tests/models -x"
 #   make test-portable    its core as on processors without AVX-512, and without a compiler
 #   make gpu     the checks of a machine with a GPU; says so where there is none
@@ -16,10 +17,14 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-portable gpu lint bench setup clean
+.PHONY: demo demo-pretrained test test-portable gpu lint bench setup clean
 
 demo: setup
 	$(BIN)/nestling demo
+
+demo-pretrained: setup
+	@test -n "$(MODEL)" || { echo "error: name a model folder or GGUF file: make demo-pretrained MODEL=PATH" >&2; exit 1; }
+	$(BIN)/nestling demo --model "$(MODEL)"
 
 # A file stays with one worker, which runs on one thread: fixtures of a file are made once.
 test: setup

@@ -1,4 +1,4 @@
-"""`nestling demo`: the whole chain in a few minutes; see train/commands/demo_run.py."""
+"""`nestling demo`: the whole chain in a few minutes; see demo_run.py, and demo_pretrained.py for a model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +12,22 @@ from train.commands.console import make_console
 def demo(
     context: typer.Context,
     *,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Run folder to write.")] = Path("checkpoints/demo"),
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder to write.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model folder or GGUF file to train a draft for, in place of training a family."),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Train a family on Python's own source, cut a member out, decode with its own draft."""
     check_json(json)
-    from train.commands.demo_run import run_demo
+    if model is None:
+        from train.commands.demo_run import run_demo
 
-    results = run_demo(out, make_console(), overrides=context.args)
+        results = run_demo(out or Path("checkpoints/demo"), make_console(), overrides=context.args)
+    else:
+        from train.commands.demo_pretrained import run_demo_pretrained
+
+        out = out or Path("checkpoints/demo-pretrained")
+        results = run_demo_pretrained(model, out, make_console(), overrides=context.args)
     write_results(json, results, dtypes={"decoding": results["decoding"]["dtype"]})

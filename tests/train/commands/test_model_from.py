@@ -155,11 +155,11 @@ def test_a_gguf_file_begins_a_run(given: Path, train: Train, tmp_path: Path) -> 
 
 def test_the_trust_term_holds_the_full_model_to_its_original(given: Path, train: Train) -> None:
     def moved(trust: float) -> float:
-        after = weights_of(train(given, "optim.lr=3e-3", f"loss.trust={trust}", "family={}").model)
+        after = weights_of(train(given, "optim.eps=1e-3", f"loss.trust={trust}", "family={}").model)
         before = weights_of(load_model(given, dtype=torch.float32).model)
         return sum(float((after[name] - before[name]).norm()) for name in before)
 
-    assert moved(1.0) < 0.5 * moved(0.0), "KL alone is 0 at the start, and its gradient but for rounding"
+    assert moved(1.0) < 0.1 * moved(0.0), "KL alone is 0 at the start, and its gradient but for rounding"
 
 
 def test_the_recipe_of_a_run_without_a_start_says_null(text: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_draft_that_is_owned_learns_to_be_accepted(given: Path, train: Train) 
         members = train(given, *OWNED, "trainer.batch_size=8", *words).members
         return next(member.alpha for member in members if member.name == "F" and member.alpha)
 
-    assert alpha("trainer.max_steps=60", "optim.lr=0.01") > alpha("trainer.max_steps=1", "optim.lr=1e-9")
+    assert alpha("trainer.max_steps=25", "optim.lr=0.02") > alpha("trainer.max_steps=1", "optim.lr=1e-9")
 
 
 @pytest.mark.parametrize(
