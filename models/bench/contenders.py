@@ -28,7 +28,7 @@ from models.decode.sampling.params import SamplingParams
 from models.decode.tune.resolve import Drafting, make_policy
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
-from models.packed.quantize import INT8
+from models.packed.quantize import FILE, INT8
 
 ENGINES = ("nestling", "transformers", "llama.cpp")
 CONSTANT_SCHEDULES = (2, 4, 8)
@@ -112,10 +112,11 @@ class Target:
 
     @functools.cached_property
     def _llama_file(self) -> Path:
-        return self._gguf(load_model(self.folder.path).model)
+        path = self.folder.path
+        return path if self.dtype == FILE else self._gguf(load_model(path).model)
 
     def _draft_file(self, choice: Drafting) -> Path | None:
-        model = _own_model(choice)
+        model = None if self.dtype == FILE else _own_model(choice)  # its bits cannot be written here
         return self._gguf(model) if model is not None and gguf.holds(model.config, self.dtype) else None
 
     @property
@@ -181,8 +182,8 @@ def make_cells(
     for choice in drafts:
         make_policy(target.folder, choice, params).check(target.model)
     labelled = [*_ours(target, params, drafts)]
-    # In int8 theirs would be another model: the weights before they were quantized.
-    if "transformers" in engines and target.dtype != INT8:
+    # Of quantized weights theirs would be another model.
+    if "transformers" in engines and target.dtype not in (INT8, FILE):
         labelled += _theirs(target, params, drafts, num_positions, compiled)
     if "llama.cpp" in engines and target.runs_in_llama:
         positions = num_positions or target.model.config.max_position_embeddings

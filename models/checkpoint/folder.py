@@ -86,12 +86,14 @@ class ModelFolder:
     provenance: dict[str, Any]
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFolder:
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, in_blocks: bool = False) -> ModelFolder:
     """Open a model folder of ours, a stock one or a GGUF file (the family is then the default one).
 
     Args:
         path: the folder, sharded or not, or the file.
         dtype: dtype of the model; None keeps the one on disk.
+        in_blocks: keep quantized weights of a GGUF file as they are, where decoding runs them so; see
+            `read_gguf`.
 
     Returns:
         The model in evaluation mode, on the CPU, with all that is known about it.
@@ -102,7 +104,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
     """
     path = one_path("path", path)
     if is_gguf(path):
-        return _load_gguf(path, dtype)
+        return _load_gguf(path, dtype, in_blocks)
     config = read_config(path)
     tensors = read_weights(path)
     with naming(path):
@@ -122,12 +124,12 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> ModelFo
     )
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None) -> ModelFolder:
-    file = read_gguf(path, dtype=dtype)
+def _load_gguf(path: Path, dtype: torch.dtype | None, in_blocks: bool) -> ModelFolder:
+    file = read_gguf(path, dtype=dtype, in_blocks=in_blocks)
     if file.tokenizer is not None:
         _check_vocabulary(file.tokenizer, file.config, str(path))
     with naming(path):
-        model = model_from(file.config, file.tensors, dtype=dtype).eval()
+        model = model_from(file.config, file.tensors, dtype=None if file.in_blocks else dtype).eval()
     return ModelFolder(
         path=path,
         model=model,

@@ -25,6 +25,7 @@ from models.checkpoint.weights import HEAD
 from models.elastic.config import ElasticConfig
 from models.elastic.rope import rope_frequencies
 from models.elastic.rope_scaling import RopeScaling, yarn_attention_factor
+from models.kernels.blocks import KINDS, BlockTensor
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _CONTEXTS = [1024 * 2**power for power in range(8)]
@@ -40,7 +41,7 @@ class GgufModel:
 
     Args:
         config: the shape.
-        tensors: weights by Hugging Face name, dequantized.
+        tensors: weights by Hugging Face name, dequantized or in the file's blocks.
         tokenizer: the same cuts as llama.cpp's; None where the file has none.
         chat_template: Jinja, if the file has one.
         quantizations: formats of the matrices, such as `Q4_1`; the most frequent first.
@@ -53,6 +54,8 @@ class GgufModel:
     chat_template: str | None
     quantizations: tuple[str, ...]
     granularity: str | None
+    in_blocks: bool
+    """Whether the matrices are as the file has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,32 +112,38 @@ def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
         )
 
 
-def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> GgufModel:
+def read_gguf(path: Path, *, dtype: torch.dtype | None = None, in_blocks: bool = False) -> GgufModel:
     """Open a file.
 
     Args:
         path: the file.
         dtype: dtype of the tensors; None gives fp32, which holds every quantization exactly.
+        in_blocks: keep matrices in the file's blocks where those of all layers are of `KINDS`. An embedding
+            or head that is not becomes bf16 then, and vectors fp32.
 
     Raises:
         UsageError: if there is no file.
         NestlingError: naming what is damaged, or of a kind that cannot be held.
     """
     with naming_damage(path):
-        return _read(path, open_gguf(path), dtype or torch.float32)
+        return _read(path, open_gguf(path), dtype or torch.float32, in_blocks)
 
 
-def _read(path: Path, reader: Any, dtype: torch.dtype) -> GgufModel:
+def _read(path: Path, reader: Any, dtype: torch.dtype, in_blocks: bool) -> GgufModel:
     keys = _keys(reader)
     config = _config(path, reader)
+    in_blocks = in_blocks and all(
+        tensor.tensor_type.name in KINDS for tensor in reader.tensors if _is_in_layer(tensor)
+    )
     kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
     return GgufModel(
         config=config,
-        tensors=dict(_tensors(path, reader, config, dtype)),
+        tensors=dict(_tensors(path, reader, config, None if in_blocks else dtype)),
         tokenizer=read_tokenizer(path, keys),
         chat_template=_text("tokenizer.chat_template", keys),
         quantizations=tuple(sorted(set(kinds), key=kinds.count, reverse=True)),
         granularity=keys.get(OURS),
+        in_blocks=in_blocks,
     )
 
 
@@ -303,18 +312,34 @@ def _llama3(factors_K: Tensor, theta: float, head_dim: int) -> RopeScaling:
     raise NestlingError(f"{FREQUENCY_DIVISORS} divides rotary frequencies in a way that is not Llama 3's")
 
 
+def _is_in_layer(tensor: Any) -> bool:
+    return len(tensor.shape) > 1 and tensor.name.startswith("blk.")
+
+
 def _tensors(
-    path: Path, reader: Any, config: ElasticConfig, dtype: torch.dtype
+    path: Path, reader: Any, config: ElasticConfig, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors in a dtype, or in blocks and otherwise in bf16."""
     interleaved = not (config.qk_norm or config.attention_bias)
     for tensor in reader.tensors:
         if tensor.name == FREQUENCY_DIVISORS:
             continue
         name = _name(path, tensor.name)
-        weight = torch.from_numpy(np.array(_dequantized(tensor))).to(dtype)
+        weight = _in_blocks(tensor) if dtype is None else None
+        if weight is None:
+            vectors = torch.bfloat16 if len(tensor.shape) > 1 else torch.float32
+            weight = torch.from_numpy(np.array(_dequantized(tensor))).to(dtype or vectors)
         if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = in_halves(weight, config.head_dim)
         yield name, weight
+
+
+def _in_blocks(tensor: Any) -> Tensor | None:
+    """Return a matrix that reads the mapped file; None for other formats."""
+    size = KINDS.get(tensor.tensor_type.name)
+    if size is None or len(tensor.shape) != 2:
+        return None
+    return BlockTensor(torch.from_numpy(tensor.data).unflatten(1, (-1, size)), tensor.tensor_type.name)
 
 
 def _dequantized(tensor: Any) -> Any:
@@ -342,5 +367,5 @@ def in_halves(weight_OI: Tensor, head_dim: int) -> Tensor:
     >>> in_halves(interleave(torch.arange(8).reshape(8, 1), 4), 4).flatten().tolist()
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
-    pairs = weight_OI.reshape(-1, head_dim // 2, 2, weight_OI.shape[1])
-    return pairs.transpose(1, 2).reshape(weight_OI.shape)
+    rows_HPK = torch.arange(len(weight_OI)).reshape(-1, head_dim // 2, 2)
+    return weight_OI[rows_HPK.transpose(1, 2).flatten()]

@@ -20,6 +20,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.model import ElasticLM
 from models.elastic.ownership import is_owned
+from models.kernels.blocks import BlockTensor
 
 WEIGHTS = "model.safetensors"
 OWNED_WEIGHTS = "owned.safetensors"
@@ -50,7 +51,7 @@ def model_from(
     Args:
         config: shape of the model.
         tensors: weights by Hugging Face name; a tied head may be there if it equals the embedding.
-        dtype: dtype of the model; None keeps the embedding's.
+        dtype: dtype of the model; None keeps the embedding's, or each tensor's own where some are in blocks.
 
     Raises:
         NestlingError: naming tensors that are missing, unknown, of another shape or not numbers.
@@ -59,8 +60,11 @@ def model_from(
         model = ElasticLM(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     tensors = check_tensors(expected, tensors)
-    dtype = dtype or tensors[EMBEDDING].dtype
-    copies = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+    if dtype is None and any(isinstance(tensor, BlockTensor) for tensor in tensors.values()):
+        copies = {name: tensor.detach() for name, tensor in tensors.items()}
+    else:
+        dtype = dtype or tensors[EMBEDDING].dtype
+        copies = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
     model.load_state_dict(copies, assign=True, strict=False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -199,6 +203,8 @@ def _is_sick(tensor: Tensor | None) -> bool:
     """Return True if a tensor holds a NaN, or no finite number."""
     if tensor is None or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return False
+    if isinstance(tensor, BlockTensor):  # its scales tell
+        tensor = tensor.scales
     low, high = tensor.detach().float().aminmax() if tensor.element_size() < 2 else tensor.detach().aminmax()
     return not (math.isfinite(low) and math.isfinite(high))
 

@@ -1,15 +1,22 @@
 """A model folder opened to run here: in the given or the fastest dtype, with the threads for it."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import torch
 
 from models.base.dtypes import DTYPES
+from models.base.errors import UsageError
 from models.checkpoint.folder import ModelFolder, load_model
 from models.decode.tune.predict import best_num_threads
 from models.machine.card import machine_card, num_threads, resolve_dtype
-from models.packed.quantize import INT8, pack
+from models.packed.quantize import FILE, INT8, is_in_blocks, pack
+
+AUTO = "auto"
+UNQUANTIZED = ("F32", "F16", "BF16")
+
+_log = logging.getLogger(__name__)
 
 
 def open_for_decoding(path: str | Path, dtype: str = "auto") -> tuple[ModelFolder, str]:
@@ -27,7 +34,7 @@ def open_for_decoding(path: str | Path, dtype: str = "auto") -> tuple[ModelFolde
         NestlingError: if the folder is damaged.
     """
     folder, name = open_in_dtype(path, dtype)
-    if name != INT8:  # which is packed already
+    if name not in (INT8, FILE):  # which are packed already
         folder = dataclasses.replace(folder, model=pack(folder.model, name))
     most = num_threads(machine_card(), name, purpose="decoding")
     torch.set_num_threads(best_num_threads(folder.model, most))
@@ -37,23 +44,51 @@ def open_for_decoding(path: str | Path, dtype: str = "auto") -> tuple[ModelFolde
 def open_in_dtype(path: str | Path, dtype: str) -> tuple[ModelFolder, str]:
     """Open a model folder in a dtype, on the GPU if there is one.
 
-    An int8 model runs packed, on the CPU: its rows are scaled one by one, and it is a target of its own.
+    Models in int8 and in the blocks of a file run packed, on the CPU: their rows are scaled one by one, and
+    each is a target of its own.
 
     Args:
         path: the folder.
-        dtype: `fp32`, `bf16`, `fp16`, `int8`, or `auto`: the faster of fp32 and bf16 by the machine's card.
+        dtype: `fp32`, `bf16`, `fp16`, `int8`; `file`, as the weights are stored; or `auto`: a quantized GGUF
+            file as it is stored, else the faster of fp32 and bf16 by the machine's card.
 
     Returns:
-        The folder, and the name of the dtype.
+        The folder, and the name of the dtype; `file` is one of weights in blocks.
 
     Raises:
-        UsageError: if there is no folder at `path` or no such dtype.
+        UsageError: if there is no folder at `path`, no such dtype, or no kernels for what is stored.
         NestlingError: if the folder is damaged.
     """
     card = machine_card()
-    stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, card, purpose="decoding")
-    folder = load_model(path, dtype=DTYPES[stored])
+    if dtype == FILE:
+        stored = None
+    else:
+        stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, card, purpose="decoding")
+    folder = load_model(
+        path,
+        dtype=None if stored is None else DTYPES[stored],
+        in_blocks=dtype in (AUTO, FILE) and card.gpu is None,
+    )
+    if is_in_blocks(folder.model):
+        return dataclasses.replace(folder, model=pack(folder.model, FILE)), FILE
+    _check_quantizations(folder, dtype)
     if dtype == INT8:
         return dataclasses.replace(folder, model=pack(folder.model, INT8)), INT8
     folder.model.to("cuda" if card.gpu else "cpu")
-    return folder, stored
+    return folder, stored or next(name for name, one in DTYPES.items() if one == folder.model.dtype)
+
+
+def _check_quantizations(folder: ModelFolder, dtype: str) -> None:
+    """Tell that a GGUF file's weights are rounded again, or refuse to where its own bits were asked for."""
+    quantized = [name for name in folder.provenance.get("quantizations", ()) if name not in UNQUANTIZED]
+    if not quantized:
+        return
+    kinds = ", ".join(quantized)
+    if dtype == FILE:
+        raise UsageError(
+            f"--dtype file: {folder.path} holds {kinds}, which do not run as they are here; choose auto"
+        )
+    if dtype == AUTO:
+        _log.warning(
+            "%s holds %s, which do not run as they are here: they are dequantized", folder.path, kinds
+        )

@@ -6,7 +6,7 @@ from typing import Any
 from models.decode.decoder import Decoder
 from models.decode.engine.drafters import DRAFTERS
 from models.decode.engine.report import Report
-from models.packed.quantize import runs_on
+from models.packed.quantize import FILE, runs_on
 
 
 def setting_fields(decoder: Decoder, *, seed: int, in_batch: bool) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def describe_draft(decoder: Decoder, *, in_batch: bool) -> str:
     others = f" or {', '.join(DRAFTERS)}" if drafting.copies and not in_batch else ""
     number = f", gamma {gamma}" if gamma else ""
     kernels = runs_on(decoder.folder.model)
-    return f"draft {drafting.name}{note}{others}{number} · {decoder.dtype}, {kernels}"
+    return f"draft {drafting.name}{note}{others}{number} · {_weights(decoder)}, {kernels}"
 
 
 def summarize(report: Report, draft: str) -> str:
@@ -42,6 +42,12 @@ def summarize(report: Report, draft: str) -> str:
     parts += [] if report.tau is None else [f"tau {report.tau:.2f}"]
     parts += [] if report.alpha is None else [f"alpha {report.alpha:.3f}"]
     return " · ".join([*parts, draft, report.finish_reason])
+
+
+def _weights(decoder: Decoder) -> str:
+    """Name the dtype, and the formats of a file whose own bits run."""
+    kinds = decoder.folder.provenance.get("quantizations", ())
+    return f"{', '.join(kinds)} as in the file" if decoder.dtype == FILE else decoder.dtype
 
 
 def _gamma(decoder: Decoder, in_batch: bool) -> int | str:

@@ -32,11 +32,12 @@ static Input norm_rows(const Pass *pass, const Thread *thread, const float *weig
 
 /* The input whose parts the threads have made. */
 INLINE Input scaled(const Pass *pass, const Thread *thread, Input parts, int count) {
-    if (input_type(pass->model) != INT8) return parts;
+    int type = input_type(pass->model);
+    if (!is_scaled(type)) return parts;
     Range mine;
     Input input = begin_input(pass, thread, &mine);
     for (int r = mine.first; r < mine.last; r++)
-        place_codes((const float *)entries_of(FP32, parts, r), count, input, r);
+        place_row(type, (const float *)entries_of(FP32, parts, r), count, input, r);
     end_input(pass);
     return input;
 }
@@ -121,9 +122,10 @@ static void activate(const Pass *pass, const Thread *thread, const Layer *layer,
 /* Logits of the rows that are scored. */
 static void score(const Pass *pass, const Thread *thread) {
     const Model *model = pass->model;
-    int type = input_type(model), n = depth(type, model->hidden), m = pass->num_scored, stride = PANEL;
+    int type = head_type(model), n = depth(type, model->hidden), m = pass->num_scored;
+    int stride = PANEL;
     const Row *scored[MAX_ROWS];
-    Input input = of_rows(thread->input, m);
+    Input input = of_rows(thread->head_input, m);
     for (int r = 0, count = 0; r < pass->num_rows; r++) {
         if (pass->rows[r].output < 0) continue;
         normalise(pass->x + (size_t)r * model->hidden, model->norm, model->hidden, model->epsilon,
@@ -144,10 +146,14 @@ static void score(const Pass *pass, const Thread *thread) {
 
 static void embed(const Pass *pass) {
     const Model *model = pass->model;
-    for (int r = 0; r < pass->num_rows; r++)
-        for (int i = 0; i < model->hidden; i++)
-            pass->x[(size_t)r * model->hidden + i] =
-                cached(model->embedding, model->embeddings, (size_t)pass->rows[r].token * model->hidden + i);
+    int hidden = model->hidden, type = model->embedding;
+    for (int r = 0; r < pass->num_rows; r++) {
+        size_t row = (size_t)pass->rows[r].token;
+        if (is_blocks(type))
+            read_blocks(type, model->embeddings, row, hidden, pass->x + (size_t)r * hidden);
+        else
+            load_row(type, model->embeddings, row * hidden, hidden, 1, pass->x + (size_t)r * hidden);
+    }
 }
 
 /* What each thread of a team runs. */

@@ -50,7 +50,7 @@ INLINE size_t most(size_t a, size_t b) { return a > b ? a : b; }
 static Sizes sizes_of(const Model *model, int rows, int positions) {
     int type = input_type(model), ffn = ceil_div(model->ffn, PANEL) * PANEL;
     int shared = shared_type(type);
-    int widest = type == INT8 ? (int)most(most(model->hidden, model->query_width), ffn) : model->hidden;
+    int widest = is_scaled(type) ? (int)most(most(model->hidden, model->query_width), ffn) : model->hidden;
     size_t m = (size_t)rows, head = padded((size_t)model->head_dim);
     Sizes sizes = {
         .ffn = ffn,
@@ -60,7 +60,7 @@ static Sizes sizes_of(const Model *model, int rows, int positions) {
         .queries = padded(m * model->query_width),
         .mixed = input_of(shared, rows, model->query_width),
         .hidden = input_of(shared, rows, ffn),
-        .input = input_of(type, rows, widest),
+        .input = most(input_of(type, rows, widest), input_of(head_type(model), rows, model->hidden)),
         .line = most(padded((size_t)model->hidden), head),
         .y = most(m, MAX_QUERIES) * head,
         .query_input = input_of(model->cache, MAX_QUERIES, model->head_dim),
@@ -77,6 +77,7 @@ static Thread thread_of(const Pass *pass, float *memory, const Sizes *sizes) {
     Thread thread = {.number = omp_get_thread_num(), .count = omp_get_num_threads()};
     float *own = memory + sizes->shared + sizes->each * (size_t)thread.number;
     thread.input = input_at(own, input_type(model), pass->num_rows, sizes->widest, pass->num_rows),
+    thread.head_input = input_at(own, head_type(model), pass->num_rows, model->hidden, pass->num_rows),
     own += sizes->input;
     thread.line = own, own += sizes->line;
     thread.y = own, own += sizes->y;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "matmul_amx.h"
+#include "matmul_blocks.h"
 #include "pack.h"
 
 #ifdef __AVX512F__
@@ -34,6 +35,17 @@ __attribute__((noclone))
 #endif
 static
     __attribute__((noinline)) void product(Map map, int panel, int n, Input input, float *y, size_t stride) {
+    if (is_blocks((int)map.type)) {
+        const char *blocks = (const char *)map.panels + (size_t)panel * map.entries * bytes_of_block((int)map.type);
+        int count = n / (int)(sizeof(InputBlock) / 4);
+        if (map.type == Q8_0)
+            by_blocks(Q8_0, blocks, count, input, y, stride);
+        else if (map.type == Q4_0)
+            by_blocks(Q4_0, blocks, count, input, y, stride);
+        else
+            by_blocks(Q4_1, blocks, count, input, y, stride);
+        return;
+    }
     const words *weights = (const words *)map.panels + (size_t)panel * map.entries * VECTORS;
     if (map.type == INT4)
         product_of(INT4, weights, map.scales + panel * PANEL, n, input, y, stride);

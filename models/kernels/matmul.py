@@ -18,14 +18,13 @@ def compiles(dtype: torch.dtype, device: torch.device) -> bool:
 def compiled_product(
     weight_OI: Tensor, dtype: torch.dtype | None = None
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return the product with a weight, packed in a dtype or in its own, from x [..., I] to fp32 [..., O].
+    """Return the product with a weight, packed in a dtype or as it is, from x [..., I] to fp32 [..., O].
 
     It is None where the compiled step cannot run it.
     """
-    dtype = dtype or weight_OI.dtype
-    compiled = library() if compiles(dtype, weight_OI.device) else None
+    compiled = library() if compiles(dtype or weight_OI.dtype, weight_OI.device) else None
     num_outputs, num_inputs = weight_OI.shape
-    if compiled is None or (dtype == torch.bfloat16 and num_inputs % 2):
+    if compiled is None or ((dtype or weight_OI.dtype) == torch.bfloat16 and num_inputs % 2):
         return None
     run, panels = compiled.nestling_product, make_panels(weight_OI, dtype=dtype)
 

@@ -4,7 +4,9 @@
    A weight [outputs, inputs] lies in panels of 32 outputs. A panel is a sequence of entries of two vectors,
    one entry for each input (fp32), pair of inputs (bf16), four (8 bits) or eight of them (4 bits), so that an
    entry times one number, or two, is what every row needs next, and memory is read from one end to the other.
-   The inputs of a product lie row by row; those for weights of 4 bits are the same as for 8. */
+   The inputs of a product lie row by row; those for weights of 4 bits are the same as for 8.
+
+   Weights in blocks of 32 inputs (Q8_0, Q4_0, Q4_1) and their inputs: models/kernels/matmul_blocks.h. */
 
 #pragma once
 
@@ -22,14 +24,29 @@ enum { TILE = 1 };
 typedef struct {
     const void *panels;
     const float *bias, *scales; /* of each output; or NULL */
-    int64_t entries;            /* of each panel; a member may use fewer */
+    int64_t entries;            /* of each panel, or blocks; a member may use fewer */
     int64_t type;               /* of the weight */
 } Map;
 
+/* Inputs of 8 bits for weights in blocks, each with a scale of its own; BLOCKS is the type of such a row. */
+enum { BLOCK = 32, BLOCKS = 7 };
+
+typedef struct {
+    float scale, scaled_sum;
+    int32_t sum; /* of the codes */
+    int32_t codes[BLOCK / 4];
+} InputBlock;
+
+INLINE int is_blocks(int type) { return type == Q8_0 || type == Q4_0 || type == Q4_1; }
+
 /* The type of a weight's inputs. */
-INLINE int inputs_for(int type) { return type == INT4 ? INT8 : type; }
+INLINE int inputs_for(int type) { return type == INT4 ? INT8 : is_blocks(type) ? BLOCKS : type; }
+
+/* Whether a row of inputs is scaled as a whole, once all of it is there. */
+INLINE int is_scaled(int type) { return type == INT8 || type == BLOCKS; }
 
 INLINE int depth(int type, int inputs) {
+    if (type == BLOCKS) return ceil_div(inputs, BLOCK) * (int)(sizeof(InputBlock) / 4);
     return type == INT8 ? ceil_div(inputs, 4) : type == BF16 ? ceil_div(inputs, 2) : inputs;
 }
 
@@ -108,6 +125,27 @@ INLINE void place_codes(const float *values, int count, Input input, int row) {
     ((int32_t *)input.values)[input.rows + row] = sum;
 }
 
+/* A row in blocks of 8 bits: the largest value of each becomes 127. */
+INLINE void place_blocks(const float *values, int count, Input input, int row) {
+    InputBlock *to = (InputBlock *)entries_of(BLOCKS, input, row);
+    for (int first = 0; first < count; first += BLOCK, to++) {
+        float some[BLOCK] = {0};
+        int8_t *codes = (int8_t *)to->codes;
+        int left = count - first < BLOCK ? count - first : BLOCK;
+        memcpy(some, values + first, 4 * (size_t)left);
+        float most = largest_size(some, BLOCK), inverse = most > 0 ? 127.0f / most : 0;
+        int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < BLOCK; i++) {
+            int32_t code = (int32_t)rintf(some[i] * inverse);
+            codes[i] = (int8_t)code;
+            sum += code;
+        }
+        to->scale = most / 127.0f, to->sum = sum;
+        to->scaled_sum = to->scale * (float)sum;
+    }
+}
+
 /* Put values [count] of a row in FP32 or BF16 where a product reads its inputs from `first`, even, on. */
 INLINE void place(int type, const float *values, int first, int count, Input input, int row) {
     char *to = entries_of(type, input, row) + input_size(type) * (size_t)depth(type, first);
@@ -121,6 +159,8 @@ INLINE void place(int type, const float *values, int first, int count, Input inp
 INLINE void place_row(int type, const float *values, int count, Input input, int row) {
     if (type == INT8)
         place_codes(values, count, input, row);
+    else if (type == BLOCKS)
+        place_blocks(values, count, input, row);
     else
         place(type, values, 0, count, input, row);
 }

@@ -3,7 +3,9 @@
 Panels keep the order of outputs and inputs, so a member's part of a map is a prefix of its panels, and of
 each panel: one copy serves every member. A layer's heads have panels of their own, padded with zeros.
 
-O outputs, I inputs, P panels, E entries, L outputs of a panel, H heads of K outputs.
+Weights in blocks of 32 inputs (models/kernels/blocks.py) keep their codes and scales.
+
+O outputs, I inputs, P panels, E entries, L outputs of a panel, H heads of K outputs, B blocks.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.kernels.blocks import BLOCK, BlockTensor
 from models.kernels.codes import BITS, FOUR_BITS, quantize
 
 PANEL = 32
@@ -21,6 +24,8 @@ INPUTS_PER_ENTRY = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, FOUR_BIT
 """Inputs that an entry of a panel holds, in the dtypes that there are panels for."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, FOUR_BITS: 3}
 """The number by which decode_step.c knows a dtype."""
+BLOCK_TYPES = {"Q8_0": 4, "Q4_0": 5, "Q4_1": 6}
+"""The number by which it knows weights in blocks."""
 
 
 class Map(ctypes.Structure):
@@ -41,11 +46,13 @@ class Panels:
 
     Args:
         weight: [P, entries, 32, inputs of an entry]; 8-bit codes are 128 more than they mean, 4-bit ones 8
-            more, and two to a byte: [P, entries, 32, 4], inputs 4 to 7 in the upper halves.
+            more, and two to a byte: [P, entries, 32, 4], inputs 4 to 7 in the upper halves. In blocks it is
+            [P, B, bytes]: see models/kernels/matmul_blocks.h.
         bias_O: fp32, or None.
         scales_PO: [P, 32] in fp32, of codes; or None.
         rows: outputs that are packed, those of padding left out.
         columns: inputs that are packed.
+        type: the number by which decode_step.c knows what is packed.
     """
 
     weight: Tensor
@@ -53,8 +60,7 @@ class Panels:
     scales_PO: Tensor | None
     rows: int
     columns: int
-    dtype: torch.dtype
-    """The dtype of the packed numbers."""
+    type: int
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +73,7 @@ class Panels:
         bias, scales = (
             None if tensor is None else tensor.data_ptr() for tensor in (self.bias_O, self.scales_PO)
         )
-        return Map(self.weight.data_ptr(), bias, scales, self.weight.shape[1], TYPES[self.dtype])
+        return Map(self.weight.data_ptr(), bias, scales, self.weight.shape[1], self.type)
 
 
 def make_panels(
@@ -80,9 +86,9 @@ def make_panels(
     """Pack a map, or a prefix of it.
 
     Args:
-        weight_OI: the weight, in any dtype.
+        weight_OI: the weight, in any dtype or in blocks.
         bias_O: its bias.
-        dtype: dtype of the panels, one of `INPUTS_PER_ENTRY`; None is the weight's.
+        dtype: dtype of the panels, one of `INPUTS_PER_ENTRY`; None is the weight's, or its blocks.
         head_dim: if given, each head of that many outputs begins a panel.
 
     >>> panels = make_panels(torch.ones(40, 3), dtype=torch.bfloat16)
@@ -90,9 +96,14 @@ def make_panels(
     (torch.Size([2, 2, 32, 2]), 8.0, [1.0, 0.0])
     """
     rows, columns = weight_OI.shape
+    bias_O = None if bias_O is None else bias_O.detach().float().contiguous()
+    weight_OI = weight_OI.detach()
+    if isinstance(weight_OI, BlockTensor) and dtype is None:
+        weight = _blocks_in_panels(weight_OI, head_dim or rows)
+        return Panels(weight, bias_O, None, rows, columns, BLOCK_TYPES[weight_OI.kind])
     dtype = dtype or weight_OI.dtype
     each = INPUTS_PER_ENTRY[dtype]
-    weight_HKI = weight_OI.detach().unflatten(0, (-1, head_dim or rows))
+    weight_HKI = weight_OI.unflatten(0, (-1, head_dim or rows))
     padding = (0, -columns % each, 0, -weight_HKI.shape[1] % PANEL)
     scales_PO = None
     if dtype in BITS:
@@ -107,11 +118,18 @@ def make_panels(
     if dtype == FOUR_BITS:
         lower, upper = weight_PELI.split(each // 2, -1)
         weight_PELI = lower | upper << 4
-    return Panels(
-        weight_PELI.contiguous(),
-        None if bias_O is None else bias_O.detach().float().contiguous(),
-        scales_PO,
-        rows,
-        columns,
-        dtype,
-    )
+    return Panels(weight_PELI.contiguous(), bias_O, scales_PO, rows, columns, TYPES[dtype])
+
+
+def _blocks_in_panels(weight: BlockTensor, head_dim: int) -> Tensor:
+    """Return [P, B, bytes]: codes of four inputs of each output at a time, then what all are scaled by."""
+    blocks_HKBY = weight.blocks_OBY.unflatten(0, (-1, head_dim))
+    padded = F.pad(blocks_HKBY, (0, 0, 0, 0, 0, -head_dim % PANEL)).flatten(0, 1)
+    blocks_PBLY = padded.unflatten(0, (-1, PANEL)).transpose(1, 2)
+    codes = BLOCK if weight.kind == "Q8_0" else BLOCK // 2
+    halves, codes_PBLY = blocks_PBLY.split([blocks_PBLY.shape[-1] - codes, codes], -1)
+    if weight.kind == "Q8_0":
+        codes_PBLY = codes_PBLY ^ 0x80
+    fours = codes_PBLY.unflatten(-1, (-1, 4)).transpose(2, 3)
+    pairs = halves.unflatten(-1, (-1, 2)).transpose(2, 3)
+    return torch.cat([fours.flatten(2), pairs.flatten(2)], -1).contiguous()

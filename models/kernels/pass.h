@@ -16,7 +16,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int32_t cache, embedding;                                    /* FP32 or BF16 */
+    int32_t cache, embedding;                                    /* FP32 or BF16; an embedding in blocks */
     int32_t hidden, head_dim, heads_per_group, query_width, ffn; /* of the full model */
     int32_t num_layers, num_outputs;
     float epsilon;
@@ -27,8 +27,10 @@ typedef struct {
     const Layer *layers;
 } Model;
 
-/* Of all products: a model's weights are of one type. */
-INLINE int input_type(const Model *model) { return inputs_for((int)model->head.type); }
+/* Of the products of all layers, whose weights are of one type or all in blocks; the head's may be another. */
+INLINE int input_type(const Model *model) { return inputs_for((int)model->layers[0].query.type); }
+
+INLINE int head_type(const Model *model) { return inputs_for((int)model->head.type); }
 
 typedef struct {
     void *const *keys, *const *values; /* of each layer: [groups][positions][head_dim] */
@@ -55,13 +57,14 @@ typedef struct {
     const Row *rows;
     int num_rows, num_scored;
     float *x, *queries, *logits; /* [rows][hidden], [rows][query_width], [all scored][num_outputs] */
-    Input input;                 /* of a product that follows a norm, or of any with INT8 */
-    Input mixed, hidden; /* inputs of `output` and `down`, or with INT8 rows of fp32 that become one */
+    Input input;                 /* of a product that follows a norm, or of any where rows are scaled */
+    Input mixed, hidden; /* inputs of `output` and `down`, or rows of fp32 that become one and are scaled */
 } Pass;
 
 typedef struct {
     int number, count; /* of this thread, and of all */
-    Input input;       /* the same that this thread makes alone, and that of the head */
+    Input input;       /* the same that this thread makes alone */
+    Input head_input;  /* that of the head, in the same place */
     float *line;       /* one row of such an input, or of queries and keys */
     float *y, *z;      /* results of one or two products: [rows][a panel, or those of a head] */
     Input query_input; /* queries, as a product reads them */
@@ -87,5 +90,5 @@ INLINE float cached(int type, const void *store, size_t at) {
     return type == BF16 ? from_bf16(((const uint16_t *)store)[at]) : ((const float *)store)[at];
 }
 
-/* Of an input whose parts several threads make: with INT8 a row is scaled as a whole, and later. */
-INLINE int shared_type(int type) { return type == INT8 ? FP32 : type; }
+/* Of an input whose parts several threads make: a row that is scaled is so as a whole, and later. */
+INLINE int shared_type(int type) { return is_scaled(type) ? FP32 : type; }

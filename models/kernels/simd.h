@@ -25,7 +25,7 @@ enum { LANES = 4, BLOCK_ROWS = 6, BLOCK_VECTORS = 2 };
 #endif
 /* Weights lie in panels of 32 outputs, which are PARTS register blocks side by side. */
 enum { PANEL = 32, VECTORS = PANEL / LANES, PARTS = VECTORS / BLOCK_VECTORS };
-enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, Q8_0 = 4, Q4_0 = 5, Q4_1 = 6 };
 /* Inputs of bf16 weights are pairs of bf16 where the processor multiplies such, else fp32. Those of weights
    of 8 or 4 bits are bytes where it adds four products of such, else 16 bits each. */
 #ifdef __AVX512BF16__
@@ -73,6 +73,10 @@ INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even */
 }
 
 INLINE float from_bf16(uint16_t value) { return number((uint32_t)value << 16); }
+
+INLINE float from_fp16(uint16_t value) { /* exact; there are no infinities in weights */
+    return number((value & 0x8000u) << 16 | bits(number((value & 0x7fffu) << 13) * 0x1p112f));
+}
 
 INLINE lanes spread(float value) { return value - (lanes){0}; }
 

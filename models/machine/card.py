@@ -164,7 +164,7 @@ def resolve_dtype(name: str, card: MachineCard, *, purpose: Purpose) -> str:
     if name == "auto":
         return training_dtype(card) if purpose == "training" else decoding_dtype(card)
     if name not in DTYPES:
-        known = [*DTYPES, "int8"] if purpose == "decoding" else DTYPES  # int8 is no dtype of weights
+        known = [*DTYPES, "int8", "file"] if purpose == "decoding" else DTYPES  # these are no dtypes
         raise UsageError(f"dtype={name} is not known; choose from auto, {', '.join(known)}")
     return name
 

@@ -26,8 +26,9 @@ from models.elastic.model import Block, ElasticLM
 from models.elastic.norm import RMSNorm
 from models.elastic.owned import NOTHING, OwnedLayer
 from models.elastic.request import Head, Request
+from models.kernels.blocks import BLOCK, BlockTensor, in_8_bits
 from models.kernels.build import library
-from models.kernels.pack import TYPES, Map, Panels, make_panels
+from models.kernels.pack import BLOCK_TYPES, TYPES, Map, Panels, make_panels
 from models.kernels.sample import Sampling
 
 COMPUTED = frozenset(
@@ -92,7 +93,7 @@ class _Request(ctypes.Structure):
 class DecodeStep:
     """A compiled pass over members of one model, in one dtype of weights; see `make_decode_step`."""
 
-    def __init__(self, model: ElasticLM, dtype: torch.dtype, compiled: ctypes.CDLL) -> None:
+    def __init__(self, model: ElasticLM, dtype: torch.dtype | None, compiled: ctypes.CDLL) -> None:
         self._model, self._dtype, self._run = model, dtype, compiled.nestling_step
         self._panels: dict[tuple[int, str, LowRank | None], Panels] = {}
         self._heads: dict[nn.Linear, Panels] = {}
@@ -176,13 +177,13 @@ class DecodeStep:
         kept: list[object] = []
         owns = [NOTHING if owned is None else owned.layer(plan.index) for plan in plans]
         layers = (_Layer * len(plans))(*(self._layer(*one, kept) for one in zip(plans, owns, strict=True)))
-        embedding = source.model.embed_tokens.weight.detach()  # its storage, whatever becomes of the model
+        embedding, embedding_type = _stored(source.model.embed_tokens.weight)
         angles = [table_TK.float().contiguous() for table_TK in (source.rotary.cos_TK, source.rotary.sin_TK)]
         if head.map not in self._heads:
             self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
         outputs = None if head.ids_N is None else head.ids_N.to(torch.int64, copy=True).contiguous()
         model = _Model(
-            embedding=TYPES[embedding.dtype],
+            embedding=embedding_type,
             hidden=config.hidden_size,
             head_dim=config.head_dim,
             heads_per_group=config.heads_per_group,
@@ -225,6 +226,9 @@ class DecodeStep:
         addition = cast("LowRank | None", getattr(own.get_submodule(part), short))
         block = cast(Block, self._model.model.layers[plan.index])
         linear = cast(nn.Linear, block.get_submodule(_MAPS[name]))
+        in_blocks = self._dtype is None and isinstance(linear.weight, BlockTensor)
+        if in_blocks and addition is None:
+            columns += -columns % BLOCK
         key = plan.index, name, addition
         packed = self._panels.get(key)
         if packed is None or packed.rows < rows or packed.columns < columns:
@@ -233,8 +237,11 @@ class DecodeStep:
                 self._members.clear()  # they read the old panels
             bias_O: Tensor | None = linear.bias  # torch's stubs say that it is always there
             weight_OI = linear.weight[:rows, :columns]
+            if addition is not None:
+                weight_OI = addition.add_to(weight_OI)
+                weight_OI = in_8_bits(weight_OI) if in_blocks else weight_OI  # as all of a layer are
             packed = self._panels[key] = make_panels(
-                weight_OI if addition is None else addition.add_to(weight_OI),
+                weight_OI,
                 None if bias_O is None else bias_O[:rows],
                 dtype=self._dtype,
                 head_dim=self._model.config.head_dim if name in {"query", "key", "value"} else 0,
@@ -255,14 +262,16 @@ class _Member(NamedTuple):
     """The objects that own what the addresses in `model` point to."""
 
 
-def make_decode_step(model: ElasticLM, dtype: torch.dtype) -> DecodeStep | None:
+def make_decode_step(model: ElasticLM, dtype: torch.dtype | None) -> DecodeStep | None:
     """Return a compiled pass for the model in a dtype of weights, int8 and int4 among them, or None.
+
+    Without a dtype each weight keeps its own, or its blocks; all layers have the same.
 
     Only torch's kernels run on a GPU, in fp16 and fp64, where nothing could be compiled, and for
     configurations that decode_step.c does not know.
     """
     stored = (torch.float32, torch.bfloat16)
-    fits = dtype in TYPES and model.dtype in stored and model.device.type == "cpu"
+    fits = (dtype is None or dtype in TYPES) and model.dtype in stored and model.device.type == "cpu"
     compiled = library() if fits and supports(model.config) else None
     return None if compiled is None else DecodeStep(model, dtype, compiled)
 
@@ -279,6 +288,13 @@ def supports(config: ElasticConfig) -> bool:
         if field.name not in COMPUTED | UNRELATED and getattr(config, field.name) != field.default
     )
     return config.hidden_size % 2 == 0 and not any(unknown)
+
+
+def _stored(weight: Tensor) -> tuple[Tensor, int]:
+    """Return what holds an embedding's numbers, whatever becomes of the model, and its type."""
+    if isinstance(weight, BlockTensor):
+        return weight.blocks_OBY.contiguous(), BLOCK_TYPES[weight.kind]
+    return weight.detach(), TYPES[weight.dtype]
 
 
 def _map(panels: Panels, kept: list[object]) -> Map:

@@ -4,6 +4,9 @@
     int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token; as a target
                      it keeps its keys and values in bf16, which are finer still
     int4             4-bit weights, one scale a row, and 8-bit activations: for drafts
+    file             weights as they are stored: those of a GGUF file in its blocks of 32, which nothing
+                     rounds again, with 8-bit activations, one scale a block and token; as a target its
+                     keys and values are in bf16, too
 
 The copy is an `ElasticLM` that shares the source's embedding, so that any granularity runs in it and a
 draft made of it still reads and writes the target's key/value store, in the store's dtype. Weights are
@@ -25,12 +28,14 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.linear import LowRank, NestedLinear
 from models.elastic.model import ElasticLM
 from models.elastic.request import Head, Request
+from models.kernels.blocks import BLOCK, BlockTensor, block_product
 from models.kernels.build import kernels_name
 from models.kernels.codes import FOUR_BITS, int8_product, quantize
 from models.packed.decode_step import make_decode_step
 
 INT8 = "int8"
 INT4 = "int4"
+FILE = "file"
 PRECISIONS = (*DTYPES, INT8, INT4)
 _CODES = {INT8: torch.int8, INT4: FOUR_BITS}
 
@@ -60,7 +65,7 @@ class PackedLM(ElasticLM):
 
     Args:
         source: the model, packed or not.
-        precision: one of `PRECISIONS`.
+        precision: one of `PRECISIONS`, or `FILE`.
 
     Raises:
         UsageError: if this device or processor has no kernels for it.
@@ -74,7 +79,7 @@ class PackedLM(ElasticLM):
         dtype = DTYPES.get(precision)
         self.precision = precision
         self.owned = source.owned
-        self.decode_step = make_decode_step(source, dtype or _CODES[precision])
+        self.decode_step = make_decode_step(source, dtype or _CODES.get(precision))
         self.load_state_dict(source.state_dict(keep_vars=True), assign=True)
         self.rotary = source.rotary
         self.train(source.training)
@@ -97,7 +102,7 @@ class PackedLM(ElasticLM):
     @property
     def cache_dtype(self) -> torch.dtype:
         """See `ElasticLM.cache_dtype`; of a draft in place it is the target's that counts."""
-        return torch.bfloat16 if self.precision in _CODES else super().cache_dtype
+        return torch.bfloat16 if self.precision in (*_CODES, FILE) else super().cache_dtype
 
     def run(
         self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None
@@ -121,7 +126,7 @@ def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> P
 
     Args:
         model: the source, packed or not.
-        precision: one of `PRECISIONS`.
+        precision: one of `PRECISIONS`, or `FILE`.
         granularity: the member that is packed now; others are as they are used.
 
     Raises:
@@ -149,6 +154,11 @@ def prepare(model: ElasticLM, granularity: Granularity) -> int:
         with torch.inference_mode():
             model(torch.zeros(1, 1, dtype=torch.long, device=device), granularity)
     return packed_bytes(model) - before
+
+
+def is_in_blocks(model: ElasticLM) -> bool:
+    """Return whether the weights of a model's layers are in the blocks of a file."""
+    return any(isinstance(parameter, BlockTensor) for parameter in model.model.layers.parameters())
 
 
 def runs_on(model: ElasticLM) -> str:
@@ -179,7 +189,9 @@ class QuantizedLinear(NestedLinear):
         """See `NestedLinear.forward`; a prefix is copied when it is first used."""
         key = self.out_features if rows is None else rows, x.shape[-1], addition
         if key not in self._products:
-            self._products[key] = self._pack(*self.prefix(*key))
+            whole = isinstance(self.weight, BlockTensor) and addition is None  # blocks are not cut
+            columns = x.shape[-1] + (-x.shape[-1] % BLOCK if whole else 0)
+            self._products[key] = self._pack(*self.prefix(key[0], columns, addition))
         return self._products[key](x)
 
     def _pack(self, weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -187,6 +199,9 @@ class QuantizedLinear(NestedLinear):
         if self.precision == INT8:
             self.num_bytes += weight_OI.numel() + 4 * len(weight_OI)  # a byte a weight, four a scale
             return int8_product(weight_OI, bias_O)
+        if self.precision == FILE and isinstance(weight_OI, BlockTensor):
+            self.num_bytes += 4 * weight_OI.numel()
+            return block_product(weight_OI, bias_O)
         if self.precision == INT4:  # no product of torch's takes such weights with one scale for each output
             codes_OI, scales_O1 = quantize(weight_OI, 4)
             weight_OI = codes_OI * scales_O1

@@ -19,7 +19,7 @@ from models.decode.sampling.params import SamplingParams, penalise, sampling_pro
 from models.decode.sampling.rng import SeededRandom, gumbel_noise
 from models.decode.sampling.samplers import COUPLED
 from models.elastic.model import ElasticLM
-from models.packed.quantize import INT8
+from models.packed.quantize import FILE, INT8
 from models.verify.checks import GREEDY, SAMPLINGS, Check
 from models.verify.drafts import Gamma
 
@@ -157,5 +157,5 @@ def gap_between(
 
 
 def _rounding(dtype: str) -> float:
-    """Return the relative rounding of a number; an int8 model rounds its activations to 8 bits."""
-    return 2.0**-7 if dtype == INT8 else torch.finfo(DTYPES[dtype]).eps
+    """Return the relative rounding of a number; quantized models round their activations to 8 bits."""
+    return 2.0**-7 if dtype in (INT8, FILE) else torch.finfo(DTYPES[dtype]).eps

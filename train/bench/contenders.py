@@ -43,7 +43,7 @@ from models.decode.tune.resolve import (
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
 from models.machine.card import machine_card, resolve_dtype
-from models.packed.quantize import INT8, split_precision
+from models.packed.quantize import FILE, INT8, split_precision
 from train.data.corpus import as_trained, open_corpus
 
 DEFAULT_EXIT = "layers=0-1"
@@ -110,7 +110,7 @@ def random_contest(
     params: SamplingParams = _only("--temperature", options.samplings)
     exit_ = Granularity.parse(split_precision(_only("--draft", options.drafts))[0], {})
     check_exit(config, exit_)
-    stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, machine_card(), purpose="decoding")
+    stored = "fp32" if dtype in (INT8, FILE) else resolve_dtype(dtype, machine_card(), purpose="decoding")
     check_memory(size, stored, free_memory_bytes())
     made = random_model(config, exit_, alpha=alpha, params=params, progress=progress)
     about = {"model": f"random {size}", "prompts": "random tokens", "random": _describe(size, alpha, made)}
@@ -165,10 +165,11 @@ def _contest(
                 notes.append(llama.MISSING)
             if "transformers" not in options.engines:
                 continue
-            if target.dtype == INT8:
+            if target.dtype in (INT8, FILE):
+                theirs = "is its Q8_0" if target.dtype == INT8 else "reads the same file"
                 notes.append(
-                    "int8 is a model of its own: transformers, which would run another, is left out; that of "
-                    "llama.cpp is its Q8_0"
+                    f"{target.dtype} is a model of its own: transformers, which would run another, is left "
+                    f"out; that of llama.cpp {theirs}"
                 )
                 continue
             notes += [

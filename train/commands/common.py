@@ -31,8 +31,9 @@ TextFieldOption = Annotated[
 DtypeOption = Annotated[
     str,
     typer.Option(
-        metavar="auto|fp32|bf16|int8",
-        help="Data type of the weights; auto takes the faster of fp32 and bf16, int8 quantizes the model.",
+        metavar="auto|file|fp32|bf16|int8",
+        help="Data type of the weights; file runs them as they are stored, int8 quantizes the model. auto "
+        "takes file for a quantized GGUF file, else the faster of fp32 and bf16.",
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Random seed.")]

@@ -14,7 +14,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 from models.kernels.build import FLAGS, HERE
 from models.kernels.codes import FOUR_BITS, quantize
-from models.kernels.pack import TYPES, Panels, make_panels
+from models.kernels.pack import Panels, make_panels
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 PROCESSORS = {"NEON": "armv8-a", "dot product": "armv8.2-a+dotprod", "i8mm": "armv8.6-a"}
@@ -54,7 +54,7 @@ def array(tensor: Tensor | None) -> bytes:
 
 
 def as_map(panels: Panels) -> bytes:
-    return ints(TYPES[panels.dtype], panels.weight.shape[1]) + array(panels.weight) + array(panels.scales_PO)
+    return ints(panels.type, panels.weight.shape[1]) + array(panels.weight) + array(panels.scales_PO)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
