@@ -123,7 +123,7 @@ def open_decoder(
             not depend on it or the draft is `auto`, else 4.
         params: settings of sampling.
         verifier: `token`, `block` or `coupled`; None takes what is best with the draft, never `coupled`.
-        dtype: as `open_in_dtype` takes it.
+        dtype: as `open_for_decoding` takes it.
 
     Raises:
         UsageError: if there is no folder at `path`, or a name or number makes no sense.

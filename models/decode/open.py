@@ -24,7 +24,7 @@ def open_for_decoding(path: str | Path, dtype: str = "auto") -> tuple[ModelFolde
 
     Args:
         path: the folder.
-        dtype: as `open_in_dtype` takes it.
+        dtype: as `open_in_dtype` takes it, but that `auto` runs a quantized GGUF file as it is stored.
 
     Returns:
         The folder, and the name of the dtype.
@@ -33,7 +33,7 @@ def open_for_decoding(path: str | Path, dtype: str = "auto") -> tuple[ModelFolde
         UsageError: if there is no folder at `path` or no such dtype.
         NestlingError: if the folder is damaged.
     """
-    folder, name = open_in_dtype(path, dtype)
+    folder, name = open_in_dtype(path, dtype, auto_in_blocks=True)
     if name not in (INT8, FILE):  # which are packed already
         folder = dataclasses.replace(folder, model=pack(folder.model, name))
     most = num_threads(machine_card(), name, purpose="decoding")
@@ -41,7 +41,7 @@ def open_for_decoding(path: str | Path, dtype: str = "auto") -> tuple[ModelFolde
     return folder, name
 
 
-def open_in_dtype(path: str | Path, dtype: str) -> tuple[ModelFolder, str]:
+def open_in_dtype(path: str | Path, dtype: str, *, auto_in_blocks: bool = False) -> tuple[ModelFolder, str]:
     """Open a model folder in a dtype, on the GPU if there is one.
 
     Models in int8 and in the blocks of a file run packed, on the CPU: their rows are scaled one by one, and
@@ -49,8 +49,9 @@ def open_in_dtype(path: str | Path, dtype: str) -> tuple[ModelFolder, str]:
 
     Args:
         path: the folder.
-        dtype: `fp32`, `bf16`, `fp16`, `int8`; `file`, as the weights are stored; or `auto`: a quantized GGUF
-            file as it is stored, else the faster of fp32 and bf16 by the machine's card.
+        dtype: `fp32`, `bf16`, `fp16`, `int8`; `file`, as the weights are stored; or `auto`: the faster of
+            fp32 and bf16 by the machine's card.
+        auto_in_blocks: whether `auto` keeps a quantized GGUF file as it is stored.
 
     Returns:
         The folder, and the name of the dtype; `file` is one of weights in blocks.
@@ -67,11 +68,12 @@ def open_in_dtype(path: str | Path, dtype: str) -> tuple[ModelFolder, str]:
     folder = load_model(
         path,
         dtype=None if stored is None else DTYPES[stored],
-        in_blocks=dtype in (AUTO, FILE) and card.gpu is None,
+        in_blocks=card.gpu is None and (dtype == FILE or (dtype == AUTO and auto_in_blocks)),
     )
     if is_in_blocks(folder.model):
         return dataclasses.replace(folder, model=pack(folder.model, FILE)), FILE
-    _check_quantizations(folder, dtype)
+    if dtype == FILE or auto_in_blocks:
+        _check_quantizations(folder, dtype)
     if dtype == INT8:
         return dataclasses.replace(folder, model=pack(folder.model, INT8)), INT8
     folder.model.to("cuda" if card.gpu else "cpu")

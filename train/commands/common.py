@@ -33,7 +33,7 @@ DtypeOption = Annotated[
     typer.Option(
         metavar="auto|file|fp32|bf16|int8",
         help="Data type of the weights; file runs them as they are stored, int8 quantizes the model. auto "
-        "takes file for a quantized GGUF file, else the faster of fp32 and bf16.",
+        "decodes a quantized GGUF file as it is stored, and else takes the faster of fp32 and bf16.",
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Random seed.")]
