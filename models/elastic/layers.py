@@ -31,6 +31,10 @@ class MLP(nn.Module):
         return y_BTD
 
 
+FIRST_POSITIONS = 1024
+"""Positions that a rotary table begins with; it grows as texts do, up to the longest context."""
+
+
 class Rotary(nn.Module):
     """Rotary position table (https://arxiv.org/abs/2104.09864), half-split layout as in Hugging Face."""
 
@@ -39,16 +43,32 @@ class Rotary(nn.Module):
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__()
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
-        positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
-        angles_TK = torch.outer(positions, frequencies).repeat(1, 2)
-        self.register_buffer("cos_TK", angles_TK.cos() * scale, persistent=False)
-        sign_K = torch.full((config.head_dim,), scale)
-        sign_K[: config.head_dim // 2] *= -1  # folds the minus of rotate_half into the table
-        self.register_buffer("sin_TK", angles_TK.sin() * sign_K, persistent=False)
+        self._config = config
+        for name, table_TK in zip(("cos_TK", "sin_TK"), self._make(FIRST_POSITIONS), strict=True):
+            self.register_buffer(name, table_TK, persistent=False)
 
     def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines [T, 1, K] of a range of positions, or of one for each token."""
+        # Positions of each token are on the CPU, so that their maximum waits for nothing.
+        self.reach(positions.stop if isinstance(positions, slice) else int(positions.max()) + 1)
         cos_T1K, sin_T1K = self.cos_TK[positions].unsqueeze(1), self.sin_TK[positions].unsqueeze(1)
         return cos_T1K.to(dtype), sin_T1K.to(dtype)
+
+    def reach(self, num_positions: int) -> None:
+        """Make the tables long enough for these positions, if the context is."""
+        length = len(self.cos_TK)
+        if num_positions <= length or length == self._config.max_position_embeddings:
+            return
+        with torch.inference_mode(mode=False), torch.no_grad():
+            tables = self._make(max(num_positions, 2 * length), self.cos_TK.device)
+            self.cos_TK, self.sin_TK = (table_TK.to(self.cos_TK.dtype) for table_TK in tables)
+
+    def _make(self, num_positions: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        config = self._config
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+        count = min(num_positions, config.max_position_embeddings)
+        angles_TK = torch.outer(torch.arange(count, dtype=torch.float32), frequencies).repeat(1, 2)
+        sign_K = torch.full((config.head_dim,), scale)
+        sign_K[: config.head_dim // 2] *= -1  # folds the minus of rotate_half into the table
+        return (angles_TK.cos() * scale).to(device=device), (angles_TK.sin() * sign_K).to(device=device)

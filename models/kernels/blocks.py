@@ -139,7 +139,9 @@ def in_8_bits(weight_OI: Tensor) -> BlockTensor:
     weight_OBK = F.pad(weight_OI, (0, -weight_OI.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scale_OB1 = weight_OBK.abs().amax(-1, keepdim=True) / 127
     codes_OBK = torch.where(scale_OB1 > 0, weight_OBK / scale_OB1, 0.0).round().to(torch.int8)
-    return BlockTensor(torch.cat([scale_OB1.half().view(torch.uint8), codes_OBK.view(torch.uint8)], -1), "Q8_0")
+    return BlockTensor(
+        torch.cat([scale_OB1.half().view(torch.uint8), codes_OBK.view(torch.uint8)], -1), "Q8_0"
+    )
 
 
 def block_product(weight_OI: BlockTensor, bias_O: Tensor | None = None) -> Callable[[Tensor], Tensor]:

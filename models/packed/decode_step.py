@@ -99,6 +99,7 @@ class DecodeStep:
         self._heads: dict[nn.Linear, Panels] = {}
         self._norms: dict[RMSNorm, Tensor] = {}
         self._members: dict[tuple[Granularity, nn.Linear], _Member] = {}
+        self._angles: list[Tensor] = []
 
     @property
     def num_bytes(self) -> int:
@@ -132,6 +133,8 @@ class DecodeStep:
         head, config = head or Head(self._model.lm_head), self._model.config
         member = self._member(granularity, head)
         member.model.cache = TYPES[requests[0].cache.dtype]
+        longest = max(one.cache.length + len(one.ids) + one.num_rows for one in requests)
+        member.model.cosines, member.model.sines = (table_TK.data_ptr() for table_TK in self._tables(longest))
         given = (_Request * len(requests))()
         for one, request in zip(given, requests, strict=True):
             ids, cache, num_last, draws = request
@@ -178,7 +181,6 @@ class DecodeStep:
         owns = [NOTHING if owned is None else owned.layer(plan.index) for plan in plans]
         layers = (_Layer * len(plans))(*(self._layer(*one, kept) for one in zip(plans, owns, strict=True)))
         embedding, embedding_type = _stored(source.model.embed_tokens.weight)
-        angles = [table_TK.float().contiguous() for table_TK in (source.rotary.cos_TK, source.rotary.sin_TK)]
         if head.map not in self._heads:
             self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
         outputs = None if head.ids_N is None else head.ids_N.to(torch.int64, copy=True).contiguous()
@@ -194,13 +196,19 @@ class DecodeStep:
             epsilon=config.rms_norm_eps,
             embeddings=embedding.data_ptr(),
             outputs=None if outputs is None else outputs.data_ptr(),
-            cosines=angles[0].data_ptr(),
-            sines=angles[1].data_ptr(),
             norm=self._norm((owned and owned.norm) or source.model.norm),
             head=_map(self._heads[head.map], kept),
             layers=layers,
         )
-        return _Member(model, [*kept, embedding, outputs, *angles, layers])
+        return _Member(model, [*kept, embedding, outputs, layers])
+
+    def _tables(self, num_positions: int) -> list[Tensor]:
+        """Return cosines and signed sines in fp32 of as many positions, or of the whole context."""
+        rotary = self._model.rotary
+        if not self._angles or len(self._angles[0]) < num_positions:
+            rotary.reach(num_positions)
+            self._angles = [table_TK.float().contiguous() for table_TK in (rotary.cos_TK, rotary.sin_TK)]
+        return self._angles
 
     def _layer(self, plan: LayerPlan, own: OwnedLayer, kept: list[object]) -> _Layer:
         block = cast(Block, self._model.model.layers[plan.index])

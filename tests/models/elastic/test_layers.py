@@ -1,9 +1,13 @@
 """Parts of a block whose backward pass is written out: it is the one that autograd would find."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from models.elastic.config import ElasticConfig
+from models.elastic.layers import FIRST_POSITIONS, Rotary
 from models.elastic.norm import RMSNorm
 
 
@@ -43,3 +47,23 @@ def test_a_norm_of_zeros_has_finite_gradients(norm: RMSNorm) -> None:
     x = torch.zeros(1, 12, requires_grad=True)
     (grad,) = torch.autograd.grad(norm(x).sum(), x)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_rotary_table_grows_with_the_text_and_keeps_its_numbers(
+    inference: bool, tiny_config: ElasticConfig
+) -> None:
+    config = dataclasses.replace(tiny_config, max_position_embeddings=5000)
+    rotary, whole = Rotary(config), Rotary(config)
+    whole.reach(5000)
+    assert len(whole.cos_TK) == 5000
+    assert len(rotary.cos_TK) == FIRST_POSITIONS
+    with torch.inference_mode(inference):
+        for positions in (slice(3, 7), slice(1020, 1030), torch.tensor([4, 4999])):
+            for ours, theirs in zip(
+                rotary(positions, torch.float32), whole(positions, torch.float32), strict=True
+            ):
+                assert ours.equal(theirs)
+    assert not rotary.cos_TK.is_inference()
+    rotary.reach(9000)
+    assert len(rotary.cos_TK) == 5000
