@@ -106,6 +106,7 @@ def estimate_training_bytes(
     shards: int = 1,
     scored_at_once: int | None = None,
     compiled: bool = False,
+    owned: int = 0,
 ) -> TrainingBytes:
     """Estimate the memory of a step with AdamW and fp32 weights; no checkpointing of activations.
 
@@ -123,11 +124,13 @@ def estimate_training_bytes(
             runs and the next one.
         scored_at_once: tokens whose logits are held at the same time; all of them if None.
         compiled: whether models/kernels/train_ops.py runs the operations between the products.
+        owned: weights that members have for themselves, which are gathered for the whole step.
     """
     parameters = count_parameters(config)
     layer = _layer_weights(config, FULL.resolve(config).layers[0])
     gathered = 0 if shards == 1 else min(parameters, count_ends(config) + 2 * layer)
-    held = -(-parameters // shards)
+    gathered += 0 if shards == 1 else owned
+    held = -(-(parameters + owned) // shards)
     scored, passes = 1.0, [(FULL, 1.0)]
     for granularity, fraction in members:
         scored += fraction
@@ -139,7 +142,8 @@ def estimate_training_bytes(
     tokens_at_once = min(batch_tokens, scored_at_once or batch_tokens)
     logits = scored * tokens_at_once * config.vocab_size * (activation_bytes + 8)
     return TrainingBytes(
-        weights=4 * (held + gathered) + activation_bytes * (fused + (activation_bytes < 4) * parameters),
+        weights=4 * (held + gathered)
+        + activation_bytes * (fused + (activation_bytes < 4) * (parameters + owned)),
         gradients=4 * (held + gathered),
         optimizer=8 * held,
         activations=kept * batch_tokens * activation_bytes,
@@ -172,6 +176,7 @@ def count_step_traffic(
     sharded: bool,
     passes: Iterable[Granularity] = (FULL,),
     micro_batches: int = 1,
+    owned: int = 0,
 ) -> StepTraffic:
     """Return the traffic of an optimizer step with fp32 weights and gradients.
 
@@ -184,6 +189,7 @@ def count_step_traffic(
         sharded: whether the weights are sharded over the processes.
         passes: members that run a trained pass in a micro-batch, the full model among them.
         micro_batches: number of micro-batches of a step.
+        owned: weights that members have for themselves.
 
     >>> from models.elastic.config import ElasticConfig
     >>> config = ElasticConfig(
@@ -199,7 +205,7 @@ def count_step_traffic(
     >>> count_step_traffic(config, sharded=True).sent(8) // 1000
     3034
     """
-    parameters, ends = count_parameters(config), count_ends(config)
+    parameters, ends = count_parameters(config) + owned, count_ends(config) + owned
     if not sharded:
         return StepTraffic(reduced=4 * parameters)
     full = FULL.resolve(config).layers

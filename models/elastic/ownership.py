@@ -4,6 +4,7 @@ The full model owns nothing, and a prefix of its layers at full width, whose sta
 full model's, owns its final norm alone.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,6 +67,10 @@ class Ownership:
                     shapes[f"{path}.lora_A.weight"] = (self.rank, shape[1])
                     shapes[f"{path}.lora_B.weight"] = (shape[0], self.rank)
         return shapes | ({FINAL_NORM: (config.hidden_size,)} if self.norms and not plan.is_full else {})
+
+    def count(self, config: ElasticConfig, granularity: Granularity) -> int:
+        """Return how many numbers the member owns."""
+        return sum(map(math.prod, self.shapes(config, granularity).values()))
 
 
 class Owner(NamedTuple):

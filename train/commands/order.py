@@ -87,6 +87,9 @@ def order(
         like=folder.path,
     )
     _show(console, losses, layers, chosen)
+    if folder.model.members and not ordered.members:
+        names = ", ".join(one.name for one in folder.model.members)
+        console.print(f"what {names} owned is left out: they have other neurons now; train them again")
     console.print(
         f"{out}: ordered by {chosen}; the full model's greedy tokens are the same, its logits differ by "
         f"{difference:.1g} of the largest",

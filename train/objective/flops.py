@@ -35,6 +35,12 @@ def count_step_flops(recipe: Recipe, config: ElasticConfig, teacher: TeacherShap
     return own + count_teacher_flops(recipe, config, teacher)
 
 
+def count_flops_alone(recipe: Recipe, config: ElasticConfig) -> float:
+    """Return the operations of a step of the full model without members and teacher."""
+    forward = count_flops(config, num_tokens=recipe.data.sequence_length)
+    return 3.0 * recipe.trainer.rows_per_step * forward
+
+
 def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: TeacherShape | None) -> float:
     """Return the operations of a frozen teacher in a step: a forward pass where the full model trains.
 

@@ -27,8 +27,10 @@ def family_table(members: Sequence[Member]) -> Table:
         "match": ("match", fixed(1, " %")),
         "kl": ("KL", fixed(3)),
         "alpha": ("alpha", fixed(3)),
+        "owned": ("of its own", size),
     }
-    return Table.of([asdict(member) for member in ordered], columns, labels=("name", "granularity"))
+    rows = [{**asdict(member), "owned": member.owned_bytes or None} for member in ordered]
+    return Table.of(rows, columns, labels=("name", "granularity"))
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:

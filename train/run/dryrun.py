@@ -5,8 +5,6 @@ pass, counted over the sampler's own plans, at a fraction of the rate that the m
 matrix product; memory is models/elastic/count.py's.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +32,7 @@ from models.machine.card import (
     this_machine,
 )
 from train.objective.chunked_loss import rows_per_chunk
-from train.objective.flops import count_step_flops, count_teacher_flops, first_plans
+from train.objective.flops import count_flops_alone, count_step_flops, count_teacher_flops, first_plans
 from train.objective.sampler import StepPlan
 from train.objective.teacher import TeacherShape
 from train.recipe.recipe import Recipe
@@ -54,6 +52,8 @@ class Estimate:
     tokens: int
     flops_per_step: float
     """Mean over the sampler's plans, all devices together."""
+    members_factor: float
+    """Operations of a step without a teacher's, over those of the full model alone."""
     memory: TrainingBytes
     """Memory of one device."""
     devices: int
@@ -85,7 +85,7 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
         card = _card()
     estimate = estimate_run(recipe, config, card, teacher)
     console.print(_yaml(recipe), markup=False, soft_wrap=True)
-    console.print(family_costs(recipe.granularities, config).to_rich(title="the family"))
+    console.print(family_costs(recipe, config).to_rich(title="the family"))
     console.print(estimate_table(estimate, recipe, config.vocab_size).to_rich())
     return estimate
 
@@ -107,6 +107,7 @@ def estimate_run(
     gflops = card.device.dtypes[dtype].product_gflops
     plans = first_plans(recipe, config)
     flops = count_step_flops(recipe, config, teacher)
+    owned = count_owned(recipe, config)
     number_bytes = 2 if dtype == "bf16" else 4
     memory = estimate_training_bytes(
         config,
@@ -116,28 +117,31 @@ def estimate_run(
         scored_at_once=rows_per_chunk(config.vocab_size, torch.device("cuda" if card.gpu else "cpu")),
         shards=devices if trainer.strategy == "fsdp" else 1,
         compiled=card.gpu is None and library("train_ops") is not None,
+        owned=owned,
     )
     if recipe.model.train == "owned":  # what stays has neither gradients nor moments
-        own = 4 * count_owned(recipe, config)
-        memory = replace(memory, weights=memory.weights + own, gradients=own, optimizer=2 * own)
+        own = 4 * owned
+        memory = replace(memory, gradients=own, optimizer=2 * own)
     busiest = max(plans, key=lambda plan: len(plan.slots))
     traffic = count_step_traffic(
         config,
         sharded=trainer.strategy == "fsdp",
         passes=[FULL, *(recipe.granularities[slot.name] for slot in busiest.slots)],
         micro_batches=trainer.accumulate_grad_batches,
+        owned=owned,
     )
     return Estimate(
         tokens_per_step=tokens_per_step,
         tokens=tokens_per_step * trainer.max_steps,
         flops_per_step=flops,
+        members_factor=count_step_flops(recipe, config) / count_flops_alone(recipe, config),
         memory=memory,
         devices=devices,
         sent=traffic.sent(devices),
         seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION[dtype] * devices),
         dtype=dtype,
         gflops=gflops,
-        owned=count_owned(recipe, config) if recipe.model.train == "owned" else 0,
+        owned=owned if recipe.model.train == "owned" else 0,
         teacher_parameters=teacher.parameters if teacher else 0,
         teacher_flops=count_teacher_flops(recipe, config, teacher),
         teacher_bytes=teacher.weight_bytes(number_bytes) if teacher else 0,
@@ -146,10 +150,9 @@ def estimate_run(
 
 
 def count_owned(recipe: Recipe, config: ElasticConfig) -> int:
-    """Return the number of weights that members own."""
+    """Return how many weights the members of a run have for themselves."""
     ownership = recipe.owned.ownership
-    shapes = (ownership.shapes(config, member) for member in recipe.granularities.values())
-    return sum(math.prod(shape) for own in shapes for shape in own.values())
+    return sum(ownership.count(config, one) for one in recipe.granularities.values())
 
 
 def _largest_fractions(plans: list[StepPlan], recipe: Recipe) -> list[tuple[Granularity, float]]:
@@ -173,16 +176,25 @@ def num_devices(recipe: Recipe) -> int:
     return per_node * recipe.trainer.num_nodes
 
 
-def family_costs(members: Mapping[str, Granularity], config: ElasticConfig) -> Table:
-    """Return parameters, FLOPs and KV bytes of each member."""
-    header = ("member", "granularity", "parameters", "of the full", "FLOPs/token", "KV bytes/token")
-    rows = []
+def family_costs(recipe: Recipe, config: ElasticConfig) -> Table:
+    """Return parameters, those of its own, FLOPs and KV bytes of each member."""
+    header = (
+        "member",
+        "granularity",
+        "parameters",
+        "of the full",
+        "its own",
+        "FLOPs/token",
+        "KV bytes/token",
+    )
+    rows, ownership = [], recipe.owned.ownership
     full = count_parameters(config)
-    for name, granularity in members.items():
+    for name, granularity in recipe.granularities.items():
         parameters = count_parameters(config, granularity)
         costs = (
             f"{parameters:,}",
             percent(parameters / full),
+            f"{ownership.count(config, granularity):,}",
             si(count_flops(config, granularity)),
             f"{count_kv_bytes(config, granularity, num_positions=1, dtype_bytes=4):,}",
         )
@@ -201,7 +213,8 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
         "vocabulary": f"{vocab_size:,}{f' ({owner} has it)' if owner else decides}",
         "tokens per step": f"{estimate.tokens_per_step:,}",
         "tokens in total": f"{estimate.tokens:,} in {recipe.trainer.max_steps:,} steps",
-        "FLOPs per step": f"{si(estimate.flops_per_step)}, forward and backward, members included",
+        "FLOPs per step": f"{si(estimate.flops_per_step)}, forward and backward; with its members "
+        f"{estimate.members_factor:.2f} x those of the full model alone",
     }
     if taught or held:
         fraction = percent(estimate.teacher_flops / estimate.flops_per_step)

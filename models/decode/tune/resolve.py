@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from models.base.errors import UsageError
+from models.base.numbers import size
 from models.checkpoint.folder import ModelFolder, load_model
 from models.decode.engine.costs import Costs
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
@@ -156,7 +157,7 @@ def nested_drafting(folder: ModelFolder, spec: DraftSpec, gamma: int, note: str 
         extra_bytes = packed_bytes(model)
     vocabulary = None if spec.vocabulary is None else torch.tensor(spec.vocabulary)
     draft = NestedDraft(View(model, granularity), vocabulary)
-    extra_bytes += draft.num_bytes
+    extra_bytes += draft.num_bytes + draft.view.owned_bytes
     return Drafting(
         draft=draft,
         name=spec.text,
@@ -184,7 +185,7 @@ def _separate(folder: ModelFolder, path: str, precision: str | None, gamma: int)
 
 
 def _weights(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB of its own" if num_bytes else ""
+    return f"{size(num_bytes)} of its own" if num_bytes else ""
 
 
 def _searched(

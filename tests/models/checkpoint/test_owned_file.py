@@ -187,7 +187,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_in_one_line(folder: Path, damage: str) -> None:
+def test_damage_to_what_members_own_is_named_in_one_line(folder: Path, damage: str) -> None:
     spoil, expected = DAMAGE[damage]
     spoil(folder)
     with pytest.raises(NestlingError) as caught:

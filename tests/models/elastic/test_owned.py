@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+from models.checkpoint.layout import PADDED, lay_out
+from models.checkpoint.weights import model_from
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -80,6 +84,26 @@ def test_a_member_equals_a_model_of_its_own_weights_with_what_it_owns(model: Ela
     alone.load_state_dict(view.state_dict())
     torch.testing.assert_close(view(TOKENS), alone(TOKENS), atol=SUM_ORDER, rtol=0)
     assert not torch.allclose(view(TOKENS), before_BTV, atol=1e-2)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ffn=st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]), min_size=3, max_size=3),
+    heads=st.sampled_from([0.5, 1.0]),
+    layers=st.sampled_from([(0, 1, 2), (0, 2, 3), (1, 2, 3)]),
+)
+def test_a_member_that_nobody_trained_is_the_same_in_place_cut_out_and_packed(
+    tiny_model: ElasticLM, ffn: list[float], heads: float, layers: tuple[int, ...]
+) -> None:
+    granularity = Granularity(ffn=tuple(ffn), heads=(heads,), layers=layers)
+    view = View(owning(tiny_model), granularity)
+    theirs_TV = view(TOKENS)[0]
+    layout = lay_out(view, PADDED)
+    alone = model_from(layout.config, layout.tensors)
+    torch.testing.assert_close(alone(TOKENS)[0], theirs_TV, atol=SUM_ORDER, rtol=0)
+    packed = pack(tiny_model, "fp32", granularity)
+    ours_TV = packed.run([Request(TOKENS[0].tolist(), packed.new_cache(32), 20)], granularity)
+    torch.testing.assert_close(ours_TV, theirs_TV, atol=SUM_ORDER, rtol=0)
 
 
 def test_a_member_is_found_by_what_it_runs_not_by_its_name(tiny_model: ElasticLM) -> None:

@@ -109,3 +109,18 @@ def test_devices_share_rows_and_time_and_with_fsdp_the_weights(card: MachineCard
     assert ddp.memory.optimizer == alone.memory.optimizer == 4 * fsdp.memory.optimizer
     assert alone.sent == 0
     assert ddp.sent == 2 * alone.memory.gradients * 3 // 4
+
+
+def test_the_cost_of_members_is_told_as_a_multiple_of_the_full_models(card: MachineCard) -> None:
+    one = recipe("sampler.row_fraction=0.25")
+    expected = 1 + forward("ffn=0.25") / forward("full") / 4
+    assert estimate_run(one, one.elastic_config(), card).members_factor == pytest.approx(expected)
+
+
+def test_what_members_own_is_counted(card: MachineCard) -> None:
+    one, owning = recipe(), recipe("owned.norms=true", "owned.rank=4")
+    config = one.elastic_config()
+    own = owning.owned.ownership.count(config, Granularity.parse("ffn=0.25"))
+    less, more = (estimate_run(each, config, card).memory for each in (one, owning))
+    assert (more.weights - less.weights, more.gradients - less.gradients) == (4 * own, 4 * own)
+    assert more.optimizer - less.optimizer == 8 * own

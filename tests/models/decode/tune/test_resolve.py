@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.base.errors import UsageError
+from models.base.numbers import size
 from models.checkpoint.folder import ModelFolder, load_model, save_model
 from models.decode.engine.draft import ModelDraft, NestedDraft
 from models.decode.engine.engine import stream
@@ -41,7 +42,7 @@ def test_the_draft_shares_the_targets_cache_and_its_own_bytes_are_told(folder: M
     assert isinstance(drafting.draft, NestedDraft)
     assert drafting.name == "S@int8"
     assert drafting.extra_bytes == packed_bytes(drafting.draft.view.model) > 0
-    assert "MiB of its own" in drafting.note
+    assert f"{size(drafting.extra_bytes)} of its own" in drafting.note
     in_place = choose_drafting(folder, "S", None, GREEDY)
     assert (in_place.extra_bytes, in_place.note) == (0, "")
 
