@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from models.decode.sampling.params import SamplingParams
     from models.elastic.granularity import Granularity
     from models.elastic.view import View
-    from train.api import evaluate, extract, train
+    from train.api import distill, evaluate, extract, train
 
 __all__ = [
     "Decoder",
@@ -34,6 +34,7 @@ __all__ = [
     "SamplingParams",
     "UsageError",
     "View",
+    "distill",
     "evaluate",
     "extract",
     "load_model",
@@ -47,7 +48,7 @@ _HOMES = {
     "models.decode.sampling.params": ("SamplingParams",),
     "models.elastic.granularity": ("Granularity",),
     "models.elastic.view": ("View",),
-    "train.api": ("evaluate", "extract", "train"),
+    "train.api": ("distill", "evaluate", "extract", "train"),
 }
 
 NEEDED = (

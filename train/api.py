@@ -44,6 +44,38 @@ def train(
     return fit(recipe, one_path("out", out), resume=resume, console=make_console())
 
 
+def distill(
+    teacher: str | Path,
+    *configs: str | Path,
+    overrides: Sequence[str] = (),
+    out: str | Path,
+    cache: str | Path | None = None,
+    resume: str | Path = "auto",
+) -> Path:
+    """Train a family, or one model, that learns from a trained one, as `nestling distill` does.
+
+    Args:
+        teacher: a model folder, a GGUF file or the URL of a server.
+        configs: as in `train`, like all that follow but the cache.
+        overrides: recipe keys, such as "family={}" for one model.
+        out: the run folder.
+        cache: folder that keeps what the teacher says about the text; made if it is not there.
+        resume: `auto`, `never`, or the folder of a state to go on from.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        UsageError: as `train`, or if the teacher does not fit.
+        NestlingError: if the teacher is damaged or does not answer, or the disk refuses.
+    """
+    named = teacher if isinstance(teacher, str) else one_path("teacher", teacher)
+    words = [*texts("overrides", overrides), f"loss.teacher={named}"]
+    if cache is not None:
+        words.append(f"distill.cache={one_path('cache', cache)}")
+    return train(*configs, overrides=words, out=out, resume=resume)
+
+
 def evaluate(
     model: str | Path,
     data: str | Path,

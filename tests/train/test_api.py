@@ -19,6 +19,8 @@ api: Any = typed_api  # callers without a type checker
         (lambda out: api.train("tiny", overrides="seed=1", out=out), "overrides='seed=1' is not a list"),
         (lambda out: api.train("tiny", overrides={"seed": 1}, out=out), "overrides=.* is not a list"),
         (lambda out: api.train("tiny", out=out, resume=True), "resume=True is no path"),
+        (lambda out: api.distill(3, "tiny", out=out), "teacher=3 is no path"),
+        (lambda out: api.distill("T", "tiny", out=out, cache=b"c"), "cache=b'c' is no path"),
         (lambda out: api.evaluate(out, "stdlib", granularities="S"), "granularities='S' is not a list"),
         (lambda out: api.evaluate(out, "stdlib", max_tokens=-5), "max_tokens must be 0"),
         (lambda out: api.evaluate(out, "stdlib", max_tokens=1.5), "max_tokens=1.5 is not a whole number"),

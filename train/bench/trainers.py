@@ -88,6 +88,8 @@ def _train_ours(
         default_root_dir=scratch,
     )
     teacher = open_teacher(recipe, recipe.dtype)
+    if teacher is not None:
+        teacher.prepare(data, None)
     module = JointModule(model, recipe.granularities, recipe, teacher=teacher)
     trainer.fit(module, train_dataloaders=data.train_dataloader())
 

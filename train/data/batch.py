@@ -17,6 +17,7 @@ class Batch(NamedTuple):
         num_valid: Valid labels of the step: the one divisor.
         stride: Distance from one row to the next: the number of processes that divide the micro-batch.
         row_ids_B: Numbers of the rows in the text, if it is known.
+        written_BT: True where the next token is not of the text, and no label for cross-entropy.
     """
 
     tokens_BT: Tensor
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     num_valid: int
     stride: int = 1
     row_ids_B: Tensor | None = None
+    written_BT: Tensor | None = None
 
     @property
     def rows(self) -> range:

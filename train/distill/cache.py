@@ -45,6 +45,7 @@ NAMES = {
     "sequence_length": "data.sequence_length",
     "form": "distill.form",
     "k": "distill.k",
+    "dtype": "distill.dtype",
     "temperature": "loss.temperature",
 }
 """What a cache was made from, and the setting that names each."""

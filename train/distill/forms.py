@@ -26,6 +26,9 @@ from train.objective.losses import divergence
 from train.recipe.recipe import Recipe
 from train.recipe.sections import LossConfig
 
+PIECE = 8
+"""Rows whose probabilities are made at once on a CPU, which its caches hold."""
+
 Records = NDArray[Any]
 """A structured array [N]: one record for each position."""
 
@@ -114,9 +117,13 @@ class Samples:
 
     def encode(self, logits_NV: Tensor, uniform_N: NDArray[np.float64]) -> Records:
         """See `Form`."""
-        log_p_NV = _tempered(logits_NV, self.temperature).float().log_softmax(-1)
+        logits_NV = _tempered(logits_NV, self.temperature)
+        log_sum_N1 = log_sum(logits_NV, logits_NV.argmax(-1)).float().unsqueeze(1)
         points_NK = (torch.from_numpy(uniform_N).unsqueeze(1) + torch.arange(self.k)) / self.k
-        ids_NK = draw(log_p_NV.exp(), points_NK.to(log_p_NV.device))
+        points_NK = points_NK.to(logits_NV.device)
+        rows = PIECE if logits_NV.device.type == "cpu" else len(logits_NV)
+        pieces = zip(logits_NV.split(rows), log_sum_N1.split(rows), points_NK.split(rows), strict=True)
+        ids_NK = torch.cat([draw((x.float() - total).exp_(), points) for x, total, points in pieces])
         # Points rise, so that draws of one token stand side by side: the first of them keeps their number.
         first_NK = torch.ones_like(ids_NK, dtype=torch.bool)
         first_NK[:, 1:] = ids_NK[:, 1:] != ids_NK[:, :-1]
@@ -124,7 +131,7 @@ class Samples:
         records = np.zeros(len(ids_NK), self.dtype)
         records["ids"] = ids_NK.cpu().numpy()
         records["counts"] = (same_NKK.sum(-1) * first_NK).cpu().numpy()
-        records["logs"] = to_codes(log_p_NV.gather(1, ids_NK))
+        records["logs"] = to_codes(logits_NV.gather(1, ids_NK).float() - log_sum_N1)
         return records
 
     def divergence(self, records: Records, logits_NV: Tensor, config: LossConfig) -> Tensor:
@@ -213,11 +220,11 @@ def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(p_NV: Tensor, points_NK: Tensor) -> Tensor:
-    """Return the tokens at which the cumulated probabilities pass some points; sums are in double."""
+    """Return the tokens at which the cumulated probabilities pass some points."""
     num_rows, size = p_NV.shape
     padded_NV = torch.nn.functional.pad(p_NV, (0, -size % BLOCK))
     blocks_NMC = padded_NV.view(num_rows, -1, BLOCK)
-    ends_NM = blocks_NMC.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends_NM = blocks_NMC.sum(-1).cumsum(-1, dtype=torch.float64)
     points_NK = points_NK * ends_NM[:, -1:]  # rounding: they do not sum to 1
     block_NK = torch.searchsorted(ends_NM, points_NK, right=True).clamp_max(ends_NM.shape[1] - 1)
     starts_NM = torch.cat([torch.zeros_like(ends_NM[:, :1]), ends_NM[:, :-1]], 1)

@@ -25,9 +25,10 @@ from models.checkpoint.weights import hash_weights
 from train.data.tokenizer import MIXED_TEXT, TextTokenizer, load_tokenizer
 from train.distill.cache import CachedTeacher, ModelSource, Source
 from train.distill.endpoint import Endpoint, EndpointTeacher, check_endpoint
-from train.distill.forms import Form, TopK, make_form
+from train.distill.forms import Everything, Form, TopK, make_form
 from train.distill.stock import StockTeacher, load_stock_teacher, read_stock_shape
 from train.objective.teacher import ElasticTeacher, LogitTeacher, Teacher, TeacherShape
+from train.recipe.pretrained import read_start_config
 from train.recipe.recipe import Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -77,19 +78,23 @@ def check_vocabulary(recipe: Recipe, theirs: TextTokenizer, shape: TeacherShape)
             f"{shown}: its tokenizer has {theirs.vocab_size} tokens and its logits are {shape.vocab_size} "
             "wide; give the tokenizer that it was trained with"
         )
-    if recipe.data.tokenizer == "bpe":
+    key, remedy = f"data.tokenizer={recipe.data.tokenizer}", "set it to bpe to take the teacher's"
+    if recipe.data.tokenizer != "bpe":
+        ours = load_tokenizer(recipe.data.tokenizer)
+    elif recipe.model.from_ is not None:
+        key, remedy = f"model.from={recipe.model.from_}", "choose a teacher with the same tokenizer"
+        ours = load_tokenizer(recipe.model.from_, key="model.from")
+        width = read_start_config(recipe.model.from_).vocab_size
+        if width != shape.vocab_size:
+            raise UsageError(f"{key}: scores {width} tokens, {shown} {shape.vocab_size}; {remedy}")
+    else:
         return
-    ours = load_tokenizer(recipe.data.tokenizer)
-    remedy = "set it to bpe to take the teacher's"
     if ours.backend.get_vocab() != theirs.backend.get_vocab():
         raise UsageError(
-            f"data.tokenizer={recipe.data.tokenizer}: its {ours.vocab_size} tokens are not the "
-            f"{theirs.vocab_size} of {shown}; {remedy}"
+            f"{key}: its {ours.vocab_size} tokens are not the {theirs.vocab_size} of {shown}; {remedy}"
         )
     if ours.backend.encode(MIXED_TEXT).ids != theirs.backend.encode(MIXED_TEXT).ids:
-        raise UsageError(
-            f"data.tokenizer={recipe.data.tokenizer}: cuts a text in other places than {shown} does; {remedy}"
-        )
+        raise UsageError(f"{key}: cuts a text in other places than {shown} does; {remedy}")
 
 
 def open_teacher(recipe: Recipe, dtype: str, console: Console | None = None) -> Teacher | None:
@@ -133,7 +138,9 @@ def make_cached_teacher(
     """Return the teacher of a recipe with a cache; `prepare` makes or opens it."""
     config, loss = recipe.distill, recipe.loss
     assert config.cache is not None
-    kept = {"k": config.k, "temperature": loss.temperature} if config.form != "all" else {}
+    kept: dict[str, object] = {"k": config.k, "temperature": loss.temperature}
+    if isinstance(form, Everything):
+        kept = {"dtype": form.weights}
     return CachedTeacher(
         _path(config.cache),
         form,

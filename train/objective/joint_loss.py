@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.base.labels import IGNORE_INDEX
 from models.elastic.cache import Recording, SharedPrefix, block_starts
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -176,6 +177,9 @@ def _score(
 ) -> JointLoss:
     """Return the losses of all students, made chunk by chunk; the first student is the full model."""
     labels_N = batch.labels_BT.flatten()
+    text_N = labels_N
+    if batch.written_BT is not None:
+        text_N = labels_N.masked_fill(batch.written_BT.flatten(), IGNORE_INDEX)
     size = rows_per_chunk(model.config.vocab_size, labels_N.device)
     chunks = [range(start, min(start + size, len(labels_N))) for start in range(0, len(labels_N), size)]
     parts = [[_within(student.positions, chunk) for student in students] for chunk in chunks]
@@ -194,7 +198,7 @@ def _score(
         # One product for all: an exit's few rows, and their part of the weights' gradient, are slow alone.
         packed_NV = F.linear(torch.cat(states_ND), weight_VD)
         logits = packed_NV.split([len(states) for states in states_ND])
-        losses = _losses(logits, rows, labels_N[here], here, targets, config, own, batch.step)
+        losses = _losses(logits, rows, labels_N[here], text_N[here], here, targets, config, own, batch.step)
         sums = [student.weight * loss_N.sum() for student, loss_N in zip(students, losses, strict=True)]
         return torch.stack(sums) / batch.num_valid
 
@@ -209,6 +213,7 @@ def _losses(
     logits: Sequence[Tensor],
     rows: Sequence[slice],
     labels_N: Tensor,
+    text_N: Tensor,
     here: slice,
     targets: Targets | None,
     config: LossConfig,
@@ -218,12 +223,12 @@ def _losses(
     """Yield each student's losses in a chunk: the full model teaches the others, and may have a teacher."""
     full_NV = logits[0].detach()
     if targets is None:
-        yield cross_entropy(logits[0], labels_N)
+        yield cross_entropy(logits[0], text_N)
     else:
         from_teacher = partial(targets.divergence, here, logits[0], own)
-        yield taught_loss(logits[0], labels_N, from_teacher, own, step)
+        yield taught_loss(logits[0], labels_N, from_teacher, own, step, text_N)
     for member_NV, part in zip(logits[1:], rows[1:], strict=True):
-        yield member_loss(member_NV, labels_N[part], full_NV[part], config, step)
+        yield member_loss(member_NV, labels_N[part], full_NV[part], config, step, text_N[part])
 
 
 def _within(positions: range, span: range) -> range:

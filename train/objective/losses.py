@@ -35,6 +35,7 @@ def member_loss(
     target_logits_NV: Tensor,
     config: LossConfig,
     step: int,
+    text_N: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of a member, whose teacher is the full model; see `taught_loss`.
 
@@ -44,9 +45,10 @@ def member_loss(
         target_logits_NV: the full model's, detached by the caller.
         config: the recipe's `loss` section.
         step: the absolute optimizer step, from 0.
+        text_N: see `taught_loss`.
     """
     return taught_loss(
-        logits_NV, labels_N, lambda: divergence(target_logits_NV, logits_NV, config), config, step
+        logits_NV, labels_N, lambda: divergence(target_logits_NV, logits_NV, config), config, step, text_N
     )
 
 
@@ -56,6 +58,7 @@ def taught_loss(
     from_teacher: Callable[[], Tensor],
     config: LossConfig,
     step: int,
+    text_N: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of a model that has a teacher: cross-entropy that ramps to the divergence.
 
@@ -69,12 +72,13 @@ def taught_loss(
         from_teacher: gives the divergence [N] from the teacher.
         config: the recipe's `loss` section.
         step: the absolute optimizer step, from 0.
+        text_N: labels of cross-entropy, where they are others; a row that a model wrote has none.
     """
     ramped = ramp(step, config)
     text_weight = 1 - ramped + ramped * config.text_weight
     loss_N = logits_NV.new_zeros(len(labels_N), dtype=ops.at_least_fp32(logits_NV.dtype))
     if text_weight > 0:
-        loss_N = loss_N + text_weight * cross_entropy(logits_NV, labels_N)
+        loss_N = loss_N + text_weight * cross_entropy(logits_NV, labels_N if text_N is None else text_N)
     if ramped > 0:
         loss_N = loss_N + ramped * config.weight * from_teacher()
     return loss_N.masked_fill(labels_N == IGNORE_INDEX, 0.0)

@@ -89,6 +89,7 @@ class Recipe:
                 f"loss.teacher={self.loss.teacher}: has no effect with loss.divergence=cross_entropy; "
                 "choose another divergence"
             )
+        problems += _written_problems(self)
         if problems:
             raise UsageError("\n".join(problems))
 
@@ -210,3 +211,28 @@ def _sampler_problems(recipe: Recipe) -> list[str]:
     if not sum(sampler.probabilities.values()):
         return [f"{shown}: at least one must be above 0"]
     return []
+
+
+def _written_problems(recipe: Recipe) -> list[str]:
+    config, num_rows = recipe.distill, recipe.trainer.rows_per_step
+    if not config.written_fraction:
+        return []
+    shown = f"distill.written_fraction={config.written_fraction:g}"
+    problems = []
+    if recipe.loss.teacher is None and (recipe.model.from_ is None or not recipe.loss.trust):
+        problems.append(f"{shown}: nobody scores what is written; set loss.teacher")
+    if config.cache is not None:
+        problems.append(f"{shown}: distill.cache knows the text alone; leave one of them out")
+    if config.written_fraction * num_rows < 1:
+        problems.append(f"{shown}: is less than one of {num_rows} rows a step; set it to {1 / num_rows:g}")
+    if config.prompt_tokens >= recipe.data.sequence_length:
+        problems.append(
+            f"distill.prompt_tokens={config.prompt_tokens}: leaves nothing of data.sequence_length="
+            f"{recipe.data.sequence_length}; set it lower"
+        )
+    if config.writer not in ("student", "teacher", *recipe.family):
+        problems.append(
+            f"distill.writer={config.writer}: is neither student, teacher nor a member of the family; "
+            "choose one of these"
+        )
+    return problems

@@ -196,6 +196,15 @@ class DistillConfig:
     """Tokens of a position in the cache, or that a served teacher tells."""
     model: str | None = None
     """Name of the model at a served teacher; null: the first that it serves."""
+    written_fraction: Fraction = 0.0
+    """Fraction of a step's rows that distill.writer continues in place of the text: on-policy distillation,
+    where the teacher scores what the student says."""
+    writer: str = "student"
+    """Who continues them: student, a member's name, or teacher (sequence-level distillation)."""
+    prompt_tokens: Count = 32
+    """Tokens of the text that a written row begins with."""
+    replay_steps: Count = 8
+    """Steps whose rows are written at once, by the weights of the first."""
     timeout: Positive = 60.0
     """Seconds to wait for an answer of a served teacher; it is asked three times."""
 

@@ -25,6 +25,7 @@ from models.machine.provenance import make_card
 from models.measure.consistency import evaluate_family
 from train.data.module import TextData
 from train.distill.open import open_teacher
+from train.distill.written import WrittenRows
 from train.objective.flops import count_step_flops
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
@@ -89,6 +90,11 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
     keep_freed_memory()
     fabric = make_fabric(recipe.trainer)
     console = console if fabric.is_global_zero else Console(quiet=True)
+    if recipe.distill.written_fraction and fabric.world_size > 1:
+        raise UsageError(
+            f"distill.written_fraction={recipe.distill.written_fraction:g}: needs one process, here are "
+            f"{fabric.world_size}; set trainer.devices=1"
+        )
     with Signals(max_seconds=recipe.trainer.max_seconds) as signals, RunLock(out) as lock:
         if fabric.is_global_zero:
             lock.take()
@@ -181,6 +187,15 @@ def make_module(
     if state is not None:
         state.restore_weights(model)
         data.first_step, data.first_row = state.step, state.first_row(recipe)
+    written = None
+    if recipe.distill.written_fraction:
+        written = WrittenRows(
+            recipe,
+            lambda step, micro: data.train_dataloader().batch(step, micro),
+            training_precision(recipe.dtype),
+            state.replay() if state is not None else None,
+            teacher,
+        )
     return JointModule(
         model,
         recipe.granularities,
@@ -188,6 +203,7 @@ def make_module(
         first_step=state.step if state else 0,
         guard=state.guard if state else None,
         teacher=teacher,
+        written=written,
     )
 
 

@@ -23,7 +23,14 @@ from train.run.start import Start
 
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "data.json"
-FREE_TO_CHANGE = ("trainer", "tracking", "data.cache_dir", "data.num_workers")
+FREE_TO_CHANGE = (
+    "trainer",
+    "tracking",
+    "data.cache_dir",
+    "data.num_workers",
+    "distill.device",
+    "distill.timeout",
+)
 """Sections and keys of a recipe that a resumed run may change."""
 FREE_NAMES = ("family.", "sampler.probabilities.")
 """Tables whose keys are the user's own."""

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from train.data.batch import Batch
+from train.distill.written import WrittenRows
 from train.objective.joint_loss import joint_loss
 from train.objective.losses import fade, held_config
 from train.objective.sampler import plan_step
@@ -38,6 +39,7 @@ class JointModule(pl.LightningModule):
         first_step: optimizer steps already done, when a run is resumed.
         guard: the counters of `train/run/skip_steps.py`, when a run is resumed.
         teacher: a frozen model that the full one learns from, if any.
+        written: the rows that a model continues, if any.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class JointModule(pl.LightningModule):
         first_step: int = 0,
         guard: Mapping[str, float] | None = None,
         teacher: Teacher | None = None,
+        written: WrittenRows | None = None,
     ) -> None:
         super().__init__()
+        self.written = written
         self.model = model
         self.members = dict(members)
         self.plans = {name: granularity.resolve(model.config) for name, granularity in members.items()}
@@ -89,6 +93,8 @@ class JointModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of every member's loss; Lightning averages over micro-batches and processes."""
         recipe = self.recipe
+        if self.written is not None:
+            batch = self.written.mix(batch, self.model, self.members)
         plan = plan_step(
             self.plans,
             recipe.sampler,

@@ -3,6 +3,7 @@
     model.safetensors      weights in training precision
     owned.safetensors      what members have for themselves, if anything
     optimizer.safetensors  AdamW's moments, named like the weights
+    replay.safetensors     rows that were written for later steps, if any (train/distill/written.py)
     state.json             optimizer steps, tokens and rows done, the guard's counters, the run that it is of
     manifest.json          size and SHA-256 of each file, written last
 
@@ -33,6 +34,7 @@ from train.run.identity import check_shapes
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
+REPLAY = "replay.safetensors"
 STATE = "state.json"
 
 
@@ -63,6 +65,13 @@ class TrainingState:
         if self.rows is not None:
             return self.rows
         return (self.step + self.data_offset) * recipe.trainer.rows_per_step
+
+    def replay(self) -> dict[str, Tensor]:
+        """Return the rows that were written for later steps, by step."""
+        if not (self.path / REPLAY).is_file():
+            return {}
+        with utf8_path(self.path) as path:
+            return load_file(path / REPLAY)
 
     def restore_weights(self, model: ElasticLM) -> None:
         """Put the weights into a model of the same shape."""
@@ -108,6 +117,7 @@ def save_state(
     rows: int = 0,
     guard: Mapping[str, float] | None = None,
     run: Mapping[str, Any] | None = None,
+    replay: Mapping[str, Tensor] | None = None,
     writes: bool = True,
 ) -> Path:
     """Write `steps/<step>/`, then drop all but the newest `keep` states up to it.
@@ -131,6 +141,8 @@ def save_state(
             write_tensors(folder / OWNED_WEIGHTS, dict(owned_weights(weights)))
         try:
             save_file(moments, folder / OPTIMIZER)
+            if replay:
+                save_file(dict(replay), folder / REPLAY)
         except SafetensorError as error:
             raise NestlingError(f"cannot write {path / OPTIMIZER}: {error}; free some space") from error
         facts = {"step": step, "tokens": tokens, "rows": rows, "guard": dict(guard or {}), "run": run or {}}

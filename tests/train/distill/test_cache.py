@@ -1,7 +1,10 @@
 """The cache of a teacher: the same bytes whatever happens, runs from it, and what is refused."""
 
+import contextlib
+import errno
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import nestling
 from models.base.errors import NestlingError, UsageError
+from models.base.files import write_file
 from models.checkpoint.folder import save_model
 from models.checkpoint.weights import hash_weights
 from models.elastic.model import ElasticLM
@@ -20,7 +25,7 @@ from train.distill import cache as module
 from train.distill.cache import CachedTeacher, uniforms
 from train.distill.open import open_teacher
 from train.objective.teacher import ElasticTeacher, Teacher
-from train.recipe.recipe import Recipe, load_recipe
+from train.recipe.recipe import Recipe, load_recipe, save_recipe
 from train.run.fit import fit
 
 SMALL = "family={} model.hidden_size=32 model.intermediate_size=64 model.num_hidden_layers=1 dtype=fp32"
@@ -211,6 +216,13 @@ def test_a_cache_of_another_teacher_is_refused_by_name(
         make(make_recipe(other, text, kept))
 
 
+def test_every_logit_is_kept_in_one_dtype(teacher_folder: Path, text: Path, tmp_path: Path) -> None:
+    kept = f"distill.cache={tmp_path / 'cache'}", "distill.form=all"
+    make(make_recipe(teacher_folder, text, *kept))
+    with pytest.raises(UsageError, match=r"another distill\.dtype: fp32, now bf16"):
+        make(make_recipe(teacher_folder, text, *kept, "distill.dtype=bf16"))
+
+
 def _changed(teacher_folder: Path) -> ElasticLM:
     from models.checkpoint.folder import load_model
 
@@ -234,6 +246,43 @@ def test_a_disk_without_room_is_told_before_the_teacher_is_asked(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(NestlingError, match=r"needs [\d,]+ bytes and the disk has 100; make room"):
         make(make_recipe(teacher_folder, text, f"distill.cache={tmp_path / 'cache'}"))
+
+
+def test_a_disk_that_fills_up_is_told_in_a_line_and_what_was_made_stays(
+    teacher_folder: Path,
+    text: Path,
+    tmp_path: Path,
+    several_shards: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = make_recipe(teacher_folder, text, f"distill.cache={tmp_path / 'cache'}")
+    left = [2]
+
+    @contextlib.contextmanager
+    def fills_up(path: Path) -> Iterator[Path]:
+        left[0] -= 1
+        with write_file(path) as partial:
+            yield partial
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train.distill.cache.write_file", fills_up)
+    with pytest.raises(NestlingError, match=r"cannot write .*00002\.bin: No space left on device; make room"):
+        make(recipe)
+    assert sorted(shards(tmp_path / "cache")) == ["00000.bin", "00001.bin"]
+    assert not list((tmp_path / "cache").glob(".*.partial"))
+    left[0] = 10**9
+    make(recipe)
+    assert len(shards(tmp_path / "cache")) > 2
+
+
+def test_the_same_from_python(teacher_folder: Path, text: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(teacher_folder, text, f"distill.cache={tmp_path / 'cache'}")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    by_call = nestling.distill(
+        teacher_folder, tmp_path / "recipe.yaml", out=tmp_path / "one", cache=tmp_path / "cache"
+    )
+    assert weights(by_call) == weights(fit(recipe, tmp_path / "two", console=QUIET))
 
 
 def test_random_numbers_are_a_function_of_the_row() -> None:

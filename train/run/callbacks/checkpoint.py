@@ -57,6 +57,8 @@ class Checkpoint(StepCallback):
         if module.step == self._saved or module.guard.diverged:
             return
         self._saved = module.step
+        if module.written is not None:
+            module.written.drop_until(module.step)
         self.metrics.lines.sync()  # a state on disk tells that the lines before it are there, too
         save_state(
             self.steps,
@@ -68,6 +70,7 @@ class Checkpoint(StepCallback):
             rows=self.row_at(module.step),
             guard=module.guard.counters(),
             run=self.run,
+            replay=module.written.replay if module.written is not None else None,
             writes=trainer.is_global_zero,
         )
 
