@@ -1,5 +1,6 @@
 """`nestling generate`: continue a text, with a member of the family as the draft; see models/decode/."""
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,11 +159,13 @@ def generate(
     settings = setting_fields(decoder, seed=seed, in_batch=prompts is not None)
     encode = _encoder(decoder, chat, system)
     if prompts is not None:
+        from train.commands.converse import first_messages
         from train.commands.generate_many import Answers, check_lines, continue_many
 
         check_lines(decoder, lines, encode)
         texts = [line.text for line in lines]
-        answers = Answers(texts, {"batch_size": batch_size, **settings}, json, decoder.dtype)
+        messages = functools.partial(first_messages, system) if chat else None
+        answers = Answers(texts, {"batch_size": batch_size, **settings}, json, decoder.dtype, messages)
         continue_many(decoder, answers, encode, batch_size, options)
         return
     if prompt is not None:

@@ -13,6 +13,7 @@ from train.commands.common import write_results
 from train.commands.console import make_console
 
 if TYPE_CHECKING:
+    from models.checkpoint.chat import Message
     from models.decode.decoder import Decoder
     from models.decode.prompts import Prompt
     from models.decode.text import GenerationResult, TextOrIds
@@ -30,12 +31,19 @@ class Answers:
         prompts: all of them.
         settings: other fields of the results.
         path: file of the results; None writes none.
+        messages: the conversation that each prompt begins, of `--chat`.
         dtype: that the model runs in.
     """
 
     def __init__(
-        self, prompts: Sequence[str], settings: dict[str, Any], path: Path | None, dtype: str
+        self,
+        prompts: Sequence[str],
+        settings: dict[str, Any],
+        path: Path | None,
+        dtype: str,
+        messages: "Callable[[str], list[Message]] | None" = None,
     ) -> None:
+        self.messages = messages
         self.prompts, self.settings, self.path, self.dtype = prompts, settings, path, dtype
         self.done: list[GenerationResult] = []
         self._started = self._written = perf_counter()
@@ -51,12 +59,16 @@ class Answers:
 
     def write(self) -> None:
         """Write what there is."""
-        each = [
-            {"prompt": prompt, **one.as_dict()} for prompt, one in zip(self.prompts, self.done, strict=False)
-        ]
+        each = [self._record(prompt, one) for prompt, one in zip(self.prompts, self.done, strict=False)]
         counts = {"num_prompts": len(self.prompts), "tokens_per_second": self._rate}
         write_results(self.path, {"results": each, **counts, **self.settings}, dtypes={"model": self.dtype})
         self._written = perf_counter()
+
+    def _record(self, prompt: str, one: "GenerationResult") -> dict[str, Any]:
+        if self.messages is None:
+            return {"prompt": prompt, **one.as_dict()}
+        answer = {"role": "assistant", "content": one.text}
+        return {"prompt": prompt, "messages": [*self.messages(prompt), answer], **one.as_dict()}
 
     @property
     def _num_tokens(self) -> int:

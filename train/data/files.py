@@ -252,13 +252,21 @@ def read_jsonl(path: Path, files: LocalFiles) -> Iterator[str]:
 
 
 def read_json_file(path: Path, files: LocalFiles) -> Iterator[str]:
-    """Yield the text field of each object of a list; a file that begins otherwise is JSON lines."""
+    """Yield the text field of each object of a list, or of the `results` that `--json` wrote.
+
+    A file that begins otherwise is JSON lines.
+    """
     with open_text(path) as file:
         start = next((line for line in file if line.strip()), "")
-        if not start.lstrip().startswith("["):
+        is_results = start.strip() == "{"
+        if not is_results and not start.lstrip().startswith("["):
             yield from read_jsonl(path, files)
             return
         records = _parsed(start + file.read(), f"{path}", "repair it")
+    if is_results:
+        records = records.get("results")
+        if not isinstance(records, list):
+            raise NestlingError(f"{path} holds one object without results; give a list, or one object a line")
     for number, record in enumerate(records, 1):
         yield from _text_of(record, files, f"{path}, item {number},")
 

@@ -150,3 +150,13 @@ def test_the_template_is_that_of_the_tokenizers_folder(tokenizer: TextTokenizer,
     chat = load_chat(str(tmp_path), opened, key="data.tokenizer")
     assert chat.eos_token == chat.bos_token == "<|endoftext|>"
     assert checked_messages(TALKS[0], "messages", "here") == json.dumps(TALKS[0])
+
+
+def test_what_generate_wrote_is_read_as_conversations(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps({"results": [{"messages": talk} for talk in TALKS[:2]]}, indent=2))
+    documents = list(open_corpus(str(path), messages_field="messages").documents())
+    assert [json.loads(document) for document in documents] == TALKS[:2]
+    path.write_text(json.dumps({"text": "Hi"}, indent=2))
+    with pytest.raises(NestlingError, match="one object without results"):
+        list(open_corpus(str(path), messages_field="messages").documents())
