@@ -70,6 +70,7 @@ NEEDED = (
     "typer",
     "uvicorn",
     "wandb",
+    "websockets",
     "yaml",
 )
 

@@ -49,8 +49,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await self._guard_socket(scope, receive, send)
             return
         begun = False
 
@@ -70,6 +70,18 @@ class Guard:
             if not begun:
                 await respond(counted, refused.status, refused.body)
 
+    async def _guard_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
+        try:
+            self._check(scope, headers)
+            if "origin" in headers:  # a page of any origin may open a socket; devices have none
+                raise _Refused(403, "Origin: no web page may open this", param="Origin")
+        except _Refused as refused:
+            self._metrics.responses[refused.status] += 1
+            await send({"type": "websocket.close", "code": 1008, "reason": str(refused)[:100]})
+        else:
+            await self._app(scope, receive, send)
+
     def _check(self, scope: Scope, headers: Mapping[str, bytes]) -> None:
         if not self._any_host:
             host = headers.get("host", b"").decode("latin-1").rsplit("@", 1)[-1]
@@ -82,7 +94,7 @@ class Guard:
             if not right or kind.lower() != "bearer":
                 message = "Authorization must be Bearer and the token of the server"
                 raise _Refused(401, message, param="Authorization", code="invalid_api_key")
-        if scope["method"] == "POST":
+        if scope.get("method") == "POST":
             kind = headers.get("content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise _Refused(415, "Content-Type must be application/json", param="Content-Type")

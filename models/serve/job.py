@@ -66,6 +66,10 @@ class Job:
         limit = num_new_tokens(self.target, len(self.prompt_ids), self.config)
         self.num_positions = len(self.prompt_ids) + limit
 
+    def send(self, update: Update) -> None:
+        """Hand an update over; called in the event loop."""
+        self.updates.put_nowait((self.index, update))
+
 
 class Busy(NestlingError):
     """The queue is full."""

@@ -4,11 +4,13 @@ A field that is not here is refused by its name. So is a value that asks for wha
 so at once, and not from a text that is other than it expects.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.base.errors import UsageError
 from models.decode.engine.generation_config import GenerationConfig
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import COUPLED
@@ -174,3 +176,40 @@ class ChatRequest(SamplingBody):
     """Not done."""
     tool_choice: Literal["none", "auto"] | None = None
     """There are no tools to choose."""
+
+
+class OpenRequest(_Body):
+    """What a device says first (models/serve/protocol.py)."""
+
+    protocol: int
+    tokenizer: str = Field(max_length=64)
+    vocab_size: int
+    session: str | None = Field(default=None, max_length=64)
+    """The session to go on with, if the server still has it."""
+    prompt_ids: list[int] = Field(min_length=1)
+    committed_ids: list[int] = []
+    """Ids that a server has committed already, perhaps another one."""
+    max_tokens: int = Field(ge=1, le=2**31)
+    """Of the whole text, those committed already included."""
+    seed: int = Field(ge=-(2**63), lt=2**64)
+    temperature: float = Field(ge=0, le=100)
+    top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0, le=2**31)
+    min_p: float = Field(ge=0, le=1)
+    repetition_penalty: float = Field(gt=0, le=100)
+    eos_token_ids: list[int] | None = None
+
+    @staticmethod
+    def parse(text: str) -> "OpenRequest":
+        """Return the request that a text holds.
+
+        Raises:
+            UsageError: naming the field that is wrong.
+        """
+        try:
+            return OpenRequest.model_validate(json.loads(text))
+        except ValidationError as error:
+            named = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise UsageError(f"{named}: {error.errors()[0]['msg']}") from None
+        except (ValueError, RecursionError):
+            raise UsageError("open: this is not JSON") from None

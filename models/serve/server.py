@@ -22,9 +22,10 @@ from models.base.errors import NestlingError, UsageError
 from models.decode.decoder import Decoder
 from models.serve.app import Service, make_app
 from models.serve.guard import Guard
-from models.serve.job import Job, Update
 from models.serve.metrics import Metrics
+from models.serve.protocol import MAX_FRAME
 from models.serve.served import serve_family
+from models.serve.verify import Verifier, add_verification
 from models.serve.worker import Limits, Worker
 
 LEAST_TOKEN = 16
@@ -98,6 +99,7 @@ class Server(uvicorn.Server):
         name: that clients use.
         address: where it listens.
         limits: bounds.
+        verifies: whether devices may send drafts (models/serve/verify.py).
         on_ready: called with the URL once it answers.
     """
 
@@ -108,6 +110,8 @@ class Server(uvicorn.Server):
         address: Address,
         limits: Limits,
         on_ready: Callable[[str], None] = lambda _: None,
+        *,
+        verifies: bool = False,
     ) -> None:
         self.address, self.metrics, self._on_ready = address, Metrics(kv_budget=limits.kv_bytes), on_ready
         self.models, load = serve_family(decoder, name)
@@ -121,7 +125,11 @@ class Server(uvicorn.Server):
             created=int(time()),
         )
         is_guarded = address.token is not None or address.insecure
-        app = Guard(make_app(service), self.metrics, address.token, any_host=is_guarded)
+        routes = make_app(service)
+        self.verifier = Verifier(decoder, self.worker) if verifies else None
+        if self.verifier is not None:
+            add_verification(routes, self.verifier)
+        app = Guard(routes, self.metrics, address.token, any_host=is_guarded)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -135,7 +143,9 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                ws="none",
+                ws="websockets-sansio" if verifies else "none",
+                ws_max_size=MAX_FRAME * 16,  # an `open` holds the prompt
+                ws_per_message_deflate=False,
             )
         )
 
@@ -173,15 +183,15 @@ class Server(uvicorn.Server):
             for one in signals:
                 loop.remove_signal_handler(one)
 
-    def _post(self, updates: Sequence[tuple[Job, Update]]) -> None:
+    def _post(self, calls: Sequence[Callable[[], None]]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(_deliver, updates)
+                self._loop.call_soon_threadsafe(_make, calls)
 
 
-def _deliver(updates: Sequence[tuple[Job, Update]]) -> None:
-    for job, update in updates:
-        job.updates.put_nowait((job.index, update))
+def _make(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def check_port(address: Address) -> None:

@@ -4,6 +4,7 @@
     admit    between two passes jobs join, as far as the batch and the memory of keys and values have room
     step     one pass of all texts that can share it (models/decode/engine/scheduler.py)
     post     what is new of each text goes to its client's event loop; nobody waits for a slow reader
+    tasks    passes of a client who keeps the state itself run beside them (models/serve/verify.py)
 
 A client that has gone is cancelled between two passes. What fails in one text ends that text only.
 """
@@ -12,26 +13,41 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from models.base.errors import UsageError
-from models.decode.engine.engine import Committed, Token, decode
-from models.decode.engine.report import Report
+from models.decode.engine.engine import decode
 from models.decode.engine.request import new_request
-from models.decode.engine.scheduler import BatchScheduler, Events
+from models.decode.engine.scheduler import BatchScheduler, Events, Steps
 from models.decode.sampling.rng import SeededRandom
 from models.decode.text import TextBuilder
 from models.serve.job import Busy, Job, Stopped, Update
+from models.serve.live import LiveText
 from models.serve.load import Load
 from models.serve.metrics import Metrics
 from models.serve.prefixes import Prefixes, Text
 
 logger = logging.getLogger(__name__)
-Post = Callable[[Sequence[tuple[Job, Update]]], None]
-"""Hands updates over to the clients' event loop."""
+Post = Callable[[Sequence[Callable[[], None]]], None]
+"""Has calls made in the clients' event loop."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Task:
+    """Some passes for a client who keeps a text's state: a prompt to read, or drafts to verify.
+
+    It waits for no room in the batch, since whoever sends it has some already.
+    """
+
+    start: Callable[[Prefixes], Steps[Any]]
+    """Called in the worker's thread with the texts in memory."""
+    done: Callable[[Any], None]
+    """Called in the event loop with the result, or the exception."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +85,13 @@ class Worker:
         self._queue: deque[Job] = deque()
         self._cancelled: set[Job] = set()
         self._stops = False
-        self._scheduler = BatchScheduler[Committed | Exception](limits.pass_tokens)
+        self._scheduler = BatchScheduler[Any](limits.pass_tokens)
+        self._new_tasks: deque[Task] = deque()
+        self._tasks: dict[int, Task] = {}
         self._prefixes = Prefixes(limits.kv_bytes)
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, LiveText] = {}
         self._num_jobs = 0
-        self._updates: list[tuple[Job, Update]] = []
+        self._calls: list[Callable[[], None]] = []
         # torch's number of threads is each thread's own
         self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="nestling-worker", daemon=True)
@@ -126,6 +144,12 @@ class Worker:
             self._cancelled.update(jobs)
             self._wake.notify()
 
+    def run(self, task: Task) -> None:
+        """Begin a task between the next two passes."""
+        with self._wake:
+            self._new_tasks.append(task)
+            self._wake.notify()
+
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
@@ -136,20 +160,28 @@ class Worker:
                 events = self._scheduler.step()
             except Exception as error:  # a pass that fails is of all its texts; the server goes on
                 logger.exception("a pass failed")
-                for number in list(self._live):
-                    self._end(number, Update(error=error))
+                self._fail_all(error)
             else:
                 self._take(events)
             self._flush()
-        for number in list(self._live):
-            self._end(number, Update(error=Stopped("the server stops")))
-        self._updates += [(job, Update(error=Stopped("the server stops"))) for job in self._queue]
+        stopped = Stopped("the server stops")
+        self._fail_all(stopped)
+        self._calls += [partial(job.send, Update(error=stopped)) for job in self._queue]
+        self._calls += [partial(task.done, stopped) for task in self._new_tasks]
         self._flush()
+
+    def _fail_all(self, error: Exception) -> None:
+        for number in list(self._live):
+            self._end(number, Update(error=error))
+        for number, task in list(self._tasks.items()):
+            self._scheduler.cancel(number)
+            self._calls.append(partial(task.done, error))
+        self._tasks.clear()
 
     def _wait(self) -> bool:
         """Wait until there is something to do; drop who has gone; False when all is over."""
         with self._wake:
-            self._wake.wait_for(lambda: self._queue or self._live or self._cancelled or self._stops)
+            self._wake.wait_for(self._has_work)
             gone, self._cancelled = self._cancelled, set()
             if gone:
                 self._queue = deque(job for job in self._queue if job not in gone)
@@ -159,7 +191,16 @@ class Worker:
                 self._forget(number)
         return not self._stops
 
+    def _has_work(self) -> bool:
+        some = self._queue or self._live or self._cancelled or self._new_tasks or self._tasks
+        return bool(some) or self._stops
+
     def _admit(self) -> None:
+        while self._new_tasks:
+            task = self._new_tasks.popleft()
+            number, self._num_jobs = self._num_jobs, self._num_jobs + 1
+            self._tasks[number] = task
+            self._take_task(number, self._scheduler.add(number, _guarded(_as_events(task, self._prefixes))))
         while len(self._live) < self.limits.batch:
             with self._wake:
                 if not self._queue or not self._has_room(self._queue[0]):
@@ -196,14 +237,20 @@ class Worker:
         self._prefixes.add(text)
         job.report = request.report
         builder = TextBuilder(job.tokenizer, job.prompt_ids, job.config.stop_texts)
-        self._live[number] = _Live(job, text, builder)
+        self._live[number] = LiveText(job, text, builder)
         self._metrics.prompt_tokens += len(job.prompt_ids)
         self._metrics.shared_tokens += job.num_shared
         self._scheduler.add(number, _guarded(decode(request)))
 
-    def _take(self, events: Iterable[tuple[int, Committed | Exception]]) -> None:
-        touched = dict.fromkeys(number for number, _ in events)
+    def _take_task(self, number: int, events: Sequence[Any]) -> None:
+        for event in events:
+            self._calls.append(partial(self._tasks.pop(number).done, event))
+
+    def _take(self, events: Iterable[tuple[int, Any]]) -> None:
+        touched = dict.fromkeys(number for number, _ in events if number in self._live)
         for number, event in events:
+            if number in self._tasks:
+                self._take_task(number, [event])
             live = self._live.get(number)
             if live is not None and not live.ended:
                 live.take(event)
@@ -216,12 +263,12 @@ class Worker:
             if update.is_last:
                 self._end(number, update)
             elif update.text or update.tokens:
-                self._updates.append((live.job, update))
+                self._calls.append(partial(live.job.send, update))
 
     def _end(self, number: int, update: Update) -> None:
         job = self._live[number].job
         self._metrics.count_text(job.report, perf_counter() - job.submitted)
-        self._updates.append((job, update))
+        self._calls.append(partial(job.send, update))
         self._forget(number)
 
     def _forget(self, number: int) -> None:
@@ -230,55 +277,18 @@ class Worker:
         self._metrics.running = len(self._live)
 
     def _flush(self) -> None:
-        updates, self._updates = self._updates, []
-        if updates:
-            self._post(updates)
+        calls, self._calls = self._calls, []
+        if calls:
+            self._post(calls)
 
 
-@dataclass
-class _Live:
-    """A text that is being written."""
-
-    job: Job
-    text: Text
-    builder: TextBuilder
-    last: float | None = None
-    """When its last tokens came."""
-    ended: str = ""
-    error: Exception | None = None
-    pieces: list[str] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-
-    @property
-    def report(self) -> Report:
-        return self.job.report
-
-    def take(self, event: Committed | Exception) -> None:
-        if isinstance(event, Exception):
-            self.error, self.ended = event, "error"
-            return
-        token, position, finish_reason = event
-        self.report.count_token(position if token.drafted else None)
-        self.report.finish_reason = finish_reason
-        self.tokens.append(token)
-        if finish_reason != "eos":  # the end token's text is no part of the output
-            self.pieces.append(self.builder.add(token.id))
-        if finish_reason or self.builder.stopped:
-            self.pieces.append(self.builder.finish())
-            self.ended = "length" if finish_reason == "length" and not self.builder.stopped else "stop"
-            if self.builder.stopped:
-                self.report.finish_reason = "stop"
-
-    def update(self) -> Update:
-        pieces, tokens = self.pieces, self.tokens
-        self.pieces, self.tokens = [], []
-        finish_reason = "" if self.error else self.ended
-        return Update(
-            text="".join(pieces), tokens=tuple(tokens), finish_reason=finish_reason, error=self.error
-        )
+def _as_events(task: Task, texts: Prefixes) -> Events[Any]:
+    """Turn a task's result into its only event."""
+    result = yield from task.start(texts)
+    yield [result]
 
 
-def _guarded(events: Events[Committed]) -> "Events[Committed | Exception]":
+def _guarded(events: Events[Any]) -> Events[Any]:
     """Turn what goes wrong in a text into its last event: the others of the batch go on."""
     try:
         yield from events

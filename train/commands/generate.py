@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from models.decode.text import GenerationResult, TextOrIds, TextStream
     from train.commands.generate_many import Encode
 
-SAMPLING, DRAFTING = "Sampling", "Speculative decoding"
+SAMPLING, DRAFTING, SPLIT = "Sampling", "Speculative decoding", "Drafting here, verifying elsewhere"
 PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")]
 PromptsOption = Annotated[
     Path | None,
@@ -83,6 +83,30 @@ VerifierOption = Annotated[
         "text whatever drafts. Default: the fastest one that a search found, or block.",
     ),
 ]
+RemoteOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        rich_help_panel=SPLIT,
+        help="Server that verifies what MODEL drafts, as nestling serve --verify starts it: "
+        "ws://127.0.0.1:PORT or wss://HOST:PORT. The text is the server's, as with --verifier coupled there.",
+    ),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=SPLIT,
+        help="Number of drafted blocks on their way at the same time; 1 waits for each. Default: 2.",
+    ),
+]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", rich_help_panel=SPLIT, help="File with the token of the server."),
+]
+CaOption = Annotated[
+    Path | None,
+    typer.Option(metavar="PEM", rich_help_panel=SPLIT, help="Certificate to trust besides the system's."),
+]
 TemperatureOption = Annotated[
     float, typer.Option(rich_help_panel=SAMPLING, help="Sampling temperature; 0 decodes greedily.")
 ]
@@ -128,6 +152,10 @@ def generate(
     draft: DraftOption = None,
     gamma: GammaOption = None,
     verifier: VerifierOption = None,
+    remote: RemoteOption = None,
+    window: WindowOption = None,
+    token_file: TokenOption = None,
+    ca: CaOption = None,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
@@ -141,6 +169,12 @@ def generate(
     if system is not None and not chat:
         raise UsageError(f"--system {system!r} begins a conversation; add --chat, or leave it out")
     number = check_gamma(gamma, least=0)
+    from train.commands.generate_remote import check_remote, continue_remotely
+
+    others = {"draft": draft, "verifier": verifier, "prompts": prompts}
+    check_remote(remote, prompt, window=window, token_file=token_file, ca=ca, others=others)
+    if remote is not None:
+        draft, verifier = "none", "coupled"
     from models.decode.decoder import open_decoder
     from models.decode.prompts import read_prompts
     from models.decode.sampling.params import SamplingParams
@@ -158,6 +192,11 @@ def generate(
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
     settings = setting_fields(decoder, seed=seed, in_batch=prompts is not None)
     encode = _encoder(decoder, chat, system)
+    if remote is not None and prompt is not None:
+        server = (remote, number, window, token_file, ca)
+        results = continue_remotely(decoder, server, prompt, encode, options, show=_show)
+        write_results(json, settings | results, dtypes={"model": decoder.dtype})
+        return
     if prompts is not None:
         from train.commands.converse import first_messages
         from train.commands.generate_many import Answers, check_lines, continue_many

@@ -53,6 +53,12 @@ InsecureOption = Annotated[
         "--insecure", rich_help_panel=SAFETY, help="Listen beyond loopback without TLS or token all the same."
     ),
 ]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify", help="Also verify what devices draft: nestling generate --remote, over a WebSocket."
+    ),
+]
 BatchOption = Annotated[
     int, typer.Option(rich_help_panel=LIMITS, help="Number of texts that are written at the same time.")
 ]
@@ -83,6 +89,7 @@ def serve(
     draft: DraftOption = None,
     gamma: GammaOption = None,
     dtype: DtypeOption = "auto",
+    verify: VerifyOption = False,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     cert: CertOption = None,
@@ -133,6 +140,6 @@ def serve(
         console.file.flush()
 
     limits = Limits(batch=batch, queue=queue, kv_bytes=budget)
-    server = Server(decoder, name or default_name(decoder), address, limits, on_ready)
+    server = Server(decoder, name or default_name(decoder), address, limits, on_ready, verifies=verify)
     server.run()
     make_console(stderr=True).print("all texts are finished; stopped", style="dim")

@@ -42,7 +42,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(decoder: Decoder, *, address: Address | None = None, **limits: int) -> Iterator[Served]:
+def running(
+    decoder: Decoder, *, address: Address | None = None, verifies: bool = False, **limits: int
+) -> Iterator[Served]:
     ready, urls = threading.Event(), list[str]()
 
     def on_ready(url: str) -> None:
@@ -50,7 +52,7 @@ def running(decoder: Decoder, *, address: Address | None = None, **limits: int) 
         ready.set()
 
     bounds = Limits(**({"kv_bytes": 2**24} | limits))
-    server = Server(decoder, "tiny", address or Address(port=0), bounds, on_ready)
+    server = Server(decoder, "tiny", address or Address(port=0), bounds, on_ready, verifies=verifies)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert ready.wait(30)

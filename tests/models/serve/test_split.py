@@ -1,0 +1,231 @@
+"""A device drafts, a server verifies: the text is that of one machine, whatever happens on the way."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from models.base.errors import NestlingError, UsageError
+from models.checkpoint.extract import extract
+from models.checkpoint.folder import load_model
+from models.decode.decoder import Decoder, open_decoder
+from models.decode.engine.engine import stream
+from models.decode.engine.generation_config import GenerationConfig
+from models.decode.sampling.params import SamplingParams
+from models.elastic.granularity import Granularity
+from models.elastic.model import ElasticLM
+from models.serve.protocol import MAX_GAMMA, Chain, Reply, Round, WireError
+from models.serve.relay import Link, Relay
+from models.serve.remote import Remote, stream_remote
+
+Start = Callable[..., "AbstractContextManager[Any]"]
+WAYS = [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.95)]
+SIZE = 60
+
+
+@pytest.fixture(scope="module")
+def verifying(decoder: Decoder, start: Start) -> Iterator[Any]:
+    with start(decoder, verifies=True) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def member(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ElasticLM:
+    """What the device has: the draft alone, cut out."""
+    out = tmp_path_factory.mktemp("device") / "D"
+    extract(load_model(folder), Granularity(layers=(0, 1)), out)
+    return open_decoder(out, dtype="fp32").folder.model
+
+
+@contextlib.contextmanager
+def relayed(url: str, link: Link) -> Iterator[tuple[str, Relay]]:
+    """Put a relay before a server."""
+    relay = Relay(link, "127.0.0.1", int(url.rpartition(":")[2]))
+    ready, ports, stops = threading.Event(), list[int](), list[Callable[[], object]]()
+
+    def on_ready(port: int) -> None:
+        ports.append(port)
+        ready.set()
+
+    async def work() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        stops.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        with contextlib.suppress(asyncio.CancelledError):
+            await relay.serve(0, on_ready)
+
+    thread = threading.Thread(target=lambda: asyncio.run(work()))
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield f"ws://127.0.0.1:{ports[0]}", relay
+    finally:
+        stops[0]()
+        thread.join(10)
+
+
+def config_of(params: SamplingParams, seed: int = 3) -> GenerationConfig:
+    return GenerationConfig(
+        params=params, seed=seed, verifier="coupled", max_new_tokens=SIZE, eos_token_ids=()
+    )
+
+
+def alone(decoder: Decoder, ids: list[int], config: GenerationConfig) -> list[int]:
+    return [token.id for token in stream(decoder.folder.model, ids, config)]
+
+
+def split(
+    remote: Remote, member: ElasticLM, decoder: Decoder, ids: list[int], config: GenerationConfig
+) -> Any:
+    tokens = stream_remote(remote, member, decoder.tokenizer, ids, config)
+    return [token.id for token in tokens], tokens.report
+
+
+def ws(served: Any) -> str:
+    return str(served.url.replace("http", "ws"))
+
+
+@pytest.mark.parametrize("params", WAYS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("gamma", "window"), [(1, 1), (4, 1), (3, 3), (0, 1), (8, 2)])
+def test_the_text_is_that_of_one_machine_for_any_block_and_window(
+    params: SamplingParams, gamma: int, window: int, verifying: Any, member: ElasticLM, decoder: Decoder
+) -> None:
+    ids = decoder.tokenizer.encode("a text that two machines write").ids
+    remote = Remote(url=ws(verifying), gamma=gamma, window=window)
+    found, report = split(remote, member, decoder, ids, config_of(params))
+    assert found == alone(decoder, ids, config_of(params))
+    assert report.num_tokens == SIZE
+    assert report.finish_reason == "length"
+    if gamma:
+        assert 0 < report.accepted <= report.drafted
+    assert verifying.server.verifier.sessions == {}, "a text that is whole leaves nothing"
+
+
+@pytest.mark.parametrize("params", WAYS, ids=["greedy", "sampled"])
+def test_the_text_is_the_same_over_a_far_network(
+    params: SamplingParams, verifying: Any, member: ElasticLM, decoder: Decoder
+) -> None:
+    ids = decoder.tokenizer.encode("far").ids
+    with relayed(ws(verifying), Link(rtt=0.02, jitter=0.01, rate=1e6)) as (url, _):
+        found, _ = split(Remote(url=url, window=4), member, decoder, ids, config_of(params))
+    assert found == alone(decoder, ids, config_of(params))
+
+
+@pytest.mark.parametrize("cut_after", [1, 2, 3, 4, 5, 6, 7, 8, 12, 17])
+def test_a_connection_may_be_cut_after_any_message(
+    cut_after: int, verifying: Any, member: ElasticLM, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.serve.remote.FIRST_PAUSE", 0.001)
+    ids = decoder.tokenizer.encode("cut").ids
+    config = config_of(WAYS[1])
+    with relayed(ws(verifying), Link(cut_after=cut_after, cuts=2)) as (url, relay):
+        found, _ = split(Remote(url=url, window=2), member, decoder, ids, config)
+    assert found == alone(decoder, ids, config)
+    assert relay.num_connections == 3
+
+
+def test_another_server_of_the_model_goes_on_with_the_text(
+    member: ElasticLM, decoder: Decoder, start: Start
+) -> None:
+    ids, config = decoder.tokenizer.encode("moved").ids, config_of(WAYS[1])
+    found, urls = list[int](), list[str]()
+    with start(decoder, verifies=True) as first, start(decoder, verifies=True) as second:
+        urls += [ws(first), ws(second)]
+        remote = Remote(url=urls[0])
+        object.__setattr__(remote, "connect", lambda: replace(remote, url=urls[0]).connect())
+        tokens = stream_remote(remote, member, decoder.tokenizer, ids, config)
+        found += [next(tokens).id for _ in range(20)]
+        urls[0] = urls[1]
+        first.server.should_exit = True
+        first.server.force_exit = True
+        found += [token.id for token in tokens]
+    assert found == alone(decoder, ids, config)
+
+
+def test_a_round_that_comes_twice_is_computed_once(verifying: Any, decoder: Decoder) -> None:
+    from models.serve.protocol import PROTOCOL, tokenizer_digest
+
+    ids = decoder.tokenizer.encode("twice").ids
+    asked = {
+        "protocol": PROTOCOL,
+        "tokenizer": tokenizer_digest(decoder.tokenizer),
+        "vocab_size": 257,
+        "prompt_ids": ids,
+        "max_tokens": 30,
+        "seed": 0,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "eos_token_ids": [],
+    }
+    import json
+
+    with connect(f"{ws(verifying)}/v1/verify") as socket:
+        socket.send(json.dumps(asked))
+        opened = json.loads(socket.recv())
+        text = [*ids, *opened["committed_ids"]]
+        right = alone(decoder, ids, replace(config_of(WAYS[0], seed=0), max_new_tokens=30))
+        block = Round(0, len(text), Chain(text).digests[-1], [right[1], right[2], (right[3] + 1) % 257])
+        replies = []
+        for _ in range(3):
+            socket.send(block.pack())
+            replies.append(Reply.unpack(bytes(socket.recv())))  # type: ignore[arg-type]
+        assert replies[0] == replies[1] == replies[2]
+        assert replies[0].accepted == 2
+        assert list(replies[0].ids) == [right[3]]
+        assert len(block.pack()) <= 64
+        assert len(replies[0].pack()) <= 40
+        for odd in (b"", b"\1" * 7, Round(1, 2**31, bytes(8), [5]).pack()):  # two strikes, and another text
+            socket.send(odd)
+        assert "error" in json.loads(socket.recv())
+        assert "error" in json.loads(socket.recv())
+        assert Reply.unpack(bytes(socket.recv())).ids == []  # type: ignore[arg-type]
+        socket.send("bye")
+
+
+def test_what_differs_is_named_with_both_values(verifying: Any, member: ElasticLM, decoder: Decoder) -> None:
+    other = type(decoder.tokenizer).from_str(decoder.tokenizer.to_str())
+    other.add_tokens(["another"])
+    tokens = stream_remote(Remote(url=ws(verifying)), member, other, [1, 2], config_of(WAYS[0]))
+    with pytest.raises(NestlingError, match=r"tokenizer: the client has \w+, the server \w+"):
+        next(tokens)
+
+
+def test_a_server_that_is_away_is_told_and_a_token_is_asked_for(
+    member: ElasticLM, decoder: Decoder, start: Start
+) -> None:
+    from models.serve.server import Address
+
+    away = Remote(url="ws://127.0.0.1:9", timeout=0.2)
+    with pytest.raises(NestlingError, match="no server answers"):
+        next(stream_remote(away, member, decoder.tokenizer, [1], config_of(WAYS[0])))
+    with start(decoder, verifies=True, address=Address(port=0, token="0123456789abcdef")) as served:
+        with pytest.raises(NestlingError, match="refuses"):
+            next(stream_remote(Remote(url=ws(served)), member, decoder.tokenizer, [1], config_of(WAYS[0])))
+        known = Remote(url=ws(served), token="0123456789abcdef")
+        assert next(stream_remote(known, member, decoder.tokenizer, [1], config_of(WAYS[0])))
+    with pytest.raises(UsageError, match="not encrypted"):
+        Remote(url="ws://example.org")
+
+
+def test_no_web_page_may_open_a_socket(verifying: Any) -> None:
+    with pytest.raises(InvalidStatus):
+        connect(f"{ws(verifying)}/v1/verify", additional_headers={"Origin": "http://localhost"}).close()
+
+
+def test_a_frame_that_is_none_is_refused() -> None:
+    for frame in (b"", b"\1", b"\2" * 30, Round(1, 1, bytes(8), [0] * (MAX_GAMMA + 1)).pack()):
+        with pytest.raises(WireError):
+            Round.unpack(frame)
+        with pytest.raises(WireError):
+            Reply.unpack(frame[:20])
