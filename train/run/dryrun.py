@@ -217,15 +217,7 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
         f"{estimate.members_factor:.2f} x those of the full model alone",
     }
     if taught or held:
-        fraction = percent(estimate.teacher_flops / estimate.flops_per_step)
-        facts["teacher" if taught else "frozen original"] = (
-            f"{estimate.teacher_parameters:,} parameters, {fraction} of these FLOPs once it teaches, "
-            f"{size(estimate.teacher_bytes)} of weights beside the memory below"
-        )
-        if recipe.distill.cache is not None:
-            facts["teacher"] = f"{recipe.distill.form} of {recipe.distill.k} tokens, read from the cache"
-        if estimate.teacher_note:
-            facts["teacher"] += f"; it {estimate.teacher_note}"
+        facts["teacher" if taught else "frozen original"] = _describe_teacher(estimate, recipe)
     facts["memory"] = (
         f"about {size(memory.total)}: {size(state)} weights, gradients and optimizer, "
         f"{size(memory.activations)} activations, {size(memory.logits)} logits"
@@ -240,6 +232,20 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
         f"of the {estimate.gflops:,.0f} GFLOP/s that this machine was measured to do"
     )
     return facts_table(tuple(facts.items()))
+
+
+def _describe_teacher(estimate: Estimate, recipe: Recipe) -> str:
+    if recipe.distill.cache is not None:
+        kept = "every logit" if recipe.distill.form == "all" else f"{recipe.distill.k} tokens a position"
+        return f"{kept} ({recipe.distill.form}), read from {recipe.distill.cache}"
+    if not estimate.teacher_parameters:
+        return f"served; it {estimate.teacher_note}"
+    fraction = percent(estimate.teacher_flops / estimate.flops_per_step)
+    told = (
+        f"{estimate.teacher_parameters:,} parameters, {fraction} of these FLOPs once it teaches, "
+        f"{size(estimate.teacher_bytes)} of weights beside the memory below"
+    )
+    return f"{told}; it {estimate.teacher_note}" if estimate.teacher_note else told
 
 
 def _card() -> MachineCard:

@@ -168,3 +168,23 @@ def test_a_tokenizer_that_cuts_otherwise_is_refused(model: Path, tmp_path: Path,
     path.write_text(json.dumps(content))
     words = ["--config", TINY, "--out", tmp_path / "run", f"data.tokenizer={tmp_path / 'other'}"]
     assert "cuts a text in other places than loss.teacher" in fails("distill", model, *words, code=2)
+
+
+def test_a_cache_is_made_alone_then_read(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    cache, words = tmp_path / "cache", ["--config", TINY, "family={}", "dtype=fp32", "trainer.max_steps=2"]
+    words += ["model.num_hidden_layers=1", "loss.ramp_start=0", "data.max_documents=4"]
+    assert main(["distill", str(model), *words, "--cache", str(cache), "--cache-only"]) == 0
+    assert "66 bytes a token" in " ".join(capsys.readouterr().out.split())
+    made = sorted(cache.glob("*.bin"))
+    assert made
+    stamps = [path.stat().st_mtime_ns for path in made]
+    out = tmp_path / "run"
+    assert main(["distill", str(model), *words, "--cache", str(cache), "--out", str(out)]) == 0
+    assert [path.stat().st_mtime_ns for path in made] == stamps
+    assert load_model(out / "model").provenance["teacher"]["cache"] == "topk"
+    assert main(["distill", str(model), *words, "--cache", str(cache), "--dry-run"]) == 0
+    assert f"16 tokens a position (topk), read from {cache}" in " ".join(capsys.readouterr().out.split())
+    assert "give --cache DIR" in fails("distill", model, *words, "--cache-only", code=2)
+    assert str(model) in fails("distill", model, *words, "--cache", model / "inside", code=2)
