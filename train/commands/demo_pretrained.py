@@ -147,7 +147,6 @@ def choose_recipe(model: Path, answers: Path, overrides: Sequence[str], messages
     words = [
         f"model.from={model}",
         "model.train=owned",
-        f"family={{D: '{draft_of(config.num_hidden_layers)}'}}",
         f"data.source={answers}",
         f"data.messages_field={messages_field or 'null'}",
         "data.valid_fraction=0.1",
@@ -164,18 +163,6 @@ def choose_recipe(model: Path, answers: Path, overrides: Sequence[str], messages
     schedule = [f"trainer.max_steps={steps}", f"optim.warmup_steps={max(1, steps // 20)}"]
     ends = [f"trainer.{key}={steps}" for key in ("val_check_interval", "checkpoint_every")]
     return load_recipe(overrides=[*words, *schedule, *ends, *overrides])
-
-
-def draft_of(num_layers: int) -> str:
-    """Return the granularity of a draft: a tenth of the layers, the first ones, and the last.
-
-    >>> draft_of(30), draft_of(5), draft_of(2)
-    ('layers=0:1:2:29', 'layers=0:4', 'ffn=0.5')
-    """
-    if num_layers < 3:
-        return "ffn=0.5"
-    first = range(max(1, num_layers // 10))
-    return f"layers={':'.join(map(str, [*first, num_layers - 1]))}"
 
 
 def answer_twice(path: Path, console: Console) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def joint_loss(
     students = _students_of_full_pass(model, members, batch, plan, recording, config)
     for slot in slots:
         students.append(_student_of_slot(model, members[slot.name], batch, slot, recording, block, config))
-    own = full_config or config
-    taught = plan.full and ramp(batch.step, own) > 0
+    own = (full_config or config) if plan.full else None
+    taught = own is not None and ramp(batch.step, own) > 0
     targets = teacher.targets(batch) if teacher is not None and taught else None
     return _score(model, students, batch, config, own, targets)
 
@@ -172,7 +172,7 @@ def _score(
     students: Sequence[_Student],
     batch: Batch,
     config: LossConfig,
-    own: LossConfig,
+    own: LossConfig | None,
     targets: Targets | None,
 ) -> JointLoss:
     """Return the losses of all students, made chunk by chunk; the first student is the full model."""
@@ -217,12 +217,14 @@ def _losses(
     here: slice,
     targets: Targets | None,
     config: LossConfig,
-    own: LossConfig,
+    own: LossConfig | None,
     step: int,
 ) -> Iterator[Tensor]:
     """Yield each student's losses in a chunk: the full model teaches the others, and may have a teacher."""
     full_NV = logits[0].detach()
-    if targets is None:
+    if own is None:  # it teaches, and does not learn
+        yield logits[0].new_zeros(1)
+    elif targets is None:
         yield cross_entropy(logits[0], text_N)
     else:
         from_teacher = partial(targets.divergence, here, logits[0], own)

@@ -52,11 +52,25 @@ def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
     config = read_start_config(start)
     schedule = {**HEALING, **(DRAFTING if tables["model"].get("train") == "owned" else {})}
     shape = {f"model.{name}": value for name, value in shape_of(config).items()}
+    if tables["model"].get("train") == "owned":
+        return {**schedule, **shape, "family": {"D": draft_of(config.num_hidden_layers)}}
     family_file = Path(start).expanduser() / FAMILY_FILE
     if not family_file.is_file():
         return {**schedule, **shape}
     members, _, _ = read_family(family_file, config)
     return {**schedule, **shape, "family": {name: str(one) for name, one in members.items()}}
+
+
+def draft_of(num_layers: int) -> str:
+    """Return the granularity of a draft: a tenth of the layers, the first ones, and the last.
+
+    >>> draft_of(30), draft_of(5), draft_of(2)
+    ('layers=0:1:2:29', 'layers=0:4', 'ffn=0.5')
+    """
+    if num_layers < 3:
+        return "ffn=0.5"
+    first = range(max(1, num_layers // 10))
+    return f"layers={':'.join(map(str, [*first, num_layers - 1]))}"
 
 
 def read_start_config(start: str) -> ElasticConfig:
