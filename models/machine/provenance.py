@@ -27,6 +27,7 @@ PACKAGES = (
     "datasets",
     "numpy",
     "llama-cpp-python",
+    "lm-eval",
 )
 
 

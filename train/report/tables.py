@@ -5,7 +5,7 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from models.base.numbers import NOTHING, fixed, percent, si, size
+from models.base.numbers import NOTHING, fixed, optional, percent, si, size
 from models.base.table import Columns, Table
 from models.checkpoint.family import Member
 
@@ -13,6 +13,21 @@ FAMILY_LEGEND = (
     "loss: nats per token. Against the full model: match (equal greedy\n"
     "tokens), KL (nats), alpha (chance that a token it drafts is kept)"
 )
+
+
+def task_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Return scores: member -> task -> measure -> number."""
+    columns = list(
+        dict.fromkeys(
+            (task, measure) for tasks in scores.values() for task, one in tasks.items() for measure in one
+        )
+    )
+    header = ("member", *(f"{task} {measure}" for task, measure in columns))
+    rows = tuple(
+        (name, *(optional(tasks.get(task, {}).get(measure), fixed(4)) for task, measure in columns))
+        for name, tasks in scores.items()
+    )
+    return Table(header, rows)
 
 
 def family_table(members: Sequence[Member]) -> Table:

@@ -93,3 +93,35 @@ def test_a_text_is_read_as_the_models_own_was_or_as_the_flag_says(
     assert "--text-field='nothing'" in line
     line = fails("bench", model, "--text-field", "body", code=2)
     assert "has no effect without --data" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], "--data is missing"),
+        (["--limit", "3", "--data", "text.txt"], "--limit 3 goes with --tasks"),
+        (["--tasks", "arc_easy", "--data", "text.txt"], "two measurements"),
+        (["--tasks", "arc_easy", "--limit", "0"], "--limit must be at least 1, got 0"),
+    ],
+)
+def test_flags_of_tasks_and_of_texts_exclude_each_other(
+    flags: list[str], named: str, model: Path, text: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text.parent)
+    assert named in fails("evaluate", model, *flags, code=2)
+
+
+def test_tasks_are_scored_for_each_member(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("models.measure.harness.find_tasks", lambda names: (names, None))
+    monkeypatch.setattr(
+        "models.measure.harness.run_tasks",
+        lambda view, *_, **__: {"words": {"acc": len(view.plan.layers) / 4}},
+    )
+    path = tmp_path / "tasks.json"
+    assert main(["evaluate", str(model), "--tasks", "words", "--json", str(path)]) == 0
+    assert "words acc" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["tasks"]["D"] == {"words": {"acc": 0.5}}
+    assert written["granularities"]["D"] == "layers=0-1"
