@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.base.errors import NestlingError
+from models.base.file_hashes import known_hash
 from models.base.files import hash_files, read_json
 from models.base.paths import utf8_path
 from models.elastic.config import ElasticConfig
@@ -106,16 +107,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def hash_weights(folder: Path) -> str:
+def hash_weights(folder: Path, *, cached: bool = False) -> str:
     """Return the SHA-256 of all weights: of `model.safetensors` or its shards, and of what members own.
 
-    Of a GGUF file it is the file's.
+    Of a GGUF file it is the file's. Where a stale one does no harm it may be `cached`: see `known_hash`.
 
     Raises:
         NestlingError: naming the file that is missing.
     """
     own = folder / OWNED_WEIGHTS
-    return hash_files(*_files(folder), *([own] if own.is_file() else []))
+    files = (*_files(folder), *([own] if own.is_file() else []))
+    return known_hash(*files) if cached else hash_files(*files)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -38,7 +38,7 @@ def searched_path(folder: Path, dtype: str) -> Path:
         OSError: if the weights cannot be read.
     """
     config = b"" if folder.is_file() else (folder / "config.json").read_bytes()  # a GGUF file says it itself
-    content = config + hash_weights(folder).encode()
+    content = config + hash_weights(folder, cached=True).encode()  # a stale draft is exact, too
     key = hashlib.sha256(content).hexdigest()[:16]
     return default_cache_dir() / f"draft-{this_machine().key}-{key}-{dtype}.json"
 
