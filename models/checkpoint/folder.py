@@ -86,7 +86,13 @@ class ModelFolder:
     provenance: dict[str, Any]
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, in_blocks: bool = False) -> ModelFolder:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    in_blocks: bool = False,
+    mapped: bool = False,
+) -> ModelFolder:
     """Open a model folder of ours, a stock one or a GGUF file (the family is then the default one).
 
     Args:
@@ -94,6 +100,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, in_blocks:
         dtype: dtype of the model; None keeps the one on disk.
         in_blocks: keep quantized weights of a GGUF file as they are, where decoding runs them so; see
             `read_gguf`.
+        mapped: read weights where their files are mapped, for a model that decodes and that nobody changes;
+            weights in blocks always are.
 
     Returns:
         The model in evaluation mode, on the CPU, with all that is known about it.
@@ -110,7 +118,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, in_blocks:
     with naming(path):
         if read_json(path / "config.json").get(PER_LAYER):  # unequal layers run here as padded ones
             tensors = pad(tensors, config)
-        model = model_from(config, tensors, dtype=dtype).eval()
+        model = model_from(config, tensors, dtype=dtype, mapped=mapped).eval()
     read_owned(path / FAMILY_FILE, model)
     family, members, provenance = read_family(path / FAMILY_FILE, config)
     return ModelFolder(
@@ -129,7 +137,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, in_blocks: bool) -> ModelF
     if file.tokenizer is not None:
         _check_vocabulary(file.tokenizer, file.config, str(path))
     with naming(path):
-        model = model_from(file.config, file.tensors, dtype=None if file.in_blocks else dtype).eval()
+        kept = None if file.in_blocks else dtype
+        model = model_from(file.config, file.tensors, dtype=kept, mapped=file.in_blocks).eval()
     return ModelFolder(
         path=path,
         model=model,

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.base.errors import NestlingError
 from models.base.file_hashes import known_hash
 from models.base.files import hash_files, read_json
+from models.base.mapped import forget_pages
 from models.base.paths import utf8_path
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
@@ -45,7 +46,11 @@ def count_elements(model: ElasticLM) -> int:
 
 
 def model_from(
-    config: ElasticConfig, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+    config: ElasticConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    mapped: bool = False,
 ) -> ElasticLM:
     """Return an elastic model that holds copies of `tensors`.
 
@@ -53,6 +58,7 @@ def model_from(
         config: shape of the model.
         tensors: weights by Hugging Face name; a tied head may be there if it equals the embedding.
         dtype: dtype of the model; None keeps the embedding's, or each tensor's own where some are in blocks.
+        mapped: take tensors of this dtype as they are, read where files are mapped; nobody may change them.
 
     Raises:
         NestlingError: naming tensors that are missing, unknown, of another shape or not numbers.
@@ -60,12 +66,15 @@ def model_from(
     with torch.device("meta"):  # a model without memory: its initial weights would be thrown away
         model = ElasticLM(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    tensors = check_tensors(expected, tensors)
+    tensors = check_tensors(expected, tensors, mapped=mapped)
     if dtype is None and any(isinstance(tensor, BlockTensor) for tensor in tensors.values()):
         copies = {name: tensor.detach() for name, tensor in tensors.items()}
     else:
         dtype = dtype or tensors[EMBEDDING].dtype
-        copies = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+        copies = {
+            name: tensor.detach().to(dtype, copy=not mapped).contiguous() for name, tensor in tensors.items()
+        }
+    model.is_mapped = mapped
     model.load_state_dict(copies, assign=True, strict=False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -162,8 +171,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise NestlingError(f"{path} is damaged ({error}); restore it, or write the folder again") from None
 
 
-def check_tensors(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def check_tensors(
+    expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], *, mapped: bool = False
+) -> dict[str, Tensor]:
     """Return the tensors that a model of the expected shapes takes, and nothing else.
+
+    Those of mapped files leave no memory behind.
 
     Raises:
         NestlingError: naming tensors that are missing, unknown, of another shape or not numbers.
@@ -191,7 +204,10 @@ def check_tensors(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tens
             "not floating point",
             [f"{name} ({tensor.dtype})" for name, tensor in found.items() if not tensor.is_floating_point()],
         ),
-        *_named("not finite (nan or infinity)", [name for name in expected if _is_sick(found.get(name))]),
+        *_named(
+            "not finite (nan or infinity)",
+            [name for name in expected if _is_sick(found.get(name), mapped=mapped)],
+        ),
     ]
     if problems:
         raise NestlingError(
@@ -201,13 +217,16 @@ def check_tensors(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tens
     return found
 
 
-def _is_sick(tensor: Tensor | None) -> bool:
+def _is_sick(tensor: Tensor | None, *, mapped: bool = False) -> bool:
     """Return True if a tensor holds a NaN, or no finite number."""
     if tensor is None or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return False
+    found = tensor.blocks_OBY if isinstance(tensor, BlockTensor) else tensor
     if isinstance(tensor, BlockTensor):  # its scales tell
         tensor = tensor.scales
     low, high = tensor.detach().float().aminmax() if tensor.element_size() < 2 else tensor.detach().aminmax()
+    if mapped:
+        forget_pages(found)
     return not (math.isfinite(low) and math.isfinite(high))
 
 

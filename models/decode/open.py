@@ -61,13 +61,11 @@ def open_in_dtype(path: str | Path, dtype: str, *, auto_in_blocks: bool = False)
         NestlingError: if the folder is damaged.
     """
     card = machine_card()
-    if dtype == FILE:
-        stored = None
-    else:
-        stored = "fp32" if dtype == INT8 else resolve_dtype(dtype, card, purpose="decoding")
+    stored = None if dtype in (FILE, INT8) else resolve_dtype(dtype, card, purpose="decoding")
     folder = load_model(
         path,
         dtype=None if stored is None else DTYPES[stored],
+        mapped=card.gpu is None,
         in_blocks=card.gpu is None and (dtype == FILE or (dtype == AUTO and auto_in_blocks)),
     )
     if is_in_blocks(folder.model):
@@ -75,6 +73,8 @@ def open_in_dtype(path: str | Path, dtype: str, *, auto_in_blocks: bool = False)
     if dtype == FILE or auto_in_blocks:
         _check_quantizations(folder, dtype)
     if dtype == INT8:
+        if folder.model.dtype == torch.float16:  # compiled code reads no such embedding
+            folder.model.float()
         return dataclasses.replace(folder, model=pack(folder.model, INT8)), INT8
     folder.model.to("cuda" if card.gpu else "cpu")
     return folder, stored or next(name for name, one in DTYPES.items() if one == folder.model.dtype)

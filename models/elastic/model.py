@@ -68,6 +68,9 @@ class Backbone(nn.Module):
 class ElasticLM(nn.Module):
     """A decoder-only language model whose forward pass takes a granularity as an argument."""
 
+    is_mapped = False
+    """Whether weights are read where their file is mapped, and nobody changes them."""
+
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__()
         self.config = config

@@ -10,6 +10,7 @@ O outputs, I inputs, P panels, E entries, L outputs of a panel, H heads of K out
 
 import ctypes
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from models.kernels.blocks import BLOCK, BlockTensor
 from models.kernels.codes import BITS, FOUR_BITS, quantize
 
+AT_ONCE = 2**22
+"""Weights that are packed at once: what is made of them on the way is small beside a large model."""
 PANEL = 32
 """Outputs of a panel."""
 INPUTS_PER_ENTRY = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, FOUR_BITS: 8}
@@ -96,21 +99,45 @@ def make_panels(
     (torch.Size([2, 2, 32, 2]), 8.0, [1.0, 0.0])
     """
     rows, columns = weight_OI.shape
-    bias_O = None if bias_O is None else bias_O.detach().float().contiguous()
-    weight_OI = weight_OI.detach()
-    if isinstance(weight_OI, BlockTensor) and dtype is None:
-        weight = _blocks_in_panels(weight_OI, head_dim or rows)
-        return Panels(weight, bias_O, None, rows, columns, BLOCK_TYPES[weight_OI.kind])
-    dtype = dtype or weight_OI.dtype
+    dtype_or_blocks = dtype if dtype is not None or isinstance(weight_OI, BlockTensor) else weight_OI.dtype
+    each = head_dim or PANEL
+    count = max(1, AT_ONCE // (columns * each)) * each
+    whole: list[Tensor] = []
+    for first in range(0, rows, count):
+        some = _pack_rows(weight_OI[first : first + count].detach(), dtype_or_blocks, head_dim)
+        if count >= rows:
+            whole = some
+            break
+        num_panels = -(-rows // each) * -(-each // PANEL)
+        whole = whole or [part.new_empty(num_panels, *part.shape[1:]) for part in some]
+        panel = first // each * -(-each // PANEL)
+        for all_P, part_P in zip(whole, some, strict=True):
+            all_P[panel : panel + len(part_P)] = part_P
+    return Panels(
+        whole[0],
+        None if bias_O is None else bias_O.detach().float().contiguous(),
+        whole[1] if len(whole) > 1 else None,
+        rows,
+        columns,
+        BLOCK_TYPES[cast(BlockTensor, weight_OI).kind] if dtype_or_blocks is None else TYPES[dtype_or_blocks],
+    )
+
+
+def _pack_rows(weight_OI: Tensor, dtype: torch.dtype | None, head_dim: int) -> list[Tensor]:
+    """Return panels of some rows, which are whole heads or panels; and of codes the scales [P, 32]."""
+    if dtype is None:
+        assert isinstance(weight_OI, BlockTensor), type(weight_OI)
+        return [_blocks_in_panels(weight_OI, head_dim or len(weight_OI))]
+    rows, columns = weight_OI.shape
     each = INPUTS_PER_ENTRY[dtype]
     weight_HKI = weight_OI.unflatten(0, (-1, head_dim or rows))
     padding = (0, -columns % each, 0, -weight_HKI.shape[1] % PANEL)
-    scales_PO = None
+    scales: list[Tensor] = []
     if dtype in BITS:
         codes_HKI, scales_HK1 = quantize(weight_HKI, BITS[dtype])
         middle = 1 << (BITS[dtype] - 1)
         weight_HKI = F.pad(codes_HKI + middle, padding, value=middle).to(torch.uint8)
-        scales_PO = F.pad(scales_HK1, (0, 0, *padding[2:])).reshape(-1, PANEL)
+        scales = [F.pad(scales_HK1, (0, 0, *padding[2:])).reshape(-1, PANEL)]
     else:
         weight_HKI = F.pad(weight_HKI.to(dtype), padding)
     weight_PLI = weight_HKI.reshape(-1, PANEL, weight_HKI.shape[-1])
@@ -118,7 +145,7 @@ def make_panels(
     if dtype == FOUR_BITS:
         lower, upper = weight_PELI.split(each // 2, -1)
         weight_PELI = lower | upper << 4
-    return Panels(weight_PELI.contiguous(), bias_O, scales_PO, rows, columns, TYPES[dtype])
+    return [weight_PELI.contiguous(), *scales]
 
 
 def _blocks_in_panels(weight: BlockTensor, head_dim: int) -> Tensor:

@@ -19,6 +19,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from models.base.mapped import forget_pages, trim_memory
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, LayerPlan
 from models.elastic.linear import LowRank
@@ -183,6 +184,7 @@ class DecodeStep:
         embedding, embedding_type = _stored(source.model.embed_tokens.weight)
         if head.map not in self._heads:
             self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
+            self._forget(head.map.weight)
         outputs = None if head.ids_N is None else head.ids_N.to(torch.int64, copy=True).contiguous()
         model = _Model(
             embedding=embedding_type,
@@ -254,7 +256,14 @@ class DecodeStep:
                 dtype=self._dtype,
                 head_dim=self._model.config.head_dim if name in {"query", "key", "value"} else 0,
             )
+            self._forget(linear.weight)
         return packed
+
+    def _forget(self, weight: Tensor) -> None:
+        """Give back the memory of a mapped weight that was packed."""
+        if self._model.is_mapped:
+            forget_pages(weight.blocks_OBY if isinstance(weight, BlockTensor) else weight.detach())
+            trim_memory()
 
     def _norm(self, norm: RMSNorm | None) -> int | None:
         if norm is None:

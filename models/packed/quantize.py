@@ -81,7 +81,7 @@ class PackedLM(ElasticLM):
         self.owned = source.owned
         self.decode_step = make_decode_step(source, dtype or _CODES.get(precision))
         self.load_state_dict(source.state_dict(keep_vars=True), assign=True)
-        self.rotary = source.rotary
+        self.rotary, self.is_mapped = source.rotary, source.is_mapped
         self.train(source.training)
         if self.decode_step is None or dtype != source.dtype or isinstance(source, PackedLM):
             for module in list(self.modules()):

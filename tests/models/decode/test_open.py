@@ -22,7 +22,7 @@ from models.elastic.model import ElasticLM
 from models.elastic.request import Request
 from models.kernels.blocks import BlockTensor
 from models.kernels.build import library
-from models.packed.quantize import is_in_blocks, packed_bytes
+from models.packed.quantize import is_in_blocks, pack, packed_bytes
 
 IDS = [(7 * position + 3) % 64 for position in range(60)]
 ROUNDING = 0.06
@@ -139,3 +139,15 @@ def test_a_folder_as_it_is_stored(tiny_model: ElasticLM, tmp_path: Path) -> None
     path = save_model(tmp_path / "model", tiny_model.to(torch.bfloat16))
     folder, name = open_for_decoding(path, "file")
     assert (name, folder.model.dtype) == ("bf16", torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_a_folder_is_read_where_it_is_mapped_and_gives_the_same_bits(
+    dtype: str, tiny_model: ElasticLM, tmp_path: Path
+) -> None:
+    path = save_model(tmp_path / "model", tiny_model.to(torch.bfloat16))
+    folder, _ = open_for_decoding(path, dtype)
+    assert folder.model.is_mapped
+    copied = load_model(path, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    assert not copied.model.is_mapped
+    assert logits(folder.model).equal(logits(pack(copied.model, dtype)))

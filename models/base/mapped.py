@@ -1,0 +1,55 @@
+"""Memory of tensors that a file is mapped to: given back once they were read, and read again when needed.
+
+What it takes to pack a large model is then little more than what is packed.
+"""
+
+import ctypes
+import mmap
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_REGIONS = Path("/proc/self/maps")
+_DONTNEED = 4  # Linux's number
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Give back the memory of a tensor if a file is mapped there, as it is on disk; else do nothing.
+
+    What was changed in memory alone would be lost: this is for weights that nobody writes to.
+    """
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    address = tensor.data_ptr()
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end and _is_mapped(start, end):
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
+
+
+def trim_memory() -> None:
+    """Give back memory that was freed in between what is kept, where the C library can (glibc)."""
+    if sys.platform.startswith("linux") and hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
+
+
+def _is_mapped(start: int, end: int) -> bool:
+    """Return whether one region of a file, read-only or private to this process, holds all of a range."""
+    try:
+        lines = _REGIONS.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        span, mode, _, _, inode, *_ = line.split(maxsplit=5)
+        first, last = (int(part, 16) for part in span.split("-"))
+        if first <= start and end <= last:
+            return inode != "0" and mode.endswith("p")
+    return False
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None)
