@@ -29,6 +29,7 @@ from train.commands.generate import generate
 from train.commands.import_model import import_model
 from train.commands.machine import machine
 from train.commands.order import order
+from train.commands.plan import plan
 from train.commands.relay import relay
 from train.commands.report import report
 from train.commands.search import search
@@ -55,6 +56,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "generate": (generate, 'checkpoints/mine/model --draft S --prompt "Once upon a time"'),
     "serve": (serve, "checkpoints/mine/model --draft auto --port 8000"),
     "relay": (relay, "--listen 8001 --to 127.0.0.1:8000 --rtt 50"),
+    "plan": (plan, "split --rtt 20 --alpha 0.9 --target-ms 40 --draft-ms 4"),
     "evaluate": (evaluate, "checkpoints/mine/model --data stdlib --granularity ffn=0.5,layers=0-2"),
     "verify": (verify, "checkpoints/mine/model --draft S --verifier block"),
     "bench": (bench, "checkpoints/mine/model --data stdlib, or nestling bench --train --config demo"),

@@ -291,6 +291,7 @@ async def _answer_rounds(socket: WebSocket, verifier: Verifier, session: Session
         frame = message.get("bytes")
         if frame is None and message.get("text") == "bye":
             verifier.end(session)
+            await socket.close()
             return
         try:
             if frame is None or len(frame) > MAX_FRAME:

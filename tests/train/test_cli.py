@@ -63,7 +63,7 @@ def test_the_help_of_train_shows_three_dials_and_with_help_all_every_recipe_key(
     assert [key for key in keys if key not in out] == []
 
 
-@pytest.mark.parametrize("command", ["distill", "search", "plan"])
+@pytest.mark.parametrize("command", ["distill", "search"])
 def test_what_is_not_there_yet_is_not_offered(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command in fails(capsys, command, code=2)
 

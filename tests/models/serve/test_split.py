@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
 
 from models.base.errors import NestlingError, UsageError
 from models.checkpoint.extract import extract
@@ -22,9 +26,10 @@ from models.decode.engine.generation_config import GenerationConfig
 from models.decode.sampling.params import SamplingParams
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
-from models.serve.protocol import MAX_GAMMA, Chain, Reply, Round, WireError
+from models.serve.protocol import MAX_GAMMA, PROTOCOL, Chain, Reply, Round, WireError, tokenizer_digest
 from models.serve.relay import Link, Relay
 from models.serve.remote import Remote, stream_remote
+from models.serve.server import Address
 
 Start = Callable[..., "AbstractContextManager[Any]"]
 WAYS = [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.95)]
@@ -150,10 +155,8 @@ def test_another_server_of_the_model_goes_on_with_the_text(
     assert found == alone(decoder, ids, config)
 
 
-def test_a_round_that_comes_twice_is_computed_once(verifying: Any, decoder: Decoder) -> None:
-    from models.serve.protocol import PROTOCOL, tokenizer_digest
-
-    ids = decoder.tokenizer.encode("twice").ids
+def opening(decoder: Decoder, ids: list[int], **changes: Any) -> str:
+    """What a device says first."""
     asked = {
         "protocol": PROTOCOL,
         "tokenizer": tokenizer_digest(decoder.tokenizer),
@@ -168,29 +171,98 @@ def test_a_round_that_comes_twice_is_computed_once(verifying: Any, decoder: Deco
         "repetition_penalty": 1.0,
         "eos_token_ids": [],
     }
-    import json
+    return json.dumps(asked | changes)
 
+
+def answer_of(socket: ClientConnection) -> Reply:
+    frame = socket.recv()
+    assert isinstance(frame, bytes), frame
+    return Reply.unpack(frame)
+
+
+def test_a_round_that_comes_twice_is_computed_once(verifying: Any, decoder: Decoder) -> None:
+    ids = decoder.tokenizer.encode("twice").ids
     with connect(f"{ws(verifying)}/v1/verify") as socket:
-        socket.send(json.dumps(asked))
-        opened = json.loads(socket.recv())
-        text = [*ids, *opened["committed_ids"]]
+        socket.send(opening(decoder, ids))
+        text = [*ids, *json.loads(socket.recv())["committed_ids"]]
         right = alone(decoder, ids, replace(config_of(WAYS[0], seed=0), max_new_tokens=30))
         block = Round(0, len(text), Chain(text).digests[-1], [right[1], right[2], (right[3] + 1) % 257])
         replies = []
         for _ in range(3):
             socket.send(block.pack())
-            replies.append(Reply.unpack(bytes(socket.recv())))  # type: ignore[arg-type]
+            replies.append(answer_of(socket))
         assert replies[0] == replies[1] == replies[2]
         assert replies[0].accepted == 2
         assert list(replies[0].ids) == [right[3]]
-        assert len(block.pack()) <= 64
-        assert len(replies[0].pack()) <= 40
-        for odd in (b"", b"\1" * 7, Round(1, 2**31, bytes(8), [5]).pack()):  # two strikes, and another text
-            socket.send(odd)
-        assert "error" in json.loads(socket.recv())
-        assert "error" in json.loads(socket.recv())
-        assert Reply.unpack(bytes(socket.recv())).ids == []  # type: ignore[arg-type]
         socket.send("bye")
+
+
+def test_messages_are_small() -> None:
+    assert len(Round(1, 1000, bytes(8), range(8)).pack()) <= 64
+    assert len(Reply(1, 1000, 8, 0, 1009, bytes(8), [5]).pack()) <= 40
+
+
+FRAMES = st.one_of(
+    st.binary(max_size=80),
+    st.builds(
+        lambda *fields: Round(*fields).pack(),
+        st.integers(0, 2**32 - 1),
+        st.one_of(st.integers(0, 40), st.integers(0, 2**32 - 1)),
+        st.one_of(st.just(bytes(8)), st.binary(min_size=8, max_size=8)),
+        st.lists(st.one_of(st.integers(0, 256), st.integers(0, 2**32 - 1)), max_size=70),
+    ),
+    st.text(max_size=20),
+)
+OPENINGS: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
+    st.sampled_from(
+        ["protocol", "tokenizer", "vocab_size", "session", "prompt_ids", "committed_ids", "seed"]
+    ),
+    st.sampled_from([None, -1, 0, 1, 2**70, "", "x", [], [1], [10**9], ["a"], [1] * 300, {}]),
+    max_size=2,
+)
+
+
+@pytest.mark.parametrize(
+    "num_cases", [pytest.param(25, id="few"), pytest.param(10_000, id="many", marks=pytest.mark.slow)]
+)
+def test_any_frames_are_answered_or_refused(num_cases: int, verifying: Any, decoder: Decoder) -> None:
+    ids = decoder.tokenizer.encode("fuzz").ids
+
+    @settings(max_examples=num_cases, suppress_health_check=[*HealthCheck], deadline=None)
+    @given(OPENINGS, st.lists(FRAMES, max_size=6))
+    def any_frames(changes: dict[str, Any], frames: list[bytes | str]) -> None:
+        with (
+            contextlib.suppress(ConnectionClosed),
+            connect(f"{ws(verifying)}/v1/verify", close_timeout=1) as socket,
+        ):
+            socket.send(opening(decoder, ids, **changes))
+            if "error" in json.loads(socket.recv()):
+                return
+            for frame in frames:
+                socket.send(frame)
+                answer = socket.recv(10) if frame != "bye" else b""
+                assert isinstance(answer, bytes) or "error" in json.loads(answer)
+            socket.send("bye")
+
+    any_frames()
+    sessions = verifying.server.verifier.sessions.values()
+    for session in list(sessions):  # of those whose client was refused after three strikes
+        verifying.server.verifier.end(session)
+    assert verifying.server.worker._tasks == {}
+    assert verifying.text("well", max_tokens=4)
+
+
+def test_a_session_that_nobody_comes_back_for_is_freed(
+    verifying: Any, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.serve.verify.LEASE", -1.0)
+    with connect(f"{ws(verifying)}/v1/verify") as socket:
+        socket.send(opening(decoder, [1, 2, 3]))
+        assert json.loads(socket.recv())["session"] in verifying.server.verifier.sessions
+    deadline = time.monotonic() + 10
+    while verifying.server.verifier.sessions:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_what_differs_is_named_with_both_values(verifying: Any, member: ElasticLM, decoder: Decoder) -> None:
@@ -204,8 +276,6 @@ def test_what_differs_is_named_with_both_values(verifying: Any, member: ElasticL
 def test_a_server_that_is_away_is_told_and_a_token_is_asked_for(
     member: ElasticLM, decoder: Decoder, start: Start
 ) -> None:
-    from models.serve.server import Address
-
     away = Remote(url="ws://127.0.0.1:9", timeout=0.2)
     with pytest.raises(NestlingError, match="no server answers"):
         next(stream_remote(away, member, decoder.tokenizer, [1], config_of(WAYS[0])))

@@ -1,0 +1,86 @@
+"""When does it pay to draft on a device and verify in the cloud? Milliseconds a token, in closed form.
+
+T is a target pass on one token, v(m) that on m tokens over it, t_d a drafted token on the device, R the round
+trip. Split decoding is coupled, so that a drafted token is kept with a = alpha / (2 - alpha) at least, or
+with alpha where decoding is greedy; tau(gamma) = (1 - a^(gamma + 1)) / (1 - a) tokens come of a round.
+
+    in the cloud, plain        T, streamed: R delays the first token only
+    in the cloud, drafted      (gamma t_c + v(gamma + 1) T) / tau, with alpha in place of a
+    split, waiting             (gamma t_d + R + v(gamma + 1) T) / tau
+    split, a window of blocks  t_d + (1 - a) (R + 1.5 v T): a round trip is paid for a rejection only
+
+Both baselines belong beside every split (https://arxiv.org/abs/2606.25091 has the closed forms).
+"""
+
+from dataclasses import dataclass
+
+MOST = 32
+"""The most drafted tokens of a round that are looked at."""
+SLOPE = 0.012
+"""How much a further token adds to a target pass where weights are what is read; measured in native bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitPlan:
+    """Costs in milliseconds, and what follows.
+
+    >>> plan = SplitPlan(alpha=0.85, target=13.0, draft=2.0, cloud_draft=2.0)
+    >>> [round(plan.waiting(rtt)[0], 1) for rtt in (5.0, 50.0)], round(plan.windowed(50.0))
+    ([8.9, 22.4], 20)
+    >>> round(plan.most_rtt_waiting), round(plan.most_rtt_windowed)
+    (18, 21)
+    """
+
+    alpha: float
+    """Acceptance of a drafted token by token or block verification."""
+    target: float
+    draft: float
+    cloud_draft: float
+    """A drafted token where the target runs."""
+    slope: float = SLOPE
+    greedy: bool = False
+
+    @property
+    def coupled(self) -> float:
+        """Acceptance under coupled noise; with distributions of total variation d it is (1 - d) / (1 + d)."""
+        return self.alpha if self.greedy else self.alpha / (2 - self.alpha)
+
+    @property
+    def plain(self) -> float:
+        """The cloud alone."""
+        return self.target
+
+    @property
+    def drafted(self) -> tuple[float, int]:
+        """The cloud with its own draft, and the best gamma."""
+        rounds = {gamma: gamma * self.cloud_draft + self._pass(gamma) for gamma in range(MOST + 1)}
+        return min((seconds / _tau(self.alpha, gamma), gamma) for gamma, seconds in rounds.items())
+
+    def waiting(self, rtt: float) -> tuple[float, int]:
+        """Split, one round at a time, and the best gamma."""
+        rounds = {gamma: gamma * self.draft + rtt + self._pass(gamma) for gamma in range(MOST + 1)}
+        return min((seconds / _tau(self.coupled, gamma), gamma) for gamma, seconds in rounds.items())
+
+    def windowed(self, rtt: float) -> float:
+        """Split, with blocks on their way."""
+        return self.draft + (1 - self.coupled) * (rtt + 1.5 * self._pass(4))
+
+    @property
+    def most_rtt_waiting(self) -> float:
+        """The longest round trip at which waiting beats the cloud's plain decoding."""
+        return max(
+            _tau(self.coupled, gamma) * self.target - gamma * self.draft - self._pass(gamma)
+            for gamma in range(MOST + 1)
+        )
+
+    @property
+    def most_rtt_windowed(self) -> float:
+        """The longest round trip at which a window does."""
+        return (self.target - self.draft) / (1 - self.coupled) - 1.5 * self._pass(4)
+
+    def _pass(self, gamma: int) -> float:
+        return self.target * (1 + self.slope * gamma)
+
+
+def _tau(acceptance: float, gamma: int) -> float:
+    return sum(acceptance**position for position in range(gamma + 1))
