@@ -28,7 +28,7 @@ class SplitPlan:
     >>> [round(plan.waiting(rtt)[0], 1) for rtt in (5.0, 50.0)], round(plan.windowed(50.0))
     ([8.9, 22.4], 20)
     >>> round(plan.most_rtt_waiting), round(plan.most_rtt_windowed)
-    (18, 21)
+    (18, 22)
     """
 
     alpha: float

@@ -34,9 +34,7 @@ CloudDraftOption = Annotated[
 ]
 SlopeOption = Annotated[
     float,
-    typer.Option(
-        help="What a further token adds to a target pass, as a fraction of it; more where products take the time."
-    ),
+    typer.Option(help="What a further token adds to a target pass, as a fraction of it."),
 ]
 GreedyOption = Annotated[
     bool, typer.Option("--greedy", help="Decode greedily: drafts are kept with the full acceptance.")
