@@ -116,10 +116,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def hash_weights(folder: Path, *, cached: bool = False) -> str:
-    """Return the SHA-256 of all weights: of `model.safetensors` or its shards, and of what members own.
+def hash_weights(folder: Path) -> str:
+    """Return the SHA-256 of `model.safetensors`, or of all shards, one after the other; or of a GGUF file.
 
-    Of a GGUF file it is the file's. Where a stale one does no harm it may be `cached`: see `known_hash`.
+    Raises:
+        NestlingError: naming the file that is missing.
+    """
+    return hash_files(*_files(folder))
+
+
+def hash_family(folder: Path, *, cached: bool = False) -> str:
+    """Return the SHA-256 of all weights, of those that members own, too.
+
+    Where a stale one does no harm it may be `cached`: see `known_hash`.
 
     Raises:
         NestlingError: naming the file that is missing.

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models.base.files import default_cache_dir, write_file
-from models.checkpoint.weights import hash_weights
+from models.checkpoint.weights import hash_family
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
@@ -115,7 +115,7 @@ class TokenLosses:
 
 def losses_path(folder: Path, batches: Iterable[tuple[Tensor, Tensor]], dtype: str) -> Path:
     """Return where the losses of a model's members on a text are kept: by what the weights and tokens are."""
-    digest = hashlib.sha256(f"{hash_weights(folder)} {dtype}".encode())
+    digest = hashlib.sha256(f"{hash_family(folder)} {dtype}".encode())
     if folder.is_dir():
         digest.update((folder / "config.json").read_bytes())
     for batch in batches:

@@ -32,6 +32,7 @@ from models.base.files import finite
 from models.base.processor import busy_now
 from models.base.progress import Bar, progress_bar
 from models.base.stopwatch import Clock, alternate
+from models.checkpoint.weights import count_elements
 from models.machine.card import machine_card, num_threads
 from train.bench.trainers import Contender, train_briefly, wait_for_device
 from train.data.module import TextData
@@ -90,7 +91,7 @@ def bench_training(
         "threads": torch.get_num_threads(),
         "clock": "processor" if clock is time.process_time else "wall",
         "roof_gflops": roof,
-        "parameters": sum(p.numel() for p in make_model(recipe, data).parameters()),
+        "parameters": count_elements(make_model(recipe, data)),
         "rounds": rounds,
         "steps": steps,
         "rows_per_step": recipe.trainer.rows_per_step,

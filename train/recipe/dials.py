@@ -8,10 +8,12 @@ They stand between the files and the other keys of the command line: defaults <-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from models.base.errors import UsageError
 from train.recipe.overrides import pair_overrides
 from train.recipe.sections import DataConfig, TrainerConfig
+from train.recipe.settings import show
 
 SIZES = {
     "1M": "width=128 ffn=512 layers=4 heads=4 kv=2 vocabulary=1024 lr=2e-3",
@@ -32,10 +34,17 @@ KEYS = {
 }
 
 # What each costs and brings is measured in docs/results/study.
-MEMBERS: Mapping[str, Sequence[str]] = {
-    "light": ("sampler.row_fraction=0.0625", "sampler.exit_stride=4", "loss.fade_to=0.1"),
-    "even": ("sampler.row_fraction=0.25", "sampler.exit_stride=2", "loss.fade_to=1.0"),
-    "draft": ("family={D: layers=0-1, E: layers=0}", "sampler.exit_stride=1", "loss.fade_to=1.0"),
+_GENTLE = {"loss.narrow_gradient": 0.3, "loss.exit_gradient": 0.3, "loss.fade_to": 1.0, "owned.norms": True}
+MEMBERS: Mapping[str, Mapping[str, Any]] = {
+    "light": {**_GENTLE, "owned.rank": 0, "sampler.row_fraction": 0.125, "sampler.exit_stride": 4},
+    "even": {**_GENTLE, "owned.rank": 8, "sampler.row_fraction": 0.375, "sampler.exit_stride": 4},
+    "draft": {
+        "family": {"D": "layers=0-1", "E": "layers=0"},
+        "loss.exit_gradient": 1.0,
+        "loss.fade_to": 1.0,
+        "owned.norms": True,
+        "sampler.exit_stride": 1,
+    },
 }
 
 
@@ -59,9 +68,9 @@ DIALS = {
     ),
     "members": Dial(
         "|".join(MEMBERS),
-        "light",
-        "Purpose of the smaller models. light: they cost the full model almost nothing; even: they train on "
-        "four times the text; draft: the first layers alone, for speculative decoding.",
+        "even",
+        "Purpose of the smaller models. light: a tenth of a step is for them; even: a quarter, and they own "
+        "more; draft: the first layers alone, for speculative decoding. --dry-run tells what each costs.",
     ),
 }
 
@@ -97,7 +106,8 @@ def overrides_of(dials: Mapping[str, str]) -> Iterator[str]:
         for word in SIZES[dials["size"]].split():
             name, _, value = word.partition("=")
             yield f"{KEYS[name]}={value}"
-    yield from MEMBERS[dials["members"]] if "members" in dials else ()
+    if "members" in dials:
+        yield from (f"{key}={show(value)}" for key, value in MEMBERS[dials["members"]].items())
 
 
 def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[str]:

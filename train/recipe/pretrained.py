@@ -20,6 +20,10 @@ HEALING: Mapping[str, Any] = {
     "loss.ramp_start": 0,
     "loss.ramp_steps": 0,
     "loss.fade_to": 1.0,
+    "loss.narrow_gradient": 1.0,
+    "loss.exit_gradient": 1.0,
+    "owned.norms": False,
+    "owned.rank": 0,
 }
 """A trained model needs neither a high learning rate nor text before its members learn from it."""
 DRAFTING: Mapping[str, Any] = {

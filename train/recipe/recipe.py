@@ -7,10 +7,10 @@ Nothing here imports torch, so that the command line's help is quick.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -19,7 +19,7 @@ from models.base.errors import NestlingError, UsageError
 from models.decode.engine.drafters import DRAFTERS
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
-from train.recipe.dials import DIALS, overrides_of, schedule_of, split_dials
+from train.recipe.dials import DIALS, MEMBERS, overrides_of, schedule_of, split_dials
 from train.recipe.overrides import load, save
 from train.recipe.pretrained import implied_by_start
 from train.recipe.sections import (
@@ -48,6 +48,13 @@ RENAMED = {
     "sampler.reweight": "sampler.weight_power",
 }
 """The new key of each setting that an earlier release called otherwise."""
+BEFORE: Mapping[str, Any] = {
+    "owned.norms": False,
+    "owned.rank": 0,
+    "loss.narrow_gradient": 1.0,
+    "loss.exit_gradient": 1.0,
+}
+"""What a run of a release without these settings did; there a saved recipe does not have them."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -145,7 +152,21 @@ def load_saved_recipe(path: Path) -> Recipe:
     Raises:
         UsageError: one line for each thing that is wrong.
     """
-    return load(Recipe, [path], [], renamed=RENAMED, saved=True)
+    return load(Recipe, [path], [], renamed=RENAMED, saved=True, implied=lambda _: BEFORE)
+
+
+def with_members(recipe: Recipe, members: str) -> Recipe:
+    """Return the recipe as the dial `members` would change it.
+
+    >>> with_members(Recipe(), "light").sampler.row_fraction
+    0.125
+    """
+    sections: dict[str, Any] = {}
+    for key, value in MEMBERS[members].items():
+        section, _, name = key.partition(".")
+        before = sections.get(section, getattr(recipe, section))
+        sections[section] = replace(before, **{name: value}) if name else value
+    return replace(recipe, **sections)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

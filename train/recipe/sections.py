@@ -80,7 +80,7 @@ class SamplerConfig:
     kind: Literal["rows", "all", "random", "sandwich"] = "rows"
     """rows: the full model trains on every row, members on some of them; all: every member on every row;
     random: one member a step; sandwich: the full model, the smallest member and random ones."""
-    row_fraction: Annotated[float, Field(gt=0, le=1)] = 0.0625
+    row_fraction: Annotated[float, Field(gt=0, le=1)] = 0.375
     """Fraction of a batch's rows (kind rows) that the members other than layer prefixes divide among
     them."""
     min_rows: Count = 4
@@ -106,10 +106,10 @@ class SamplerConfig:
 class OwnedConfig:
     """What each member has for itself, beside its part of the full model's matrices."""
 
-    norms: bool = False
+    norms: bool = True
     """Give each member its own gains in the norms of the layers that it runs, and in the last norm. A prefix
     of the layers at full width, an early exit, has the last one alone."""
-    rank: Natural = 0
+    rank: Natural = 8
     """Rank of each narrow member's own low-rank addition to each of its matrices (LoRA); 0: none."""
     alpha: NonNegative = 0.0
     """Additions are scaled by alpha / rank, as LoRA's; 0: by 1."""
@@ -159,14 +159,14 @@ class LossConfig:
     """Steps from cross-entropy to the divergence."""
     fade_from: Fraction = 0.6
     """Fraction of the run after which members' losses lose weight, to its end."""
-    fade_to: Fraction = 0.1
+    fade_to: Fraction = 1.0
     """Fraction of that weight that is left at the end; 1: all of it."""
     text_weight: Fraction = 0.0
     """Fraction of the cross-entropy that stays when the ramp is over."""
-    narrow_gradient: Positive = 1.0
+    narrow_gradient: Positive = 0.3
     """Factor of the gradients that members with a pass of their own send into the layers, which they share
     with the full model. What they own learns at the full rate, whatever this is."""
-    exit_gradient: Positive = 1.0
+    exit_gradient: Positive = 0.3
     """The same factor for early exits."""
     head_gradient: Positive = 1.0
     """Factor of all members' gradients into the vocabulary head, which everybody shares."""

@@ -5,11 +5,13 @@ pass, counted over the sampler's own plans, at a fraction of the rate that the m
 matrix product; memory is models/elastic/count.py's.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 
+from models.base.errors import UsageError
 from models.base.numbers import duration, percent, si, size
 from models.base.table import Table, facts_table
 from models.elastic.config import ElasticConfig
@@ -35,7 +37,8 @@ from train.objective.chunked_loss import rows_per_chunk
 from train.objective.flops import count_flops_alone, count_step_flops, count_teacher_flops, first_plans
 from train.objective.sampler import StepPlan
 from train.objective.teacher import TeacherShape
-from train.recipe.recipe import Recipe
+from train.recipe.dials import MEMBERS
+from train.recipe.recipe import Recipe, with_members
 from train.recipe.settings import as_table
 from train.run.start import check_start, check_taught
 
@@ -86,7 +89,7 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
     estimate = estimate_run(recipe, config, card, teacher)
     console.print(_yaml(recipe), markup=False, soft_wrap=True)
     console.print(family_costs(recipe, config).to_rich(title="the family"))
-    console.print(estimate_table(estimate, recipe, config.vocab_size).to_rich())
+    console.print(estimate_table(estimate, recipe, config).to_rich())
     return estimate
 
 
@@ -202,7 +205,7 @@ def family_costs(recipe: Recipe, config: ElasticConfig) -> Table:
     return Table(header, tuple(rows), num_labels=2)
 
 
-def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table:
+def estimate_table(estimate: Estimate, recipe: Recipe, config: ElasticConfig) -> Table:
     """Return the estimate in words."""
     memory, tokenizer, taught = estimate.memory, recipe.data.tokenizer, recipe.loss.teacher is not None
     held = recipe.model.from_ is not None and recipe.loss.trust > 0
@@ -210,7 +213,7 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
     owner = "that model" if recipe.model.from_ else "the teacher" if taught else ""
     decides = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"
     facts = {
-        "vocabulary": f"{vocab_size:,}{f' ({owner} has it)' if owner else decides}",
+        "vocabulary": f"{config.vocab_size:,}{f' ({owner} has it)' if owner else decides}",
         "tokens per step": f"{estimate.tokens_per_step:,}",
         "tokens in total": f"{estimate.tokens:,} in {recipe.trainer.max_steps:,} steps",
         "FLOPs per step": f"{si(estimate.flops_per_step)}, forward and backward; with its members "
@@ -218,6 +221,7 @@ def estimate_table(estimate: Estimate, recipe: Recipe, vocab_size: int) -> Table
     }
     if taught or held:
         facts["teacher" if taught else "frozen original"] = _describe_teacher(estimate, recipe)
+    facts["members="] = f"{_presets(recipe, config)} those of the full model alone"
     facts["memory"] = (
         f"about {size(memory.total)}: {size(state)} weights, gradients and optimizer, "
         f"{size(memory.activations)} activations, {size(memory.logits)} logits"
@@ -246,6 +250,17 @@ def _describe_teacher(estimate: Estimate, recipe: Recipe) -> str:
         f"{size(estimate.teacher_bytes)} of weights beside the memory below"
     )
     return f"{told}; it {estimate.teacher_note}" if estimate.teacher_note else told
+
+
+def _presets(recipe: Recipe, config: ElasticConfig) -> str:
+    """Return what a step would cost with each value of the dial that fits the recipe."""
+    found = []
+    for name in MEMBERS:
+        with contextlib.suppress(UsageError):
+            other = with_members(recipe, name)
+            factor = count_step_flops(other, config) / count_flops_alone(other, config)
+            found.append(f"{name} {factor:.2f} x")
+    return ", ".join(found)
 
 
 def _card() -> MachineCard:

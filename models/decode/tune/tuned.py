@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from models.base.errors import NestlingError
 from models.base.files import default_cache_dir, read_json, write_json
-from models.checkpoint.weights import hash_weights
+from models.checkpoint.weights import hash_family
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.samplers import COUPLED
 from models.decode.tune.draft_plan import DraftPlan
@@ -38,7 +38,7 @@ def searched_path(folder: Path, dtype: str) -> Path:
         OSError: if the weights cannot be read.
     """
     config = b"" if folder.is_file() else (folder / "config.json").read_bytes()  # a GGUF file says it itself
-    content = config + hash_weights(folder, cached=True).encode()  # a stale draft is exact, too
+    content = config + hash_family(folder, cached=True).encode()  # a stale draft is exact, too
     key = hashlib.sha256(content).hexdigest()[:16]
     return default_cache_dir() / f"draft-{this_machine().key}-{key}-{dtype}.json"
 

@@ -16,7 +16,7 @@ from models.checkpoint.extract import extract, verify_extraction
 from models.checkpoint.folder import load_model, save_model
 from models.checkpoint.gguf import write_gguf
 from models.checkpoint.huggingface import load_stock
-from models.checkpoint.weights import hash_weights
+from models.checkpoint.weights import hash_family
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -115,12 +115,12 @@ def test_a_gguf_file_holds_what_a_member_owns(folder: Path, tmp_path: Path) -> N
     torch.testing.assert_close(theirs(TOKENS), view(TOKENS), atol=2e-5, rtol=0)
 
 
-def test_the_hash_of_a_folder_tells_what_members_own(folder: Path) -> None:
-    before = hash_weights(folder)
+def test_the_hash_of_a_family_tells_what_members_own(folder: Path) -> None:
+    before = hash_family(folder)
     opened = load_model(folder)
     with torch.no_grad():
         next(opened.model.members[0].parameters()).add_(1)
-    assert hash_weights(save_model(folder, opened.model, family=FAMILY)) != before
+    assert hash_family(save_model(folder, opened.model, family=FAMILY)) != before
 
 
 def _rename(folder: Path) -> None:

@@ -7,12 +7,12 @@ import pytest
 from models.base.errors import UsageError
 from models.elastic.count import count_parameters
 from train.recipe.dials import DIALS, MEMBERS, SIZES
-from train.recipe.recipe import Recipe, load_recipe
+from train.recipe.recipe import Recipe, load_recipe, with_members
 
 
 def test_the_defaults_are_what_the_help_says() -> None:
-    assert load_recipe(overrides=["tokens=8.192M", "members=light"]) == Recipe()
-    assert DIALS["members"].default == "light"
+    assert load_recipe(overrides=["tokens=8.192M", "members=even"]) == Recipe()
+    assert DIALS["members"].default == "even"
     assert count_parameters(Recipe().elastic_config()) == pytest.approx(7e6, rel=0.05)
 
 
@@ -62,3 +62,10 @@ def test_a_mistyped_dial_and_one_in_a_file_are_told_so(tmp_path: Path) -> None:
     path.write_text("size: 8M\n")
     with pytest.raises(UsageError, match=r"^size=8M in .*: is a dial; give it on the command line$"):
         load_recipe([path])
+
+
+@pytest.mark.parametrize("members", MEMBERS)
+def test_a_recipe_changes_as_the_dial_would_change_it(members: str) -> None:
+    words = ["seed=3", "sampler.min_rows=2"]
+    dialled = load_recipe(overrides=[*words, f"members={members}"])
+    assert with_members(load_recipe(overrides=words), members) == dialled

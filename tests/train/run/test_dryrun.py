@@ -118,7 +118,7 @@ def test_the_cost_of_members_is_told_as_a_multiple_of_the_full_models(card: Mach
 
 
 def test_what_members_own_is_counted(card: MachineCard) -> None:
-    one, owning = recipe(), recipe("owned.norms=true", "owned.rank=4")
+    one, owning = recipe("owned.norms=false", "owned.rank=0"), recipe("owned.norms=true", "owned.rank=4")
     config = one.elastic_config()
     own = owning.owned.ownership.count(config, Granularity.parse("ffn=0.25"))
     less, more = (estimate_run(each, config, card).memory for each in (one, owning))
