@@ -164,8 +164,16 @@ def _finish(folder: Path, result: "Result", settings: dict[str, Any], json: Path
 
 
 def _search_members(model: Path, request: Request, json: Path | None) -> None:
-    chosen = choose(model, request)
-    show(chosen, make_console())
+    from train.report.frontier import keep_frontier
+
+    chosen, console = choose(model, request), make_console()
+    show(chosen, console)
+    try:
+        kept = keep_frontier(model, chosen.fields)
+    except OSError:  # the search is not lost for that: it was shown
+        kept = None
+    if kept is not None:
+        console.print(f"nestling report {kept.parent} will show it", markup=False)
     write_results(json, chosen.fields, dtypes={"model": "fp32"})
 
 

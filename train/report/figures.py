@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 
 from train.report.charts import alpha_panel, curve, family_rows, loss_panel
+from train.report.frontier import CAPTION, frontier_chart, frontier_rows
 from train.report.read import Run
 from train.report.style import Key
 from train.run.metrics import Line
@@ -56,6 +57,15 @@ def family_figures(runs: Sequence[Run], key: Key) -> list[Figure]:
         for measure, title, caption, panel in panels
         if (measured := [row for row in rows if row[measure] is not None])
     ]
+
+
+def frontier_figures(run: Run) -> list[Figure]:
+    """Draw every size that a search under a budget measured."""
+    rows = frontier_rows(run.frontier)
+    if not rows:
+        return []
+    kind = str(run.frontier["budgets"][0]).partition("=")[0]
+    return [Figure(f"Loss against {kind}", CAPTION, frontier_chart(rows, kind))]
 
 
 def loss_figures(runs: Sequence[Run], key: Key) -> list[Figure]:

@@ -18,6 +18,9 @@ from models.elastic.config import ElasticConfig
 from train.recipe.recipe import FULL_NAME
 from train.run.metrics import Line, read_metrics
 
+FRONTIER = "frontier.json"
+"""What `nestling search --budget` found; it writes the file beside the run's own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -35,6 +38,8 @@ class Run:
     recipe: str
     provenance: dict[str, Any]
     gradients: list[Line] = field(default_factory=list)
+    frontier: dict[str, Any] = field(default_factory=dict)
+    """What `nestling search --budget` found, if it was run on this model."""
 
     @property
     def full(self) -> str | None:
@@ -100,7 +105,7 @@ def _read_run(path: Path, name: str) -> Run:
     if not train and not valid:
         raise NestlingError(f"{metrics} has no train or valid line yet; wait for the run's first one")
     members, provenance = _read_model(path / "model")
-    recipe, decode = path / "recipe.yaml", path / "decode.json"
+    recipe, decode, frontier = (path / name for name in ("recipe.yaml", "decode.json", FRONTIER))
     return Run(
         name=name,
         train=train,
@@ -108,6 +113,7 @@ def _read_run(path: Path, name: str) -> Run:
         samples=last_by_step(lines, "sample", "member", "prompt", "text"),
         members=members,
         decode=read_json(decode) if decode.is_file() else {},
+        frontier=read_json(frontier) if frontier.is_file() else {},
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         provenance=provenance,
         gradients=last_by_step(lines, "gradient"),

@@ -8,11 +8,13 @@ from models.base.errors import NestlingError
 from models.base.numbers import NOTHING, duration, si
 from models.base.table import Table
 from train.report import figures, markup
+from train.report.frontier import KEY
 from train.report.read import Run
 from train.report.samples import compare
 from train.report.tables import family_table, flatten, speed_table
 
 FAMILY = "Every row is a model that can be cut out of the full one, as measured on validation text."
+SIZES = "Members that a search measured, trained or not: which layers run, and the width of each."
 SPEED = "Plain decoding against speculative decoding with a nested draft, on the same weights."
 SAMPLES = "Every member continues the same text greedily. Marked: what the full model does not say there."
 
@@ -25,6 +27,7 @@ def sections(runs: Sequence[Run]) -> str:
         [
             markup.section("At a glance", _glance(runs)),
             markup.section("The family", markup.grid(drawn, key), _each(runs, _family), lead=FAMILY),
+            markup.section("Every size", _each(runs, _frontier), lead=SIZES),
             markup.section("Decoding speed", _speeds(runs), lead=SPEED),
             markup.section("Loss", markup.grid(figures.loss_figures(runs, key), key)),
             markup.section(
@@ -83,6 +86,10 @@ def _facts(run: Run) -> dict[str, str]:
 
 def _family(run: Run) -> str:
     return family_table(run.members).to_html(emphasis=run.full)
+
+
+def _frontier(run: Run) -> str:
+    return markup.grid(figures.frontier_figures(run), KEY)
 
 
 def _speeds(runs: Sequence[Run]) -> str:

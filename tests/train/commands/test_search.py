@@ -90,7 +90,7 @@ def test_a_budget_gives_a_frontier_and_a_second_one_measures_nothing_it_knows(
     shown = " ".join(capsys.readouterr().out.split())
     assert "heuristic" in shown
     first = json.loads(path.read_text())
-    assert first["num_measured"] > 20
+    assert first["num_measured"] > 10
     assert first["best"]["costs"]["params"] <= 0.7 * 217_536
     assert {one["from"] for one in first["members"]} == {"trained", "uniform", "heuristic", "found"}
     assert main([*command, "--budget", "params=0.7"]) == 0
