@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from models.decode.sampling.params import SamplingParams
     from models.elastic.granularity import Granularity
     from models.elastic.view import View
+    from models.serve.server import serve
     from train.api import distill, evaluate, extract, train
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "extract",
     "load_model",
     "open_decoder",
+    "serve",
     "train",
 ]
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "models.decode.sampling.params": ("SamplingParams",),
     "models.elastic.granularity": ("Granularity",),
     "models.elastic.view": ("View",),
+    "models.serve.server": ("serve",),
     "train.api": ("distill", "evaluate", "extract", "train"),
 }
 

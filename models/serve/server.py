@@ -19,12 +19,13 @@ from time import time
 import uvicorn
 
 from models.base.errors import NestlingError, UsageError
+from models.base.processor import free_memory_bytes
 from models.decode.decoder import Decoder
 from models.serve.app import Service, make_app
 from models.serve.guard import Guard
 from models.serve.metrics import Metrics
 from models.serve.protocol import MAX_FRAME
-from models.serve.served import serve_family
+from models.serve.served import default_name, serve_family
 from models.serve.verify import Verifier, add_verification
 from models.serve.worker import Limits, Worker
 
@@ -57,6 +58,33 @@ class Address:
                 f"--host {self.host} can be reached from other machines: give {' and '.join(missing)} too, "
                 "or --insecure if something else protects it"
             )
+
+
+def serve(
+    decoder: Decoder,
+    *,
+    name: str | None = None,
+    address: Address | None = None,
+    limits: Limits | None = None,
+    verifies: bool = False,
+    on_ready: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serve a model and its family as `nestling serve` does, until a signal comes.
+
+    Args:
+        decoder: the model and its draft, as `open_decoder` opens them.
+        name: that clients use; None is the run's.
+        address: where it listens; None is port 8000 of this machine.
+        limits: bounds; None are the usual ones, and a quarter of the free memory for keys and values.
+        verifies: whether devices may send drafts.
+        on_ready: called with the URL once it answers.
+
+    Raises:
+        NestlingError: if nothing can listen there.
+    """
+    limits = limits or Limits(kv_bytes=free_memory_bytes() // 4)
+    name = name or default_name(decoder)
+    Server(decoder, name, address or Address(), limits, on_ready, verifies=verifies).run()
 
 
 def is_loopback(host: str) -> bool:

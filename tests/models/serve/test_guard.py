@@ -1,15 +1,23 @@
 """Who may ask: with a token only who knows it, and it takes as long to refuse any other."""
 
 import hmac
+import shutil
+import ssl
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from models.base.errors import UsageError
+from models.base.errors import NestlingError, UsageError
 from models.decode.decoder import Decoder
+from models.decode.engine.engine import stream
+from models.decode.engine.generation_config import GenerationConfig
+from models.serve.remote import Remote, stream_remote
 from models.serve.server import Address
 
 TOKEN = "0123456789abcdef"
@@ -51,6 +59,39 @@ def test_a_body_may_not_be_larger_than_the_bound(served: Any) -> None:
     except httpx.HTTPError:  # the server closes while we send
         return
     assert status == 413
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for this machine that nobody signed but itself, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command = ["openssl", *words.split(), *names, "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
+def test_over_tls_a_device_trusts_a_certificate_that_it_was_given(
+    certificate: tuple[Path, Path], decoder: Decoder, start: Start
+) -> None:
+    cert, key = certificate
+    with start(decoder, verifies=True, address=Address(port=0, cert=cert, key=key, token=TOKEN)) as served:
+        assert served.url.startswith("https://")
+        context = ssl.create_default_context(cafile=str(cert))
+        response = httpx.get(f"{served.url}/health", verify=context)
+        assert response.status_code == 200
+        config = GenerationConfig(max_new_tokens=8, eos_token_ids=())
+        known = Remote(url=served.url.replace("https", "wss"), token=TOKEN, ca=cert)
+        tokens = stream_remote(known, decoder.folder.model, decoder.tokenizer, [1, 2], config)
+        ours = stream(decoder.folder.model, [1, 2], config)
+        assert [token.id for token in tokens] == [token.id for token in ours]
+        unknown = replace(known, ca=None, timeout=0.1)
+        with pytest.raises(NestlingError, match="no server answers"):
+            next(stream_remote(unknown, decoder.folder.model, decoder.tokenizer, [1], config))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "::", "example.org"])
