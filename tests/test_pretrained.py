@@ -1,6 +1,7 @@
 """docs/pretrained.md is a tutorial that runs, on a small real model where there is one."""
 
 import functools
+import importlib
 import io
 import json
 import os
@@ -179,3 +180,15 @@ def test_every_command_of_the_tutorial_runs(
     before, after = load_model(place / "smollm2"), load_model(place / "checkpoints" / "draft" / "model")
     assert hash_tensors(after.model) == hash_tensors(before.model), "the model itself stayed"
     assert after.family["D"] != after.family["XL"]
+
+
+def test_the_tables_of_the_page_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    tables = importlib.import_module("pretrained")
+    assert tables.main(["--check"]) == 0
+    points = [
+        {"tokens": tokens, "minutes": 1.0, "members": {"D": {"loss": 3.0, "alpha": alpha}}}
+        for tokens, alpha in ((0, 0.1), (100_000, 0.3), (400_000, 0.4))
+    ]
+    assert tables.extrapolate(points[1:], "D", 1_600_000) == pytest.approx(0.5)
+    assert tables.table(points).splitlines()[-1].startswith("| 1.6M, extrapolated |")

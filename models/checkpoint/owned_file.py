@@ -63,7 +63,7 @@ def read_owned(family_file: Path, model: ElasticLM) -> None:
         NestlingError: if the description and the file do not fit each other or the model.
     """
     path = family_file.with_name(OWNED_WEIGHTS)
-    described = read_json(family_file).get(KEY) if family_file.is_file() else None
+    described, owners = _described(family_file), read_owners(family_file)
     if described is None:
         if path.is_file():
             raise NestlingError(
@@ -71,8 +71,6 @@ def read_owned(family_file: Path, model: ElasticLM) -> None:
                 f"{family_file.name}, or delete {path.name} to open the full model with plain members"
             )
         return
-    with naming(family_file):
-        owners = _owners(described)
     tensors = read_tensors(path)
     found = hash_files(path)
     if found != described.get("sha256"):
@@ -90,6 +88,21 @@ def read_owned(family_file: Path, model: ElasticLM) -> None:
             for inside, shape in ownership.shapes(model.config, granularity).items()
         }
         adopt(model, owners, check_tensors(expected, tensors))
+
+
+def read_owners(family_file: Path) -> list[Owner]:
+    """Return the members that own weights, and what kinds; none where nothing is owned.
+
+    Raises:
+        NestlingError: naming the wrong part of `nestling.json`.
+    """
+    described = _described(family_file)
+    with naming(family_file):
+        return [] if described is None else _owners(described)
+
+
+def _described(family_file: Path) -> Any:
+    return read_json(family_file).get(KEY) if family_file.is_file() else None
 
 
 def _owners(described: object) -> list[Owner]:

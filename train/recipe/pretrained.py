@@ -52,17 +52,23 @@ def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(start, str):
         return {}
     from models.checkpoint.family import FAMILY_FILE, read_family  # torch comes with them
+    from models.checkpoint.owned_file import read_owners
 
-    config = read_start_config(start)
-    schedule = {**HEALING, **(DRAFTING if tables["model"].get("train") == "owned" else {})}
-    shape = {f"model.{name}": value for name, value in shape_of(config).items()}
-    if tables["model"].get("train") == "owned":
-        return {**schedule, **shape, "family": {"D": draft_of(config.num_hidden_layers)}}
+    config, is_owned = read_start_config(start), tables["model"].get("train") == "owned"
+    implied = {**HEALING, **(DRAFTING if is_owned else {})}
+    implied |= {f"model.{name}": value for name, value in shape_of(config).items()}
     family_file = Path(start).expanduser() / FAMILY_FILE
+    owners = read_owners(family_file)
+    if owners:  # what they own goes on learning
+        own = owners[0].ownership
+        implied |= {"owned.norms": own.norms, "owned.rank": own.rank, "owned.alpha": own.alpha}
+    if is_owned:
+        drafts = {one.name: str(one.granularity) for one in owners}
+        return {**implied, "family": drafts or {"D": draft_of(config.num_hidden_layers)}}
     if not family_file.is_file():
-        return {**schedule, **shape}
+        return implied
     members, _, _ = read_family(family_file, config)
-    return {**schedule, **shape, "family": {name: str(one) for name, one in members.items()}}
+    return {**implied, "family": {name: str(one) for name, one in members.items()}}
 
 
 def draft_of(num_layers: int) -> str:

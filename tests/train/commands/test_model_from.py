@@ -268,6 +268,17 @@ def test_only_what_is_owned_has_moments_and_a_run_of_it_goes_on_bit_for_bit(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_what_members_own_goes_on_learning_in_another_run(given: Path, train: Train, tmp_path: Path) -> None:
+    first = train(given, *OWNED, "owned.norms=false")
+    again = train(first.path, "model.train=owned", "optim.lr=1e-30")
+    assert list(again.family) == ["F", "XL"], "an exit without norms owns nothing"
+    ours, before = dict(owned_weights(again.model)), dict(owned_weights(first.model))
+    assert ours.keys() == before.keys()
+    assert all(torch.equal(ours[name], before[name]) for name in before)
+    recipe = load_saved_recipe(again.path.parent / "recipe.yaml")
+    assert (recipe.owned.norms, recipe.owned.rank) == (False, 2)
+
+
 def test_a_draft_that_is_owned_learns_to_be_accepted(given: Path, train: Train) -> None:
     def alpha(*words: str) -> float:
         members = train(given, *OWNED, "trainer.batch_size=8", *words).members

@@ -1,0 +1,118 @@
+"""Collects finished runs that began from given weights, and writes the tables of docs/pretrained.md.
+
+python docs/pretrained.py add NAME RUN...   add runs, each of its own number of tokens, to the series NAME
+python docs/pretrained.py                   write the tables from docs/results/pretrained.json
+python docs/pretrained.py --check           exit with 1 if the page says something else
+
+The last row of a table continues the line through the two longest runs over the logarithm of the tokens.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.checkpoint.family import FAMILY_FILE
+from models.checkpoint.weights import hash_weights
+from train.recipe.recipe import FULL_NAME
+from train.run.metrics import read_metrics
+
+PAGE = Path(__file__).with_name("pretrained.md")
+RESULTS = PAGE.parent / "results" / "pretrained.json"
+BEGIN, END = "<!-- ladder:begin -->\n", "<!-- ladder:end -->"
+UNTRAINED = 1e-20
+"""A learning rate below this changes no weight: such a run has the members as they came."""
+
+Point = dict[str, Any]
+
+
+def read_points(run: Path) -> Iterator[Point]:
+    """Yield what was measured in a run: at each validation of one that was stopped, else at its end."""
+    model = run / "model" / FAMILY_FILE
+    if model.is_file():
+        content = json.loads(model.read_text())
+        recipe, lines = content["provenance"]["recipe"], read_metrics(run / "metrics.jsonl")
+        trainer, is_trained = recipe["trainer"], recipe["optim"]["lr"] > UNTRAINED
+        rows = trainer["max_steps"] * trainer["batch_size"] * trainer["accumulate_grad_batches"]
+        yield {
+            "tokens": rows * recipe["data"]["sequence_length"] * is_trained,
+            "minutes": max(line.get("seconds", 0.0) for line in lines) / 60 * is_trained,
+            "members": {one["name"]: _measured(one) for one in content["members"]},
+            "weights": hash_weights(run / "model"),
+            "card": content["provenance"]["card"],
+        }
+        return
+    seconds = 0.0
+    for line in read_metrics(run / "metrics.jsonl"):
+        seconds = line.get("seconds", seconds)
+        if line.get("kind") == "valid":
+            names = [key.split("/")[1] for key in line if key.endswith("/alpha")]
+            measured = {
+                name: {kind: line[f"valid/{name}/{kind}"] for kind in ("loss", "alpha")} for name in names
+            }
+            yield {"tokens": line["tokens"], "minutes": seconds / 60, "members": measured}
+
+
+def _measured(member: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: member[name] for name in ("granularity", "loss", "alpha")}
+
+
+def table(points: Sequence[Point]) -> str:
+    """Return a series as Markdown, the shortest run first."""
+    points = sorted(points, key=lambda point: float(point["tokens"]))
+    names = [name for name in points[-1]["members"] if name != FULL_NAME]
+    header = ["tokens", "minutes", "full model", *names]
+    rows = [header, ["---"] * len(header)]
+    for point in points:
+        members = point["members"]
+        shown = [f"{members[name]['loss']:.2f} / {members[name]['alpha']:.3f}" for name in names]
+        rows.append([_tokens(point["tokens"]), f"{point['minutes']:.0f}", _loss(members), *shown])
+    trained = [point for point in points if point["tokens"]]
+    if len(trained) > 1:
+        goal = 4 * trained[-1]["tokens"]
+        ahead = [f"{extrapolate(trained, name, goal):.2f}" for name in names]
+        rows.append([f"{_tokens(goal)}, extrapolated", "", "", *(f"/ {alpha}" for alpha in ahead)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def extrapolate(trained: Sequence[Point], member: str, tokens: float) -> float:
+    """Return alpha on the line through the two longest runs, over the logarithm of the tokens."""
+    (x0, y0), (x1, y1) = ((math.log(p["tokens"]), p["members"][member]["alpha"]) for p in trained[-2:])
+    return min(1.0, float(y1 + (y1 - y0) / (x1 - x0) * (math.log(tokens) - x1)))
+
+
+def _loss(members: Mapping[str, Any]) -> str:
+    return f"{members[FULL_NAME]['loss']:.3f}" if FULL_NAME in members else ""
+
+
+def _tokens(count: float) -> str:
+    return "0" if not count else f"{count / 1e6:.2g}M" if count >= 1e5 else f"{count / 1e3:.0f}k"
+
+
+def page_with(series: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page with the tables of all series."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    parts = [f"{one['title']}\n\n{table(one['points'])}\n" for one in series.values()]
+    return before + BEGIN + "\n".join(parts) + END + after
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command of the module's docstring."""
+    series: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if arguments and arguments[0] == "add":
+        name, *runs = arguments[1:]
+        one = series.setdefault(name, {"title": name, "points": []})
+        one["points"] = [point for run in runs for point in read_points(Path(run))]
+        RESULTS.write_text(json.dumps(series, indent=1) + "\n")
+    text = page_with(series)
+    if "--check" in arguments:
+        return int(text != PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
