@@ -161,7 +161,7 @@ def compare_with_stock(
 def _in_fp32(model: ElasticLM, granularity: Granularity) -> View:
     """Return the member of an fp32 copy of the model."""
     view = View(model, granularity)
-    if view.owned is not None and view.owned.ownership.rank and model.dtype != torch.float32:
+    if any(one.ownership.rank for one in model.members) and model.dtype != torch.float32:
         # What is merged is rounded to the dtype on disk, which a pass in fp32 would not do.
         layout = lay_out(view, None if view.plan.is_uniform else PADDED)
         return View(model_from(layout.config, layout.tensors, dtype=torch.float32).to("cpu").eval(), FULL)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.elastic.attention import Attention
+from models.elastic.borrowed import Borrowed
 from models.elastic.cache import Batch, KVCache, Memory
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
 from models.elastic.layers import MLP, Rotary
 from models.elastic.norm import RMSNorm
-from models.elastic.owned import NOTHING, Owned, OwnedLayer
+from models.elastic.owned import NOTHING, Owned, OwnedLayer, Parts
 from models.elastic.ownership import is_owned
 from models.elastic.request import Head, Request
 
@@ -107,6 +108,19 @@ class ElasticLM(nn.Module):
         """Return what a member owns; None if it owns nothing, as the full model does."""
         plan = granularity.resolve(self.config)
         return next((one for one in self.members if one.plan == plan), None)
+
+    def parts(self, granularity: Granularity) -> Parts | None:
+        """Return what a member's pass runs with beside the full model's weights.
+
+        It is what the member owns, or what one that was not trained borrows from others.
+        """
+        if not len(self.owned):
+            return None
+        plan = granularity.resolve(self.config)
+        owned = self.owned_by(granularity)
+        return (
+            Borrowed(self.config, plan, self.members) if owned is None and not plan.is_layer_prefix else owned
+        )
 
     @property
     def full(self) -> "ElasticLM":
@@ -207,10 +221,10 @@ class ElasticLM(nn.Module):
         num_tokens = tokens_BT.shape[1]
         positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
         rotary = self.rotary(positions, x_BTD.dtype)
-        owned, found = self.owned_by(granularity), dict[int, Tensor]()
+        parts, found = self.parts(granularity), dict[int, Tensor]()
         for count, layer_plan in enumerate(plan.layers, start=1):
             block = cast(Block, self.model.layers[layer_plan.index])
-            own = NOTHING if owned is None else owned.layer(layer_plan.index)
+            own = NOTHING if parts is None else parts.layer(layer_plan.index)
             x_BTD = block(x_BTD, layer_plan, rotary, memory, own)
             if count in exits:
                 found[count] = x_BTD
@@ -218,8 +232,8 @@ class ElasticLM(nn.Module):
 
     def norm(self, x_BTD: Tensor, granularity: Granularity = FULL) -> Tensor:
         """Return what the vocabulary head reads of a member's residual streams [..., D]."""
-        owned = self.owned_by(granularity)
-        return cast(Tensor, ((owned and owned.norm) or self.model.norm)(x_BTD))
+        parts = self.parts(granularity)
+        return cast(Tensor, ((parts and parts.norm) or self.model.norm)(x_BTD))
 
     def head(self, x_BTD: Tensor, granularity: Granularity = FULL, linear: nn.Linear | None = None) -> Tensor:
         """Return logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head.

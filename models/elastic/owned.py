@@ -18,7 +18,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, LayerPlan
 from models.elastic.linear import LowRank
 from models.elastic.norm import RMSNorm
-from models.elastic.ownership import Owner, Ownership
+from models.elastic.ownership import FINAL_NORM, Owner, Ownership
 
 
 class OwnedAttention(nn.Module):
@@ -70,12 +70,50 @@ class OwnedLayer(nn.Module):
             setattr(layer.get_submodule(path), part, one)
         return layer
 
+    def gains(self) -> "OwnedLayer":
+        """Return its norms alone."""
+        layer = OwnedLayer()
+        layer.input_layernorm = self.input_layernorm
+        layer.post_attention_layernorm = self.post_attention_layernorm
+        layer.self_attn.q_norm, layer.self_attn.k_norm = self.self_attn.q_norm, self.self_attn.k_norm
+        return layer
+
 
 NOTHING = OwnedLayer()
 """What the full model owns of a layer."""
 
 
-class Owned(nn.Module):
+class Parts:
+    """What a member's pass runs with in place of the full model's norms and in addition to its matrices."""
+
+    norm: RMSNorm | None
+    """The final norm."""
+
+    def layer(self, index: int) -> OwnedLayer:
+        """Return the parts of the full model's layer of this number."""
+        raise NotImplementedError
+
+    def merge(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the member's tensor of this name, given the prefix of the full model's.
+
+        Args:
+            name: as in the full model without `model.`, the layer's number the full model's.
+            tensor: the prefix.
+        """
+        if name == FINAL_NORM:
+            return tensor if self.norm is None else self.norm.weight.detach()
+        if not name.startswith("layers."):
+            return tensor
+        index, _, rest = name.removeprefix("layers.").partition(".")
+        path, _, kind = rest.rpartition(".")
+        place, _, part = path.rpartition(".")
+        own = getattr(self.layer(int(index)).get_submodule(place), part)
+        if isinstance(own, RMSNorm):
+            return own.weight.detach()
+        return own.add_to(tensor).detach() if isinstance(own, LowRank) and kind == "weight" else tensor
+
+
+class Owned(nn.Module, Parts):
     """What one member of a family owns.
 
     Args:
@@ -103,7 +141,7 @@ class Owned(nn.Module):
         self.norm: RMSNorm | None = final
 
     def layer(self, index: int) -> OwnedLayer:
-        """Return what it owns of the full model's layer of this number."""
+        """See `Parts`."""
         key = str(index)
         return cast(OwnedLayer, self.layers[key]) if key in self.layers else NOTHING
 
@@ -127,19 +165,3 @@ class Owned(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 parameter.copy_(full[name])
-
-    def merge(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the member's tensor of this name, given the prefix of the full model's.
-
-        Args:
-            name: as in the full model without `model.`, the layer's number the full model's.
-            tensor: the prefix.
-        """
-        path, _, kind = name.rpartition(".")
-        try:
-            own = self.get_submodule(path)
-        except AttributeError:
-            return tensor
-        if isinstance(own, RMSNorm):
-            return own.weight.detach()
-        return own.add_to(tensor).detach() if isinstance(own, LowRank) and kind == "weight" else tensor

@@ -12,7 +12,7 @@ from models.elastic.cache import Memory
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, Plan
 from models.elastic.model import ElasticLM
-from models.elastic.owned import Owned
+from models.elastic.owned import Owned, Parts
 from models.elastic.ownership import is_owned
 from models.elastic.request import Request
 
@@ -142,8 +142,9 @@ class View:
 
         They are prefix slices of the full model's, whose memory they share, but for what the member owns.
         """
+        parts = self.model.parts(self.granularity)
         state = {
-            name: self._own(name, tensor)
+            name: self._own(parts, name, tensor)
             for name, tensor in self.model.state_dict().items()
             if not is_owned(name) and not name.startswith("model.layers.")
         }
@@ -152,12 +153,12 @@ class View:
             for name, shape in layer.shapes(self.model.config).items():
                 prefix = full[f"{layer.index}.{name}"][tuple(map(slice, shape))]
                 state[f"model.layers.{position}.{name}"] = self._own(
-                    f"model.layers.{layer.index}.{name}", prefix
+                    parts, f"model.layers.{layer.index}.{name}", prefix
                 )
         return state
 
-    def _own(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor if self.owned is None else self.owned.merge(name.removeprefix("model."), tensor)
+    def _own(self, parts: Parts | None, name: str, tensor: Tensor) -> Tensor:
+        return tensor if parts is None else parts.merge(name.removeprefix("model."), tensor)
 
 
 Model: TypeAlias = ElasticLM | View

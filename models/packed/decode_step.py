@@ -177,9 +177,9 @@ class DecodeStep:
     def _make(self, granularity: Granularity, head: Head) -> "_Member":
         """Return the C struct of a member, but for the dtype of the cache, which comes with each pass."""
         source, config = self._model, self._model.config
-        plans, owned = granularity.resolve(config).layers, source.owned_by(granularity)
+        plans, parts = granularity.resolve(config).layers, source.parts(granularity)
         kept: list[object] = []
-        owns = [NOTHING if owned is None else owned.layer(plan.index) for plan in plans]
+        owns = [NOTHING if parts is None else parts.layer(plan.index) for plan in plans]
         layers = (_Layer * len(plans))(*(self._layer(*one, kept) for one in zip(plans, owns, strict=True)))
         embedding, embedding_type = _stored(source.model.embed_tokens.weight)
         if head.map not in self._heads:
@@ -198,7 +198,7 @@ class DecodeStep:
             epsilon=config.rms_norm_eps,
             embeddings=embedding.data_ptr(),
             outputs=None if outputs is None else outputs.data_ptr(),
-            norm=self._norm((owned and owned.norm) or source.model.norm),
+            norm=self._norm((parts and parts.norm) or source.model.norm),
             head=_map(self._heads[head.map], kept),
             layers=layers,
         )
