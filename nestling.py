@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from models.elastic.granularity import Granularity
     from models.elastic.view import View
     from models.serve.server import serve
-    from train.api import distill, evaluate, extract, train
+    from train.api import distill, evaluate, extract, search, train
 
 __all__ = [
     "Decoder",
@@ -40,6 +40,7 @@ __all__ = [
     "extract",
     "load_model",
     "open_decoder",
+    "search",
     "serve",
     "train",
 ]
@@ -51,7 +52,7 @@ _HOMES = {
     "models.elastic.granularity": ("Granularity",),
     "models.elastic.view": ("View",),
     "models.serve.server": ("serve",),
-    "train.api": ("distill", "evaluate", "extract", "train"),
+    "train.api": ("distill", "evaluate", "extract", "search", "train"),
 }
 
 NEEDED = (

@@ -10,6 +10,7 @@ from models.checkpoint.family import Member
 from models.checkpoint.folder import load_model
 from models.elastic.granularity import Granularity
 from models.measure.consistency import evaluate_family
+from train.commands.choose import Request, choose
 from train.commands.common import open_for_measuring
 from train.commands.console import make_console
 from train.commands.evaluate import MAX_SEQUENCE_LENGTH, choose_members
@@ -18,6 +19,7 @@ from train.data.tokens import load_rows_for
 from train.recipe.recipe import load_recipe
 from train.recipe.shipped import find_recipe
 from train.run.fit import fit
+from train.search.members import Result
 
 
 def train(
@@ -107,6 +109,44 @@ def evaluate(
     rows = load_rows_for(folder, source, longest=MAX_SEQUENCE_LENGTH, text_field=text_field, key="model")
     batches = list(take_batches(rows, max_tokens or rows.num_labels))
     return list(evaluate_family(folder.model, choose_members(folder, names), batches))
+
+
+def search(
+    model: str | Path,
+    data: str | Path,
+    budgets: Sequence[str],
+    *,
+    engine: str | None = None,
+    text_field: str | None = None,
+    max_tokens: int = 16384,
+    evaluations: int = 60,
+) -> Result:
+    """Search for the members that lose least within budgets, as `nestling search --budget` does.
+
+    Args:
+        model: the model folder.
+        data: the text on which members are compared.
+        budgets: such as "params=0.5", "bytes=40MB"; all are kept. "params" alone asks for the frontier.
+        engine: one that must hold the member: hf, padded, vllm, sglang, llama.cpp or mlx.
+        text_field: field that holds the text; None is the one that the model was trained on.
+        max_tokens: tokens to measure on.
+        evaluations: members to measure, at most.
+
+    Returns:
+        What was measured; `best.member` goes to `extract` as text.
+    """
+    source = data if isinstance(data, str) else str(one_path("data", data))
+    request = Request(
+        budgets=texts("budgets", budgets),
+        data=source,
+        text_field=text_field,
+        engine=engine,
+        max_tokens=whole_number("max_tokens", max_tokens),
+        evaluations=whole_number("evaluations", evaluations),
+    )
+    if not request.budgets:
+        raise UsageError('budgets=[] names none; give one or more, as in ["params=0.5"]')
+    return choose(one_path("model", model), request).result
 
 
 def extract(model: str | Path, granularity: str, out: str | Path, *, form: str | None = None) -> Path:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from models.checkpoint.folder import ModelFolder
+    from models.elastic.granularity import Granularity
     from models.measure.latency import LatencyTable
     from train.search.budgets import Budget, Cost
     from train.search.members import Result
@@ -64,6 +65,8 @@ class Request:
     text_field: str | None = None
     engine: str | None = None
     latency_table: Path | None = None
+    gguf_dtype: str | None = None
+    """Dtype of the matrices of the file that is to come out, if it is one for llama.cpp."""
     max_tokens: int = 16384
     evaluations: int = 60
 
@@ -103,6 +106,7 @@ def choose(path: Path, request: Request, *, console: "Console | None" = None) ->
         UsageError: if no member keeps them, or the engine holds none.
     """
     budgets = request.check()
+    from models.checkpoint.gguf import BLOCK, BLOCKS
     from models.measure.token_losses import TokenLosses, losses_path
     from train.search.budgets import holds_unequal
     from train.search.members import MemberSearch
@@ -112,7 +116,9 @@ def choose(path: Path, request: Request, *, console: "Console | None" = None) ->
     folder, batches = open_text(path, request.data, request.text_field, request.max_tokens)
     losses = TokenLosses(folder.model, batches, losses_path(folder.path, batches, "fp32"))
     config = folder.model.config
-    space = Space.of(config, folder.family.values(), unequal=holds_unequal(request.engine, config))
+    unequal = holds_unequal(request.engine, config)
+    multiple = BLOCK if request.gguf_dtype in BLOCKS else 8
+    space = Space.of(config, folder.family.values(), unequal=unequal, multiple=multiple)
     with progress_bar("searching", console=console or make_console(stderr=True)) as bar:
         costs, table = _costs(folder, budgets, space, _weight_bytes(path), request)
         search = MemberSearch(losses, folder.family, space, budgets, costs, bar.show)
@@ -183,9 +189,18 @@ def _costs(
         if kind == "latency":
             table = _latency_table(folder, space, request.latency_table)
             costs[kind] = functools.partial(table.seconds, config)
+        elif kind == "bytes" and request.gguf_dtype is not None:
+            costs[kind] = functools.partial(_file_bytes, folder, request.gguf_dtype)
         else:
             costs[kind] = cost_of(kind, config, weight_bytes=weight_bytes, context=context)
     return costs, table
+
+
+def _file_bytes(folder: "ModelFolder", dtype: str, member: "Granularity") -> float:
+    from models.checkpoint.gguf import count_file_bytes
+    from models.elastic.view import View
+
+    return count_file_bytes(View(folder.model, member), dtype)
 
 
 def _latency_table(folder: "ModelFolder", space: "Space", path: Path | None) -> "LatencyTable":

@@ -106,6 +106,7 @@ def extract(
         text_field=text_field,
         engine=_engine_of(engine, format_, form),
         latency_table=latency_table,
+        gguf_dtype=(dtype or "fp32") if format_ == "gguf" else None,
     )
     search = {} if granularity else _choose(model, request)
     folder = load_model(model)

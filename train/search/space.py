@@ -9,6 +9,8 @@ from models.elastic.granularity import Granularity
 
 FALLBACK = (0.25, 0.5, 0.75, 1.0)
 """FFN fractions where a family has none of its own."""
+LOOSE = 8
+"""Widths in between are multiples of this where nothing asks for more."""
 Layers = tuple[int, ...]
 
 
@@ -62,7 +64,7 @@ class Space:
         family: Iterable[Granularity],
         *,
         unequal: tuple[bool, bool] = (True, True),
-        multiple: int = 8,
+        multiple: int = LOOSE,
     ) -> "Space":
         """Return the space of a family: trained widths, and FFN widths half-way between two of them.
 
@@ -70,12 +72,14 @@ class Space:
             config: the full model's shape.
             family: its members.
             unequal: whether layers may differ in neurons, and in groups.
-            multiple: neurons of widths in between come in multiples of this.
+            multiple: neurons of widths in between come in multiples of this; above `LOOSE` of all widths.
         """
         family = list(family)
         trained = sorted({1.0, *(fraction for one in family for fraction in one.ffn)})
         trained = trained if len(trained) > 1 else list(FALLBACK)
         width = config.intermediate_size
+        if multiple > LOOSE:  # a format of whole blocks holds no other widths
+            trained = [one for one in trained if one == 1 or round(one * width) % multiple == 0]
         between = {
             fraction
             for low, high in itertools.pairwise(trained)

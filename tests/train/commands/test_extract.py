@@ -12,9 +12,20 @@ from tokenizers import Tokenizer
 
 from models.bench.llama import is_installed, open_llama
 from models.checkpoint.folder import load_model
+from models.elastic.config import ElasticConfig
+from models.elastic.granularity import Granularity
 from train.cli import main
 
 Fails = Callable[..., str]
+SHAPE = ElasticConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+"""The shape of configs/tiny.yaml, as far as widths go."""
 
 
 def test_a_member_comes_out_equal(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +79,18 @@ def test_unequal_layers_come_out_equal(
     assert written["form"] == form or form is None
     assert (written["wasted_bytes"] > 0) == (form == "padded")
     assert main(["generate", str(out), "--prompt", "def", "--max-new-tokens", "2"]) == 0
+
+
+def test_bytes_are_those_of_the_file_and_its_blocks(model: Path, text: Path, tmp_path: Path) -> None:
+    out, results = tmp_path / "small.gguf", tmp_path / "extract.json"
+    command = ["extract", str(model), "--budget", "bytes=100kB", "--data", str(text), "--out", str(out)]
+    assert main([*command, "--format", "gguf", "--dtype", "q8_0", "--json", str(results)]) == 0
+    written = json.loads(results.read_text())
+    assert written["search"]["best"]["costs"]["bytes"] <= 100_000
+    assert 0 < written["bytes"] - written["search"]["best"]["costs"]["bytes"] < 40_000  # keys and tokenizer
+    assert all(
+        layer.ffn % 32 == 0 for layer in Granularity.parse(written["granularity"]).resolve(SHAPE).layers
+    )
 
 
 def test_a_budget_chooses_the_member(

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from models.bench.llama import is_installed, open_llama
+from models.bench.llama import is_installed
 from models.checkpoint.launch import launch_lines
+from models.decode.sampling.params import SamplingParams
 from models.measure.pairing import PairCosts
 from train.cli import main
 
@@ -128,11 +129,15 @@ def test_an_extraction_is_replaced_with_force_only(model: Path, tmp_path: Path, 
 @pytest.mark.skipif(not is_installed(), reason="needs the extra `llama`")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_llama_cpp_runs_the_pair_of_files(extract_pair: Callable[..., Path]) -> None:
-    from models.bench.llama import Llamas
+    from models.bench.llama import LlamaEngine, Llamas
 
     out = extract_pair("--pair", "D:XL", "--format", "gguf")
     fields = json.loads((out / "pair.json").read_text())
     assert "--spec-type draft-simple" in fields["engines"]["llama.cpp"]["command"]
-    llamas = Llamas(out / "target.gguf", 40, out / "draft.gguf")
-    assert llamas.target is not None
-    assert open_llama(out / "draft.gguf", 8, vocab_only=True).n_vocab() == llamas.target.n_vocab()
+    tokens = [3, 60, 21, 21, 5]
+    drafted, plain = (
+        LlamaEngine(llamas=Llamas(out / "target.gguf", 40, draft), params=SamplingParams(temperature=0.0))
+        for draft in (out / "draft.gguf", None)
+    )
+    ids = drafted.decode(tokens, max_new_tokens=12, seed=0).ids
+    assert ids == plain.decode(tokens, max_new_tokens=12, seed=0).ids
