@@ -117,7 +117,8 @@ def plan_step(
     if config.kind == "rows":
         size = min(config.min_rows, num_rows)
         # `row_fraction` of the rows, in slots of `min_rows`: 1/16 of 16 rows is a slot of 4 in every 4th step
-        counts = _count_slots(narrow, config.row_fraction * num_rows / size, seed, step)
+        turns = [name for name in narrow for _ in range((config.turns or {}).get(name, 1))]
+        counts = _count_slots(turns, config.row_fraction * num_rows / size, seed, step)
         rows_of = _divide(counts, size, num_rows)
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
     every = config.exit_stride if config.kind == "rows" else 1
@@ -134,8 +135,8 @@ def plan_step(
 def _count_slots(names: list[str], slots_per_step: float, seed: int, step: int) -> Counter[str]:
     """Count each member's slots in a step, in the order of the first ones; with few slots a step, often none.
 
-    Each member has one slot in a cycle, in an order that is drawn for each cycle: in a fixed order, every
-    n-th step, which the log shows, might have the same member forever.
+    A member has a slot in a cycle for each time that it is named, in an order drawn for each cycle: in
+    a fixed order, every n-th step, which the log shows, might have the same member forever.
     """
     # The slots of a run are numbered through; a fraction of a slot a step adds up to one now and then.
     number, last = (math.floor(count * slots_per_step) for count in (step, step + 1))
@@ -143,8 +144,8 @@ def _count_slots(names: list[str], slots_per_step: float, seed: int, step: int) 
     while names and number < last:
         cycle, index = divmod(number, len(names))
         whole = (last - number) // len(names)
-        if whole and index == 0 and len(counts) == len(names):  # whole cycles change no order
-            counts.update(dict.fromkeys(names, whole))
+        if whole and index == 0 and len(counts) == len(set(names)):  # whole cycles change no order
+            counts.update(names * whole)
             number += whole * len(names)
             continue
         order = random.Random(f"turns {seed} {cycle}").sample(names, len(names))

@@ -6,6 +6,7 @@ Nothing here imports torch, so that the command line's help is quick.
     recipe = load_recipe([Path("configs/tiny.yaml")], ["trainer.max_steps=100", "--family.S", "ffn=0.5"])
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -215,6 +216,16 @@ def _owned_problems(recipe: Recipe) -> list[str]:
     return []
 
 
+def _narrow(recipe: Recipe) -> list[str]:
+    """Return the members that have a pass of their own, as far as they fit the model."""
+    found = []
+    for name, text in recipe.family.items():
+        with contextlib.suppress(UsageError):
+            if not Granularity.parse(text, {}).resolve(recipe.model).is_layer_prefix:
+                found.append(name)
+    return found
+
+
 def _sampler_problems(recipe: Recipe) -> list[str]:
     sampler, names = recipe.sampler, {*recipe.family, FULL_NAME}
     if recipe.data.sequence_length % sampler.exit_stride:
@@ -222,6 +233,12 @@ def _sampler_problems(recipe: Recipe) -> list[str]:
         fits = max(every for every in range(1, sampler.exit_stride) if length % every == 0)
         shown = f"sampler.exit_stride={sampler.exit_stride}"
         return [f"{shown}: it must divide data.sequence_length={length}; set it to {fits}"]
+    if sampler.turns is not None:
+        shown, narrow = f"sampler.turns={show(sampler.turns)}", sorted(_narrow(recipe))
+        if sampler.kind != "rows":
+            return [f"{shown}: has no effect with sampler.kind={sampler.kind}; set that to rows"]
+        if unknown := sorted(set(sampler.turns) - set(narrow)):
+            return [f"{shown}: {unknown[0]} has no pass of its own; those that have: {', '.join(narrow)}"]
     if sampler.probabilities is None:
         return []
     shown = f"sampler.probabilities={show(sampler.probabilities)}"

@@ -96,6 +96,9 @@ class SamplerConfig:
     """Fraction of a member's rows trained on the full model's keys and values, as a draft decodes."""
     block: Count = 5
     """Drafted tokens of a block in shared-cache training."""
+    turns: Annotated[dict[str, Count] | None, BeforeValidator(without_nulls)] = None
+    """Rows of each member by name (kind rows), relative to those of the others; null: all alike. A small
+    member costs less and needs more."""
     probabilities: Annotated[dict[str, NonNegative] | None, BeforeValidator(without_nulls)] = None
     """Weight of each member by name (kind random); null: all alike."""
     num_random: Natural = 1

@@ -32,7 +32,7 @@ FREE_TO_CHANGE = (
     "distill.timeout",
 )
 """Sections and keys of a recipe that a resumed run may change."""
-FREE_NAMES = ("family.", "sampler.probabilities.")
+FREE_NAMES = ("family.", "sampler.probabilities.", "sampler.turns.")
 """Tables whose keys are the user's own."""
 TOLD = ("max_steps", "batch_size", "accumulate_grad_batches", "gradient_clip_val")
 """Keys of `trainer` that change what a resumed run computes."""

@@ -61,6 +61,18 @@ def test_a_member_waits_until_its_rows_have_come_together() -> None:
     assert [bool(step) for step in slots] == [False, False, False, True] * 6
 
 
+def test_members_have_rows_by_their_turns() -> None:
+    for fraction in (1 / 16, 0.5, 1.0):
+        plans = [plan("rows", step, row_fraction=fraction, min_rows=1, turns={"S": 3}) for step in range(160)]
+        rows: Counter[str] = Counter()
+        for made in plans:
+            rows.update({slot.name: len(slot.rows) for slot in made.slots})
+            taken = [row for slot in made.slots for row in slot.rows]
+            assert len(taken) == len(set(taken))
+        assert rows["S"] == pytest.approx(3 * rows["M"], abs=6)
+        assert rows["M"] == pytest.approx(rows["L"], abs=3)
+
+
 def test_no_stride_of_steps_sees_the_same_member_for_ever() -> None:
     for stride in (4, 8, 12, 20):
         plans = [

@@ -235,6 +235,8 @@ def test_the_full_model_may_be_named_in_a_family_and_still_comes_last() -> None:
     ("overrides", "remedy"),
     [
         (["sampler.probabilities.S=1"], "set that to random"),
+        (["sampler.turns.D=2"], "D has no pass of its own; those that have: L, M, S"),
+        (["sampler.turns.S=2", "sampler.kind=all"], "set that to rows"),
         (["sampler.kind=random", "sampler.probabilities.Z=1"], "Z is not in the family"),
         (["sampler.kind=random", "sampler.probabilities.S=0"], "above 0"),
         (["model.max_position_embeddings=100"], "data.sequence_length=256"),
@@ -282,7 +284,7 @@ def test_a_saved_recipe_reads_back_equal(recipe: Recipe, tmp_path_factory: pytes
 
 def test_every_setting_has_a_row_of_help() -> None:
     def keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-        inner = {"family", "probabilities"}
+        inner = {"family", "probabilities", "turns"}
         nested = [
             keys(value, f"{prefix}{name}.")
             if isinstance(value, dict) and name not in inner
