@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train.objective.flops import count_step_flops
+from train.recipe.dials import MEMBERS
 from train.recipe.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -54,29 +55,33 @@ def _small(member: str, **settings: bool) -> Arm:
     return Arm(name, (*NO_FAMILY, SMALL[member]), member=member, **settings)
 
 
-TODAY = ("sampler.exit_stride=4", "loss.fade_to=0.1")
-"""The defaults."""
+BEFORE = ("sampler.exit_stride=4", "loss.fade_to=0.1")
+"""The defaults before members owned anything."""
 
 
-def _owned(name: str, *overrides: str, factor: float = 0.3) -> Arm:
-    """Return a family whose members own their norms, in 1.25 times the operations of the full model."""
-    pull = (f"loss.narrow_gradient={factor}", f"loss.exit_gradient={factor}")
-    rows = ("sampler.row_fraction=0.375", "sampler.exit_stride=4", "loss.fade_to=1.0")
-    return Arm(f"own norms{name}, x {factor:g}", ("owned.norms=true", *pull, *rows, *overrides))
+def _preset(members: str, *overrides: str, change: str = "") -> Arm:
+    """Return the family of a preset, `members=...`, with something changed if so said, of S, L and D."""
+    settings = {key: value for key, value in MEMBERS[members].items() if key != "family"}
+    own = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())
+    return Arm(members + (f", {change}" if change else ""), (*own, *overrides))
 
 
 KL = "loss.divergence=forward_kl"
-OWNED = (
-    _owned(""),
-    _owned(", forward_kl", KL),
-    _owned(", rank 8", "owned.rank=8"),
-    _owned(", rank 8, forward_kl", "owned.rank=8", KL),
-    _owned(", rank 8, forward_kl", "owned.rank=8", KL, factor=1.0),
-    _owned(", rank 8, forward_kl", "owned.rank=8", KL, factor=0.1),
-    _owned(", rank 8, forward_kl, fade_to 0.1", "owned.rank=8", KL, "loss.fade_to=0.1"),
-    _owned(", rank 8, cross_entropy", "owned.rank=8", "loss.divergence=cross_entropy"),
-    _owned(", rank 8, forward_kl, 1/8 of the rows", "owned.rank=8", KL, "sampler.row_fraction=0.125"),
-    _owned(", 1/2 of the rows, exit_stride 1", "sampler.row_fraction=0.5", "sampler.exit_stride=1"),
+PRESETS = (
+    _preset("even"),
+    _preset("light"),
+    _preset("draft"),
+    _preset("even", KL, change="forward_kl"),
+    _preset("even", "loss.divergence=cross_entropy", change="cross_entropy"),
+    _preset("even", "owned.rank=0", change="norms alone"),
+    _preset("even", "owned.norms=false", "owned.rank=0", change="nothing owned"),
+    _preset("even", "loss.narrow_gradient=1", "loss.exit_gradient=1", change="gradients x 1"),
+    _preset("even", "loss.narrow_gradient=0.1", "loss.exit_gradient=0.1", change="gradients x 0.1"),
+    _preset("even", "loss.fade_to=0.1", change="fade_to 0.1"),
+    _preset("even", "sampler.row_fraction=0.125", change="row_fraction 1/8"),
+    _preset(
+        "even", "sampler.row_fraction=0.5", "sampler.exit_stride=1", change="row_fraction 1/2, exit_stride 1"
+    ),
 )
 
 ARMS = (
@@ -99,9 +104,9 @@ ARMS = (
     Arm("exit_stride 4", ("sampler.exit_stride=4",)),
     Arm("shared_cache 1", ("sampler.shared_cache=1",)),
     Arm("exit_stride 4, fade_to 0.25", ("sampler.exit_stride=4", "loss.fade_to=0.25")),
-    Arm("exit_stride 4, fade_to 0.1", TODAY),
+    Arm("exit_stride 4, fade_to 0.1", BEFORE),
     Arm("MatFormer", ("sampler.kind=all", "loss.divergence=cross_entropy", "sampler.shared_cache=0")),
-    *OWNED,
+    *PRESETS,
     _small("L"),
     _small("S", extra=True),
     _small("D", extra=True),
@@ -109,7 +114,7 @@ ARMS = (
     _small("D", taught=True, extra=True),
 )
 DEFAULT = "exit_stride 4, fade_to 0.1"
-"""The arm of today's defaults."""
+"""The arm of the defaults."""
 FIRST = 14
 """The number of arms that get all their seeds before the others get their first."""
 

@@ -27,16 +27,17 @@ Runs: TypeAlias = Mapping[Run, Found]
 
 NOTE = "<!-- generated from runs.json by `python docs/study.py`; do not edit -->"
 INTRODUCTION = """\
-`configs/study.yaml` (1.1M parameters, 922,000 tokens), each time with one thing changed against `base`,
-which is the defaults but for its `exit_stride` of 2 and losses that do not fade: the defaults are the row
-`exit_stride 4, fade_to 0.1`. Means over the seeds; "against alone" is the mean and the standard error of the
-paired differences in the full model's loss, in percent. Loss in nats per token of held-out text; alpha:
-expected acceptance of a drafted token, by the member's own keys and values or, "in place", by the full
-model's, as it decodes. `S alone` and `D alone` are models of that shape trained on the same tokens by
-themselves, the distilled ones with the full model alone as a frozen teacher, by the loss that members learn
-from; their alpha is against the full model alone. "In the extra time": on no more tokens than fit into a
-third of the 25 % of time that a family may cost beyond its full model. Time: of a step, beside the full model
-alone. `MatFormer` is the reference recipe: every member on every row, cross-entropies, summed.
+`configs/study.yaml` (1.1M parameters, 922,000 tokens) is trained each time with one thing changed: against
+`base`, whose members own nothing and pull at the shared weights as hard as the full model, or against the
+preset `members=even`, the defaults. `exit_stride 4, fade_to 0.1` is what the defaults were before. Means over
+the seeds; "against alone" is the mean and the standard error of the paired differences in the full model's
+loss, in percent. Loss in nats per token of held-out text; alpha: expected acceptance of a drafted token, by
+the member's own keys and values or, "in place", by the full model's, as it decodes. `S alone` and `D alone`
+are models of that shape trained on the same tokens by themselves, the distilled ones with the full model
+alone as a frozen teacher, by the loss that members learn from; their alpha is against the full model alone.
+"In the extra time": on no more tokens than fit into a third of the 25 % of time that a family may cost beyond
+its full model. Time: of a step, beside the full model alone. `MatFormer` is the reference recipe: each member
+on all rows, cross-entropies, summed.
 So small a model, so early in its training, shows directions, not the size of an effect in yours."""
 
 
