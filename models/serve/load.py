@@ -10,7 +10,7 @@ d is a draft's pass on n tokens, t the target's, tau the tokens of a round that 
 promises. Who drafts how much never changes a text, only its speed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import median
@@ -49,10 +49,17 @@ def measure_passes(target: Model, draft: Scorer) -> PassCosts:
     return PassCosts(_time(target), _time(draft))
 
 
-def _time(model: Scorer) -> dict[int, float]:
+def tokens_within(model: Model, seconds: float) -> int:
+    """Return how many tokens of prompts a pass may read to take about so long, from 64 to 512."""
+    times = _time(model, SIZES[-1:])
+    size, measured = next(iter(times.items()), (1, seconds))
+    return max(64, min(512, int(size * seconds / measured)))
+
+
+def _time(model: Scorer, sizes: Sequence[int] = SIZES) -> dict[int, float]:
     cache = filled_cache(model.full, SIZES[-1])
     seconds = {}
-    for size in (size for size in SIZES if size <= cache.num_positions - cache.length):
+    for size in (size for size in sizes if size <= cache.num_positions - cache.length):
         work = one_pass(model, cache, size)
         work()
         times = []

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
 
@@ -23,6 +23,7 @@ from models.base.processor import free_memory_bytes
 from models.decode.decoder import Decoder
 from models.serve.app import Service, make_app
 from models.serve.guard import Guard
+from models.serve.load import tokens_within
 from models.serve.metrics import Metrics
 from models.serve.protocol import MAX_FRAME
 from models.serve.served import default_name, serve_family
@@ -31,6 +32,8 @@ from models.serve.worker import Limits, Worker
 
 LEAST_TOKEN = 16
 KEEP_ALIVE = 75
+CHUNK_SECONDS = 0.05
+"""What a pass may take longer because it reads some of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,8 @@ class Server(uvicorn.Server):
         self.address, self.metrics, self._on_ready = address, Metrics(kv_budget=limits.kv_bytes), on_ready
         self.models, load = serve_family(decoder, name)
         self._loop: asyncio.AbstractEventLoop | None = None
+        chunk = tokens_within(decoder.folder.model, CHUNK_SECONDS)
+        limits = replace(limits, prefill_chunk=min(limits.prefill_chunk, chunk))
         self.worker = Worker(limits, self._post, self.metrics, load)
         service = Service(
             decoder=decoder,

@@ -60,13 +60,8 @@ class Limits:
     """The most texts that wait."""
     kv_bytes: int = 2**30
     """Memory of keys and values."""
-    prefill_chunk: int = 128
-    """The most tokens of a prompt that one pass reads, so that a long prompt delays nobody for long."""
-
-    @property
-    def pass_tokens(self) -> int:
-        """The most tokens of a pass: those of all texts, and some of a prompt."""
-        return 16 * self.batch + self.prefill_chunk
+    prefill_chunk: int = 512
+    """The most tokens of prompts that one pass reads, so that a long prompt delays nobody for long."""
 
 
 class Worker:
@@ -85,7 +80,7 @@ class Worker:
         self._queue: deque[Job] = deque()
         self._cancelled: set[Job] = set()
         self._stops = False
-        self._scheduler = BatchScheduler[Any](limits.pass_tokens)
+        self._scheduler = BatchScheduler[Any](limits.prefill_chunk)
         self._new_tasks: deque[Task] = deque()
         self._tasks: dict[int, Task] = {}
         self._prefixes = Prefixes(limits.kv_bytes)

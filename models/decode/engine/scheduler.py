@@ -24,6 +24,8 @@ from models.elastic.request import Request
 from models.elastic.view import Scorer
 from models.kernels.sample import Draws
 
+LONGEST_ROUND = 32
+"""Tokens of a pass that may be a round of drafts; a longer one reads a prompt."""
 Result = TypeVar("Result")
 Event = TypeVar("Event")
 
@@ -73,11 +75,12 @@ class BatchScheduler(Generic[Event]):
     Passes that draft go first, so that the target scores the drafts of all.
 
     Args:
-        max_tokens: the most tokens of a pass, unless a single request has more; None sets no limit.
+        prompt_tokens: the most tokens of prompts in a pass that others share, unless one request has more;
+            None sets no limit.
     """
 
-    def __init__(self, max_tokens: int | None = None) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, prompt_tokens: int | None = None) -> None:
+        self._prompt_tokens = prompt_tokens
         self._requests: dict[int, Events[Event]] = {}
         self._waiting: dict[int, Pass] = {}
 
@@ -98,7 +101,7 @@ class BatchScheduler(Generic[Event]):
 
     def step(self) -> list[tuple[int, Event]]:
         """Run one pass, of all requests that can share it; return what they emit, with their numbers."""
-        group = _next_group(self._waiting, self._max_tokens)
+        group = _next_group(self._waiting, self._prompt_tokens)
         if not group:
             return []
         with torch.inference_mode():
@@ -157,7 +160,7 @@ def _send(events: Events[Event], logits_TV: Tensor | None) -> Pass | Sequence[Ev
         return None
 
 
-def _next_group(waiting: Mapping[int, Pass], max_tokens: int | None) -> list[int]:
+def _next_group(waiting: Mapping[int, Pass], prompt_tokens: int | None) -> list[int]:
     """Return requests whose passes become the next one.
 
     Drafts go first, since the target waits for them; among targets the one that has waited longest.
@@ -169,17 +172,18 @@ def _next_group(waiting: Mapping[int, Pass], max_tokens: int | None) -> list[int
     def drafts(group: list[int]) -> int:
         return sum(waiting[number].is_draft for number in group)
 
-    return _within(max(groups.values(), key=drafts, default=[]), waiting, max_tokens)
+    group = max(groups.values(), key=drafts, default=[])
+    return group if prompt_tokens is None else _few_of_prompts(group, waiting, prompt_tokens)
 
 
-def _within(group: list[int], waiting: Mapping[int, Pass], max_tokens: int | None) -> list[int]:
-    """Return what fits into one pass, short passes first: a long prompt is not to delay them."""
-    if max_tokens is None:
-        return group
-    room, kept = max_tokens, list[int]()
-    for number in sorted(group, key=lambda number: len(waiting[number].ids)):
-        room -= len(waiting[number].ids)
-        if kept and room < 0:
+def _few_of_prompts(group: list[int], waiting: Mapping[int, Pass], prompt_tokens: int) -> list[int]:
+    """Leave out what would delay the others: of long passes, those that are not the first few."""
+    lengths = {number: len(waiting[number].ids) for number in group}
+    kept = [number for number in group if lengths[number] <= LONGEST_ROUND]
+    room = prompt_tokens
+    for number in (number for number in group if lengths[number] > LONGEST_ROUND):
+        if room < prompt_tokens and lengths[number] > room:
             break
         kept.append(number)
+        room -= lengths[number]
     return kept

@@ -9,6 +9,7 @@ from models.decode.engine.draft import ModelDraft, NestedDraft
 from models.decode.engine.engine import Stream, stream, stream_batch
 from models.decode.engine.lookup import LookupDraft
 from models.decode.engine.policy import Fixed, Policy
+from models.decode.engine.scheduler import BatchScheduler, Events, Pass
 from models.decode.sampling.params import SamplingParams
 from models.decode.sampling.rng import SeededRandom
 from models.elastic.granularity import Granularity
@@ -143,3 +144,26 @@ def test_one_stream_may_be_taken_whole_before_the_others(model: ElasticLM) -> No
     streams = stream_batch(model, PROMPTS, max_new_tokens=9)
     for row in (2, 0, 3, 1):
         assert [token.id for token in streams[row]] == whole[row]
+
+
+def test_of_prompts_a_pass_reads_a_few_tokens_and_of_rounds_all(make_model: Callable[..., ElasticLM]) -> None:
+    model = make_model(max_position_embeddings=512)
+    sizes = list[list[int]]()
+
+    def request(*counts: int) -> Events[int]:
+        for count in counts:
+            yield Pass(model, [0] * count, model.new_cache(count), num_last=1)
+        yield [sum(counts)]
+
+    scheduler = BatchScheduler[int](prompt_tokens=100)
+    for number, counts in enumerate([(1, 1), (60,), (60,), (5,), (200,), (40,)]):
+        assert scheduler.add(number, request(*counts)) == []
+    events = list[tuple[int, int]]()
+    while len(scheduler):
+        before = {number: len(one.ids) for number, one in scheduler._waiting.items()}
+        events += scheduler.step()
+        after = scheduler._waiting
+        sizes.append(sorted(count for number, count in before.items() if number not in after))
+    assert sizes[0] == [5, 60], "and the first token of the request that goes on"
+    assert sorted(events) == [(0, 2), (1, 60), (2, 60), (3, 5), (4, 200), (5, 40)]
+    assert [200] in sizes, "a request with more than the limit runs all the same"
