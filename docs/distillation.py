@@ -46,8 +46,8 @@ ARMS: Mapping[str, str] = {
     "half the rows written by the teacher": f"{TAUGHT} distill.written_fraction=0.5 distill.writer=teacher",
 }
 K = 16
-VALID_TOKENS = 30_000
-NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS, GAMMA = 24, 16, 64, 4
+VALID_TOKENS = 12_000
+NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS, GAMMA = 16, 16, 48, 4
 
 
 def main() -> None:
@@ -57,7 +57,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--documents", type=int, default=400)
     given = parser.parse_args()
     teacher = load_model(given.teacher, dtype=torch.float32)
     rows = load_rows_for(teacher, given.valid, longest=128, text_field=None, key="--teacher")
@@ -103,7 +104,8 @@ def table(document: Mapping[str, Any]) -> str:
 
 def train(given: argparse.Namespace, out: Path, words: str) -> None:
     """Train a student."""
-    data = f"data.source={given.data} data.valid={given.valid} data.cache_dir={given.runs}/data"
+    data = f"data.source={given.data} data.valid={given.valid} data.cache_dir={given.runs}/data "
+    data += f"data.max_documents={given.documents}"
     said = " ".join([SHAPE, SCHEDULE, data, words])
     said = said.format(teacher=given.teacher, runs=given.runs, steps=given.steps)
     fit(load_recipe(overrides=said.split()), out, console=Console(quiet=True))

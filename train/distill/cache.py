@@ -120,7 +120,7 @@ class CachedTeacher:
             raise UsageError(f"{shown}: {error}") from None
         try:
             self._check_made_from(made_from, shown)
-            write_json(self.folder / FILE, {**made_from, "path": self.record["path"]})
+            write_json(self.folder / FILE, {**self.record, **made_from})
             sweep(self.folder)
             self._fill(rows, console, shown)
         finally:

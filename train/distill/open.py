@@ -18,12 +18,13 @@ from rich.console import Console
 
 from models.base.dtypes import DTYPES
 from models.base.errors import NestlingError, UsageError
+from models.base.files import read_json
 from models.base.paths import is_url
 from models.checkpoint.folder import load_model, read_config
 from models.checkpoint.gguf_read import is_gguf
 from models.checkpoint.weights import hash_weights
 from train.data.tokenizer import MIXED_TEXT, TextTokenizer, load_tokenizer
-from train.distill.cache import CachedTeacher, ModelSource, Source
+from train.distill.cache import FILE, CachedTeacher, ModelSource, Source
 from train.distill.endpoint import Endpoint, EndpointTeacher, check_endpoint
 from train.distill.forms import Everything, Form, TopK, make_form
 from train.distill.stock import StockTeacher, load_stock_teacher, read_stock_shape
@@ -174,10 +175,25 @@ def _check_served(recipe: Recipe) -> tuple[str, TeacherShape]:
             f"loss.temperature={recipe.loss.temperature:g}: {shown} tells its probabilities at 1; set it to 1"
         )
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    name = check_endpoint(Endpoint(url, recipe.distill.timeout), recipe.distill.model, tokenizer)
+    name = _name_in_cache(recipe) or check_endpoint(
+        Endpoint(url, recipe.distill.timeout), recipe.distill.model, tokenizer
+    )
     note = "is asked for each row, which is slow; keep its answers with --cache"
     shape = TeacherShape(vocab_size=tokenizer.vocab_size, note="" if recipe.distill.cache else note)
     return name, shape
+
+
+def _name_in_cache(recipe: Recipe) -> str | None:
+    """Return the name of the served model whose words a cache holds: its server need not run any more."""
+    if recipe.distill.cache is None or not (_path(recipe.distill.cache) / FILE).is_file():
+        return None
+    kept = read_json(_path(recipe.distill.cache) / FILE)
+    name = kept.get("model")
+    same = kept.get("path") == (recipe.loss.teacher or "").rstrip("/") and recipe.distill.model in (
+        None,
+        name,
+    )
+    return name if same and isinstance(name, str) else None
 
 
 def _open_served(recipe: Recipe) -> Teacher:

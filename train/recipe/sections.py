@@ -40,8 +40,8 @@ class ModelConfig:
     """The full model, in Hugging Face's names; the vocabulary comes from the tokenizer."""
 
     from_: Annotated[str | None, Field(alias="from")] = None
-    """Folder or GGUF file of a model to begin from, which gives the shape, the tokenizer and, if it has one,
-    the family; null: random weights."""
+    """Folder or GGUF file of a model to begin from, which gives the shape (fewer layers or neurons are a
+    prefix of it), the tokenizer and, if it has one, the family; null: random weights."""
     train: Literal["joint", "owned"] = "joint"
     """joint: all weights train; owned: only what members own (section owned), and the full model's tensors
     stay as model.from has them, bit for bit."""

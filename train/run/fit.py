@@ -90,10 +90,10 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
     keep_freed_memory()
     fabric = make_fabric(recipe.trainer)
     console = console if fabric.is_global_zero else Console(quiet=True)
-    if recipe.distill.written_fraction and fabric.world_size > 1:
+    if recipe.distill.written_fraction and (fabric.world_size > 1 or recipe.trainer.strategy == "fsdp"):
         raise UsageError(
-            f"distill.written_fraction={recipe.distill.written_fraction:g}: needs one process, here are "
-            f"{fabric.world_size}; set trainer.devices=1"
+            f"distill.written_fraction={recipe.distill.written_fraction:g}: needs one process that has the "
+            "whole model; set trainer.devices=1 and trainer.strategy=auto"
         )
     with Signals(max_seconds=recipe.trainer.max_seconds) as signals, RunLock(out) as lock:
         if fabric.is_global_zero:

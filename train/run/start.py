@@ -4,6 +4,7 @@ Its weights are read once, at step 0; a run that goes on reads its own state. Wh
 it (`loss.trust`), a frozen copy teaches beside it, as a teacher of `loss.teacher` would.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from tokenizers import Tokenizer
 from models.base.dtypes import DTYPES
 from models.base.errors import NestlingError, UsageError
 from models.checkpoint.folder import ModelFolder, load_model
-from models.checkpoint.weights import hash_weights, weights_of
+from models.checkpoint.weights import hash_weights, model_from, weights_of
 from models.elastic.config import ElasticConfig
+from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.view import View
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.distill.open import check_teacher
 from train.objective.teacher import ElasticTeacher, TeacherShape
@@ -64,7 +67,13 @@ def check_start(recipe: Recipe) -> ElasticConfig | None:
     start = recipe.model.from_
     if start is None:
         return None
-    config = read_start_config(start)
+    theirs = read_start_config(start)
+    config = cut_shape(recipe, theirs)
+    if recipe.model.train == "owned" and config != theirs:
+        raise UsageError(
+            f"model.train=owned: the full model stays that of model.from={start}; leave "
+            "model.num_hidden_layers and model.intermediate_size out"
+        )
     wrong = [
         f"model.{name}={getattr(recipe.model, name)}: is {value} in model.from={start}; leave it out"
         for name, value in shape_of(config).items()
@@ -74,6 +83,20 @@ def check_start(recipe: Recipe) -> ElasticConfig | None:
         raise UsageError("\n".join(wrong))
     check_same_tokenizer(recipe, load_tokenizer(start, key="model.from"), f"model.from={start}")
     return config
+
+
+def cut_shape(recipe: Recipe, config: ElasticConfig) -> ElasticConfig:
+    """Return the shape that a run begins with: the model's own, or with its first layers and neurons alone.
+
+    Args:
+        recipe: The run.
+        config: The shape of the model that it begins from.
+    """
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=min(recipe.model.num_hidden_layers, config.num_hidden_layers),
+        intermediate_size=min(recipe.model.intermediate_size, config.intermediate_size),
+    )
 
 
 def check_same_tokenizer(recipe: Recipe, theirs: TextTokenizer, shown: str) -> None:
@@ -126,7 +149,7 @@ def check_taught(recipe: Recipe) -> TeacherShape | None:
     start, teacher = check_start(recipe), check_teacher(recipe)
     if teacher is not None or start is None or not recipe.loss.trust:
         return teacher
-    return TeacherShape.of(start)
+    return TeacherShape.of(read_start_config(recipe.model.from_ or ""))
 
 
 def open_original(recipe: Recipe, start: Start | None, dtype: str) -> ElasticTeacher | None:
@@ -138,9 +161,17 @@ def open_original(recipe: Recipe, start: Start | None, dtype: str) -> ElasticTea
 
 
 def load_start(recipe: Recipe) -> ElasticLM:
-    """Return the model of `model.from` in fp32, ready to train."""
+    """Return the model of `model.from` in fp32, or the prefix that the recipe asks for, ready to train."""
     assert recipe.model.from_ is not None
-    return _load(recipe.model.from_).model.train()
+    model = _load(recipe.model.from_).model
+    config = cut_shape(recipe, model.config)
+    if config == model.config:
+        return model.train()
+    layers = ":".join(map(str, range(config.num_hidden_layers)))
+    fraction = config.intermediate_size / model.config.intermediate_size
+    view = View(model, Granularity.parse(f"layers={layers},ffn={fraction!r}", {}))
+    assert view.config == config, (view.config, config)
+    return model_from(config, view.state_dict()).train()
 
 
 def hash_tensors(model: ElasticLM) -> str:

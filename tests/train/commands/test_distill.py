@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from models.checkpoint.folder import load_model
+from models.elastic.granularity import Granularity
+from models.elastic.view import View
 from train.cli import main
 from train.data.tokenizer import train_bpe
+from train.recipe.recipe import load_recipe
+from train.run.start import load_start
 
 TINY = str(Path(__file__).parents[3] / "configs" / "tiny.yaml")
 Fails = Callable[..., str]
@@ -188,3 +192,23 @@ def test_a_cache_is_made_alone_then_read(
     assert f"16 tokens a position (topk), read from {cache}" in " ".join(capsys.readouterr().out.split())
     assert "give --cache DIR" in fails("distill", model, *words, "--cache-only", code=2)
     assert str(model) in fails("distill", model, *words, "--cache", model / "inside", code=2)
+
+
+def test_a_student_may_begin_as_a_prefix_of_its_teacher(model: Path, tmp_path: Path, fails: Fails) -> None:
+    words = ["loss.teacher={0}", "model.from={0}", "model.num_hidden_layers=1", "model.intermediate_size=48"]
+    small = ["family={}", "data.sequence_length=32"]
+    recipe = load_recipe(overrides=[word.format(model) for word in words] + small)
+    ours, theirs = load_start(recipe), load_model(model).model
+    assert (ours.config.num_hidden_layers, ours.config.intermediate_size) == (1, 48)
+    view = View(theirs, Granularity.parse(f"layers=0,ffn={48 / theirs.config.intermediate_size}", {}))
+    for name, tensor in view.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    student = load_model(train_briefly(model, tmp_path / "run", f"model.from={model}", "optim.lr=1e-9"))
+    assert student.model.config.num_hidden_layers == 1
+    close = student.model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    torch.testing.assert_close(
+        close, theirs.state_dict()["model.layers.0.mlp.up_proj.weight"], atol=1e-6, rtol=0
+    )
+    words = [*words[:2], "model.num_hidden_layers=99"]
+    line = fails("train", *[word.format(model) for word in words], *small, "--out", tmp_path / "no", code=2)
+    assert "model.num_hidden_layers=99: is 3 in model.from" in line

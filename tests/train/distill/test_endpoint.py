@@ -131,6 +131,9 @@ def test_a_student_learns_from_it_with_and_without_a_cache_alike(
     cached = load_model(fit(kept, tmp_path / "cached", console=QUIET)).model
     for ours, theirs in zip(cached.parameters(), online.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    server.asked = 0
+    fit(kept, tmp_path / "again", console=QUIET)
+    assert server.asked == 0, "once a cache is whole, its server need not run"
 
 
 def test_one_that_stops_answering_is_told_in_a_line_and_nothing_is_lost(
