@@ -98,8 +98,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         NestlingError: if the disk refuses.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; the library's own files are the user's alone
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:
         raise NestlingError(f"cannot write {path}: {error}; free some space") from error
 

@@ -15,6 +15,7 @@
 #include <stdlib.h>
 
 #include "decode_layers.h"
+#include "pack_rows.h"
 
 /* The instruction set that this was compiled for, in 32 bytes. */
 const char nestling_instructions[32] =

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.kernels.blocks import BLOCK, BlockTensor
+from models.kernels.build import library
 from models.kernels.codes import BITS, FOUR_BITS, quantize
 
 AT_ONCE = 2**22
@@ -27,6 +28,7 @@ INPUTS_PER_ENTRY = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, FOUR_BIT
 """Inputs that an entry of a panel holds, in the dtypes that there are panels for."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, FOUR_BITS: 3}
 """The number by which decode_step.c knows a dtype."""
+_COMPILED = (torch.float32, torch.bfloat16, torch.int8)
 BLOCK_TYPES = {"Q8_0": 4, "Q4_0": 5, "Q4_1": 6}
 """The number by which it knows weights in blocks."""
 
@@ -100,11 +102,12 @@ def make_panels(
     """
     rows, columns = weight_OI.shape
     dtype_or_blocks = dtype if dtype is not None or isinstance(weight_OI, BlockTensor) else weight_OI.dtype
+    compiled = _pack_compiled(weight_OI.detach(), dtype_or_blocks, head_dim)
     each = head_dim or PANEL
-    count = max(1, AT_ONCE // (columns * each)) * each
+    count = rows if compiled is not None else max(1, AT_ONCE // (columns * each)) * each
     whole: list[Tensor] = []
     for first in range(0, rows, count):
-        some = _pack_rows(weight_OI[first : first + count].detach(), dtype_or_blocks, head_dim)
+        some = compiled or _pack_rows(weight_OI[first : first + count].detach(), dtype_or_blocks, head_dim)
         if count >= rows:
             whole = some
             break
@@ -121,6 +124,44 @@ def make_panels(
         columns,
         BLOCK_TYPES[cast(BlockTensor, weight_OI).kind] if dtype_or_blocks is None else TYPES[dtype_or_blocks],
     )
+
+
+class _Packing(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("source", "type", "rows", "columns", "stride", "head_rows")),
+        ("panels", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+    )
+
+
+def _pack_compiled(weight_OI: Tensor, dtype: torch.dtype | None, head_dim: int) -> list[Tensor] | None:
+    """Return what `_pack_rows` does, by compiled code; None where that has no part in it."""
+    if dtype not in _COMPILED or isinstance(weight_OI, BlockTensor) or weight_OI.dtype not in _COMPILED[:2]:
+        return None
+    compiled = library() if weight_OI.device.type == "cpu" and weight_OI.stride(1) == 1 else None
+    if compiled is None:
+        return None
+    rows, columns = weight_OI.shape
+    each = INPUTS_PER_ENTRY[dtype]
+    num_panels = rows // (head_dim or rows) * -(-(head_dim or rows) // PANEL)
+    stored = torch.uint8 if dtype == torch.int8 else dtype
+    panels = torch.empty(num_panels, -(-columns // each), PANEL, each, dtype=stored)
+    scales_PO = torch.empty(num_panels, PANEL) if dtype == torch.int8 else None
+    packing = _Packing(
+        weight_OI.data_ptr(),
+        TYPES[weight_OI.dtype],
+        TYPES[dtype],
+        rows,
+        columns,
+        weight_OI.stride(0),
+        head_dim or rows,
+        panels.data_ptr(),
+        None if scales_PO is None else scales_PO.data_ptr(),
+    )
+    if compiled.nestling_pack(ctypes.byref(packing), torch.get_num_threads()):
+        raise MemoryError("a weight was packed without memory for it")
+    return [panels] if scales_PO is None else [panels, scales_PO]
 
 
 def _pack_rows(weight_OI: Tensor, dtype: torch.dtype | None, head_dim: int) -> list[Tensor]:

@@ -91,6 +91,11 @@ def test_a_tied_head_is_stored_once(folder: Path) -> None:
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
 
+def test_others_may_read_the_weights_as_they_may_the_other_files(folder: Path) -> None:
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_nothing_on_disk_is_a_pickle(folder: Path) -> None:
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
 

@@ -9,7 +9,7 @@ import torch
 from models.kernels.build import library
 from models.kernels.codes import FOUR_BITS, quantize
 from models.kernels.matmul import compiled_product
-from models.kernels.pack import make_panels
+from models.kernels.pack import _pack_compiled, _pack_rows, make_panels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, FOUR_BITS)
 # Largest error relative to the largest value: fp32's sums, inputs of 8 bits; of 4-bit weights as rounded.
@@ -85,6 +85,24 @@ def test_panels_are_the_weight_in_another_layout_and_heads_begin_panels() -> Non
     whole = make_panels(weight_OI, dtype=torch.bfloat16).weight
     assert whole.shape == (2, 3, 32, 2)
     assert whole[1, 2, 5].tolist() == weight_OI.bfloat16()[37, 4:].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "head_dim"), [(48, 70, 24), (128, 64, 64), (45, 7, 0), (1, 1, 0)]
+)
+def test_compiled_panels_are_those_of_torch(
+    rows: int, columns: int, head_dim: int, source: torch.dtype, dtype: torch.dtype
+) -> None:
+    weight_OI = torch.randn(rows + 3, columns + 5).to(source)[:rows, :columns]
+    weight_OI[0] = 0
+    ours, theirs = _pack_compiled(weight_OI, dtype, head_dim), _pack_rows(weight_OI, dtype, head_dim)
+    assert ours is not None
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        assert one.equal(other)
 
 
 def test_two_4_bit_codes_share_a_byte() -> None:
