@@ -9,6 +9,7 @@ The last row of a table continues the line through the two longest runs over the
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def read_points(run: Path) -> Iterator[Point]:
             "minutes": max(line.get("seconds", 0.0) for line in lines) / 60 * is_trained,
             "members": {one["name"]: _measured(one) for one in content["members"]},
             "weights": hash_weights(run / "model"),
-            "card": content["provenance"]["card"],
+            "card": _without_paths(content["provenance"]["card"]),
         }
         return
     seconds = 0.0
@@ -53,6 +54,12 @@ def read_points(run: Path) -> Iterator[Point]:
                 name: {kind: line[f"valid/{name}/{kind}"] for kind in ("loss", "alpha")} for name in names
             }
             yield {"tokens": line["tokens"], "minutes": seconds / 60, "members": measured}
+
+
+def _without_paths(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a card whose command names files, and not where they lie on somebody's machine."""
+    command = re.sub(r"(?:/[\w.-]+)+/", "", card["command"]).removeprefix("-c ")
+    return {**card, "command": f"nestling {command.removeprefix('nestling ')}"}
 
 
 def _measured(member: Mapping[str, Any]) -> dict[str, Any]:
