@@ -111,6 +111,7 @@ def extract(
     search = {} if granularity else _choose(model, request)
     folder = load_model(model)
     member = Granularity.parse(granularity or search["best"]["granularity"], folder.family)
+    _check_holds(engine, member, folder, form)
     named: dict[str, Any] = {"granularity": str(member), "out": str(out), "format": format_}
     named |= {"search": search} if search else {}
     if format_ == "gguf":
@@ -200,6 +201,21 @@ def _engine_of(engine: str | None, format_: str, form: str | None) -> str | None
     if engine is None:
         return "llama.cpp" if format_ == "gguf" else "padded" if form in ("padded", "stock") else None
     return engine
+
+
+def _check_holds(engine: str | None, member: "Granularity", folder: "ModelFolder", form: str | None) -> None:
+    """Raise UsageError if an engine does not hold a member whose layers are unequal."""
+    from train.search.budgets import holds_unequal
+
+    layers = member.resolve(folder.model.config).layers
+    unequal_ffn = len({layer.ffn for layer in layers}) > 1
+    unequal_heads = len({layer.groups for layer in layers}) > 1
+    ffn, heads = holds_unequal(engine, folder.model.config)
+    if form != "padded" and ((unequal_ffn and not ffn) or (unequal_heads and not heads)):
+        raise UsageError(
+            f"--for {engine} does not hold the unequal layers of {member}; "
+            "take --form padded, or one fraction for all layers"
+        )
 
 
 def _form_of(form: str | None, engine: str | None, format_: str) -> str | None:

@@ -31,6 +31,8 @@ NEAR = (1.0, 0.97, 0.94)
 """Fractions of a budget at which it is measured, too."""
 ROUNDS = 3
 """Times that candidates are found, measured and the proxy corrected."""
+SETS = 4
+"""Sets of layers whose best member is measured in each round."""
 SWITCHES = 4
 """Switches of two layers that are measured at a time."""
 
@@ -148,18 +150,19 @@ class MemberSearch:
         proxy = measure_proxy(self.losses, self.space, [self.space.all_layers, *sets], self.report)
         every = self.space.all_layers
         self._add("uniform", [self.space.uniform(every, one) for one in self.space.options], proxy)
-        self._add("heuristic", self._heuristics(), proxy)
+        most = len(self.origins) + num_evaluations  # the uniform ones are known already
+        self._add("heuristic", self._heuristics()[: max(1, num_evaluations // 4)], proxy)
         last: set[Choice] = set()
         for _ in range(ROUNDS):
             earlier = set(self.origins)
-            self._add("found", self._picks(proxy)[: num_evaluations - len(earlier)], proxy)
+            self._add("found", self._picks(proxy)[: max(1, most - len(earlier))], proxy)
             if self.origins.keys() == earlier:
                 break
             self._measure()
             last = self.origins.keys() - earlier
             proxy = proxy.corrected(self._known())
         if self.limits:
-            self._switch(proxy, num_evaluations)
+            self._switch(proxy, most)
         return self._result(before, last)
 
     def _check_budget(self, sets: Sequence[tuple[int, ...]]) -> None:
@@ -208,7 +211,7 @@ class MemberSearch:
         least = self._cost(self.space.uniform(self.space.all_layers, self.space.least))[self.kind]
         spaced = np.linspace(least, full, NUM_TARGETS + 1)[1:]
         limit = self.limits.get(self.kind)
-        return [*spaced, *(limit * near for near in NEAR if limit is not None)]
+        return [*(limit * near for near in NEAR if limit is not None), *spaced]
 
     def _picks(self, proxy: Proxy) -> list[Choice]:
         """Return the best member by the proxy at each target, and within all budgets."""
@@ -218,13 +221,24 @@ class MemberSearch:
             points = self._frontier(proxy, weights)
             found += self._at_targets(points) if weights == {self.kind: 1.0} else []
             fitting = [choice for _, choice in points if self._fits(choice)]
-            found += fitting[-1:] if self.limits else []
-        return list(dict.fromkeys(found))
+            found = [*fitting[-1:], *found] if self.limits else found
+        return list(dict.fromkeys([*self._of_each_set(proxy), *found]))
 
-    def _frontier(self, proxy: Proxy, weights: Mapping[str, float]) -> list[tuple[float, Choice]]:
-        """Return costs and members of the proxy's frontier over all sets of layers, the cheapest first."""
+    def _of_each_set(self, proxy: Proxy) -> list[Choice]:
+        """Return the best members within the budgets of a few sets of layers, which no sum compares well."""
+        best = []
+        for layers in proxy.offsets if self.limits else ():
+            points = self._frontier(proxy, {self.kind: 1.0}, [layers])
+            fitting = [choice for _, choice in points if self._fits(choice)]
+            best += fitting[-1:]
+        return sorted(best, key=proxy.predict)[:SETS]
+
+    def _frontier(
+        self, proxy: Proxy, weights: Mapping[str, float], sets: Iterable[tuple[int, ...]] | None = None
+    ) -> list[tuple[float, Choice]]:
+        """Return costs and members of the proxy's frontier over sets of layers, the cheapest first."""
         candidates: list[tuple[float, float, Choice]] = []
-        for layers in proxy.offsets:
+        for layers in proxy.offsets if sets is None else sets:
             for options in self.space.groups_of_options():
                 candidates += self._points(proxy, layers, options, weights)
         kept, best = [], float("inf")
@@ -279,15 +293,15 @@ class MemberSearch:
         places = (bisect.bisect_right(costs, target * (1 + 1e-9)) for target in self._targets())
         return list(dict.fromkeys(points[place - 1][1] for place in places if place))
 
-    def _switch(self, proxy: Proxy, num_evaluations: int) -> None:
+    def _switch(self, proxy: Proxy, most: int) -> None:
         """Measure members around the best one until none is better, or enough are measured."""
-        while len(self.origins) < num_evaluations:
+        while len(self.origins) < most:
             fitting = {one: loss for one, loss in self._known().items() if self._fits(one)}
             if not fitting:
                 return
             best = min(fitting, key=fitting.__getitem__)
             near = [one for one in self._neighbours(best) if one not in self.origins and self._fits(one)]
-            few = sorted(near, key=proxy.predict)[: min(SWITCHES, num_evaluations - len(self.origins))]
+            few = sorted(near, key=proxy.predict)[: min(SWITCHES, most - len(self.origins))]
             self._add("found", few, proxy)
             self._measure()
             proxy = proxy.corrected(self._known())

@@ -117,6 +117,7 @@ def test_a_budget_chooses_the_member(
         (["--granularity", "S", "--form", "ragged", "--for", "mlx"], "--for mlx does not run"),
         (["--granularity", "S", "--for", "llama.cpp"], "add --format gguf"),
         (["--granularity", "S", "--for", "ollama"], "--for ollama"),
+        (["--granularity", "heads=1:0.5:0.5", "--for", "sglang"], "--for sglang does not hold"),
         (["--granularity", "S", "--budget", "params=0.5"], "exclude each other"),
         (["--budget", "params=0.5"], "--data is missing"),
         (["--budget", "params"], "has no amount"),
