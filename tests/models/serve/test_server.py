@@ -20,7 +20,7 @@ from models.decode.sampling.params import SamplingParams
 Served = Any
 """What the fixture of conftest.py gives."""
 Start = Callable[..., "AbstractContextManager[Served]"]
-PROMPTS = [f"{number} bottles of {'beer ' * (number % 7)}on the wall, " for number in range(24)]
+PROMPTS = [f"{number} bottles of {'beer ' * (number % 7)}on the wall, " for number in range(200)]
 SAMPLED: dict[str, Any] = {
     "temperature": 0.9,
     "top_p": 0.95,
@@ -31,12 +31,14 @@ SAMPLED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("num_clients", [1, 4, 16])
+@pytest.mark.parametrize("num_prompts", [24, pytest.param(200, marks=pytest.mark.slow)])
 def test_greedy_text_is_that_of_generate_for_any_number_of_clients(
-    num_clients: int, served: Served, decoder: Decoder
+    num_clients: int, num_prompts: int, served: Served, decoder: Decoder
 ) -> None:
+    prompts = PROMPTS[:num_prompts]
     with ThreadPoolExecutor(num_clients) as clients:
-        theirs = list(clients.map(lambda prompt: served.text(prompt, max_tokens=24), PROMPTS))
-    assert theirs == [decoder.generate(prompt, max_new_tokens=24).text for prompt in PROMPTS]
+        theirs = list(clients.map(lambda prompt: served.text(prompt, max_tokens=24), prompts))
+    assert theirs == [decoder.generate(prompt, max_new_tokens=24).text for prompt in prompts]
 
 
 def test_sampled_text_with_a_seed_is_that_of_generate_with_coupled_noise(
