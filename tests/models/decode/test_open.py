@@ -9,20 +9,27 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models.base.errors import UsageError
 from models.checkpoint.folder import load_model, save_model
 from models.checkpoint.gguf import write_gguf
+from models.decode.engine.draft import NestedDraft
 from models.decode.engine.engine import stream
+from models.decode.engine.trimmed_head import TrimmedHead
 from models.decode.open import open_for_decoding
 from models.decode.sampling.params import SamplingParams
 from models.decode.tune.resolve import choose_drafting
 from models.elastic.config import ElasticConfig
+from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.owned import Owned
+from models.elastic.ownership import Ownership
 from models.elastic.request import Request
+from models.elastic.view import View
 from models.kernels.blocks import BlockTensor
 from models.kernels.build import library
-from models.packed.quantize import is_in_blocks, pack, packed_bytes
+from models.packed.quantize import FILE, is_in_blocks, pack, packed_bytes
 
 IDS = [(7 * position + 3) % 64 for position in range(60)]
 ROUNDING = 0.06
@@ -151,3 +158,37 @@ def test_a_folder_is_read_where_it_is_mapped_and_gives_the_same_bits(
     copied = load_model(path, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     assert not copied.model.is_mapped
     assert logits(folder.model).equal(logits(pack(copied.model, dtype)))
+
+
+def test_a_draft_of_few_tokens_keeps_the_heads_blocks(file: Path) -> None:
+    folder, _ = open_for_decoding(file, "file")
+    ids_N = torch.tensor([3, 9, 40])
+    few = TrimmedHead(View(folder.model, FULL), ids_N)
+    with torch.inference_mode():
+        rows_TV = few.run([Request(IDS, folder.model.new_cache(64), 4)])
+    assert rows_TV[:, ids_N].equal(logits(folder.model)[-4:, ids_N])
+
+
+def test_what_a_draft_owns_is_added_to_the_files_weights_in_8_bits(file: Path) -> None:
+    member = Granularity.parse("ffn=0.5,layers=0:2")
+
+    def target(in_blocks: bool) -> ElasticLM:
+        model = load_model(file, in_blocks=in_blocks).model
+        owned = Owned(model.config, "draft", member, Ownership(norms=True, rank=2))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in owned.parameters():
+            parameter.data.normal_(mean=float(parameter.ndim == 1), std=0.1, generator=generator)
+        model.owned = nn.ModuleList([owned])
+        return pack(model, FILE if in_blocks else "fp32")
+
+    ours, theirs = target(in_blocks=True), target(in_blocks=False)
+    with torch.inference_mode():
+        ours_TV, theirs_TV = (
+            one.run([Request(IDS, one.new_cache(64), len(IDS))], member) for one in (ours, theirs)
+        )
+    assert (ours_TV - theirs_TV).norm() < ROUNDING * theirs_TV.norm()
+    plain, drafted = (
+        [token.id for token in stream(ours, IDS[:4], draft=draft, gamma=3, max_new_tokens=20)]
+        for draft in (None, NestedDraft(View(ours, member)))
+    )
+    assert plain == drafted
