@@ -362,3 +362,12 @@ def test_what_is_not_printable_in_a_recipe_is_shown_in_one_line(tmp_path: Path) 
     with pytest.raises(UsageError) as caught:
         load_recipe([tmp_path / "a.yaml"])
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_run_saved_before_members_owned_weights_goes_on_without_them(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 3\n")
+    saved = load_saved_recipe(path)
+    assert (saved.seed, saved.owned.norms, saved.owned.rank, saved.loss.narrow_gradient) == (3, False, 0, 1.0)
+    save_recipe(Recipe(), path)
+    assert load_saved_recipe(path) == Recipe()
