@@ -59,7 +59,7 @@ EnginesOption = Annotated[
 DtypesOption = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="auto|fp32|bf16|int8",
+        metavar="auto|file|fp32|bf16|int8",
         rich_help_panel=MODELS,
         help="Data type of the weights; repeatable. Default: auto.",
     ),

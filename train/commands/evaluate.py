@@ -54,7 +54,7 @@ def evaluate(
         int, typer.Option(help="Approximate number of tokens to measure on; 0 takes all.")
     ] = 100_000,
     dtype: Annotated[
-        str, typer.Option(metavar="auto|fp32|bf16|int8", help="Data type of the weights.")
+        str, typer.Option(metavar="auto|file|fp32|bf16|int8", help="Data type of the weights.")
     ] = "fp32",
     json: JsonOption = None,
 ) -> None:
