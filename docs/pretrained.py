@@ -45,9 +45,11 @@ def read_points(run: Path) -> Iterator[Point]:
             "card": _without_paths(content["provenance"]["card"]),
         }
         return
-    seconds = 0.0
+    seconds = earlier = latest = 0.0
     for line in read_metrics(run / "metrics.jsonl"):
-        seconds = line.get("seconds", seconds)
+        now = line.get("seconds", latest)
+        earlier += latest if now < latest else 0.0  # the clock of a run that goes on begins at 0
+        latest, seconds = now, earlier + now
         if line.get("kind") == "valid":
             names = [key.split("/")[1] for key in line if key.endswith("/alpha")]
             measured = {
