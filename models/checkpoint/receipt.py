@@ -114,13 +114,30 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     """
     fields = read_json(folder / RECEIPT)
     with naming(folder / RECEIPT):
-        if fields.get("format") != FORMAT or not isinstance(fields.get("files"), dict):
+        files = fields.get("files")
+        if fields.get("format") != FORMAT or not isinstance(files, dict):
             raise NestlingError("it is no receipt that this release reads; extract the member again")
+        if any(Path(name).name != name for name in files):
+            raise NestlingError("it names files outside of its folder; extract the member again")
         try:
-            Probe(**fields["probe"])
-        except (KeyError, TypeError):
+            _check_probe(Probe(**fields["probe"]))
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError):
             raise NestlingError("its probe is damaged; extract the member again") from None
     return fields
+
+
+def _check_probe(probe: Probe) -> None:
+    """Raise ValueError, or torch's own errors, for what is no probe."""
+    ids_BT, logits_BV = torch.tensor(probe.ids), torch.tensor(probe.logits)
+    num_prompt: Any = probe.num_prompt  # a file may say anything
+    whole = isinstance(num_prompt, int) and ids_BT.dtype == torch.int64 and bool((ids_BT >= 0).all())
+    if not whole or ids_BT.ndim != 2 or not 0 < num_prompt <= ids_BT.shape[1]:
+        raise ValueError("ids")
+    if logits_BV.shape[0] != ids_BT.shape[0] or not 0 < float(probe.largest) < float("inf"):
+        raise ValueError("logits")
+    text_ids: Any = probe.text_ids
+    if not isinstance(text_ids, list) or (text_ids and len(text_ids) != len(TEXTS)):
+        raise ValueError("text_ids")
 
 
 @torch.no_grad()
@@ -143,6 +160,10 @@ def repeat_receipt(folder: Path, tolerance: float) -> list[Check]:
     ]
     checks = [Check(check="files", compared=len(fields["files"]), value=len(changed), bound=0)]
     stock: Any = load_stock(folder)
+    if max(map(max, probe.ids)) >= stock.config.vocab_size:
+        raise NestlingError(
+            f"{folder / RECEIPT}: its probe is of another vocabulary; extract the member again"
+        )
     ids_BT = torch.tensor(probe.ids)[:, : probe.num_prompt]
     expected_BT = torch.tensor(probe.ids)
     for _ in range(expected_BT.shape[1] - probe.num_prompt):
@@ -151,7 +172,10 @@ def repeat_receipt(folder: Path, tolerance: float) -> list[Check]:
     wrong = int((ids_BT != expected_BT).sum())
     checks.append(Check(check="greedy ids", compared=expected_BT.numel(), value=wrong, bound=0))
     logits_BV = stock(expected_BT, use_cache=False).logits[:, -1, :NUM_LOGITS]
-    difference = float((logits_BV - torch.tensor(probe.logits)).abs().max()) / max(probe.largest, 1e-30)
+    expected_BV = torch.tensor(probe.logits)
+    if expected_BV.shape != logits_BV.shape:
+        raise NestlingError(f"{folder / RECEIPT}: its probe is of another shape; extract the member again")
+    difference = float((logits_BV - expected_BV).abs().nan_to_num(torch.inf).max()) / probe.largest
     checks.append(Check(check="logits", compared=logits_BV.numel(), value=difference, bound=tolerance))
     if probe.text_ids:
         tokenizer = load_stock_tokenizer(folder)

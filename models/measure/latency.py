@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from models.base.errors import NestlingError
-from models.base.stopwatch import alternate
+from models.base.stopwatch import Clock, alternate
 from models.decode.tune.timing import PLAIN_PASSES, filled_cache, plain_passes
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity, LayerPlan
@@ -114,6 +114,7 @@ def measure_latency(
     machine: str,
     dtype: str,
     budget: float = 3.0,
+    clock: Clock = time.perf_counter,
 ) -> LatencyTable:
     """Time uniform members of this model, packed as it decodes, and make the table.
 
@@ -124,6 +125,7 @@ def measure_latency(
         machine: the processor's name.
         dtype: dtype of the weights.
         budget: seconds.
+        clock: returns the time in seconds; on a busy machine that of the thread, which then must be one.
     """
     config = model.config
     half = tuple(range(max(1, config.num_hidden_layers // 2)))
@@ -133,7 +135,7 @@ def measure_latency(
     timed = list(dict.fromkeys([*members, shallow, *checks]))
     cells = {one: plain_passes(View(model, one), cache) for one in timed}
     with torch.inference_mode():
-        runs = alternate(cells, budget=budget, clock=time.perf_counter, before=cells).median
+        runs = alternate(cells, budget=budget, clock=clock, before=cells).median
     seconds = {one: run / PLAIN_PASSES for one, run in runs.items()}
     full = seconds[Granularity()]
     depth = config.num_hidden_layers

@@ -1,6 +1,7 @@
 """The member that loses least within a budget: what `search --budget` and `extract --budget` share."""
 
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,8 +205,10 @@ def _file_bytes(folder: "ModelFolder", dtype: str, member: "Granularity") -> flo
 
 
 def _latency_table(folder: "ModelFolder", space: "Space", path: Path | None) -> "LatencyTable":
+    import torch
+
     from models.base.files import naming, read_json
-    from models.base.processor import processor_name
+    from models.base.processor import busy_now, processor_name
     from models.elastic.granularity import Granularity
     from models.machine.card import machine_card, resolve_dtype
     from models.measure.latency import LatencyTable, measure_latency, shape_of
@@ -219,16 +222,22 @@ def _latency_table(folder: "ModelFolder", space: "Space", path: Path | None) -> 
                 raise NestlingError(f"it is of a model of another shape, {table.shape}; measure again")
             return table
     dtype = resolve_dtype("auto", machine_card(), purpose="decoding")
+    busy, threads = busy_now(), torch.get_num_threads()
     num = space.num_layers
     half = num // 2
     checks = [
         Granularity(ffn=(space.ffn[0],) * half + (1.0,) * (num - half)),
         Granularity(ffn=(space.ffn[len(space.ffn) // 2],) * half + (space.ffn[0],) * (num - half)),
     ]
-    return measure_latency(
-        pack(folder.model, dtype),
-        [(ffn, heads) for ffn in space.ffn for heads in space.heads],
-        checks if half else [],
-        machine=processor_name()[0],
-        dtype=dtype,
-    )
+    torch.set_num_threads(1 if busy else threads)  # threads wait for each other where others are at work
+    try:
+        return measure_latency(
+            pack(folder.model, dtype),
+            [(ffn, heads) for ffn in space.ffn for heads in space.heads],
+            checks if half else [],
+            machine=processor_name()[0] + (", busy" if busy else ""),
+            dtype=dtype,
+            clock=time.thread_time if busy else time.perf_counter,
+        )
+    finally:
+        torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 
 from train.report.charts import alpha_panel, curve, family_rows, loss_panel
-from train.report.frontier import CAPTION, frontier_chart, frontier_rows
+from train.report.frontier import CAPTION, frontier_chart, frontier_rows, kind_of
 from train.report.read import Run
 from train.report.style import Key
 from train.run.metrics import Line
@@ -64,7 +64,7 @@ def frontier_figures(run: Run) -> list[Figure]:
     rows = frontier_rows(run.frontier)
     if not rows:
         return []
-    kind = str(run.frontier["budgets"][0]).partition("=")[0]
+    kind = kind_of(run.frontier)
     return [Figure(f"Loss against {kind}", CAPTION, frontier_chart(rows, kind))]
 
 

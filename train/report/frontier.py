@@ -7,6 +7,7 @@ from typing import Any
 
 import altair as alt
 
+from models.base.errors import NestlingError
 from models.base.numbers import si
 from train.report.charts import COUNT_AXIS
 from train.report.read import FRONTIER
@@ -21,12 +22,28 @@ CAPTION = (
 
 
 def frontier_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the members of a search as rows of the chart, by ascending cost."""
-    members, budgets = found.get("members") or [], found.get("budgets") or ["params"]
-    kind = str(budgets[0]).partition("=")[0]
-    model = str(found.get("model", "MODEL"))
+    """Return the members of a search as rows of the chart, by ascending cost.
+
+    Raises:
+        NestlingError: if it is not what a search writes.
+    """
+    try:
+        return _rows(found) if found else []
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise NestlingError(
+            f"{FRONTIER} is damaged ({error!r}); run nestling search --budget again, or delete the file"
+        ) from None
+
+
+def kind_of(found: Mapping[str, Any]) -> str:
+    """Return the kind of the first budget, which is what sizes are counted in."""
+    return str(found["budgets"][0]).partition("=")[0]
+
+
+def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    kind, model = kind_of(found), str(found["model"])
     rows = []
-    for one in members:
+    for one in found["members"]:
         cost, error = one["costs"].get(kind), 2 * (one["error"] or 0.0)
         if cost is None or one["loss"] is None or one["from"] not in ORIGINS:
             continue

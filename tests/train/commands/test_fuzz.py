@@ -246,3 +246,40 @@ def test_any_recipe_is_read_or_refused_in_a_line(
         assert not out.exists()
 
     any_recipe()
+
+
+@pytest.mark.parametrize("num_cases", SIZES)
+def test_any_receipt_is_repeated_or_refused_in_a_line(
+    num_cases: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "S"
+    assert main(["extract", str(folder), "--granularity", "S", "--out", str(out)]) == 0
+    whole = (out / "receipt.json").read_bytes()
+
+    @fuzz(num_cases)
+    @given(changed(whole))
+    def any_receipt(content: bytes) -> None:
+        (out / "receipt.json").write_bytes(content)
+        check(["verify", str(out)], [path for path in out.iterdir() if path.is_file()], capsys)
+
+    any_receipt()
+
+
+@pytest.mark.parametrize("num_cases", SIZES)
+def test_any_table_of_latencies_is_taken_or_refused_in_a_line(
+    num_cases: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, table = tmp_path / "text.txt", tmp_path / "table.json"
+    text.write_text("a b c d e f g h " * 40)
+    layers = [{"ffn": ffn, "groups": 2, "seconds": ffn / 1e5} for ffn in (16, 24, 32)]
+    known = {"format": 1, "machine": "a phone", "dtype": "fp32", "shape": [32, 32, 2, 260], "ends": 1e-4}
+    whole = json.dumps(known | {"layers": layers, "residual": 0.1}).encode()
+    words = ["search", str(folder), "--budget", "latency=0.9", "--data", str(text), "--evaluations", "2"]
+
+    @fuzz(num_cases)
+    @given(changed(whole))
+    def any_table(content: bytes) -> None:
+        table.write_bytes(content)
+        check([*words, "--num-tokens", "32", "--latency-table", str(table)], [table], capsys)
+
+    any_table()
