@@ -145,7 +145,8 @@ def _count_slots(names: list[str], slots_per_step: float, seed: int, step: int) 
         cycle, index = divmod(number, len(names))
         whole = (last - number) // len(names)
         if whole and index == 0 and len(counts) == len(set(names)):  # whole cycles change no order
-            counts.update(names * whole)
+            for name in names:
+                counts[name] += whole
             number += whole * len(names)
             continue
         order = random.Random(f"turns {seed} {cycle}").sample(names, len(names))
