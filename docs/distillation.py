@@ -88,8 +88,9 @@ def table(document: Mapping[str, Any]) -> str:
     """Return a page about the results."""
     outside, card = document["outside"], document["card"]
     intro = (
-        f"{document['tokens']:,} tokens each, one seed. The teacher has {outside['mean']:.1%} of its "
-        f"probability outside its {outside['k']} most likely tokens. Made by docs/distillation.py."
+        f"{document['tokens']:,} tokens each, one seed. The teacher ({document['teacher']}) has "
+        f"{outside['mean']:.1%} of its probability outside "
+        f"its {outside['k']} most likely tokens. Made by docs/distillation.py."
     )
     head = "| student | loss | alpha | match | KL | tau, greedy | tau, sampled |"
     rows = [
@@ -97,7 +98,7 @@ def table(document: Mapping[str, Any]) -> str:
         f"| {one['kl']:.3f} | {one['tau_greedy']:.2f} | {one['tau_sampled']:.2f} |"
         for one in document["students"]
     ]
-    where = f"{card['hardware']['cpu']}, commit {card['commit']}, {card['date']}."
+    where = f"{card['hardware']['cpu']}, {card['date']}: `python {card['command']}`"
     lines = ["# Students of one teacher", "", intro, "", head, "|---" * 7 + "|", *rows, "", where, ""]
     return "\n".join(lines)
 
