@@ -113,8 +113,8 @@ ARMS = (
     _small("S", taught=True, extra=True),
     _small("D", taught=True, extra=True),
 )
-DEFAULT = "exit_stride 4, fade_to 0.1"
-"""The arm of the defaults."""
+DEFAULT = "even, forward_kl"
+"""The arm that README.md shows beside models of their own."""
 FIRST = 14
 """The number of arms that get all their seeds before the others get their first."""
 

@@ -55,12 +55,11 @@ def files(study: Mapping[str, Any]) -> dict[Path, str]:
             here = {run: found for run, found in runs.items() if (run.corpus, run.steps) == (corpus, steps)}
             name = corpus if steps == SHORT else f"{corpus}-{steps}"
             title = f"{corpus}, {steps:,} steps of {BATCH_TOKENS:,} tokens"
-            parts += [
-                f"## {title}",
-                f"![full model's loss and alpha]({name}.svg)",
-                table(here, study.get("times", {})).to_markdown(),
-            ]
-            page[RESULTS / f"{name}.svg"] = to_svg(picture(here))
+            parts.append(f"## {title}")
+            if any({"D", "L", FULL_NAME} <= set(found["members"]) for found in here.values()):
+                parts.append(f"![full model's loss and alpha]({name}.svg)")
+                page[RESULTS / f"{name}.svg"] = to_svg(picture(here))
+            parts.append(table(here, study.get("times", {})).to_markdown())
     card = Table(("card", ""), tuple(flatten(study["card"]).items()), num_labels=2)
     parts += [f"Trained and measured by\n\n```\n{study['command']}\n```", card.to_markdown()]
     page[RESULTS / "README.md"] = "\n\n".join(parts) + "\n"
@@ -86,7 +85,11 @@ def against_alone(study: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
         rows.append({"what": f"{'full model' if is_full else member}: {measure}", **means})
     times = {"alone": 1.0, "family": study.get("times", {}).get(DEFAULT)}
     rows.append({"what": "a training step, x the full model's", **times})
-    title = "A family beside models of their own: TinyStories, 1.1 million parameters, means over seeds"
+    count = len(by_seed(runs, DEFAULT, corpus, FULL_NAME, "loss"))
+    title = (
+        f"A family (`{DEFAULT}`) beside models of their own: TinyStories, 1.1 million parameters, "
+        f"{SHORT} steps, {count} seed{'s' * (count > 1)}"
+    )
     return {"title": title, "command": study["command"], "card": study["card"], "alone": rows}
 
 
