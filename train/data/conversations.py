@@ -167,7 +167,7 @@ def encode_conversations(
     backend, dtype = for_bare_text(tokenizer.backend), stream_dtype(tokenizer.vocab_size)
     rest = iter(documents)
     while batch := list(islice(rest, BATCH)):
-        rendered = [chat.spans(json.loads(document)) for document in batch]
+        rendered = [_spans(chat, document) for document in batch]
         encodings = backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         for document, (text, answers), encoding in zip(batch, rendered, encodings, strict=True):
             starts = np.array([start for start, _ in encoding.offsets], np.int64)
@@ -180,3 +180,10 @@ def encode_conversations(
                 is_validation=is_validation(document, valid_fraction),
                 num_chars=len(text),
             )
+
+
+def _spans(chat: ChatFormat, document: str) -> tuple[str, list[range]]:
+    try:
+        return chat.spans(json.loads(document))
+    except NestlingError as error:
+        raise NestlingError(f"data.messages_field: {error}; it is {document[:100]}...") from None

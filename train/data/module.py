@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import default_cache_dir
+from models.base.labels import IGNORE_INDEX
 from train.data.cache import build_once, content_key
 from train.data.conversations import ANSWERS, ChatFormat, load_chat
 from train.data.corpus import Corpus, open_corpus, take_documents
@@ -111,11 +112,15 @@ class TextData(pl.LightningDataModule):
         length = config.sequence_length
         self.train_rows = Rows(stream=train, sequence_length=length, is_label=train_labels)
         self.valid_rows = Rows(stream=valid, sequence_length=length, is_label=valid_labels)
-        if not self.train_rows.num_labels:
-            raise NestlingError(
-                f"data.messages_field={config.messages_field}: no answer in {config.source}, that is no "
-                f"message of the role {ANSWERS}; give conversations that hold some"
-            )
+        learned = {config.source: self.train_rows}
+        if config.valid:
+            learned[config.valid] = self.valid_rows
+        for source, rows in learned.items():
+            if not rows.num_labels and config.messages_field:
+                raise NestlingError(
+                    f"data.messages_field={config.messages_field}: no answer in {source}, that is no "
+                    f"message of the role {ANSWERS}; give conversations that hold some"
+                )
         self.provenance = self._describe(corpus, tokens, held_out)
         return self
 
@@ -152,7 +157,10 @@ class TextData(pl.LightningDataModule):
         if len(self.valid_rows) == 0:
             return []
         loader = one_pass(self.valid_rows, batch_size=self.recipe.trainer.batch_size)
-        return [(batch.tokens_BT, batch.labels_BT) for batch in itertools.islice(loader, limit)]
+        batches = ((batch.tokens_BT, batch.labels_BT) for batch in loader)
+        # of conversations, a batch may hold questions alone, which tell nothing
+        told = (batch for batch in batches if (batch[1] != IGNORE_INDEX).any())
+        return list(itertools.islice(told, limit))
 
     @property
     def _fraction(self) -> float:

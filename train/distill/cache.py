@@ -119,8 +119,9 @@ class CachedTeacher:
         except UsageError as error:
             raise UsageError(f"{shown}: {error}") from None
         try:
-            self._check_made_from(made_from, shown)
-            write_json(self.folder / FILE, {**self.record, **made_from})
+            self.rows_per_shard = self._check_made_from(made_from, shown) or self._most_rows(rows)
+            kept = {"rows_per_shard": self.rows_per_shard}
+            write_json(self.folder / FILE, {**self.record, **made_from, **kept})
             sweep(self.folder)
             self._fill(rows, console, shown)
         finally:
@@ -141,9 +142,10 @@ class CachedTeacher:
         stored: Records = self.maps[shard][row] if exists else self.maps[0][0]
         return stored
 
-    def _check_made_from(self, made_from: Mapping[str, Any], shown: str) -> None:
+    def _check_made_from(self, made_from: Mapping[str, Any], shown: str) -> int | None:
+        """Return how many rows the shards that are there hold, whatever the batch size of this run."""
         if not (self.folder / FILE).is_file():
-            return
+            return None
         theirs = read_json(self.folder / FILE)
         for name, now in made_from.items():
             if theirs.get(name) != now:
@@ -153,14 +155,21 @@ class CachedTeacher:
                     f"{shown}: was made from another {NAMES[name]}: {before}{told}, now {_short(now)}; "
                     "choose another folder, or make it again there once that one is removed"
                 )
+        size = theirs.get("rows_per_shard")
+        return size if isinstance(size, int) and size > 0 else None
+
+    def _most_rows(self, rows: Rows) -> int:
+        """Return how many rows a shard has; whole batches, so that products have the shapes of the run's."""
+        size = min(SHARD_TOKENS // rows.sequence_length, SHARD_BYTES // self._row_bytes(rows))
+        return max(1, size // self.batch_size) * self.batch_size
 
     def _parts(self, rows: Rows) -> list[range]:
-        """Return the rows of each shard; whole batches, so that products have the shapes of the run's."""
-        bytes_per_row = self.form.dtype.itemsize * rows.sequence_length
-        size = min(SHARD_TOKENS // rows.sequence_length, SHARD_BYTES // bytes_per_row)
-        size = max(1, size // self.batch_size) * self.batch_size
-        self.rows_per_shard = size
+        """Return the rows of each shard."""
+        size = self.rows_per_shard
         return [range(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
+
+    def _row_bytes(self, rows: Rows) -> int:
+        return self.form.dtype.itemsize * rows.sequence_length
 
     def _map(self, number: int, part: range) -> Records:
         path = self.folder / _name(number)
@@ -169,8 +178,8 @@ class CachedTeacher:
 
     def _fill(self, rows: Rows, console: Console | None, shown: str) -> None:
         parts = self._parts(rows)
-        seals = read_json(self.folder / SHARDS) if (self.folder / SHARDS).is_file() else {}
-        missing = list(self._missing(parts, seals, console, shown))
+        seals = self._read_seals(console, shown)
+        missing = list(self._missing(parts, self._row_bytes(rows), seals, console, shown))
         if not missing:
             return
         num_tokens = len(rows) * rows.sequence_length
@@ -194,14 +203,29 @@ class CachedTeacher:
                 seals[path.name] = seal(path)
                 write_json(self.folder / SHARDS, seals)
 
+    def _read_seals(self, console: Console | None, shown: str) -> dict[str, Any]:
+        """Return size and hash of each shard; of none if their file is damaged."""
+        if not (self.folder / SHARDS).is_file():
+            return {}
+        try:
+            return read_json(self.folder / SHARDS)
+        except NestlingError:
+            _tell(console, f"{shown}: {SHARDS} is damaged; all shards are made again")
+            return {}
+
     def _missing(
-        self, parts: list[range], seals: Mapping[str, Any], console: Console | None, shown: str
+        self,
+        parts: list[range],
+        row_bytes: int,
+        seals: Mapping[str, Any],
+        console: Console | None,
+        shown: str,
     ) -> Iterator[int]:
-        for number in range(len(parts)):
+        for number, part in enumerate(parts):
             path = self.folder / _name(number)
             if not path.is_file():
                 yield number
-            elif seal(path) != seals.get(path.name):
+            elif path.stat().st_size != len(part) * row_bytes or seal(path) != seals.get(path.name):
                 _tell(console, f"{shown}: {path.name} is damaged; it is made again")
                 yield number
 

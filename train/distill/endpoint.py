@@ -12,12 +12,13 @@ B rows, T positions, N positions of all rows, K tokens.
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ from train.recipe.sections import LossConfig
 TRIES = 3
 PAUSE = 1.0
 """Seconds before another try."""
+LARGEST_LOG = 1e-3
+"""A probability of 1 may be rounded to slightly more."""
 NUMBERED = re.compile(r"token_id:(\d+)")
 
 
@@ -93,7 +96,7 @@ class Endpoint:
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             found: list[dict[str, Any]] = [choice["logprobs"] for choice in choices]
-            if len(found) != len(prompts) or not all("top_logprobs" in one for one in found):
+            if len(found) != len(prompts) or not all(isinstance(one["top_logprobs"], list) for one in found):
                 raise KeyError
         except (KeyError, TypeError):
             raise NestlingError(
@@ -135,22 +138,35 @@ class EndpointTeacher:
         Raises:
             NestlingError: if the server does not answer, or tells less than k tokens of a position.
         """
-        answers = self.endpoint.complete(self.model, tokens_BT.tolist(), self.form.k)
-        return np.stack([self._row(answer["top_logprobs"], tokens_BT.shape[1]) for answer in answers])
+        rows = tokens_BT.tolist()
+        answers = self.endpoint.complete(self.model, rows, self.form.k)
+        return np.stack([self._row(answer, ids) for answer, ids in zip(answers, rows, strict=True)])
 
-    def _row(self, told: list[Mapping[str, float] | None], num_positions: int) -> Records:
-        if len(told) != num_positions + 1:
+    def _row(self, answer: Mapping[str, Any], ids: list[int]) -> Records:
+        shown, told = f"loss.teacher={self.endpoint.url}", answer["top_logprobs"]
+        if len(told) != len(ids) + 1:
             raise NestlingError(
-                f"loss.teacher={self.endpoint.url}: tells of {len(told)} of {num_positions + 1} positions; "
-                "serve the model with completions that take echo"
+                f"{shown}: tells of {len(told)} of {len(ids) + 1} positions; serve the model with "
+                "completions that take echo"
             )
-        found = [self._position(position or {}) for position in told[1:]]
+        read = numbered_tokens(answer)[:-1]
+        if read and None not in read and read != ids:
+            raise NestlingError(
+                f"{shown}: was asked about tokens {_few(ids)} and tells of {_few(read)}; serve the model "
+                "with completions that take token ids as a prompt"
+            )
+        found = [self._position(position) for position in told[1:]]
         ids_NK = torch.tensor([[token for token, _ in position] for position in found])
         return self.form.pack(ids_NK, torch.tensor([[log for _, log in position] for position in found]))
 
-    def _position(self, told: Mapping[str, float]) -> list[tuple[int, float]]:
+    def _position(self, told: Any) -> list[tuple[int, float]]:
         """Return the k most likely tokens of a position, and the log-probability of each."""
-        known = {token: log for text, log in told.items() if (token := self._token(text)) is not None}
+        items = told.items() if isinstance(told, Mapping) else ()
+        known = {
+            token: float(log)
+            for text, log in items
+            if (token := self._token(text)) is not None and _is_log_probability(log)
+        }
         most = sorted(known.items(), key=lambda item: -item[1])[: self.form.k]
         if len(most) < self.form.k:
             raise NestlingError(
@@ -184,17 +200,18 @@ def check_endpoint(endpoint: Endpoint, model: str | None, tokenizer: TextTokeniz
     """
     shown = f"loss.teacher={endpoint.url}"
     answer = endpoint.ask("models")
-    served = [one.get("id") for one in answer.get("data", [])] if isinstance(answer, dict) else []
+    models = answer.get("data") if isinstance(answer, dict) else None
+    listed = models if isinstance(models, list) else []
+    served = [one["id"] for one in listed if isinstance(one, dict) and "id" in one]
     if not served or (model is not None and model not in served):
         names = ", ".join(map(str, served)) or "nothing"
         raise UsageError(f"{shown}: serves {names}; set distill.model to one of its models")
     name = str(served[0] if model is None else model)
     (told,) = endpoint.complete(name, [MIXED_TEXT], 1)
-    theirs = [NUMBERED.fullmatch(str(token)) for token in told.get("tokens", [])][:-1]
+    theirs = numbered_tokens(told)[:-1]
     ours = tokenizer.backend.encode(MIXED_TEXT).ids
-    numbers = [int(found[1]) for found in theirs if found]
-    if len(numbers) == len(theirs):
-        same = ours in (numbers, numbers[1:])  # it may put a token in front of a text
+    if None not in theirs:
+        same = ours in (theirs, theirs[1:])  # it may put a token in front of a text
     else:
         same = len(theirs) - len(ours) in (0, 1)
     if not same:
@@ -205,8 +222,31 @@ def check_endpoint(endpoint: Endpoint, model: str | None, tokenizer: TextTokeniz
     return name
 
 
+def numbered_tokens(logprobs: Mapping[str, Any]) -> list[int | None]:
+    """Return the ids of the tokens that an answer is about; None for one that is told as text.
+
+    >>> numbered_tokens({"tokens": ["token_id:5", " the"]})
+    [5, None]
+    """
+    tokens = logprobs.get("tokens")
+    found = [NUMBERED.fullmatch(str(token)) for token in tokens] if isinstance(tokens, list) else []
+    return [int(one[1]) if one else None for one in found]
+
+
+def _is_log_probability(value: object) -> bool:
+    return isinstance(value, (int, float)) and -math.inf < value < LARGEST_LOG
+
+
+def _few(ids: Sequence[int | None]) -> str:
+    return f"{', '.join(map(str, ids[:4]))}, ..."
+
+
 def _first_line(error: urllib.error.HTTPError) -> str:
-    return " ".join(error.read(300).decode(errors="replace").split()) or error.reason
+    try:
+        told = error.read(300)
+    except (OSError, http.client.HTTPException):
+        told = b""  # the connection breaks within the answer, or nothing of it comes
+    return " ".join(told.decode(errors="replace").split()) or error.reason
 
 
 def _sha(name: str) -> str:

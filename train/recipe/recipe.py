@@ -21,7 +21,7 @@ from models.decode.engine.drafters import DRAFTERS
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from train.recipe.dials import DIALS, MEMBERS, overrides_of, schedule_of, split_dials
-from train.recipe.overrides import load, save
+from train.recipe.overrides import load, pair_overrides, save
 from train.recipe.pretrained import implied_by_start
 from train.recipe.sections import (
     DataConfig,
@@ -42,6 +42,7 @@ FULL_NAME = "XL"
 """The full model's name in every family."""
 NO_NAMES = frozenset({"auto", "full", "adversarial", "none", *DRAFTERS})
 """Names of drafts and granularities that no member may take."""
+MODELS = ("model.from", "loss.teacher")
 RENAMED = {
     "sampler.share": "sampler.row_fraction",
     "sampler.rows_per_turn": "sampler.min_rows",
@@ -136,6 +137,9 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     10
     """
     dials, words = split_dials(overrides)
+    empty = [key for key, text in pair_overrides(words) if key in MODELS and not text]
+    if empty:  # as of a variable of a shell that is not set
+        raise UsageError(f"{empty[0]}=: is empty; give a model, or null for none")
     words = [*overrides_of(dials), *words]
     recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
     if "tokens" in dials:  # whose number of steps depends on what the others say
@@ -213,6 +217,8 @@ def _owned_problems(recipe: Recipe) -> list[str]:
         return [f"{shown}: members own nothing; set owned.norms=true or owned.rank above 0"]
     if len(recipe.granularities) == 1:
         return [f"{shown}: there is no member beside the full model; add one, as in family.D=layers=0-3"]
+    if not recipe.owned.norms and not _narrow(recipe):
+        return [f"{shown}: early exits own a norm alone, which owned.norms=false takes; set that to true"]
     return []
 
 

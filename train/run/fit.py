@@ -193,7 +193,7 @@ def make_module(
             recipe,
             lambda step, micro: data.train_dataloader().batch(step, micro),
             training_precision(recipe.dtype),
-            state.replay() if state is not None else None,
+            state.replay(recipe) if state is not None else None,
             teacher,
         )
     return JointModule(

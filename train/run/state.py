@@ -29,6 +29,7 @@ from models.checkpoint.weights import OWNED_WEIGHTS, WEIGHTS, weights_of, write_
 from models.elastic.model import ElasticLM
 from models.elastic.owning import owned_weights
 from train.recipe.recipe import Recipe
+from train.recipe.settings import as_table
 from train.run.fsdp import gather, gather_model, shard_like
 from train.run.identity import check_shapes
 
@@ -36,6 +37,7 @@ MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 REPLAY = "replay.safetensors"
 STATE = "state.json"
+ROWS_OF_A_STEP = ("batch_size", "accumulate_grad_batches")
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,11 @@ class TrainingState:
             return self.rows
         return (self.step + self.data_offset) * recipe.trainer.rows_per_step
 
-    def replay(self) -> dict[str, Tensor]:
-        """Return the rows that were written for later steps, by step."""
-        if not (self.path / REPLAY).is_file():
+    def replay(self, recipe: Recipe) -> dict[str, Tensor]:
+        """Return the rows that were written for later steps, by step; none if steps have another size."""
+        before, now = self.run.get("recipe", {}).get("trainer", {}), as_table(recipe.trainer)
+        changed = any(before.get(key, now[key]) != now[key] for key in ROWS_OF_A_STEP)
+        if changed or not (self.path / REPLAY).is_file():
             return {}
         with utf8_path(self.path) as path:
             return load_file(path / REPLAY)

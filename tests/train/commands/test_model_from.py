@@ -292,6 +292,7 @@ def test_a_draft_that_is_owned_learns_to_be_accepted(given: Path, train: Train) 
     [
         (["model.train=owned", "owned.norms=false", "owned.rank=0"], "members own nothing; set owned.norms"),
         (["model.train=owned", "family={}"], "there is no member beside the full model"),
+        (["model.train=owned", "family={E: layers=0}", "owned.norms=false"], "early exits own a norm alone"),
         (["model.train=owned", "model.from=null"], "would keep its random weights; set model.from"),
     ],
 )

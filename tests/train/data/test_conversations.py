@@ -160,3 +160,10 @@ def test_what_generate_wrote_is_read_as_conversations(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "Hi"}, indent=2))
     with pytest.raises(NestlingError, match="one object without results"):
         list(open_corpus(str(path), messages_field="messages").documents())
+
+
+def test_a_conversation_that_the_template_refuses_is_shown(tokenizer: TextTokenizer) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    refusing = ChatFormat(template=template, bos_token="", eos_token="")
+    with pytest.raises(NestlingError, match=r"roles must alternate; it is .*Why is the sky blue"):
+        list(encode_conversations([json.dumps(TALKS[0])], tokenizer, refusing, 0.0))

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from models.base.labels import IGNORE_INDEX
 from train.data.batch import Batch
 from train.data.documents import is_validation
 from train.data.module import TextData, cache_folder
+from train.data.pack import Rows
 from train.recipe.recipe import Recipe
 from train.recipe.sections import DataConfig, TrainerConfig
 
@@ -114,6 +116,17 @@ def test_the_number_of_documents_can_be_limited(stories_txt: Path) -> None:
     data = make_data(stories_txt, max_documents=10).prepare()
 
     assert data.provenance["num_documents"] == 10
+
+
+def test_batches_without_a_label_are_not_measured(stories_txt: Path) -> None:
+    data = make_data(stories_txt).prepare()
+    rows = data.valid_rows
+    assert len(data.validation_batches()) > 2
+    is_label = np.zeros(len(rows.stream), bool)
+    is_label[-2:] = True
+    data.valid_rows = Rows(stream=rows.stream, sequence_length=rows.sequence_length, is_label=is_label)
+    ((_, labels_BT),) = data.validation_batches()
+    assert (labels_BT != IGNORE_INDEX).any()
 
 
 def test_validation_batches_are_the_same_every_time_and_bounded(stories_txt: Path) -> None:

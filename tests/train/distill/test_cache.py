@@ -294,3 +294,27 @@ def test_random_numbers_are_a_function_of_the_row() -> None:
 def test_the_teacher_protocol_is_kept(teacher_folder: Path, text: Path, tmp_path: Path) -> None:
     kept: Teacher = make(make_recipe(teacher_folder, text, f"distill.cache={tmp_path / 'cache'}"))[0]
     assert kept.record["path"] == str(teacher_folder)
+
+
+def test_a_cache_serves_runs_of_any_batch_size(
+    teacher_folder: Path, text: Path, tmp_path: Path, several_shards: None
+) -> None:
+    kept = f"distill.cache={tmp_path / 'cache'}"
+    make(make_recipe(teacher_folder, text, kept))
+    before = shards(tmp_path / "cache")
+    other, data = make(make_recipe(teacher_folder, text, kept, "trainer.batch_size=3"))
+    assert shards(tmp_path / "cache") == before
+    assert sum(map(len, other.maps)) == len(data.train_rows)
+
+
+def test_a_damaged_list_of_shards_costs_the_shards_and_no_more(
+    teacher_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(teacher_folder, text, f"distill.cache={tmp_path / 'cache'}")
+    make(recipe)
+    before = shards(tmp_path / "cache")
+    (tmp_path / "cache" / "shards.json").write_text("{")
+    shown = io.StringIO()
+    make(recipe, Console(file=shown, width=300))
+    assert "shards.json is damaged; all shards are made again" in shown.getvalue()
+    assert shards(tmp_path / "cache") == before

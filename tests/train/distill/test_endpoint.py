@@ -3,9 +3,12 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -176,9 +179,25 @@ def without_echo(answer: Any) -> Any:
     return answer
 
 
+def of(**changes: Any) -> Served:
+    """Return a spoiler that puts other values into the logprobs of each row."""
+
+    def spoil(answer: Any) -> Any:
+        for choice in answer["choices"]:
+            choice["logprobs"] |= changes
+        return answer
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
+        (of(top_logprobs=None), r"answers without choices\[\]\.logprobs"),
+        (of(top_logprobs=[["a", -1.0]] * 17), "tells 0 tokens of a position"),
+        (of(top_logprobs=[{f"token_id:{n}": None for n in range(4)}] * 17), "tells 0 tokens of a position"),
+        (of(top_logprobs=[{f"token_id:{n}": 0.25 for n in range(4)}] * 17), "tells 0 tokens of a position"),
+        (of(tokens=["token_id:7"] * 17), "was asked about tokens 0, 0, 0, 0, ... and tells of 7, 7, 7"),
         (without_logprobs, r"answers without choices\[\]\.logprobs"),
         (lambda _: [], "answers without choices"),
         (lambda _: {"code": 400, "error": {"message": "too long"}}, "refuses .400 .*too long"),
@@ -195,6 +214,30 @@ def test_an_answer_of_another_shape_is_told_in_a_line(
     server.spoil = spoil
     with pytest.raises(NestlingError, match=rf"loss\.teacher={server.url}: {named}"):
         opened.records(torch.zeros(1, 16, dtype=torch.int64))
+
+
+def test_a_server_that_lists_no_models_as_it_should_serves_nothing(
+    server: Server, teacher_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Any] = [{"data": None}, {"data": ["tiny"]}, []]
+    for answer in answers:
+        monkeypatch.setattr(Endpoint, "ask", lambda *_, answer=answer: answer)
+        with pytest.raises(UsageError, match=r"serves nothing; set distill\.model"):
+            open_teacher(make_recipe(server, teacher_folder, text), "fp32")
+
+
+def test_an_error_that_breaks_off_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs(BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise TimeoutError("timed out")
+
+    def fail(request: Any, timeout: float) -> Any:
+        raise HTTPError(request.full_url, 500, "Internal Server Error", Message(), Hangs())
+
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    with pytest.raises(NestlingError, match=r"does not answer .500 Internal Server Error"):
+        Endpoint("http://nowhere", 5.0).ask("models")
 
 
 def test_tokens_may_be_told_as_texts(server: Server, teacher_folder: Path, text: Path) -> None:

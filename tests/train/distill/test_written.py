@@ -21,6 +21,7 @@ from train.objective.teacher import ElasticTeacher
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.sections import LossConfig
 from train.run.fit import fit
+from train.run.state import load_state
 
 QUIET = Console(quiet=True)
 SMALL = "model.hidden_size=32 model.intermediate_size=64 model.num_hidden_layers=2 dtype=fp32"
@@ -115,6 +116,9 @@ def test_a_run_that_goes_on_amid_a_window_equals_one_that_was_not_stopped(
     assert (state / "replay.safetensors").is_file()
     resumed = fit(recipe, tmp_path / "resumed", resume=str(state), console=QUIET)
     assert hash_weights(resumed) == hash_weights(whole)
+    more = make_recipe(teacher_folder, text, f"distill.writer={writer}", "trainer.batch_size=8")
+    assert load_state(state).replay(recipe)
+    assert load_state(state).replay(more) == {}, "they begin as rows that are of another step now"
     plain = make_recipe(teacher_folder, text, "distill.written_fraction=0", "loss.text_weight=0.5")
     assert hash_weights(fit(plain, tmp_path / "plain", console=QUIET)) != hash_weights(whole)
 

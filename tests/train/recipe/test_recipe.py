@@ -92,6 +92,12 @@ def test_text_needs_no_quotes_in_an_override(override: str, value: str | None) -
     assert load_recipe([], [override]).tracking.name == value
 
 
+@pytest.mark.parametrize("key", ["model.from", "loss.teacher"])
+def test_a_model_that_is_named_by_nothing_is_refused(key: str) -> None:
+    assert f"{key}=: is empty; give a model, or null for none" in refusal(f"{key}=")
+    assert load_recipe(overrides=[f"{key}=null"]) == Recipe()
+
+
 def test_numbers_are_read_in_every_usual_form() -> None:
     words = ["optim.lr=1e-3", "trainer.max_steps=1e4", "optim.betas=[0.8, 0.9]", "trainer.devices=2"]
     recipe = load_recipe([], words)
