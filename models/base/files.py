@@ -24,6 +24,9 @@ from models.base.numbers import size
 from models.base.outputs import check_link
 from models.base.paths import is_stream
 
+LOCK = ".lock"
+"""Name of the lock of a folder that several processes fill: it makes the folder nobody's."""
+
 
 @contextlib.contextmanager
 def write_folder(path: str | Path, *, marker: str = "nestling.json") -> Iterator[Path]:
@@ -62,7 +65,8 @@ def check_replaceable(path: str | Path, *, marker: str = "nestling.json") -> Non
     path = Path(path)
     check_link("", path)
     if path.is_dir():
-        if any(not _is_left_over(inside) for inside in path.iterdir()) and not (path / marker).is_file():
+        ours = (inside.name == LOCK or _is_left_over(inside) for inside in path.iterdir())
+        if not all(ours) and not (path / marker).is_file():
             raise UsageError(
                 f"{path} exists and is not ours to replace (no {marker} in it); "
                 "choose another place or empty it"

@@ -16,13 +16,21 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import check_replaceable, make_folder, read_json, sweep, write_file, write_json
+from models.base.files import (
+    LOCK,
+    check_replaceable,
+    make_folder,
+    read_json,
+    sweep,
+    write_file,
+    write_json,
+)
 from models.base.progress import progress_bar
 from train.data.batch import Batch
 from train.data.cache import seal
@@ -110,8 +118,7 @@ class CachedTeacher:
         try:
             check_replaceable(self.folder, marker=FILE)
             make_folder(self.folder)
-            lock = FileLock(self.folder / ".lock")
-            lock.acquire()
+            lock = self._lock(console, shown)
         except OSError as error:
             raise UsageError(
                 f"{shown}: cannot be written ({error.strerror}); choose another folder"
@@ -127,6 +134,15 @@ class CachedTeacher:
         finally:
             lock.release()
         self.maps = [self._map(number, part) for number, part in enumerate(self._parts(rows))]
+
+    def _lock(self, console: Console | None, shown: str) -> FileLock:
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            _tell(console, f"{shown}: another process is filling it; this one waits")
+            lock.acquire()
+        return lock
 
     def targets(self, batch: Batch) -> Targets:
         """See `Teacher`."""

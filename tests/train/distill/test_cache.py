@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 from torch import Tensor
 
@@ -318,3 +320,21 @@ def test_a_damaged_list_of_shards_costs_the_shards_and_no_more(
     make(recipe, Console(file=shown, width=300))
     assert "shards.json is damaged; all shards are made again" in shown.getvalue()
     assert shards(tmp_path / "cache") == before
+
+
+def test_a_process_waits_for_the_one_that_fills_the_cache(
+    teacher_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, shown = tmp_path / "cache", io.StringIO()
+    recipe = make_recipe(teacher_folder, text, f"distill.cache={folder}")
+    opened, data = open_teacher(recipe, "fp32"), TextData(recipe).prepare()
+    assert opened is not None
+    folder.mkdir()
+    lock = FileLock(folder / ".lock", thread_local=False)  # before cache.json: so would a kill leave it
+    lock.acquire()
+    timer = threading.Timer(0.3, lock.release)
+    timer.start()
+    opened.prepare(data, Console(file=shown, width=300))
+    timer.join()
+    assert "another process is filling it; this one waits" in shown.getvalue()
+    assert shards(folder)
