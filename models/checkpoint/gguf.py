@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from models.base.errors import NestlingError, UsageError
-from models.checkpoint.layout import widest
 from models.checkpoint.weights import EMBEDDING, HEAD
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Plan
 from models.elastic.rope import rope_frequencies
 from models.elastic.rope_scaling import RopeScaling, yarn_attention_factor
-from models.elastic.view import Model, View
+from models.elastic.view import Model, View, widest
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 """Our names of dtypes -> those of the format; of Q8_0 and Q4_0 every 32 numbers have a scale."""
@@ -41,6 +40,7 @@ FILE_TYPES = {
 }
 BLOCKS, BLOCK = ("int8", "int4"), 32
 FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+INTERLEAVED = ("llama", "deci", "smollm3")
 FREQUENCY_DIVISORS = "rope_freqs.weight"
 """The tensor by which each rotary frequency is divided (Llama 3)."""
 TOKENIZER_MODEL = "tokenizer.ggml.model"
@@ -89,7 +89,7 @@ def write_gguf(model: Model, path: Path, *, dtype: str, metadata: Mapping[str, A
     view = _view(model)
     config = widest(view.model.config, view.plan)
     assert holds(view.model.config, dtype, view.plan), (config, dtype)
-    writer = gguf.GGUFWriter(path, _architecture(config, view.plan))
+    writer = gguf.GGUFWriter(path, architecture_of(view))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write_shape(writer, config, view.plan)
@@ -170,21 +170,18 @@ def holds(config: ElasticConfig, dtype: str, plan: Plan | None = None) -> bool:
 
 
 def architecture_of(model: Model) -> str:
-    """Return llama.cpp's name of the architecture that a file is written as."""
-    view = _view(model)
-    return _architecture(view.model.config, view.plan)
+    """Return llama.cpp's name of the architecture that a file is written as.
 
-
-def _view(model: Model) -> View:
-    return model if isinstance(model, View) else View(model, FULL)
-
-
-def _architecture(config: ElasticConfig, plan: Plan) -> str:
-    """Return llama.cpp's name: most of its architectures size every layer as the first one.
+    Most of its architectures size every layer as the first one.
 
     Raises:
-        UsageError: if layers are unequal, and none of those that size each layer by itself computes the same.
+        UsageError: if none of them computes the same, or layers are unequal and none sizes each by itself.
     """
+    view = _view(model)
+    config, plan = view.model.config, view.plan
+    shape = widest(config, plan)
+    if shape.no_rope_layers is not None:
+        return _smollm3(shape, plan)
     if plan.is_uniform:
         return "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
     if config.qk_norm and config.tie_word_embeddings and config.rope_scaling is None:
@@ -198,6 +195,32 @@ def _architecture(config: ElasticConfig, plan: Plan) -> str:
             "or take --format hf"
         )
     return "deci"
+
+
+def _view(model: Model) -> View:
+    return model if isinstance(model, View) else View(model, FULL)
+
+
+def _smollm3(shape: ElasticConfig, plan: Plan) -> str:
+    """Return the architecture of layers without positions, of which the file does not say which they are."""
+    is_llama3 = shape.rope_scaling is not None and shape.rope_scaling.rope_type == "llama3"
+    held = plan.is_uniform and not (shape.qk_norm or shape.attention_bias or is_llama3)
+    if not held or shape.no_rope_layers != smollm3_layers(shape.num_hidden_layers):
+        raise UsageError(
+            "llama.cpp holds layers without RoPE (no_rope_layers) only if every fourth has none, layers are "
+            "equal, and positions are not stretched as Llama 3's; keep all layers and one fraction of each "
+            "axis, or take --format hf"
+        )
+    return "smollm3"
+
+
+def smollm3_layers(num_layers: int) -> tuple[int, ...]:
+    """Return `no_rope_layers` as llama.cpp has them.
+
+    >>> smollm3_layers(5)
+    (1, 1, 1, 0, 1)
+    """
+    return tuple(int((layer + 1) % 4 != 0) for layer in range(num_layers))
 
 
 def _write_shape(writer: Any, config: ElasticConfig, plan: Plan) -> None:
@@ -261,7 +284,7 @@ def _kind(name: str, tensor: Tensor, dtype: str) -> Any:
 def _tensors(view: View) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors, on the CPU; a tied head is left to the embedding."""
     config = view.model.config
-    kind = _architecture(config, view.plan)
+    kind = architecture_of(view)
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
         stretched_K = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         yield FREQUENCY_DIVISORS, rope_frequencies(config.head_dim, config.rope_theta) / stretched_K
@@ -279,7 +302,7 @@ def _tensors(view: View) -> Iterator[tuple[str, Tensor]]:
                 rows = [tensors[f"model.layers.{layer}.{one}.{suffix}"].cpu() for one in FUSED]
                 yield f"blk.{layer}.attn_qkv.{suffix}", torch.cat(rows)
             continue
-        if kind in ("llama", "deci") and part in FUSED[:2]:
+        if kind in INTERLEAVED and part in FUSED[:2]:
             tensor = interleave(tensor, config.head_dim)
         yield f"blk.{layer}.{PARTS[part]}.{suffix}", tensor.cpu()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.base.errors import NestlingError
 from models.base.files import naming
-from models.checkpoint.gguf import ENDS, FREQUENCY_DIVISORS, OURS, PARTS
+from models.checkpoint.gguf import ENDS, FREQUENCY_DIVISORS, OURS, PARTS, smollm3_layers
 from models.checkpoint.gguf_file import naming_damage, open_gguf
 from models.checkpoint.gguf_tokenizer import ENDS as END_KEYS
 from models.checkpoint.gguf_vocabulary import read_tokenizer
@@ -27,7 +27,7 @@ from models.elastic.rope import rope_frequencies
 from models.elastic.rope_scaling import RopeScaling, yarn_attention_factor
 from models.kernels.blocks import KINDS, BlockTensor
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 _CONTEXTS = [1024 * 2**power for power in range(8)]
 """Original contexts of models that were stretched as Llama 3 was."""
 _NAMES = {theirs: ours for ours, theirs in ENDS.items()} | {
@@ -229,17 +229,19 @@ def _read_shape(shape: _Shape, reader: Any) -> ElasticConfig:
     shape.check(head_dim)
     theta = shape.number("rope.freq_base", 10000.0)
     scaling = _scaling(shape, _factors(reader), theta, head_dim)
+    num_layers = shape.integer("block_count")
     return ElasticConfig(
         vocab_size=embedding[1],
         hidden_size=hidden,
         intermediate_size=shape.integer("feed_forward_length"),
-        num_hidden_layers=shape.integer("block_count"),
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=shape.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=shape.integer("context_length"),
         rope_theta=theta,
         rope_scaling=scaling,
+        no_rope_layers=smollm3_layers(num_layers) if shape.kind == "smollm3" else None,
         # The file keeps fp32; the configuration that was converted had a short decimal.
         rms_norm_eps=_short(shape.number("attention.layer_norm_rms_epsilon")),
         tie_word_embeddings=ENDS[HEAD] not in shape.sizes,

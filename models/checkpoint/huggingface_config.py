@@ -1,7 +1,8 @@
 """The shape of an elastic model and the `config.json` of a stock one, both ways; pure dictionaries.
 
-One elastic class holds what four stock architectures compute:
+One elastic class holds what five stock architectures compute:
 
+    no_rope_layers                        -> SmolLM3ForCausalLM
     qk_norm                               -> Qwen3ForCausalLM
     attention_bias                        -> Qwen2ForCausalLM
     heads that do not divide hidden_size  -> MistralForCausalLM, without a window
@@ -23,6 +24,7 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 # The release whose spelling `config_to_hugging_face` follows. Without it in the file, transformers
 # suspects the large vocabulary of any Mistral model of an old fault.
@@ -64,19 +66,22 @@ def config_to_hugging_face(
         "dtype": dtype,
         "transformers_version": SPELLING,
     }
-    if model_type in ("llama", "qwen3"):
+    if model_type in _BIASES_OUTPUT:
         fields["attention_bias"] = False
-    if model_type == "llama":
+    if model_type in _BIASES_MLP:
         fields["mlp_bias"] = False
-    else:
+    if model_type != "llama":
         fields["sliding_window"] = None
-    if model_type in ("qwen2", "qwen3"):
+    if model_type not in ("llama", "mistral"):
         fields["use_sliding_window"] = False
+    if config.no_rope_layers is not None:
+        fields["no_rope_layers"] = list(config.no_rope_layers)
+        fields["pad_token_id"] = None  # else transformers assumes one of a large vocabulary
     return fields
 
 
 def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
-    """Read a `config.json` of Llama, Mistral, Qwen2 or Qwen3, RoPE spelled the old or the new way.
+    """Read a `config.json` of Llama, Mistral, Qwen2, Qwen3 or SmolLM3, RoPE spelled the old or the new way.
 
     Fields that change only training (dropout) or storage are ignored.
 
@@ -85,8 +90,8 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
 
     >>> config_from_hugging_face({"model_type": "gpt2"})
     Traceback (most recent call last):
-    models.base.errors.NestlingError: model_type='gpt2' is not supported; llama, mistral, qwen2 and
-    qwen3 are
+    models.base.errors.NestlingError: model_type='gpt2' is not supported; llama, mistral, qwen2, qwen3
+    and smollm3 are
     """
     model_type = str(fields.get("model_type"))
     if model_type not in ARCHITECTURES:
@@ -106,6 +111,7 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
         head_dim=_integer(fields, "head_dim", default=0),
         rope_theta=theta,
         rope_scaling=scaling,
+        no_rope_layers=_rotated(fields, sizes["num_hidden_layers"]) if model_type == "smollm3" else None,
         rms_norm_eps=_number(fields, "rms_norm_eps"),
         initializer_range=_number(fields, "initializer_range"),
         tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
@@ -150,6 +156,8 @@ _SAME = (
     "tie_word_embeddings",
     "bos_token_id",
 )
+_BIASES_OUTPUT, _BIASES_MLP = ("llama", "qwen3", "smollm3"), ("llama", "smollm3")
+"""Architectures whose attention_bias is on o_proj as well, and whose other matrices may have one."""
 # Values that transformers assumes when a file leaves a field out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "all": {
@@ -176,6 +184,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "sliding_window": 4096,
     },
+    "smollm3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 2e6,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "no_rope_layer_interval": 4,
+    },
 }
 
 
@@ -185,6 +202,13 @@ def _model_type(config: ElasticConfig) -> str:
             "model: qk_norm=true with attention_bias=true has no stock architecture "
             "(Qwen3 would also bias o_proj); choose one of them"
         )
+    if config.no_rope_layers is not None and (config.qk_norm or config.attention_bias):
+        raise NestlingError(
+            "model: no_rope_layers with qk_norm=true or attention_bias=true has no stock architecture; "
+            "choose one of them"
+        )
+    if config.no_rope_layers is not None:
+        return "smollm3"
     if config.qk_norm:
         return "qwen3"
     if config.attention_bias:
@@ -202,9 +226,9 @@ def _unsupported(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[s
         yield "quantization_config", fields["quantization_config"], "save the weights unquantized"
     if fields["hidden_act"] not in ("silu", "swish"):
         yield "hidden_act", fields["hidden_act"], "only silu is"
-    if model_type in ("llama", "qwen3") and _flag(fields, "attention_bias"):
+    if model_type in _BIASES_OUTPUT and _flag(fields, "attention_bias"):
         yield "attention_bias", True, "it also biases o_proj; a bias on q, k and v alone (qwen2) is"
-    if model_type == "llama" and _flag(fields, "mlp_bias"):
+    if model_type in _BIASES_MLP and _flag(fields, "mlp_bias"):
         yield "mlp_bias", True, "only false is"
     if model_type != "llama":
         yield from _sliding(model_type, fields)
@@ -224,6 +248,19 @@ def _sliding(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[str, 
     ):
         remedy = f"only null or at least max_position_embeddings={fields['max_position_embeddings']} is"
         yield "sliding_window", window, remedy
+
+
+def _rotated(fields: Mapping[str, Any], num_layers: int) -> list[int]:
+    """Return for each layer of SmolLM3 1 if it has positions, else 0."""
+    rotated = fields.get("no_rope_layers")
+    if rotated is None:
+        interval = _integer(fields, "no_rope_layer_interval")
+        if interval < 1:
+            raise NestlingError(f"no_rope_layer_interval={interval} must be at least 1")
+        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if not isinstance(rotated, list) or not all(one in (0, 1) for one in rotated):
+        raise NestlingError(f"no_rope_layers={rotated!r} is not a list of 0 and 1; give one for each layer")
+    return rotated
 
 
 def _integer(fields: Mapping[str, Any], name: str, *, default: int | None = None) -> int:

@@ -9,7 +9,6 @@ Padding is exact but for the order of adding: a neuron of zeros gives silu(0) * 
 evenly to values of zero, and both meet columns of zeros.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from models.checkpoint.huggingface_config import ARCHITECTURES, config_to_huggin
 from models.checkpoint.weights import HEAD
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, LayerPlan, Plan
-from models.elastic.view import View
+from models.elastic.view import View, widest
 
 STOCK, RAGGED, PADDED = "stock", "ragged", "padded"
 FORMS = (STOCK, RAGGED, PADDED)
@@ -89,18 +88,6 @@ def lay_out(view: View, form: str | None = None) -> Layout:
     wasted = sum(tensor.numel() for tensor in padded.values()) - sum(one.numel() for one in tensors.values())
     return Layout(
         form=STOCK if plan.is_uniform else PADDED, config=config, fields=fields, tensors=padded, wasted=wasted
-    )
-
-
-def widest(config: ElasticConfig, plan: Plan) -> ElasticConfig:
-    """Return the shape of as many layers as run, each as wide as the widest."""
-    groups = max(layer.groups for layer in plan.layers)
-    return dataclasses.replace(
-        config,
-        num_hidden_layers=len(plan.layers),
-        intermediate_size=max(layer.ffn for layer in plan.layers),
-        num_key_value_heads=groups,
-        num_attention_heads=groups * config.heads_per_group,
     )
 
 

@@ -1,6 +1,6 @@
 """The shape of an elastic model, in Hugging Face's field names.
 
-One class covers Llama, Mistral, Qwen2 (`attention_bias`) and Qwen3 (`qk_norm`);
+One class covers Llama, Mistral, Qwen2 (`attention_bias`), Qwen3 (`qk_norm`) and SmolLM3 (`no_rope_layers`);
 models/checkpoint/huggingface.py maps to and from their configurations.
 """
 
@@ -33,6 +33,8 @@ class ElasticConfig:
         max_position_embeddings: the longest context, in tokens.
         rope_theta: base of the rotary frequencies.
         rope_scaling: the rule by which they were stretched to longer contexts; None leaves them as they are.
+        no_rope_layers: for each layer 1 if its queries and keys are rotated, and 0 if it has no positions
+            (SmolLM3; the name is Hugging Face's, and so are the values); None rotates all.
         rms_norm_eps: epsilon of every RMSNorm.
         tie_word_embeddings: whether the vocabulary head is the embedding matrix.
         attention_bias: bias on the q, k and v projections (Qwen2).
@@ -55,6 +57,7 @@ class ElasticConfig:
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    no_rope_layers: Sequence[int] | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     attention_bias: bool = False
@@ -68,6 +71,10 @@ class ElasticConfig:
             several = tuple(dict.fromkeys(self.eos_token_id))
             one_or_none = several[0] if several else None
             object.__setattr__(self, "eos_token_id", several if len(several) > 1 else one_or_none)
+        if self.no_rope_layers is not None:
+            rotated = tuple(int(one) for one in self.no_rope_layers[: self.num_hidden_layers])
+            is_stock = all(rotated) and len(rotated) == self.num_hidden_layers
+            object.__setattr__(self, "no_rope_layers", None if is_stock else rotated)
         problems = [
             f"{name}={getattr(self, name)} must be at least 1"
             for name in (
@@ -91,6 +98,11 @@ class ElasticConfig:
             for name in ("rope_theta", "rms_norm_eps")
             if not 0 < getattr(self, name) < math.inf
         ]
+        if self.no_rope_layers is not None and len(self.no_rope_layers) < self.num_hidden_layers:
+            problems.append(
+                f"no_rope_layers lists {len(self.no_rope_layers)} layers of "
+                f"num_hidden_layers={self.num_hidden_layers}; give a number for each"
+            )
         if not problems and self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
             if self.hidden_size % self.num_attention_heads:
@@ -119,6 +131,10 @@ class ElasticConfig:
     def first_eos_token_id(self) -> int | None:
         """The one that is named where there is room for one."""
         return next(iter(self.eos_token_ids), None)
+
+    def rotates(self, layer: int) -> bool:
+        """Return whether a layer's queries and keys are rotated by their positions."""
+        return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
 
     @property
     def heads_per_group(self) -> int:

@@ -72,3 +72,8 @@ class Rotary(nn.Module):
         sign_K = torch.full((config.head_dim,), scale)
         sign_K[: config.head_dim // 2] *= -1  # folds the minus of rotate_half into the table
         return (angles_TK.cos() * scale).to(device=device), (angles_TK.sin() * sign_K).to(device=device)
+
+
+def without_rotation(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return cosines of 1 and sines of 0, which leave queries and keys as they are, bit for bit."""
+    return torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])

@@ -22,7 +22,7 @@ from models.elastic.borrowed import Borrowed
 from models.elastic.cache import Batch, KVCache, Memory
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity, LayerPlan, Plan
-from models.elastic.layers import MLP, Rotary
+from models.elastic.layers import MLP, Rotary, without_rotation
 from models.elastic.norm import RMSNorm
 from models.elastic.owned import NOTHING, Owned, OwnedLayer, Parts
 from models.elastic.ownership import is_owned
@@ -221,11 +221,13 @@ class ElasticLM(nn.Module):
         num_tokens = tokens_BT.shape[1]
         positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
         rotary = self.rotary(positions, x_BTD.dtype)
+        still = rotary if self.config.no_rope_layers is None else without_rotation(rotary)
         parts, found = self.parts(granularity), dict[int, Tensor]()
         for count, layer_plan in enumerate(plan.layers, start=1):
             block = cast(Block, self.model.layers[layer_plan.index])
             own = NOTHING if parts is None else parts.layer(layer_plan.index)
-            x_BTD = block(x_BTD, layer_plan, rotary, memory, own)
+            angles = rotary if self.config.rotates(layer_plan.index) else still
+            x_BTD = block(x_BTD, layer_plan, angles, memory, own)
             if count in exits:
                 found[count] = x_BTD
         return [*(found[count] for count in exits), x_BTD]

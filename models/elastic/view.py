@@ -128,14 +128,7 @@ class View:
         """
         if not self.plan.is_uniform:
             raise UsageError(f"granularity: the layers of {self.granularity} differ in width")
-        full, layer = self.model.config, self.plan.layers[0]
-        return dataclasses.replace(
-            full,
-            num_hidden_layers=len(self.plan.layers),
-            intermediate_size=layer.ffn,
-            num_key_value_heads=layer.groups,
-            num_attention_heads=layer.groups * full.heads_per_group,
-        )
+        return widest(self.model.config, self.plan)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the member's tensors as a model of its own, layers renumbered.
@@ -159,6 +152,20 @@ class View:
 
     def _own(self, parts: Parts | None, name: str, tensor: Tensor) -> Tensor:
         return tensor if parts is None else parts.merge(name.removeprefix("model."), tensor)
+
+
+def widest(config: ElasticConfig, plan: Plan) -> ElasticConfig:
+    """Return the shape of as many layers as run, each as wide as the widest."""
+    groups = max(layer.groups for layer in plan.layers)
+    rotated = config.no_rope_layers and [config.no_rope_layers[layer.index] for layer in plan.layers]
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=len(plan.layers),
+        no_rope_layers=rotated,
+        intermediate_size=max(layer.ffn for layer in plan.layers),
+        num_key_value_heads=groups,
+        num_attention_heads=groups * config.heads_per_group,
+    )
 
 
 Model: TypeAlias = ElasticLM | View

@@ -63,7 +63,7 @@ static void project(const Pass *pass, const Thread *thread, const Layer *layer, 
             if (map.bias)
                 for (int i = 0; i < size; i++) y[i] += map.bias[head * size + i];
             if (norm) normalise(y, norm, size, model->epsilon, y);
-            if (is_query || is_key) {
+            if ((is_query || is_key) && layer->rotates) {
                 size_t angles = (size_t)row->position * size;
                 memcpy(thread->line, y, 4 * (size_t)size);
                 rotate(thread->line, model->cosines + angles, model->sines + angles, size / 2, y);

@@ -12,7 +12,7 @@
 typedef struct {
     Map query, key, value, output, gate, up, down;
     const float *attention_norm, *ffn_norm, *query_norm, *key_norm; /* the last two, or NULL */
-    int32_t index, groups, ffn;                                     /* of the member */
+    int32_t index, groups, ffn, rotates; /* of the member; whether queries and keys have positions */
 } Layer;
 
 typedef struct {

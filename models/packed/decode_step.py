@@ -37,6 +37,7 @@ COMPUTED = frozenset(
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
         *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
         *("rope_theta", "rope_scaling"),  # whose tables it is given
+        "no_rope_layers",
         *("tie_word_embeddings", "attention_bias", "qk_norm"),
     }
 )
@@ -62,7 +63,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, Map) for name in _MAPS),
         *((name, _Floats) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
-        *((name, ctypes.c_int32) for name in ("index", "groups", "ffn")),
+        *((name, ctypes.c_int32) for name in ("index", "groups", "ffn", "rotates")),
     ]
 
 
@@ -225,6 +226,7 @@ class DecodeStep:
             index=plan.index,
             groups=plan.groups,
             ffn=plan.ffn,
+            rotates=self._model.config.rotates(plan.index),
         )
 
     def _pack(self, plan: LayerPlan, name: str, own: OwnedLayer, rows: int, columns: int) -> Panels:

@@ -153,7 +153,7 @@ def holds_unequal(engine: str | None, config: ElasticConfig) -> tuple[bool, bool
 
     transformers and vLLM build each layer from `per_layer_config`; SGLang takes heads from the whole model;
     MLX-LM reads stock architectures, and padding to the widest layer saves nothing. llama.cpp holds them as
-    `deci` (Llama) and `openelm` (Qwen3 with a tied head), not with biases.
+    `deci` (Llama) and `openelm` (Qwen3 with a tied head), not with biases or layers without RoPE.
     """
     match engine:
         case None | "hf" | "vllm":
@@ -161,7 +161,8 @@ def holds_unequal(engine: str | None, config: ElasticConfig) -> tuple[bool, bool
         case "sglang":
             return True, False
         case "llama.cpp":
-            held = not config.attention_bias and (not config.qk_norm or config.tie_word_embeddings)
+            known = config.no_rope_layers is None and not config.attention_bias
+            held = known and (not config.qk_norm or config.tie_word_embeddings)
             return held, held
         case "padded" | "mlx":
             return False, False

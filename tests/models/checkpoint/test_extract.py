@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
+    "smollm3": {"no_rope_layers": (1, 0, 1, 0)},
     # 3 of 6 groups of one head: 3 heads do not divide a hidden size of 32, nor do the 6.
     "odd heads": {"num_attention_heads": 6, "num_key_value_heads": 6, "tie_word_embeddings": False},
 }
@@ -71,6 +72,8 @@ def test_view_extraction_and_stock_transformers_agree(
         ("odd heads", "heads=0.5", "MistralForCausalLM"),
         ("qwen2", "S", "Qwen2ForCausalLM"),
         ("qwen3", "heads=0.5", "Qwen3ForCausalLM"),
+        ("smollm3", "S", "SmolLM3ForCausalLM"),
+        ("smollm3", "layers=0:2", "LlamaForCausalLM"),  # the two that have positions
     ],
 )
 def test_each_member_comes_out_as_the_right_stock_architecture(
@@ -82,6 +85,15 @@ def test_each_member_comes_out_as_the_right_stock_architecture(
     assert fields["architectures"] == [architecture]
     assert fields["head_dim"] == tiny_config.head_dim
     assert fields.get("sliding_window") is None
+
+
+@pytest.mark.parametrize(("text", "rotated"), [("full", [1, 0, 1, 0]), ("layers=1-3", [0, 1, 0])])
+def test_layers_without_positions_stay_so_when_others_are_dropped(
+    tiny_config: ElasticConfig, tmp_path: Path, text: str, rotated: list[int]
+) -> None:
+    family = make_folder(tmp_path / "model", tiny_config, **KINDS["smollm3"])
+    out = extract(family, Granularity.parse(text), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["no_rope_layers"] == rotated
 
 
 OPEN_AS_A_STRANGER = """

@@ -31,6 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
     "mistral": {"num_attention_heads": 6},
+    "smollm3": {"no_rope_layers": (1, 0, 1, 1)},
 }
 PROVENANCE = {"commit": "abc", "data": {"hash": "123"}}
 

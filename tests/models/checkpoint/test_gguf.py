@@ -60,8 +60,9 @@ def make_model(config: ElasticConfig, **changes: Any) -> ElasticLM:
         {"attention_bias": True},
         {"qk_norm": True},
         {"num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": False},
+        {"no_rope_layers": (1, 1, 1, 0)},
     ],
-    ids=["llama", "untied", "qwen2", "qwen3", "odd heads"],
+    ids=["llama", "untied", "qwen2", "qwen3", "odd heads", "smollm3"],
 )
 @torch.no_grad()
 def test_llama_cpp_computes_our_logits(
@@ -152,6 +153,23 @@ def test_unequal_layers_that_llama_cpp_cannot_hold_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match="holds no unequal layers"):
         write_gguf(View(make_model(tiny_config, **changes), UNEQUAL), tmp_path / "m.gguf", dtype="fp32")
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("layers=1-3", {}),
+        ("ffn=1:0.5:1:1", {}),
+        ("full", {"no_rope_layers": (1, 1, 0, 1)}),
+        ("full", {"rope_scaling": KINDS["deci llama3"]["rope_scaling"]}),
+    ],
+)
+def test_layers_without_positions_where_llama_cpp_has_some_are_refused(
+    tiny_config: ElasticConfig, tmp_path: Path, text: str, changes: dict[str, Any]
+) -> None:
+    model = make_model(tiny_config, **{"no_rope_layers": (1, 1, 1, 0), **changes})
+    with pytest.raises(UsageError, match="only if every fourth has none"):
+        write_gguf(View(model, Granularity.parse(text)), tmp_path / "m.gguf", dtype="fp32")
 
 
 @needs_llama

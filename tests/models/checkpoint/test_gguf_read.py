@@ -34,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False, "head_dim": 16, "rope_theta": 500.0},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
+    "smollm3": {"no_rope_layers": (1, 1, 1, 0)},
     "linear": {"rope_scaling": RopeScaling(rope_type="linear", factor=2.0)},
     "llama3": {"rope_scaling": RopeScaling(rope_type="llama3", **SCALING)},
     "yarn": {"rope_scaling": RopeScaling(rope_type="yarn", attention_factor=1.25, **SCALING)},

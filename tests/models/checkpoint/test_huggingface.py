@@ -15,6 +15,7 @@ from models.checkpoint.huggingface import (
     from_hugging_face,
     to_hugging_face,
 )
+from models.checkpoint.huggingface_config import ARCHITECTURES
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 from models.elastic.rope_scaling import RopeScaling
@@ -36,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True, "head_dim": 16},
     "mistral": {"num_attention_heads": 6, "rope_theta": 500000.0},
+    "smollm3": {"no_rope_layers": (1, 0, 0, 1)},
     "one group a head": {"num_key_value_heads": 4},
     **{name: {"rope_scaling": scaling} for name, scaling in SCALINGS.items()},
 }
@@ -66,7 +68,7 @@ def assert_logits_equal(ours_BTV: Tensor, theirs_BTV: Tensor) -> None:
 def test_the_full_model_equals_its_stock_architecture(tiny_config: ElasticConfig, name: str) -> None:
     ours = shaped(tiny_config, name)
     theirs = to_hugging_face(ours)
-    assert theirs.config.model_type == (name if name in ("qwen2", "qwen3", "mistral") else "llama")
+    assert theirs.config.model_type == (name if name in ARCHITECTURES else "llama")
     assert_logits_equal(ours(tokens()), theirs(tokens()).logits)
 
 
@@ -82,7 +84,7 @@ def test_weights_go_to_stock_and_back_unchanged(tiny_config: ElasticConfig, name
     assert tied == there.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @torch.no_grad()
 def test_a_model_that_transformers_made_fits(model_type: str) -> None:
     config = AutoConfig.for_model(
@@ -95,6 +97,7 @@ def test_a_model_that_transformers_made_fits(model_type: str) -> None:
         num_key_value_heads=2,
         max_position_embeddings=128,
         initializer_range=0.2,
+        pad_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     )
     theirs = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
@@ -126,7 +129,7 @@ def test_a_configuration_survives_the_way_there_and_back(tiny_config: ElasticCon
     assert fields["head_dim"] == config.head_dim
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_field_left_out_means_what_transformers_assumes(model_type: str) -> None:
     fields: dict[str, Any] = {
         "model_type": model_type,
@@ -186,6 +189,13 @@ def test_a_window_that_no_context_outgrows_is_no_window() -> None:
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding_window=4096"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "layer_types="),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "smollm3", "attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "smollm3", "mlp_bias": True}, "mlp_bias=True"),
+        ({"model_type": "smollm3", "layer_types": ["sliding_attention"] * 2}, "layer_types="),
+        ({"model_type": "smollm3", "no_rope_layers": [0]}, "no_rope_layers lists 1 layers of"),
+        ({"model_type": "smollm3", "no_rope_layers": [0, 2]}, r"no_rope_layers=\[0, 2\]"),
+        ({"model_type": "smollm3", "no_rope_layers": "every 4th"}, "no_rope_layers='every 4th'"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
         ({"eos_token_id": [1, "2"]}, "eos_token_id='2'"),
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"hidden_size": None}, "hidden_size=None"),
@@ -204,6 +214,31 @@ def test_what_the_elastic_class_cannot_hold_is_named(change: dict[str, Any], nam
 def test_qk_norm_with_bias_has_no_stock_architecture(tiny_config: ElasticConfig) -> None:
     both = dataclasses.replace(tiny_config, qk_norm=True, attention_bias=True)
     with pytest.raises(NestlingError, match=r"qk_norm=true with attention_bias=true"):
+        config_to_hugging_face(both)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_layers_without_positions_are_read_by_list_and_by_interval(interval: int) -> None:
+    fields = LLAMA | {"model_type": "smollm3", "num_hidden_layers": 6, "no_rope_layer_interval": interval}
+    theirs = AutoConfig.for_model(**fields).to_dict()
+    ours = config_from_hugging_face(fields)
+    assert list(ours.no_rope_layers or ()) == theirs["no_rope_layers"]
+    assert ours == config_from_hugging_face(theirs)
+    longer = fields | {"no_rope_layers": [*theirs["no_rope_layers"], 0, 1]}
+    assert config_from_hugging_face(longer) == ours
+
+
+def test_a_list_that_leaves_no_layer_without_positions_says_nothing() -> None:
+    fields = LLAMA | {"model_type": "smollm3", "no_rope_layers": [1, 1]}
+    assert config_from_hugging_face(fields).no_rope_layers is None
+
+
+@pytest.mark.parametrize("other", [{"qk_norm": True}, {"attention_bias": True}])
+def test_layers_without_positions_go_with_neither_biases_nor_head_norms(
+    tiny_config: ElasticConfig, other: dict[str, Any]
+) -> None:
+    both = dataclasses.replace(tiny_config, no_rope_layers=(1, 1, 1, 0), **other)
+    with pytest.raises(NestlingError, match="no stock architecture"):
         config_to_hugging_face(both)
 
 

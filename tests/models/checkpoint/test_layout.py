@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
+    "smollm3": {"no_rope_layers": (1, 0, 1, 0)},
     "untied": {"tie_word_embeddings": False},
     "mistral": {"num_attention_heads": 6, "num_key_value_heads": 3},
 }

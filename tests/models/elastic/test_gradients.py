@@ -20,6 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases and head norms": {"attention_bias": True, "qk_norm": True},
     "one group": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 40, "intermediate_size": 83},
+    "layers without positions": {"no_rope_layers": (0, 1, 1, 0)},
 }
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.2, "autocast": 0.2}
 """Of the norm; tiny_config's large weights make a rounding in the first layer a few percent at the end."""

@@ -54,7 +54,7 @@ static void run_passes(void) {
                        &layer->gate,  &layer->up,  &layer->down};
         for (int k = 0; k < 7; k++) *maps[k] = read_map();
         layer->attention_norm = read_some(), layer->ffn_norm = read_some();
-        layer->index = i, layer->groups = groups, layer->ffn = model.ffn;
+        layer->index = i, layer->groups = groups, layer->ffn = model.ffn, layer->rotates = 1;
     }
     model.layers = layers, model.head = read_map();
     model.embeddings = read_some(), model.cosines = read_some(), model.sines = read_some();

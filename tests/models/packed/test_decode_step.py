@@ -36,6 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases and head norms": {"attention_bias": True, "qk_norm": True},
     "one group": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 40, "intermediate_size": 83},
+    "layers without positions": {"no_rope_layers": (0, 1, 1, 0)},
     "stretched": {"rope_scaling": RopeScaling(rope_type="linear", factor=3.0)},
 }
 # Of the norm; the others have 8 bits, or 4 in which torch's model has them, too.

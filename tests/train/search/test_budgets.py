@@ -1,5 +1,7 @@
 """Budgets are read, or named with the remedy."""
 
+import dataclasses
+
 import pytest
 
 from models.base.errors import UsageError
@@ -43,5 +45,7 @@ def test_engines_hold_what_their_sources_say(tiny_config: ElasticConfig) -> None
     assert holds_unequal("sglang", tiny_config) == (True, False)
     assert holds_unequal("mlx", tiny_config) == (False, False)
     assert holds_unequal("llama.cpp", tiny_config) == (True, True)
+    without_positions = dataclasses.replace(tiny_config, no_rope_layers=(1, 1, 1, 0))
+    assert holds_unequal("llama.cpp", without_positions) == (False, False)
     with pytest.raises(UsageError, match="--for ollama"):
         holds_unequal("ollama", tiny_config)
