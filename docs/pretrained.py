@@ -1,7 +1,7 @@
 """Collects finished runs that began from given weights, and writes the tables of docs/pretrained.md.
 
 python docs/pretrained.py add NAME RUN...   add runs, each of its own number of tokens, to the series NAME
-python docs/pretrained.py                   write the tables from docs/results/pretrained.json
+python docs/pretrained.py                   write the tables from docs/results/pretrained/runs.json
 python docs/pretrained.py --check           exit with 1 if the page says something else
 
 The last row of a table continues the line through the two longest runs over the logarithm of the tokens.
@@ -21,7 +21,7 @@ from train.recipe.recipe import FULL_NAME
 from train.run.metrics import read_metrics
 
 PAGE = Path(__file__).with_name("pretrained.md")
-RESULTS = PAGE.parent / "results" / "pretrained.json"
+RESULTS = PAGE.parent / "results" / "pretrained" / "runs.json"
 BEGIN, END = "<!-- ladder:begin -->\n", "<!-- ladder:end -->"
 UNTRAINED = 1e-20
 """A learning rate below this changes no weight: such a run has the members as they came."""

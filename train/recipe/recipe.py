@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from models.base.errors import NestlingError, UsageError
@@ -163,6 +163,9 @@ def load_saved_recipe(path: Path) -> Recipe:
 def with_members(recipe: Recipe, members: str) -> Recipe:
     """Return the recipe as the dial `members` would change it.
 
+    Raises:
+        UsageError: if the model is too small for such members.
+
     >>> with_members(Recipe(), "light").sampler.row_fraction
     0.125
     """
@@ -171,7 +174,10 @@ def with_members(recipe: Recipe, members: str) -> Recipe:
         section, _, name = key.partition(".")
         before = sections.get(section, getattr(recipe, section))
         sections[section] = replace(before, **{name: value}) if name else value
-    return replace(recipe, **sections)
+    try:
+        return replace(recipe, **sections)
+    except ValidationError as error:  # as which pydantic passes on what a check of ours says
+        raise UsageError(str(error)) from None
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

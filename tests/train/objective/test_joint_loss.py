@@ -128,7 +128,9 @@ def test_the_full_model_learns_from_its_teacher_as_if_by_whole_logits(
 ) -> None:
     """Before, amid and after the ramp; the exit still learns from the full model."""
     monkeypatch.setattr(objective, "rows_per_chunk", lambda *_: 7)
-    config = LossConfig(divergence=divergence, temperature=1.5, weight=0.7, ramp_start=0, ramp_steps=2)
+    config = LossConfig(
+        divergence=divergence, temperature=1.5, weight=0.7, ramp_start=0, ramp_steps=2, exit_gradient=1.0
+    )
     batch = make_batch()._replace(step=step)
     plan = StepPlan(full=True, exits=("D",), slots=())
     ours = gradients(tiny_model, [batch], plan, config, teacher)

@@ -69,3 +69,8 @@ def test_a_recipe_changes_as_the_dial_would_change_it(members: str) -> None:
     words = ["seed=3", "sampler.min_rows=2"]
     dialled = load_recipe(overrides=[*words, f"members={members}"])
     assert with_members(load_recipe(overrides=words), members) == dialled
+
+
+def test_a_model_that_is_too_small_for_the_members_is_refused() -> None:
+    with pytest.raises(UsageError, match="keeps layer 1, but this model's layers are 0 to 0"):
+        with_members(load_recipe(overrides=["model.num_hidden_layers=1", "family={}"]), "draft")
