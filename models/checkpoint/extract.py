@@ -110,6 +110,7 @@ def verify_extraction(
     *,
     tokens_BT: Tensor | None = None,
     num_new_tokens: int = 32,
+    progress: Callable[[], object] = lambda: None,
 ) -> Parity:
     """Open an extraction in stock transformers and compare it with the view that it was cut from.
 
@@ -121,8 +122,11 @@ def verify_extraction(
         out: the folder that `extract` wrote.
         tokens_BT: prompts that both continue greedily; None takes fixed random tokens.
         num_new_tokens: length of the continuation.
+        progress: called for each token of both continuations.
     """
-    return compare_with_stock(folder, granularity, out, tokens_BT=tokens_BT, num_new_tokens=num_new_tokens)[0]
+    return compare_with_stock(
+        folder, granularity, out, tokens_BT=tokens_BT, num_new_tokens=num_new_tokens, progress=progress
+    )[0]
 
 
 @torch.no_grad()
@@ -133,6 +137,7 @@ def compare_with_stock(
     *,
     tokens_BT: Tensor | None = None,
     num_new_tokens: int = 32,
+    progress: Callable[[], object] = lambda: None,
 ) -> tuple[Parity, Probe]:
     """Return the comparison of `verify_extraction`, and the probe by which it can be repeated."""
     config = folder.model.config
@@ -146,8 +151,8 @@ def compare_with_stock(
         logits_BTV: Tensor = stock(tokens_BT, use_cache=False).logits
         return logits_BTV
 
-    ours_BT = _continue_greedily(view, tokens_BT, num_new_tokens)
-    theirs_BT = _continue_greedily(their_logits, tokens_BT, num_new_tokens)
+    ours_BT = _continue_greedily(view, tokens_BT, num_new_tokens, progress)
+    theirs_BT = _continue_greedily(their_logits, tokens_BT, num_new_tokens, progress)
     ours_BTV, theirs_BTV = view(ours_BT), their_logits(ours_BT)
     largest = float(ours_BTV.abs().max())
     parity = Parity(
@@ -181,11 +186,15 @@ def provenance(folder: ModelFolder, granularity: Granularity, parameters: int) -
 
 
 def _continue_greedily(
-    logits_of: Callable[[Tensor], Tensor], tokens_BT: Tensor, num_new_tokens: int
+    logits_of: Callable[[Tensor], Tensor],
+    tokens_BT: Tensor,
+    num_new_tokens: int,
+    progress: Callable[[], object],
 ) -> Tensor:
     for _ in range(num_new_tokens):
         next_B1 = logits_of(tokens_BT)[:, -1:].argmax(-1)
         tokens_BT = torch.cat([tokens_BT, next_B1], dim=1)
+        progress()
     return tokens_BT
 
 

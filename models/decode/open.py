@@ -82,6 +82,8 @@ def open_in_dtype(path: str | Path, dtype: str, *, auto_in_blocks: bool = False)
 
 def _check_quantizations(folder: ModelFolder, dtype: str) -> None:
     """Tell that a GGUF file's weights are rounded again, or refuse to where its own bits were asked for."""
+    if not folder.path.is_file():  # a folder that was imported from one
+        return
     quantized = [name for name in folder.provenance.get("quantizations", ()) if name not in UNQUANTIZED]
     if not quantized:
         return

@@ -16,7 +16,7 @@ HEADER = (
     "batch",
     "sampling",
     "dtype",
-    "holds",
+    "verdict",
     "value",
     "bound",
     "note",
@@ -62,4 +62,4 @@ def _row(check: Check) -> tuple[str, ...]:
         check.dtype,
     )
     bound = f"{'>=' if check.test == 'counts' else '<='} {check.bound:.0e}"
-    return (*names, "yes" if check.passed else "NO", check.note, f"{check.value:.1e}", bound)
+    return (*names, "passed" if check.passed else "FAILED", check.note, f"{check.value:.1e}", bound)

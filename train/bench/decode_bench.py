@@ -1,7 +1,6 @@
 """`nestling bench MODEL`: decoding, ours and that of other engines, in one run and one table."""
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from models.base.files import finite
 from models.base.processor import peak_memory_bytes
 from models.base.progress import progress_bar
 from models.base.table import facts_table
@@ -59,13 +57,12 @@ def bench_decoding(
 
 
 def show_decoding(results: Mapping[str, Any], console: Console) -> None:
-    """Print a card, a table, notes, and one last line of JSON: the object that --json writes."""
+    """Print a card, a table and notes."""
     table = speed_table(results["results"], num_prompts=results["num_prompts"])
     console.print(facts_table(facts(results, results["card"])).to_rich())
     console.print(table.to_rich(caption=LEGEND))
     for note in results["notes"]:
         console.print(f"note: {note}", markup=False)
-    print(json.dumps(finite(results)))
 
 
 def _run(contest: Contest, max_new_tokens: int, rounds: int, console: Console) -> dict[str, Any]:

@@ -6,7 +6,6 @@ all of the same length. At the end as many clients ask once more, one of which n
 
 import asyncio
 import contextlib
-import json
 import re
 import secrets
 import signal
@@ -22,7 +21,6 @@ from typing import Any
 from rich.console import Console
 
 from models.base.errors import NestlingError
-from models.base.files import finite
 from models.base.numbers import fixed, optional
 from models.base.progress import progress_bar
 from models.base.table import Columns, Table
@@ -91,9 +89,8 @@ COLUMNS: Columns = {
 
 
 def show_serving(results: Mapping[str, Any], console: Console) -> None:
-    """Print a table and one last line of JSON: the object that --json writes."""
+    """Print a table."""
     console.print(Table.of(results["results"], COLUMNS, labels=["draft", "num_clients"]).to_rich())
-    print(json.dumps(finite(results)))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ on its tokenizer and on text alone. Peak memory is that of a fresh process for e
 """
 
 import dataclasses
-import json
 import multiprocessing
 import resource
 import statistics
@@ -28,7 +27,6 @@ import torch
 from rich.console import Console
 
 from models.base.dtypes import DTYPES
-from models.base.files import finite
 from models.base.processor import busy_now
 from models.base.progress import Bar, progress_bar
 from models.base.stopwatch import Clock, alternate
@@ -101,7 +99,7 @@ def bench_training(
 
 
 def show_training(results: Mapping[str, Any], console: Console) -> None:
-    """Print what was trained, a table, notes, and a last line of JSON: the object that --json writes."""
+    """Print what was trained, a table and notes."""
     hardware = results["card"]["hardware"]
     device = hardware["gpu"] or hardware["cpu"]
     console.print(
@@ -113,7 +111,6 @@ def show_training(results: Mapping[str, Any], console: Console) -> None:
     console.print(training_table(results["results"]).to_rich(caption=LEGEND))
     for note in results["notes"]:
         console.print(f"note: {note}", markup=False)
-    print(json.dumps(finite(results)))
 
 
 LEGEND = (

@@ -4,11 +4,12 @@ With `--train`, a recipe takes the place of the model: its keys are given as for
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from models.base.errors import UsageError
 from models.base.outputs import check_apart
@@ -23,10 +24,13 @@ from train.commands.common import (
     check_gamma,
     check_json,
     check_plot,
+    check_recipes,
     draft_paths,
+    write_document,
 )
 from train.commands.console import make_console
 
+Show = Callable[[Mapping[str, Any], Console], None]
 MODELS, SETTINGS, TRAINING = "What decodes", "How it decodes", "Training"
 BOTH = {"train", "rounds", "json", "config", "steps"}
 """Parameters that `--train` takes; it alone takes the last two."""
@@ -192,16 +196,15 @@ def bench(
     check_plot(plot, json=json, **inputs)
     if serve:
         _check_served(context, model)
-        _bench_serving(
-            Path(model or ""),
-            {"drafts": draft or ["auto"], "max_new_tokens": max_new_tokens, "gamma": gamma},
-            (temperature or [0.0])[0],
-            (dtype or ["auto"])[0],
-            num_rounds if rounds else 2,
-            prompts,
-            num_prompts,
-            json,
-        )
+        served = {
+            "drafts": draft or ["auto"],
+            "max_new_tokens": max_new_tokens,
+            "gamma": gamma,
+            "temperature": (temperature or [0.0])[0],
+            "dtype": (dtype or ["auto"])[0],
+            "rounds": num_rounds if rounds else 2,
+        }
+        _bench_serving(Path(model or ""), served, prompts, num_prompts, json)
         return
     _check_source(model, random, alpha, {"--prompts": prompts, "--data": data}, text_field)
     from models.decode.sampling.params import SamplingParams
@@ -235,8 +238,7 @@ def bench(
 def _show_decoding(results: Mapping[str, Any], json: Path | None, plot: Path | None) -> None:
     from train.bench.decode_bench import show_decoding
 
-    document = add_card(json, results, dtypes={"model": " and ".join(results["threads"])})
-    show_decoding(document, make_console())
+    _finish(results, show_decoding, json, model=" and ".join(results["threads"]))
     if plot is not None:
         from train.report.speed import speed_chart
         from train.report.style import save_chart
@@ -245,25 +247,18 @@ def _show_decoding(results: Mapping[str, Any], json: Path | None, plot: Path | N
 
 
 def _bench_serving(
-    model: Path,
-    settings: Mapping[str, Any],
-    temperature: float,
-    dtype: str,
-    rounds: int,
-    prompts: Path | None,
-    num_prompts: int,
-    json: Path | None,
+    model: Path, settings: Mapping[str, Any], prompts: Path | None, num_prompts: int, json: Path | None
 ) -> None:
     from models.decode.prompts import HEADINGS, read_prompts
     from train.bench.serve_bench import ServeSettings, bench_serving, show_serving
 
     texts = [one.text for one in read_prompts(prompts, num_prompts)] if prompts else list(HEADINGS)
     results = bench_serving(
-        ServeSettings(**settings, prompts=texts, temperature=temperature, dtype=dtype, rounds=rounds),
+        ServeSettings(**settings, prompts=texts),
         model=model,
         console=make_console(stderr=True),
     )
-    show_serving(add_card(json, results, dtypes={"model": dtype}), make_console())
+    _finish(results, show_serving, json, model=settings["dtype"])
 
 
 def _bench_training(
@@ -273,8 +268,7 @@ def _bench_training(
     from train.recipe.recipe import load_recipe
 
     check_at_least(1, steps=steps)
-    for file in files:
-        check_file("--config", file)
+    check_recipes(files)
     check_flags(words)
     recipe = load_recipe(files, words)
     recipe.elastic_config()  # sizes that do not fit are told before anything runs
@@ -284,7 +278,13 @@ def _bench_training(
     from train.bench.train_bench import bench_training, show_training
 
     results = bench_training(recipe, rounds=rounds, steps=steps, console=make_console(stderr=True))
-    show_training(add_card(json, results, dtypes={"training": results["dtype"]}), make_console())
+    _finish(results, show_training, json, training=results["dtype"])
+
+
+def _finish(results: Mapping[str, Any], show: "Show", json: Path | None, **dtypes: str) -> None:
+    """Show the results with their card, and write them."""
+    show(document := add_card(results, dtypes=dtypes), make_console())
+    write_document(json, document)
 
 
 def _check_flags(context: typer.Context, train: bool) -> None:

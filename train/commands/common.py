@@ -1,7 +1,8 @@
 """Arguments of several commands, and the checks that come before any long work."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ import typer
 
 from models.base.errors import UsageError
 from models.base.outputs import Paths, check_apart, check_output
-from train.recipe.shipped import find_recipe
+from train.recipe.shipped import find_recipe, recipe_names
 
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Model folder: the model/ of a run, or any stock one.")
 ]
+PRINTED = Path("-")
+"""The `--json` that prints the results."""
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", metavar="PATH", help="File to write the results to, as JSON."),
+    typer.Option(
+        "--json",
+        metavar="PATH",
+        help="File to write the results to, as JSON; - prints them last.",
+    ),
 ]
 TextFieldOption = Annotated[
     str | None,
@@ -69,6 +76,16 @@ def check_file(flag: str, path: Path) -> None:
         raise UsageError(f"{flag} {path} cannot be read; check its permissions")
 
 
+def check_recipes(paths: Sequence[Path]) -> None:
+    """Raise UsageError unless each `--config` is a file that can be read; a name is compared with ours."""
+    for path in paths:
+        if not path.exists() and path.parent == Path() and path.suffix in ("", ".yaml"):
+            near = get_close_matches(path.stem, recipe_names(), 1)
+            meant = f"did you mean {near[0]}? Known are" if near else "give the path of a file, or one of"
+            raise UsageError(f"--config {path} does not exist; {meant} {', '.join(recipe_names())}")
+        check_file("--config", path)
+
+
 def check_data(source: str) -> None:
     """Raise UsageError unless `--data` is a file that can be read, stdlib or a dataset of the hub."""
     if source != "stdlib" and not source.startswith("hub:"):
@@ -102,7 +119,7 @@ def check_json(path: Path | None, **inputs: Paths) -> None:
         path: file of the results.
         inputs: what the command reads, which the results must not replace: `MODEL` or the name of a flag.
     """
-    if path is not None:
+    if path is not None and path != PRINTED:
         check_output("--json", path)
         check_apart({"--json": path}, name_flags(inputs))
 
@@ -149,15 +166,23 @@ def open_for_measuring(path: Path, dtype: str) -> "tuple[ModelFolder, str]":
 def write_results(path: Path | None, results: Mapping[str, Any], *, dtypes: Mapping[str, str]) -> None:
     """Write the results and the card of where they come from as one JSON object, if a path is given."""
     if path is not None:
-        add_card(path, results, dtypes=dtypes)
+        write_document(path, add_card(results, dtypes=dtypes))
 
 
-def add_card(path: Path | None, results: Mapping[str, Any], *, dtypes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the results with the card of where they come from, written as JSON if a path is given."""
-    from models.base.files import write_json
+def add_card(results: Mapping[str, Any], *, dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the results with the card of where they come from."""
     from models.machine.provenance import make_card
 
-    document = {**results, "card": make_card(dtypes=dtypes)}
-    if path is not None:
+    return {**results, "card": make_card(dtypes=dtypes)}
+
+
+def write_document(path: Path | None, document: Mapping[str, Any]) -> None:
+    """Write results that have their card, if a path is given, or print them."""
+    import json
+
+    from models.base.files import finite, write_json
+
+    if path == PRINTED:
+        print(json.dumps(finite(document)))
+    elif path is not None:
         write_json(path, document)
-    return document

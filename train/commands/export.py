@@ -214,7 +214,7 @@ def _tell(
         f"logits differ by {parity.difference:.1g} of the largest"
     )
     if written.checks:
-        console.print(f"{len(written.checks)} checks in its {RECEIPT}; nestling verify on it repeats them")
+        console.print(f"what was compared stands in its {RECEIPT}; nestling verify on it compares again")
     if written.form == RAGGED:
         console.print(
             "its layers are unequal: modeling_nestling.py builds each from config.json's per_layer_config; "

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from models.base.paths import is_stream
 from models.base.progress import progress_bar
-from train.commands.common import write_results
+from train.commands.common import PRINTED, write_results
 from train.commands.console import make_console
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Answers:
         self.prompts, self.settings, self.path, self.dtype = prompts, settings, path, dtype
         self.done: list[GenerationResult] = []
         self._started = self._written = perf_counter()
+        self._replaceable = path is not None and path != PRINTED and not is_stream(path)
 
     def summary(self) -> str:
         """Return how many there are, and how fast they came."""
@@ -54,7 +55,7 @@ class Answers:
 
     def write_now_and_then(self) -> None:
         """Write what there is, unless that was done a moment ago or what is written cannot be replaced."""
-        if self.path and not is_stream(self.path) and perf_counter() - self._written > WRITE_SECONDS:
+        if self._replaceable and perf_counter() - self._written > WRITE_SECONDS:
             self.write()
 
     def write(self) -> None:

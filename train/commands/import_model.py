@@ -7,6 +7,7 @@ import typer
 
 from models.base.errors import NestlingError, UsageError
 from models.base.outputs import check_apart
+from models.base.progress import Bar, progress_bar
 from train.commands.common import JsonOption, check_json, write_results
 from train.commands.console import make_console
 
@@ -40,9 +41,9 @@ def import_model(
 
     console = make_console()
     _check_places(source, out)
-    with console.status(f"reading {source}"):
+    with progress_bar(f"reading {source}", console=make_console(stderr=True)) as bar:
         folder = load_model(source, dtype=None if dtype is None else TORCH[dtype])
-    results = {"source": str(source), "out": str(out), **write_and_prove(folder, out)}
+        results = {"source": str(source), "out": str(out), **write_and_prove(folder, out, bar)}
     console.print(f"{out}: {_describe(results)}", markup=False, highlight=False)
     console.print(
         f"equal in stock transformers: {results['num_tokens']} greedy tokens identical, "
@@ -51,7 +52,7 @@ def import_model(
     write_results(json, results, dtypes={"weights": dtype_name(folder.model)})
 
 
-def write_and_prove(folder: "ModelFolder", out: Path) -> dict[str, Any]:
+def write_and_prove(folder: "ModelFolder", out: Path, bar: Bar) -> dict[str, Any]:
     """Write a model folder, open it in stock transformers, and compare.
 
     Raises:
@@ -64,6 +65,7 @@ def write_and_prove(folder: "ModelFolder", out: Path) -> dict[str, Any]:
     from models.elastic.granularity import FULL
 
     config = folder.model.config
+    bar.show(f"writing {out}", 0, None)
     save_model(
         out,
         folder.model,
@@ -75,7 +77,8 @@ def write_and_prove(folder: "ModelFolder", out: Path) -> dict[str, Any]:
         like=folder.path,
     )
     num_new_tokens = min(16, config.max_position_embeddings // 2)
-    parity = verify_extraction(folder, FULL, out, num_new_tokens=num_new_tokens)
+    bar.show("comparing with transformers", 0, 2 * num_new_tokens)
+    parity = verify_extraction(folder, FULL, out, num_new_tokens=num_new_tokens, progress=bar.advance)
     if not parity.holds:
         raise NestlingError(
             f"{out} computes otherwise in transformers (greedy ids equal: {parity.ids_equal}, logits "

@@ -70,13 +70,13 @@ def order(
         raise UsageError(
             f"--drop {drop} must be 0 to {num_layers - 1}, since the model has {num_layers} layers"
         )
-    console = make_console()
+    console, waiting = make_console(), make_console(stderr=True)
     batches = _batches(folder, data, text_field, max_tokens)
-    importance, losses = _compare(folder.model, batches, console)
+    importance, losses = _compare(folder.model, batches, waiting)
     chosen = _best(losses) if rule == "best" else rule
     ordered = folder.model if chosen == AS_IT_CAME else order_model(folder.model, importance, chosen)
     difference = check_same(folder.model, ordered, batches[0][0])
-    layers = _drop_layers(ordered, importance, batches, drop, console)
+    layers = _drop_layers(ordered, importance, batches, drop, waiting)
     save_model(
         out,
         ordered,

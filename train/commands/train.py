@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from models.base.errors import UsageError
-from train.commands.common import ConfigOption, check_file
+from train.commands.common import ConfigOption, check_recipes
 from train.commands.console import make_console
 from train.commands.train_help import HELP_ALL
 
@@ -78,8 +78,7 @@ def run_training(
     Raises:
         UsageError: naming the flag, key or file that cannot be; nothing was made then.
     """
-    for file in files:
-        check_file("--config", file)
+    check_recipes(files)
     check_flags(words)
     from train.recipe.recipe import load_recipe
 

@@ -168,8 +168,12 @@ def with_members(recipe: Recipe, members: str) -> Recipe:
 
     >>> with_members(Recipe(), "light").sampler.row_fraction
     0.125
+    >>> "E" in with_members(with_members(Recipe(), "draft"), "even").family
+    False
     """
     sections: dict[str, Any] = {}
+    if recipe.family == MEMBERS["draft"]["family"]:  # which the dial gave it, not the recipe
+        sections["family"] = Recipe().family
     for key, value in MEMBERS[members].items():
         section, _, name = key.partition(".")
         before = sections.get(section, getattr(recipe, section))

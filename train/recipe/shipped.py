@@ -6,6 +6,15 @@ _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parents[1] / "configs"
 
 
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package.
+
+    >>> "tiny" in recipe_names()
+    True
+    """
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
 def find_recipe(path: Path) -> Path:
     """Return the recipe at a path or, where there is no such file, ours of that name.
 

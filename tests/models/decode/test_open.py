@@ -142,6 +142,14 @@ def test_formats_without_kernels_are_dequantized_and_told(
         open_for_decoding(path, "file")
 
 
+def test_a_folder_that_was_imported_from_a_file_is_not_warned_of(
+    tiny_model: ElasticLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save_model(tmp_path / "m", tiny_model, provenance={"quantizations": ["Q4_1"]})
+    open_for_decoding(path)
+    assert not caplog.text
+
+
 def test_a_folder_as_it_is_stored(tiny_model: ElasticLM, tmp_path: Path) -> None:
     path = save_model(tmp_path / "model", tiny_model.to(torch.bfloat16))
     folder, name = open_for_decoding(path, "file")

@@ -56,7 +56,7 @@ def test_everyone_trains_and_is_compared_with_the_full_model(
     printed = capsys.readouterr().out
     document = json.loads(out.read_text())
     assert code == 0
-    assert json.loads(printed.splitlines()[-1]) == document
+    assert '{"' not in printed
     rows = document["results"]
     wanted = [("nestling", "full"), ("nestling", "joint")]
     wanted += [("transformers", "full")] if find_spec("accelerate") else []

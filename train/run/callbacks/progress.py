@@ -1,12 +1,18 @@
-"""A progress bar on a terminal; elsewhere one line at every tenth of the run."""
+"""A progress bar on a terminal; elsewhere a line at the first loss, at each tenth, and each minute."""
+
+from time import perf_counter
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from models.base.numbers import duration
 from train.run.callbacks.metrics import Metrics
 from train.run.callbacks.step import StepCallback
 from train.run.module import JointModule
+
+SILENT_SECONDS = 60.0
+"""The longest time without a line, in a file or a pipe."""
 
 
 class ProgressBar(StepCallback):
@@ -36,6 +42,9 @@ class ProgressBar(StepCallback):
         assert isinstance(pl_module, JointModule)
         self.bar.update(self._task, completed=pl_module.first_step)
         self.bar.start()
+        self._first = pl_module.first_step
+        self._began = self._printed = perf_counter()
+        self._tenth = -1
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Advance."""
@@ -47,9 +56,17 @@ class ProgressBar(StepCallback):
         if latest.get("skipped"):
             status += f" · {latest['skipped']:.0f} skipped"
         self.bar.update(self._task, completed=module.step, status=status)
-        tenth = max(1, self.max_steps // 10)
-        if not self.console.is_terminal and module.step % tenth == 0:
-            self.console.print(f"step {module.step}/{self.max_steps} {status}", highlight=False)
+        if status and not self.console.is_terminal:
+            self._print(module.step, status)
+
+    def _print(self, step: int, status: str) -> None:
+        """Print a line if one is due."""
+        now, tenth = perf_counter(), step * 10 // self.max_steps
+        if tenth > self._tenth or now - self._printed > SILENT_SECONDS:
+            self._tenth, self._printed = tenth, now
+            seconds = (now - self._began) / max(1, step - self._first) * (self.max_steps - step)
+            left = f" · {duration(seconds)} left" if step < self.max_steps else ""
+            self.console.print(f"step {step}/{self.max_steps} {status}{left}", highlight=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the terminal as it was."""
