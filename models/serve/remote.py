@@ -11,6 +11,7 @@ one machine, whatever is lost, repeated or restarted.
 
 import contextlib
 import json
+import logging
 import ssl
 import time
 from collections import deque
@@ -39,6 +40,7 @@ from models.elastic.cache import KVCache
 from models.elastic.view import Model
 from models.serve.protocol import EOS, MAX_FRAME, PROTOCOL, RUNS, Chain, Reply, Round, tokenizer_digest
 
+_log = logging.getLogger(__name__)
 FIRST_PAUSE, MOST_PAUSE = 0.1, 2.0
 """Seconds between two tries to connect."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -206,6 +208,8 @@ class _Decoding:
                         f"--remote {self._remote.url}: no server answers ({type(error).__name__}: {error}); "
                         "start it, and generate again: the text up to here will be the same"
                     ) from None
+                if pause == FIRST_PAUSE and self._num_committed == self._num_prompt:
+                    _log.warning("no server answers at %s yet; trying again", self._remote.url)
                 time.sleep(pause)
                 pause = min(2 * pause, MOST_PAUSE)
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
 
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Model folder: the model/ of a run, or any stock one.")
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="Model folder (the model/ of a run, or any stock one) or GGUF file."
+    ),
 ]
 PRINTED = Path("-")
 """The `--json` that prints the results."""

@@ -51,6 +51,10 @@ def check_remote(
         raise UsageError("--remote continues one text; give --prompt")
     if remote is not None and useless:
         raise UsageError(f"{useless[0]} has no effect with --remote; leave one of them out")
+    if remote is not None:
+        from models.serve.remote import Remote
+
+        Remote(url=remote)  # which refuses what is no address before the model is opened
 
 
 def continue_remotely(

@@ -94,6 +94,7 @@ def plan(
         )
     )
     console.print(
-        f"At {rtt:g} ms split decoding {faster}{beside}. A drafted token is kept with {split.coupled:.3f}.",
+        f"At {rtt:g} ms split decoding {faster}{beside}. A drafted token "
+        f"is kept with probability {split.coupled:.3f}.",
         soft_wrap=True,
     )
