@@ -1,6 +1,7 @@
 """The lines of a training whose output is no terminal."""
 
 import io
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ def test_the_first_line_has_a_loss_and_others_follow_by_tenths_or_by_the_clock(
     monkeypatch.setattr(progress, "SILENT_SECONDS", silent)
     stream, metrics = io.StringIO(), SimpleNamespace(latest={})
     bar: Any = ProgressBar(Console(file=stream, width=100), metrics, max_steps=30)  # type: ignore[arg-type]
-    bar._first, bar._began, bar._printed, bar._tenth = 0, 0.0, progress.perf_counter(), -1
+    bar._first, bar._began, bar._printed, bar._tenth = 0, 0.0, perf_counter(), -1
     for step in range(1, 13):
         if step == 5:
             metrics.latest = {"loss/XL": 2.0, "tokens_per_second": 100.0}
