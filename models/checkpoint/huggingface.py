@@ -17,7 +17,7 @@ from models.checkpoint.huggingface_config import (
     config_from_hugging_face,
     config_to_hugging_face,
 )
-from models.checkpoint.layout import MODELING, modeling_source
+from models.checkpoint.layout import MODELING, auto_map, modeling_source
 from models.checkpoint.weights import EMBEDDING, HEAD, dtype_name, model_from, weights_of
 from models.elastic.model import ElasticLM
 
@@ -97,7 +97,7 @@ def has_own_code(folder: Path) -> bool:
     """Return whether a folder has a modelling file.
 
     Raises:
-        NestlingError: if it is not the one that we write, byte for byte.
+        NestlingError: if it is not the one that we write, byte for byte, or transformers would run more.
     """
     fields = read_json(folder / "config.json")
     if "auto_map" not in fields:
@@ -108,6 +108,14 @@ def has_own_code(folder: Path) -> bool:
         raise NestlingError(
             f"{path} is not the file that this release writes, and is not run; write it again"
         )
+    # Once transformers may run code, it also runs what auto_map names, and custom_generate/generate.py.
+    others = sorted(str(other) for other in folder.rglob("*.py") if other != path)
+    if fields["auto_map"] != auto_map(model_type) or others:
+        named = others[0] if others else f"{folder / 'config.json'}: auto_map"
+        raise NestlingError(
+            f"{named} makes transformers run code that this release does not write, which is not run; "
+            "take it away, or extract the member again"
+        )
     return True
 
 
@@ -115,7 +123,7 @@ def load_stock_tokenizer(path: str | Path) -> Any:
     """Open the tokenizer of a model folder with transformers alone, as other projects do."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return tokenizer
 
 

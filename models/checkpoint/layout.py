@@ -121,16 +121,20 @@ def ragged_fields(config: ElasticConfig, plan: Plan, *, dtype: str) -> dict[str,
     if fields["model_type"] == "llama" and len({layer.groups for layer in plan.layers}) > 1:
         # The Llama class checks the number of heads, of which there is no single one; Mistral's does not.
         fields = config_to_hugging_face(config, dtype=dtype, model_type="mistral")
-    names = _class_name(fields["model_type"]), f"{_class_name(fields['model_type'], '')}Model"
-    module = MODELING.removesuffix(".py")
-    fields["architectures"] = [names[0]]
-    fields["auto_map"] = {
-        "AutoModel": f"{module}.{names[1]}",
-        "AutoModelForCausalLM": f"{module}.{names[0]}",
-    }
+    fields["architectures"] = [_class_name(fields["model_type"])]
+    fields["auto_map"] = auto_map(fields["model_type"])
     overrides = (_overrides(config, layer) for layer in plan.layers)
     fields[PER_LAYER] = {str(place): one for place, one in enumerate(overrides) if one}
     return fields
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """Return which classes of the modelling file stand for transformers' own."""
+    module = MODELING.removesuffix(".py")
+    return {
+        "AutoModel": f"{module}.{_class_name(model_type, 'Model')}",
+        "AutoModelForCausalLM": f"{module}.{_class_name(model_type)}",
+    }
 
 
 def _overrides(config: ElasticConfig, layer: LayerPlan) -> dict[str, int]:

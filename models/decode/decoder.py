@@ -81,7 +81,8 @@ class Decoder:
             bos_token=self._text_of(config.bos_token_id),
             eos_token=self._text_of(config.first_eos_token_id),
         )
-        return self.tokenizer.encode(text, add_special_tokens=False).ids  # the template has put them already
+        # The template has put special tokens already; for the batch of one see `encode_prompt`.
+        return self.tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
 
     def _text_of(self, token: int | None) -> str:
         return "" if token is None else self.tokenizer.id_to_token(token) or ""

@@ -199,7 +199,8 @@ def encode_prompt(target: Model, tokenizer: Tokenizer, prompt: TextOrIds) -> lis
             prompt.encode()
         except UnicodeEncodeError:
             raise UsageError(f"--prompt {prompt!r} is not UTF-8 text; encode it so") from None
-        return tokenizer.encode(prompt).ids or _start_of_text(target)
+        # Unlike `encode`, it lets other threads run: a server goes on while it reads a long prompt.
+        return tokenizer.encode_batch([prompt])[0].ids or _start_of_text(target)
     ids = None if isinstance(prompt, bytes | Mapping) else _items(prompt)
     if ids is not None and len(ids) == 1 and isinstance(ids[0], list | tuple):
         ids = list(ids[0])  # the one row of a batch, as tokenizers of transformers give it

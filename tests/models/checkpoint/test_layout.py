@@ -114,6 +114,24 @@ def test_only_our_own_modelling_file_is_run(tmp_path: Path) -> None:
         load_stock(out)
 
 
+@pytest.mark.parametrize("what", ["model", "config", "generate"])
+def test_nothing_beside_our_own_modelling_file_is_run(what: str, tmp_path: Path) -> None:
+    out = extract(make_folder(tmp_path / "model"), UNEQUAL, tmp_path / "out")
+    path, fields = out / "other.py", json.loads((out / "config.json").read_text())
+    if what == "model":
+        fields["auto_map"]["AutoModelForCausalLM"] = "other.NestlingLlamaForCausalLM"
+    elif what == "config":
+        fields["auto_map"]["AutoConfig"] = "somebody/model--other.Config"
+    else:
+        path = out / "custom_generate" / "generate.py"
+        path.parent.mkdir()
+    if what != "config":
+        path.write_text("raise SystemExit\n")
+    (out / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(NestlingError, match="run code that this release does not write"):
+        load_stock(out)
+
+
 def test_a_form_that_does_not_hold_it_is_named(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     with pytest.raises(UsageError, match="--form stock"):

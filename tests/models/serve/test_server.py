@@ -243,6 +243,19 @@ def test_a_bad_field_is_named_in_openais_shape(
     assert error["message"]
 
 
+def test_others_are_answered_while_a_long_prompt_is_read(served: Served) -> None:
+    waits, begun = [], time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(served.complete, prompt="ab " * 200_000)
+        while not long.done():
+            started = time.perf_counter()
+            assert served.http.get("/health").status_code == 200
+            waits.append(time.perf_counter() - started)
+    assert long.result().status_code == 400
+    assert len(waits) > 2
+    assert max(waits) < (time.perf_counter() - begun) / 2
+
+
 def test_the_official_client_raises_its_own_errors(served: Served) -> None:
     with pytest.raises(openai.NotFoundError):
         served.openai.completions.create(model="other", prompt="a")
