@@ -209,7 +209,7 @@ class OpenRequest(_Body):
         try:
             return OpenRequest.model_validate(json.loads(text))
         except ValidationError as error:
-            named = ".".join(str(part) for part in error.errors()[0]["loc"])
+            named = ".".join(str(part) for part in error.errors()[0]["loc"]) or "open"
             raise UsageError(f"{named}: {error.errors()[0]['msg']}") from None
         except (ValueError, RecursionError):
             raise UsageError("open: this is not JSON") from None

@@ -264,8 +264,10 @@ def add_verification(app: FastAPI, verifier: Verifier) -> None:
 
 
 async def _opened(socket: WebSocket, verifier: Verifier) -> Session:
-    text = await socket.receive_text()
-    asked = OpenRequest.parse(text)
+    message: Mapping[str, Any] = await socket.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message["code"])
+    asked = OpenRequest.parse(message.get("text") or "")
     session = await verifier.open(asked, socket)
     new = session.ids[session.num_prompt :]
     await socket.send_text(

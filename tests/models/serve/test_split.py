@@ -252,6 +252,13 @@ def test_any_frames_are_answered_or_refused(num_cases: int, verifying: Any, deco
     assert verifying.text("well", max_tokens=4)
 
 
+@pytest.mark.parametrize("first", [b"\x00", "[]", "", "x"])
+def test_a_connection_that_begins_otherwise_is_told_so(first: bytes | str, verifying: Any) -> None:
+    with connect(f"{ws(verifying)}/v1/verify", close_timeout=1) as socket:
+        socket.send(first)
+        assert json.loads(socket.recv(10))["error"].startswith("open: ")
+
+
 def test_a_session_that_nobody_comes_back_for_is_freed(
     verifying: Any, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
