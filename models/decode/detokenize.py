@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         """Turn text into tokens."""
         ...
 
+    def encode_batch(self, texts: Sequence[str], /) -> Sequence[Encoded]:
+        """Turn texts into tokens."""
+        ...
+
     def decode(self, ids: Sequence[int], /) -> str:
         """Turn tokens into text without the special ones."""
         ...
