@@ -69,8 +69,8 @@ class Endpoint:
         for number in range(TRIES):
             if number:
                 time.sleep(PAUSE)
-            request = urllib.request.Request(f"{self.url}/{path}", body, headers)
             try:
+                request = urllib.request.Request(f"{self.url}/{path}", body, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     return json.load(answer)
             except urllib.error.HTTPError as error:

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,11 +331,17 @@ def test_a_process_waits_for_the_one_that_fills_the_cache(
     opened, data = open_teacher(recipe, "fp32"), TextData(recipe).prepare()
     assert opened is not None
     folder.mkdir()
-    lock = FileLock(folder / ".lock", thread_local=False)  # before cache.json: so would a kill leave it
-    lock.acquire()
-    timer = threading.Timer(0.3, lock.release)
-    timer.start()
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(folder / ".lock"):  # before cache.json: so would a kill leave it
+            held.set()
+            time.sleep(0.3)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
     opened.prepare(data, Console(file=shown, width=300))
-    timer.join()
+    other.join()
     assert "another process is filling it; this one waits" in shown.getvalue()
     assert shards(folder)

@@ -286,6 +286,13 @@ def test_a_server_that_is_not_there_is_told_by_the_command(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_url_that_cannot_be_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    for url in ("http://[::1/v1", "http://"):
+        with pytest.raises(NestlingError, match="does not answer"):
+            Endpoint(url, 1.0).ask("models")
+
+
 def test_an_endpoint_sends_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
