@@ -66,16 +66,27 @@ def _preset(members: str, *overrides: str, change: str = "") -> Arm:
     return Arm(members + (f", {change}" if change else ""), (*own, *overrides))
 
 
-KL = "loss.divergence=forward_kl"
+ACCEPTANCE = "loss.divergence=neg_log_alpha"
 PRESETS = (
     _preset("even"),
     _preset("light"),
     _preset("draft"),
-    _preset("even", KL, change="forward_kl"),
+    _preset("even", ACCEPTANCE, "loss.exit_gradient=0.3", change="neg_log_alpha, exit_gradient 0.3"),
+    _preset("even", "loss.exit_gradient=0.3", change="exit_gradient 0.3"),
+    _preset("even", "sampler.turns={S: 2, L: 1}", change="turns 2:1"),
+    _preset("even", "sampler.turns={S: 3, L: 1}", change="turns 3:1"),
+    _preset("light", ACCEPTANCE, change="neg_log_alpha"),
+    _preset("light", "sampler.turns={S: 3, L: 1}", change="turns 3:1"),
+    _preset(
+        "light",
+        "loss.exit_gradient=1",
+        "sampler.turns={S: 3, L: 1}",
+        change="exit_gradient 1, turns 3:1",
+    ),
     _preset("even", "loss.divergence=cross_entropy", change="cross_entropy"),
     _preset("even", "owned.rank=0", change="norms alone"),
     _preset("even", "owned.norms=false", "owned.rank=0", change="nothing owned"),
-    _preset("even", "loss.narrow_gradient=1", "loss.exit_gradient=1", change="gradients x 1"),
+    _preset("even", "loss.narrow_gradient=1", change="gradients x 1"),
     _preset("even", "loss.narrow_gradient=0.1", "loss.exit_gradient=0.1", change="gradients x 0.1"),
     _preset("even", "loss.fade_to=0.1", change="fade_to 0.1"),
     _preset("even", "sampler.row_fraction=0.125", change="row_fraction 1/8"),
@@ -113,7 +124,7 @@ ARMS = (
     _small("S", taught=True, extra=True),
     _small("D", taught=True, extra=True),
 )
-DEFAULT = "even, forward_kl"
+DEFAULT = "even"
 """The arm that README.md shows beside models of their own."""
 FIRST = 14
 """The number of arms that get all their seeds before the others get their first."""

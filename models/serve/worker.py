@@ -201,7 +201,11 @@ class Worker:
                 if not self._queue or not self._has_room(self._queue[0]):
                     break
                 job = self._queue.popleft()
-            self._begin(job)
+            try:
+                self._begin(job)
+            except Exception as error:  # of this text alone, whose client would wait forever
+                logger.exception("a text could not begin")
+                self._calls.append(partial(job.send, Update(error=error)))
         self._metrics.queued, self._metrics.running = len(self._queue), len(self._live)
         self._metrics.kv_bytes = self._prefixes.num_bytes
         if self._load is not None:

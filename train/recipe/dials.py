@@ -34,12 +34,19 @@ KEYS = {
 }
 
 # What each costs and brings is measured in docs/results/study.
-_GENTLE = {"loss.narrow_gradient": 0.3, "loss.exit_gradient": 0.3, "loss.fade_to": 1.0, "owned.norms": True}
+_GENTLE = {
+    "loss.divergence": "forward_kl",
+    "loss.narrow_gradient": 0.3,
+    "loss.fade_to": 1.0,
+    "owned.norms": True,
+    "sampler.exit_stride": 4,
+}
 MEMBERS: Mapping[str, Mapping[str, Any]] = {
-    "light": {**_GENTLE, "owned.rank": 0, "sampler.row_fraction": 0.125, "sampler.exit_stride": 4},
-    "even": {**_GENTLE, "owned.rank": 8, "sampler.row_fraction": 0.375, "sampler.exit_stride": 4},
+    "light": {**_GENTLE, "loss.exit_gradient": 0.3, "owned.rank": 0, "sampler.row_fraction": 0.125},
+    "even": {**_GENTLE, "loss.exit_gradient": 1.0, "owned.rank": 8, "sampler.row_fraction": 0.375},
     "draft": {
         "family": {"D": "layers=0-1", "E": "layers=0"},
+        "loss.divergence": "neg_log_alpha",
         "loss.exit_gradient": 1.0,
         "loss.fade_to": 1.0,
         "owned.norms": True,

@@ -17,6 +17,7 @@ HEALING: Mapping[str, Any] = {
     "optim.lr": 5e-4,
     "optim.warmup_steps": 20,
     "optim.weight_decay": 0.0,
+    "loss.divergence": "neg_log_alpha",
     "loss.ramp_start": 0,
     "loss.ramp_steps": 0,
     "loss.fade_to": 1.0,

@@ -143,7 +143,7 @@ class LossConfig:
     With a teacher the full model learns from it in the same way.
     """
 
-    divergence: DivergenceName = "neg_log_alpha"
+    divergence: DivergenceName = "forward_kl"
     """Measure of how a member's distribution differs from the full model's; cross_entropy: the member learns
     from text alone."""
     weight: NonNegative = 1.0
@@ -169,7 +169,7 @@ class LossConfig:
     narrow_gradient: Positive = 0.3
     """Factor of the gradients that members with a pass of their own send into the layers, which they share
     with the full model. What they own learns at the full rate, whatever this is."""
-    exit_gradient: Positive = 0.3
+    exit_gradient: Positive = 1.0
     """The same factor for early exits."""
     head_gradient: Positive = 1.0
     """Factor of all members' gradients into the vocabulary head, which everybody shares."""

@@ -243,6 +243,19 @@ def test_a_bad_field_is_named_in_openais_shape(
     assert error["message"]
 
 
+def test_a_text_that_cannot_begin_is_told_so_and_others_go_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("models.serve.worker.new_request", fail)
+        response = served.complete(prompt="a", max_tokens=2)
+    assert (response.status_code, "MemoryError" in response.text) == (500, True)
+    assert served.text("a", max_tokens=2)
+
+
 def test_others_are_answered_while_a_long_prompt_is_read(served: Served) -> None:
     waits, begun = [], time.perf_counter()
     with ThreadPoolExecutor(1) as pool:

@@ -27,7 +27,9 @@ MEMBERS = {
     "D": Granularity.parse("layers=0-1"),
     "XL": FULL,
 }
-RAMPED = LossConfig(divergence="neg_log_alpha", ramp_start=0, ramp_steps=2)
+RAMPED = LossConfig(
+    divergence="neg_log_alpha", ramp_start=0, ramp_steps=2, narrow_gradient=0.3, exit_gradient=0.3
+)
 SUM_ORDER = 1e-6
 """Relative to the largest gradient: fp32 sums in another order."""
 
