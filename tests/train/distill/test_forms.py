@@ -122,7 +122,10 @@ def test_everything_is_kept_bit_for_bit(weights: str) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["distill.form=samples"], "loss.divergence=neg_log_alpha is no expectation"),
+        (
+            ["distill.form=samples", "loss.divergence=neg_log_alpha"],
+            "loss.divergence=neg_log_alpha is no expectation",
+        ),
         (["distill.k=200"], "distill.k=200: the teacher has 100 tokens"),
     ],
 )
