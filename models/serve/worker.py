@@ -26,6 +26,7 @@ from models.decode.engine.request import new_request
 from models.decode.engine.scheduler import BatchScheduler, Events, Steps
 from models.decode.sampling.rng import SeededRandom
 from models.decode.text import TextBuilder
+from models.elastic.count import count_kv_bytes
 from models.serve.job import Busy, Job, Stopped, Update
 from models.serve.live import LiveText
 from models.serve.load import Load
@@ -298,5 +299,5 @@ def _guarded(events: Events[Any]) -> Events[Any]:
 
 def bytes_per_position(job: Job) -> int:
     """Return the bytes of keys and values that a token of the text takes."""
-    config, dtype = job.target.full.config, job.target.full.cache_dtype
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    full = job.target.full
+    return count_kv_bytes(full.config, num_positions=1, dtype_bytes=full.cache_dtype.itemsize)

@@ -16,8 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import Tokenizer
 
 from models.checkpoint.folder import load_model, save_model
 from models.elastic.config import ElasticConfig
@@ -125,20 +124,11 @@ def fuzz(num_cases: int) -> Callable[[Any], Any]:
     return settings(max_examples=num_cases, suppress_health_check=quiet, deadline=None)
 
 
-def byte_level_tokenizer() -> Tokenizer:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])
-    return tokenizer
-
-
 SIZES = [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer: Tokenizer) -> Path:
     """A family of two layers with a tokenizer of single bytes."""
     config = ElasticConfig(
         vocab_size=260,
@@ -154,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.init_weights(torch.Generator().manual_seed(0))
     family = {"S": Granularity(ffn=(0.5,)), "D": Granularity(layers=(0,)), "XL": FULL}
     path = tmp_path_factory.mktemp("fuzz") / "model"
-    return save_model(path, model, tokenizer=byte_level_tokenizer(), family=family)
+    return save_model(path, model, tokenizer=byte_level_tokenizer, family=family)
 
 
 @pytest.fixture(scope="module", autouse=True)
