@@ -52,14 +52,15 @@ class Guard:
         if scope["type"] == "websocket":
             await self._guard_socket(scope, receive, send)
             return
-        begun = False
+        begun = whole = False
 
         async def counted(message: Message) -> None:
-            nonlocal begun
+            nonlocal begun, whole
             if message["type"] == "http.response.start":
                 begun = True
                 self._metrics.responses[message["status"]] += 1
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
@@ -69,6 +70,11 @@ class Guard:
         except _Refused as refused:
             if not begun:
                 await respond(counted, refused.status, refused.body)
+        except Exception:
+            # Starlette answers a defect, then raises it again, at which uvicorn closes the connection:
+            # a client that reuses it would see a reset.
+            if not whole:
+                raise
 
     async def _guard_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}

@@ -253,7 +253,10 @@ def test_a_text_that_cannot_begin_is_told_so_and_others_go_on(
         patch.setattr("models.serve.worker.new_request", fail)
         response = served.complete(prompt="a", max_tokens=2)
     assert (response.status_code, "MemoryError" in response.text) == (500, True)
-    assert served.text("a", max_tokens=2)
+    kept = response.extensions["network_stream"]
+    again = served.complete(prompt="a", max_tokens=2)
+    assert again.status_code == 200
+    assert again.extensions["network_stream"] is kept, "the connection was closed"
 
 
 def test_others_are_answered_while_a_long_prompt_is_read(served: Served) -> None:
