@@ -43,7 +43,7 @@ from models.checkpoint.weights import (
     write_tensors,
 )
 from models.elastic.config import ElasticConfig
-from models.elastic.granularity import DEFAULT_FAMILY, Granularity
+from models.elastic.granularity import DEFAULT_FAMILY, FULL, Granularity
 from models.elastic.model import ElasticLM
 
 __all__ = ["Member", "ModelFolder", "load_model", "read_config", "save_model"]
@@ -144,7 +144,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, in_blocks: bool) -> ModelF
         model=model,
         tokenizer=file.tokenizer,
         chat_template=file.chat_template,
-        family=dict(DEFAULT_FAMILY),
+        family=dict(DEFAULT_FAMILY) if file.is_equal else {"full": FULL},
         members=[],
         provenance={"gguf": path.name, "quantizations": list(file.quantizations)},
     )

@@ -23,7 +23,9 @@ from models.checkpoint.weights import weights_of
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 from models.elastic.rope_scaling import RopeScaling
-from tests.models.checkpoint.test_gguf import make_model
+from models.elastic.view import View
+from tests.models.checkpoint.test_gguf import KINDS as UNEQUAL_KINDS
+from tests.models.checkpoint.test_gguf import TOKENS, UNEQUAL, make_model
 from tests.models.checkpoint.test_gguf_tokenizer import PATTERNS, config_of, make_texts, make_tokenizer
 
 ROUNDING = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-10, "int8": 2**-6, "int4": 2**-3}
@@ -66,6 +68,50 @@ def test_each_architecture_reads_back_as_it_was(
         assert torch.equal(theirs[name], tensor), name
     assert folder.tokenizer is None
     assert folder.chat_template is None
+
+
+@pytest.mark.parametrize("kind", UNEQUAL_KINDS)
+@torch.no_grad()
+def test_unequal_layers_open_filled_up_with_zeros(
+    tiny_config: ElasticConfig, tmp_path: Path, kind: str
+) -> None:
+    changes = SHAPES["llama3"] if "llama3" in kind else UNEQUAL_KINDS[kind]  # contexts that models have
+    view = View(make_model(tiny_config, **changes), UNEQUAL)
+    folder = load_model(write_gguf(view, tmp_path / "m.gguf", dtype="fp32"), in_blocks=True)
+    assert list(folder.family) == ["full"]
+    assert folder.model.config.intermediate_size == 64
+    ours_TV, theirs_TV = view(torch.tensor([TOKENS])), folder.model(torch.tensor([TOKENS]))
+    torch.testing.assert_close(theirs_TV, ours_TV, atol=1e-5 * float(ours_TV.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("widths", "line"),
+    [
+        ({"feed_forward_length": [64, 0, 48]}, "layers lack a part"),
+        ({"attention.head_count": [2, 4, 4], "attention.head_count_kv": [1, 2, 1]}, "query heads to a"),
+        ({"attention.head_count": [2, 0, 2]}, "'0' must be 1 or more in each layer"),
+        ({"feed_forward_length": [64, 32]}, "must be 3 numbers, one for each layer"),
+    ],
+)
+def test_unequal_layers_of_another_kind_are_refused(
+    tiny_config: ElasticConfig, tmp_path: Path, widths: dict[str, Any], line: str
+) -> None:
+    path = write_gguf(View(make_model(tiny_config), UNEQUAL), tmp_path / "m.gguf", dtype="fp32")
+    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(tmp_path / "other.gguf", "deci")
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            value = widths.get(name.removeprefix("deci."), field.contents())
+            kinds = field.types if isinstance(value, list) else [field.types[0]]
+            writer.add_key_value(name, value, kinds[0], *kinds[1:2])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(NestlingError, match=line) as caught:
+        read_config(tmp_path / "other.gguf")
+    assert str(caught.value).startswith(str(tmp_path / "other.gguf"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,7 +246,7 @@ def test_a_file_that_is_cut_or_of_another_kind_is_refused(tiny_config: ElasticCo
             load_model(path)
     path.write_bytes(content.replace(b"llama", b"mamba"))
     with pytest.raises(
-        NestlingError, match="architecture 'mamba'; llama, qwen2, qwen3, smollm3 are supported"
+        NestlingError, match="architecture 'mamba'; llama, qwen2, qwen3, smollm3, deci, openelm are supported"
     ):
         load_model(path)
     path.write_text("no model")
