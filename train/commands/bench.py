@@ -15,9 +15,6 @@ from models.base.errors import UsageError
 from models.base.outputs import check_apart
 from models.base.paths import shown
 from train.commands.common import (
-    ConfigOption,
-    JsonOption,
-    TextFieldOption,
     add_card,
     check_at_least,
     check_file,
@@ -29,9 +26,20 @@ from train.commands.common import (
     write_document,
 )
 from train.commands.console import make_console
+from train.commands.options import (
+    DTYPES,
+    ConfigOption,
+    JsonOption,
+    NumPromptsOption,
+    PromptsOption,
+    TextFieldOption,
+    draft_option,
+    gamma_option,
+    temperature_option,
+)
 
 Show = Callable[[Mapping[str, Any], Console], None]
-MODELS, SETTINGS, TRAINING = "What decodes", "How it decodes", "Training"
+MODELS, TRAINING = "What decodes", "Training"
 BOTH = {"train", "rounds", "json", "config", "steps"}
 """Parameters that `--train` takes; it alone takes the last two."""
 SERVED = {
@@ -43,15 +51,9 @@ ModelOrKeys = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="Model folder; with --train, recipe keys as KEY=VALUE."),
 ]
-DraftsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="G[@int4|int8|bf16]|auto|none|DIR",
-        rich_help_panel=MODELS,
-        help="Draft model: a member of the family, the best one on this machine (auto), none, or another "
-        "model folder; repeatable. Default: auto; layers=0-1 with --random.",
-    ),
-]
+DraftsOption = Annotated[list[str] | None, draft_option("auto; layers=0-1 with --random", several=True)]
+GammaOption = Annotated[str | None, gamma_option("the number that --draft auto finds best, or 4")]
+TemperaturesOption = Annotated[list[float] | None, temperature_option("0")]
 EnginesOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -63,7 +65,7 @@ EnginesOption = Annotated[
 DtypesOption = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="auto|file|fp32|bf16|int8",
+        metavar=DTYPES,
         rich_help_panel=MODELS,
         help="Data type of the weights; repeatable. Default: auto.",
     ),
@@ -91,41 +93,15 @@ AlphaOption = Annotated[
         help="Fraction of drafted tokens that the random model accepts. Default: 0.8.",
     ),
 ]
-GammaOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|auto",
-        rich_help_panel=SETTINGS,
-        help="Number of tokens to draft in each round; auto adapts it to what it measures. Default: the "
-        "number that --draft auto finds best, or 4.",
-    ),
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="JSONL",
-        rich_help_panel=SETTINGS,
-        help="File with prompts, one JSON object a line, with a field prompt, turns or text.",
-    ),
-]
 DataOption = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        rich_help_panel=SETTINGS,
         help="Text whose documents' first 32 tokens are the prompts, instead of --prompts.",
     ),
 ]
-NumPromptsOption = Annotated[int, typer.Option(rich_help_panel=SETTINGS, help="Maximum number of prompts.")]
 MaxNewTokensOption = Annotated[
-    int,
-    typer.Option(rich_help_panel=SETTINGS, help="Number of tokens to generate; end tokens are ignored."),
-]
-TemperaturesOption = Annotated[
-    list[float] | None,
-    typer.Option(
-        rich_help_panel=SETTINGS, help="Sampling temperature; 0 decodes greedily; repeatable. Default: 0."
-    ),
+    int, typer.Option(help="Number of tokens to generate for each text; end tokens are ignored.")
 ]
 RoundsOption = Annotated[
     int | None,
@@ -133,9 +109,7 @@ RoundsOption = Annotated[
 ]
 PlotOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="PATH", rich_help_panel=SETTINGS, help="File to draw the speeds in: .svg, .png or .html."
-    ),
+    typer.Option(metavar="PATH", help="File to draw the speeds in: .svg, .png or .html."),
 ]
 TrainOption = Annotated[
     bool,

@@ -1,72 +1,20 @@
-"""Arguments of several commands, and the checks that come before any long work."""
+"""What several commands do: the checks that come before any long work, and the results after it."""
 
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import typer
+from typing import TYPE_CHECKING, Any, Literal
 
 from models.base.errors import UsageError
 from models.base.outputs import Paths, check_apart, check_output
-from train.recipe.shipped import find_recipe, recipe_names
+from train.recipe.shipped import recipe_names
 
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
 
-ModelArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL", help="Model folder (the model/ of a run, or any stock one) or GGUF file."
-    ),
-]
 PRINTED = Path("-")
 """The `--json` that prints the results."""
-JsonOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        metavar="PATH",
-        help="File to write the results to, as JSON; - prints them last.",
-    ),
-]
-TextFieldOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Field of --data's rows that holds the text. Default: the one that the model was trained on.",
-    ),
-]
-DtypeOption = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|file|fp32|bf16|int8",
-        help="Data type of the weights; file runs them as they are stored, int8 quantizes the model. auto "
-        "decodes a quantized GGUF file as it is stored, and else takes the faster of fp32 and bf16.",
-    ),
-]
-SeedOption = Annotated[int, typer.Option(help="Random seed.")]
-DataOption = Annotated[
-    str,
-    typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, or stdlib."),
-]
-
-
-def find_recipes(paths: list[Path] | None) -> list[Path] | None:
-    """Take a recipe's name for the recipe of that name that comes with the package."""
-    return paths and [find_recipe(path) for path in paths]
-
-
-ConfigOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        callback=find_recipes,
-        help="A recipe, or the name of one that comes with the package; later ones override earlier ones.",
-    ),
-]
 
 
 def check_file(flag: str, path: Path) -> None:

@@ -11,8 +11,8 @@ import typer
 
 from models.base.errors import UsageError
 from models.base.paths import is_url
-from train.commands.common import ConfigOption
-from train.commands.train import DryRunOption, OutOption, ResumeOption, run_training
+from train.commands.options import ConfigOption, DryRunOption, OutOption, ResumeOption
+from train.commands.train import run_training
 
 
 def distill(

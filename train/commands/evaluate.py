@@ -8,17 +8,9 @@ import typer
 
 from models.base.errors import NestlingError, UsageError
 from models.base.progress import progress_bar
-from train.commands.common import (
-    JsonOption,
-    ModelArgument,
-    TextFieldOption,
-    check_at_least,
-    check_data,
-    check_json,
-    open_for_measuring,
-    write_results,
-)
+from train.commands.common import check_at_least, check_data, check_json, open_for_measuring, write_results
 from train.commands.console import make_console
+from train.commands.options import JsonOption, ModelArgument, TextFieldOption
 
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder

@@ -9,15 +9,9 @@ import typer
 from models.base.errors import UsageError
 from models.base.outputs import check_apart
 from train.commands.choose import BudgetOption, EngineOption, LatencyOption, Request, choose, show
-from train.commands.common import (
-    JsonOption,
-    ModelArgument,
-    TextFieldOption,
-    check_data,
-    check_json,
-    write_results,
-)
+from train.commands.common import check_data, check_json, write_results
 from train.commands.console import make_console
+from train.commands.options import JsonOption, ModelArgument, TextFieldOption
 
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder

@@ -9,10 +9,6 @@ from rich.console import Console
 
 from models.base.errors import UsageError
 from train.commands.common import (
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    SeedOption,
     check_at_least,
     check_file,
     check_gamma,
@@ -21,21 +17,28 @@ from train.commands.common import (
     write_results,
 )
 from train.commands.console import make_console
+from train.commands.options import (
+    DRAFTING,
+    SAMPLING,
+    DtypeOption,
+    JsonOption,
+    MaxNewTokensOption,
+    ModelArgument,
+    PromptsOption,
+    SeedOption,
+    draft_option,
+    gamma_option,
+    temperature_option,
+    token_file_option,
+)
 
 if TYPE_CHECKING:
     from models.decode.decoder import Decoder
     from models.decode.text import GenerationResult, TextOrIds, TextStream
     from train.commands.generate_many import Encode
 
-SAMPLING, DRAFTING, SPLIT = "Sampling", "Speculative decoding", "Drafting here, verifying elsewhere"
+SPLIT = "Drafting here, verifying elsewhere"
 PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="File with many texts to continue: one JSON object a line, with a field prompt, turns or text.",
-    ),
-]
 ChatOption = Annotated[
     bool,
     typer.Option(
@@ -50,30 +53,20 @@ SystemOption = Annotated[
 BatchSizeOption = Annotated[
     int, typer.Option(help="Number of texts of --prompts that are decoded at the same time.")
 ]
-MaxNewTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
 StopOption = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="Text that ends the output and is not part of it; repeatable."),
 ]
 DraftOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="G[@int4|int8|bf16]|auto|lookup|none|DIR",
-        rich_help_panel=DRAFTING,
-        help="Draft model: a member of the family, the best one on this machine (auto), copies of earlier "
-        "text (lookup), none, or another model folder. Default: auto; none when sampling, where each draft "
-        "gives another text for a seed (not so with --verifier coupled).",
+    draft_option(
+        "auto; none when sampling, where each draft gives another text for a seed (not so with --verifier "
+        "coupled)",
+        lookup=True,
     ),
 ]
-GammaOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|auto",
-        rich_help_panel=DRAFTING,
-        help="Number of tokens to draft in each round. auto adapts it to what it measures, and is hardly "
-        "slower than plain decoding whatever drafts. Default: auto; 4 when sampling with a named draft.",
-    ),
-]
+GammaOption = Annotated[str | None, gamma_option("auto; 4 when sampling with a named draft")]
+TemperatureOption = Annotated[float, temperature_option()]
 VerifierOption = Annotated[
     str | None,
     typer.Option(
@@ -99,16 +92,10 @@ WindowOption = Annotated[
         help="Number of drafted blocks on their way at the same time; 1 waits for each. Default: 2.",
     ),
 ]
-TokenOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", rich_help_panel=SPLIT, help="File with the token of the server."),
-]
+TokenOption = Annotated[Path | None, token_file_option(SPLIT)]
 CaOption = Annotated[
     Path | None,
     typer.Option(metavar="PEM", rich_help_panel=SPLIT, help="Certificate to trust besides the system's."),
-]
-TemperatureOption = Annotated[
-    float, typer.Option(rich_help_panel=SAMPLING, help="Sampling temperature; 0 decodes greedily.")
 ]
 TopKOption = Annotated[
     int, typer.Option(rich_help_panel=SAMPLING, help="Keep only the k most likely tokens; 0 keeps all.")

@@ -8,8 +8,9 @@ import typer
 from models.base.errors import NestlingError, UsageError
 from models.base.outputs import check_apart
 from models.base.progress import Bar, progress_bar
-from train.commands.common import JsonOption, check_json, write_results
+from train.commands.common import check_json, write_results
 from train.commands.console import make_console
+from train.commands.options import JsonOption
 
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from train.commands.common import JsonOption, check_json, write_results
+from train.commands.common import check_json, write_results
 from train.commands.console import make_console
+from train.commands.options import JsonOption
 
 
 def machine(

@@ -10,17 +10,9 @@ from rich.console import Console
 from models.base.errors import UsageError
 from models.base.outputs import check_apart
 from models.base.progress import progress_bar
-from train.commands.common import (
-    DataOption,
-    JsonOption,
-    ModelArgument,
-    TextFieldOption,
-    check_data,
-    check_json,
-    open_for_measuring,
-    write_results,
-)
+from train.commands.common import check_data, check_json, open_for_measuring, write_results
 from train.commands.console import make_console
+from train.commands.options import DataOption, JsonOption, ModelArgument, TextFieldOption
 
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder

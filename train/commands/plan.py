@@ -7,6 +7,7 @@ import typer
 
 from models.base.errors import UsageError
 from train.commands.console import make_console
+from train.commands.options import RttOption
 
 
 class Plan(StrEnum):
@@ -18,7 +19,6 @@ class Plan(StrEnum):
 WhatArgument = Annotated[
     Plan, typer.Argument(metavar="split", help="split: draft on a device, verify on a server.")
 ]
-RttOption = Annotated[float, typer.Option(metavar="MS", help="Milliseconds of a round trip.")]
 AlphaOption = Annotated[
     float, typer.Option(help="Acceptance of a drafted token, as nestling evaluate measures it.")
 ]

@@ -8,12 +8,12 @@ import typer
 
 from models.base.errors import NestlingError, UsageError
 from train.commands.console import make_console
+from train.commands.options import RttOption, SeedOption
 
 ListenOption = Annotated[
     int, typer.Option(min=0, max=65535, help="Port of this machine to listen at; 0 takes one that is free.")
 ]
 ToOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Server to pass all on to.")]
-RttOption = Annotated[float, typer.Option(metavar="MS", help="Milliseconds of a round trip.")]
 JitterOption = Annotated[
     float, typer.Option(metavar="MS", help="Milliseconds that each block may take longer.")
 ]
@@ -27,7 +27,6 @@ CutOption = Annotated[
 CutsOption = Annotated[
     int | None, typer.Option(metavar="N", help="Number of connections that are cut. Default: all.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Random seed of the jitter.")]
 
 
 def relay(

@@ -19,18 +19,17 @@ from train.commands.choose import (
     choose,
     show,
 )
-from train.commands.common import (
+from train.commands.common import check_at_least, check_data, check_json, write_results
+from train.commands.console import make_console
+from train.commands.options import (
     DataOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
+    NumPromptsOption,
     TextFieldOption,
-    check_at_least,
-    check_data,
-    check_json,
-    write_results,
+    temperature_option,
 )
-from train.commands.console import make_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,10 +49,7 @@ NumTokensOption = Annotated[
     int | None,
     typer.Option(help="Number of tokens to measure on. Default: 4096 for a draft, 16384 for a budget."),
 ]
-TemperaturesOption = Annotated[
-    list[float] | None,
-    typer.Option(help="Sampling temperature; 0 decodes greedily; repeatable. Default: 0 and 1."),
-]
+TemperaturesOption = Annotated[list[float] | None, temperature_option("0 and 1")]
 GranularitiesOption = Annotated[
     list[str] | None,
     typer.Option(metavar="G", help="Granularity to consider besides the family; repeatable."),
@@ -61,7 +57,6 @@ GranularitiesOption = Annotated[
 ConfirmOption = Annotated[
     int, typer.Option(help="Number of drafts that are confirmed by decoding, for each temperature.")
 ]
-NumPromptsOption = Annotated[int, typer.Option(help="Number of prompts that they continue.")]
 RoundsOption = Annotated[int, typer.Option(help="Number of rounds, of which medians are shown.")]
 
 

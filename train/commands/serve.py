@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from models.base.errors import UsageError
-from train.commands.common import DtypeOption, ModelArgument, check_at_least, check_file, check_gamma
+from train.commands.common import check_at_least, check_file, check_gamma
 from train.commands.console import make_console
+from train.commands.options import DtypeOption, ModelArgument, draft_option, gamma_option, token_file_option
 
 SAFETY, LIMITS = "Who may ask", "Limits"
 NameOption = Annotated[
@@ -16,21 +17,8 @@ NameOption = Annotated[
         metavar="NAME", help="Name of the model for clients; members are NAME:MEMBER. Default: the run's."
     ),
 ]
-DraftOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="G[@int4|int8|bf16]|auto|none|DIR",
-        help="Draft model, as for nestling generate. No text depends on it. Default: auto.",
-    ),
-]
-GammaOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|auto",
-        help="Number of tokens to draft in each round; auto drafts the more the fewer clients there are. "
-        "Default: auto.",
-    ),
-]
+DraftOption = Annotated[str | None, draft_option("auto; no text depends on it")]
+GammaOption = Annotated[str | None, gamma_option("auto, which drafts the more the fewer clients there are")]
 HostOption = Annotated[
     str, typer.Option(help="Address to listen at; any but loopback needs --cert, --key and --token-file.")
 ]
@@ -41,12 +29,7 @@ CertOption = Annotated[
 KeyOption = Annotated[
     Path | None, typer.Option(metavar="PEM", rich_help_panel=SAFETY, help="Private key for TLS.")
 ]
-TokenOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", rich_help_panel=SAFETY, help="File with the token that clients send as API key."
-    ),
-]
+TokenOption = Annotated[Path | None, token_file_option(SAFETY)]
 InsecureOption = Annotated[
     bool,
     typer.Option(

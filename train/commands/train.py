@@ -9,14 +9,15 @@ import datetime
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
 from models.base.errors import UsageError
-from train.commands.common import ConfigOption, check_recipes
+from train.commands.common import check_recipes
 from train.commands.console import make_console
+from train.commands.options import ConfigOption, DryRunOption, OutOption, ResumeOption
 from train.commands.train_help import HELP_ALL
 
 if TYPE_CHECKING:
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
 
 # Whatever is no flag of ours is a recipe key.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-OutOption = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="DIR", help="Run folder. Default: checkpoints/ and the recipe's name."),
-]
-ResumeOption = Annotated[
-    str,
-    typer.Option(
-        "--resume",
-        metavar="auto|never|PATH",
-        help="State to go on from: the newest, none, or that of a folder.",
-    ),
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and make nothing.")]
 FLAGS = ("--config", "--out", "--resume", "--dry-run", "--cache", "--cache-only", "--help", HELP_ALL)
 
 

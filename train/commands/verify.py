@@ -10,17 +10,9 @@ from rich.console import Console
 
 from models.base.errors import UsageError
 from models.base.progress import progress_bar
-from train.commands.common import (
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    SeedOption,
-    check_at_least,
-    check_json,
-    draft_paths,
-    write_results,
-)
+from train.commands.common import check_at_least, check_json, draft_paths, write_results
 from train.commands.console import make_console
+from train.commands.options import DtypeOption, JsonOption, MaxNewTokensOption, ModelArgument, SeedOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +37,6 @@ PromptsOption = Annotated[
     typer.Option(metavar="TEXT", help="Text to continue; repeatable. Default: a few headings."),
 ]
 TrialsOption = Annotated[int, typer.Option(help="Number of texts drawn for each test of counts.")]
-LengthOption = Annotated[int, typer.Option(help="Length of the texts that must be identical.")]
 
 
 def verify(
@@ -55,7 +46,7 @@ def verify(
     verifier: VerifiersOption = None,
     prompt: PromptsOption = None,
     trials: TrialsOption = 10_000,
-    max_new_tokens: LengthOption = 64,
+    max_new_tokens: MaxNewTokensOption = 64,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
