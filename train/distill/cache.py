@@ -38,6 +38,7 @@ from train.data.module import TextData
 from train.data.pack import Rows
 from train.distill.forms import Form, Records
 from train.objective.chunked_loss import rows_per_chunk
+from train.objective.positions import Index, rows_of
 from train.objective.teacher import LogitTeacher, Targets
 from train.recipe.sections import LossConfig
 
@@ -274,12 +275,14 @@ class _CachedTargets:
     def __init__(self, teacher: CachedTeacher, ids_B: NDArray[np.int64], num_positions: int) -> None:
         self.teacher, self.ids_B, self.num_positions = teacher, ids_B, num_positions
 
-    def divergence(self, here: slice, logits_NV: Tensor, config: LossConfig) -> Tensor:
+    def divergence(self, here: Index, logits_NV: Tensor, config: LossConfig) -> Tensor:
         """See `Targets`."""
-        rows = slice(here.start // self.num_positions, -(-here.stop // self.num_positions))
-        first = here.start - rows.start * self.num_positions
-        records = self.teacher.read(self.ids_B[rows]).reshape(-1)[first : first + here.stop - here.start]
-        return self.teacher.form.divergence(records, logits_NV, config)
+        each = rows_of(here, self.num_positions)
+        if not each:
+            return logits_NV.new_zeros(0)
+        records = self.teacher.read(self.ids_B[[row for row, _ in each]])
+        chosen = [records[row][part] for row, (_, part) in enumerate(each)]
+        return self.teacher.form.divergence(np.concatenate(chosen), logits_NV, config)
 
 
 def uniforms(ids_B: NDArray[np.int64], num_positions: int) -> NDArray[np.float64]:

@@ -32,6 +32,7 @@ from train.data.batch import Batch
 from train.data.module import TextData
 from train.data.tokenizer import MIXED_TEXT, TextTokenizer
 from train.distill.forms import Records, TopK
+from train.objective.positions import Index
 from train.objective.teacher import Targets
 from train.recipe.sections import LossConfig
 
@@ -186,9 +187,10 @@ class _RecordTargets:
     def __init__(self, form: TopK, records_N: Records) -> None:
         self.form, self.records_N = form, records_N
 
-    def divergence(self, here: slice, logits_NV: Tensor, config: LossConfig) -> Tensor:
+    def divergence(self, here: Index, logits_NV: Tensor, config: LossConfig) -> Tensor:
         """See `Targets`."""
-        return self.form.divergence(self.records_N[here], logits_NV, config)
+        places = here if isinstance(here, slice) else here.cpu().numpy()
+        return self.form.divergence(self.records_N[places], logits_NV, config)
 
 
 def check_endpoint(endpoint: Endpoint, model: str | None, tokenizer: TextTokenizer) -> str:

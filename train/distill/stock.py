@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.base.errors import NestlingError
 from models.base.paths import utf8_path
+from train.objective.positions import Index, rows_of
 from train.objective.teacher import LogitTeacher, TeacherShape, frozen
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class StockTeacher(LogitTeacher):
         """See `Teacher`."""
         self.model.to(self.device or device)
 
-    def logits(self, tokens_BT: Tensor) -> Callable[[slice], Tensor]:
+    def logits(self, tokens_BT: Tensor) -> Callable[[Index], Tensor]:
         """See `LogitTeacher`."""
         return _StockLogits(self.model, tokens_BT.to(self.model.device))
 
@@ -95,11 +96,9 @@ class _StockLogits:
         self.tokens_BT = tokens_BT
         self.latest: tuple[int, Tensor] | None = None
 
-    def __call__(self, here: slice) -> Tensor:
-        num_positions = self.tokens_BT.shape[1]
-        rows = range(here.start // num_positions, -(-here.stop // num_positions))
-        first = here.start - rows.start * num_positions
-        return torch.cat([self._row(row) for row in rows])[first : first + here.stop - here.start]
+    def __call__(self, here: Index) -> Tensor:
+        each = rows_of(here, self.tokens_BT.shape[1])
+        return torch.cat([self._row(row)[part] for row, part in each] or [self._row(0)[:0]])
 
     def _row(self, row: int) -> Tensor:
         if self.latest is None or self.latest[0] != row:

@@ -91,8 +91,7 @@ def total_variation(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperatu
     >>> total_variation(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.5000])
     """
-    p_NV, q_NV = (ops.softmax(x_NV, temperature) for x_NV in (target_logits_NV, draft_logits_NV))
-    return _variation(p_NV, q_NV)
+    return 1 - ops.overlap(target_logits_NV, draft_logits_NV, temperature)
 
 
 def neg_log_alpha(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -35,6 +35,7 @@ from models.elastic.ops import scale_gradient
 from train.data.batch import Batch
 from train.objective.chunked_loss import rows_per_chunk, sum_by_chunks
 from train.objective.losses import cross_entropy, member_loss, ramp, taught_loss
+from train.objective.positions import Index, index_of, kept_of, within
 from train.objective.sampler import Slot, StepPlan
 from train.objective.teacher import Targets, Teacher
 from train.recipe.sections import LossConfig
@@ -64,7 +65,7 @@ class _Student(NamedTuple):
 
     name: str
     states_ND: Tensor
-    positions: range
+    positions: Sequence[int]
     weight: float
 
 
@@ -180,9 +181,16 @@ def _score(
     text_N = labels_N
     if batch.written_BT is not None:
         text_N = labels_N.masked_fill(batch.written_BT.flatten(), IGNORE_INDEX)
+    kept_K = None
+    if batch.num_valid < batch.num_rows * batch.tokens_BT.shape[1]:  # asked of numbers: no device waits
+        is_kept_N = labels_N != IGNORE_INDEX
+        kept_K = is_kept_N.nonzero().squeeze(1)
+        students = [_kept(student, is_kept_N) for student in students]
+        labels_N, text_N = labels_N[kept_K], text_N[kept_K]
     size = rows_per_chunk(model.config.vocab_size, labels_N.device)
-    chunks = [range(start, min(start + size, len(labels_N))) for start in range(0, len(labels_N), size)]
-    parts = [[_within(student.positions, chunk) for student in students] for chunk in chunks]
+    starts = range(0, max(1, len(labels_N)), size)
+    chunks = [range(start, min(start + size, len(labels_N))) for start in starts]
+    parts = [[within(student.positions, chunk) for student in students] for chunk in chunks]
     states = [
         student.states_ND.split([len(part) for part in parts_of_student])
         for student, parts_of_student in zip(students, zip(*parts, strict=True), strict=True)
@@ -194,11 +202,12 @@ def _score(
     def terms(number: int, *states_ND: Tensor) -> Tensor:
         chunk = chunks[number]
         here = slice(chunk.start, chunk.stop)
-        rows = [slice(p.start - chunk.start, p.stop - chunk.start, p.step) for p in parts[number]]
+        places = here if kept_K is None else kept_K[here]
+        rows = [index_of(part, chunk.start) for part in parts[number]]
         # One product for all: an exit's few rows, and their part of the weights' gradient, are slow alone.
         packed_NV = F.linear(torch.cat(states_ND), weight_VD)
         logits = packed_NV.split([len(states) for states in states_ND])
-        losses = _losses(logits, rows, labels_N[here], text_N[here], here, targets, config, own, batch.step)
+        losses = _losses(logits, rows, labels_N[here], text_N[here], places, targets, config, own, batch.step)
         sums = [student.weight * loss_N.sum() for student, loss_N in zip(students, losses, strict=True)]
         return torch.stack(sums) / batch.num_valid
 
@@ -211,10 +220,10 @@ def _score(
 
 def _losses(
     logits: Sequence[Tensor],
-    rows: Sequence[slice],
+    rows: Sequence[Index],
     labels_N: Tensor,
     text_N: Tensor,
-    here: slice,
+    here: Index,
     targets: Targets | None,
     config: LossConfig,
     own: LossConfig | None,
@@ -233,14 +242,11 @@ def _losses(
         yield member_loss(member_NV, labels_N[part], full_NV[part], config, step, text_N[part])
 
 
-def _within(positions: range, span: range) -> range:
-    """Return the positions that lie in the span; where there are none, an empty range at its start.
-
-    >>> _within(range(1, 20, 4), range(8, 16)), _within(range(2, 4), range(8, 16))
-    (range(9, 17, 4), range(8, 8))
-    """
-    part = positions[bisect_left(positions, span.start) : bisect_left(positions, span.stop)]
-    return part or range(span.start, span.start)
+def _kept(student: _Student, is_kept_N: Tensor) -> _Student:
+    """Return a student at the positions that have a label, which are numbered from 0."""
+    assert isinstance(student.positions, range), student.positions
+    is_kept_P, positions = kept_of(student.positions, is_kept_N)
+    return student._replace(states_ND=student.states_ND[is_kept_P], positions=positions)
 
 
 def _meet(rows: range, others: range) -> bool:

@@ -22,13 +22,14 @@ from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.data.module import TextData
 from train.objective.losses import divergence
+from train.objective.positions import Index
 from train.recipe.sections import LossConfig
 
 
 class Targets(Protocol):
     """What a teacher says about all positions of a micro-batch, read a chunk at a time and in order."""
 
-    def divergence(self, here: slice, logits_NV: Tensor, config: LossConfig) -> Tensor:
+    def divergence(self, here: Index, logits_NV: Tensor, config: LossConfig) -> Tensor:
         """Return the divergence [N] of a student's logits from the teacher at some positions."""
         ...
 
@@ -120,7 +121,7 @@ class LogitTeacher(ABC):
         """See `Teacher`."""
 
     @abstractmethod
-    def logits(self, tokens_BT: Tensor) -> Callable[[slice], Tensor]:
+    def logits(self, tokens_BT: Tensor) -> Callable[[Index], Tensor]:
         """Read rows, and return what gives the logits [N, V] of a chunk of their positions, in order."""
 
     def targets(self, batch: Batch) -> Targets:
@@ -129,9 +130,9 @@ class LogitTeacher(ABC):
 
 
 class _LogitTargets(NamedTuple):
-    logits: Callable[[slice], Tensor]
+    logits: Callable[[Index], Tensor]
 
-    def divergence(self, here: slice, logits_NV: Tensor, config: LossConfig) -> Tensor:
+    def divergence(self, here: Index, logits_NV: Tensor, config: LossConfig) -> Tensor:
         """See `Targets`."""
         return divergence(self.logits(here).to(logits_NV.device), logits_NV, config)
 
@@ -155,13 +156,13 @@ class ElasticTeacher(LogitTeacher):
         """See `Teacher`."""
         self.model.to(self.device or device)
 
-    def logits(self, tokens_BT: Tensor) -> Callable[[slice], Tensor]:
+    def logits(self, tokens_BT: Tensor) -> Callable[[Index], Tensor]:
         """See `LogitTeacher`."""
         device = self.model.device
         with frozen(device):
             states_ND = self.model.states(tokens_BT.to(device))[-1].flatten(0, 1)
 
-        def at(here: slice) -> Tensor:
+        def at(here: Index) -> Tensor:
             with frozen(device):
                 return self.model.head(states_ND[here])
 

@@ -30,7 +30,7 @@ MEMBERS = {
 RAMPED = LossConfig(
     divergence="neg_log_alpha", ramp_start=0, ramp_steps=2, narrow_gradient=0.3, exit_gradient=0.3
 )
-SUM_ORDER = 1e-6
+SUM_ORDER = 2e-6
 """Relative to the largest gradient: fp32 sums in another order."""
 
 
@@ -164,7 +164,7 @@ def test_a_teacher_gets_no_gradient_and_scores_a_chunk_at_a_time(
     gradients(tiny_model, [make_batch()], StepPlan(full=True, exits=(), slots=()), teacher=teacher)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not any(kept), "nothing is kept for a backward pass"
-    assert (max(seen), sum(seen)) == (10, make_batch().tokens_BT.numel())
+    assert (max(seen), sum(seen)) == (10, make_batch().num_valid), "positions without a label are not scored"
 
 
 def test_a_teacher_that_has_nothing_to_say_runs_no_pass(tiny_model: ElasticLM, teacher: ElasticLM) -> None:
