@@ -74,10 +74,12 @@ def run_training(
     check_sources(recipe)
     console = make_console()
     check_resume(resume)
+    from train.data.module import open_chat
     from train.run.devices import check_devices
     from train.run.dryrun import dry_run as show
 
     check_devices(recipe.trainer)
+    open_chat(recipe)  # a template that is missing is said before anything is read
     if dry_run:
         show(recipe, console)
         return 0

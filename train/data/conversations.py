@@ -135,9 +135,14 @@ def checked_messages(value: object, field: str, where: str, setting: str = "data
     if not isinstance(value, list):
         raise refused
     messages = []
-    for message in value:
+    for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise refused
+        if message["content"] is None:  # as where an assistant calls a tool
+            raise UsageError(
+                f"{setting}={field!r}: {where} has no text in message {number} ({message['role']}: content "
+                "is null); leave out conversations that call tools, or write an empty text"
+            )
         role, content = (checked_text(message[name], field, where, setting) for name in ("role", "content"))
         messages.append({"role": role, "content": content})
     return json.dumps(messages, ensure_ascii=False)

@@ -91,7 +91,7 @@ class TextData(pl.LightningDataModule):
         config = self.config
         corpus = self._open(config.source, "data.source")
         self.text_tokenizer = self._make_tokenizer(corpus)
-        self.chat = self._read_chat()
+        self.chat = open_chat(self.recipe, self.text_tokenizer)
         tokens = self._tokenize(corpus, "data.source", self._fraction, config.max_documents)
         train, valid, held_out_tokens = tokens.train, tokens.valid, ""
         train_labels, valid_labels = tokens.train_labels, tokens.valid_labels
@@ -190,30 +190,10 @@ class TextData(pl.LightningDataModule):
             chat=self.chat,
         )
 
-    @property
-    def _tokenizer_setting(self) -> tuple[str, str] | None:
-        """Key and value of the setting that names the tokenizer; None: it is trained."""
-        if self.config.tokenizer != "bpe":
-            return "data.tokenizer", self.config.tokenizer
-        shared = {"model.from": self.recipe.model.from_, "loss.teacher": self.recipe.loss.teacher}
-        return next(((key, path) for key, path in shared.items() if path is not None), None)
-
-    def _read_chat(self) -> ChatFormat | None:
-        """Return how conversations are written, if the documents are such."""
-        if self.config.messages_field is None:
-            return None
-        if self._tokenizer_setting is None:
-            raise UsageError(
-                f"data.messages_field={self.config.messages_field}: needs a chat template; set model.from or "
-                "data.tokenizer to a folder that has one"
-            )
-        key, path = self._tokenizer_setting
-        return load_chat(path, self.text_tokenizer, key=key)
-
     def _make_tokenizer(self, corpus: Corpus) -> TextTokenizer:
         config, fraction = self.config, self._fraction
-        if self._tokenizer_setting:
-            key, path = self._tokenizer_setting
+        if setting := tokenizer_setting(self.recipe):
+            key, path = setting
             return load_tokenizer(path, key=key)
 
         def build(partial: Path) -> dict[str, Any]:
@@ -248,6 +228,36 @@ class TextData(pl.LightningDataModule):
                 "sha256": self.text_tokenizer.sha256,
             },
         }
+
+
+def tokenizer_setting(recipe: Recipe) -> tuple[str, str] | None:
+    """Return key and value of the setting that names the tokenizer; None: it is trained."""
+    if recipe.data.tokenizer != "bpe":
+        return "data.tokenizer", recipe.data.tokenizer
+    shared = {"model.from": recipe.model.from_, "loss.teacher": recipe.loss.teacher}
+    return next(((key, path) for key, path in shared.items() if path is not None), None)
+
+
+def open_chat(recipe: Recipe, tokenizer: TextTokenizer | None = None) -> ChatFormat | None:
+    """Return how conversations are written; None where the documents are texts.
+
+    Args:
+        recipe: The run.
+        tokenizer: The tokenizer, where it has been read already.
+
+    Raises:
+        UsageError: if the documents are conversations and no chat template is there.
+    """
+    if recipe.data.messages_field is None:
+        return None
+    setting = tokenizer_setting(recipe)
+    if setting is None:
+        raise UsageError(
+            f"data.messages_field={recipe.data.messages_field}: needs a chat template; set model.from or "
+            "data.tokenizer to a folder that has one"
+        )
+    key, path = setting
+    return load_chat(path, tokenizer or load_tokenizer(path, key=key), key=key)
 
 
 def cache_folder(configured: str | None) -> Path:

@@ -232,6 +232,19 @@ def test_a_dry_run_shows_the_given_shape_and_the_frozen_original(
     assert "frozen original" in out
 
 
+def test_a_dry_run_refuses_conversations_without_a_chat_template(
+    given: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(given, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    words = [f"data.source={text}", "data.messages_field=messages", "data.sequence_length=32"]
+    assert main(["train", "--dry-run", f"model.from={bare}", *words]) == 2
+    assert f"model.from={bare}: has no chat template" in capsys.readouterr().err
+    assert main(["train", "--dry-run", f"model.from={given}", *words]) == 0
+    assert main(["train", "--dry-run", "size=1M", *words]) == 2
+    assert "data.messages_field=messages: needs a chat template" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- model.train=owned
 
 

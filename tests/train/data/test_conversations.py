@@ -121,6 +121,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: TextTokeni
         ([{"role": "user"}], "holds no conversation"),
         (["Hi"], "holds no conversation"),
         ([{"role": "user", "content": ["Hi"]}], "holds list, not text"),
+        (
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}],
+            r"has no text in message 2 \(assistant: content is null\); leave out",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_refused_with_its_line(value: object, reason: str, tmp_path: Path) -> None:
