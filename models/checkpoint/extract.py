@@ -21,6 +21,8 @@ from models.checkpoint.huggingface import load_stock
 from models.checkpoint.layout import PADDED, Layout, lay_out
 from models.checkpoint.receipt import Probe, make_probe
 from models.checkpoint.weights import count_elements, model_from, weights_of
+from models.elastic.cache import KVCache
+from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.owning import copy_owned
@@ -122,7 +124,7 @@ def verify_extraction(
         out: the folder that `extract` wrote.
         tokens_BT: prompts that both continue greedily; None takes fixed random tokens.
         num_new_tokens: length of the continuation.
-        progress: called for each token of both continuations.
+        progress: called for each token of the continuation.
     """
     return compare_with_stock(
         folder, granularity, out, tokens_BT=tokens_BT, num_new_tokens=num_new_tokens, progress=progress
@@ -140,33 +142,41 @@ def compare_with_stock(
     progress: Callable[[], object] = lambda: None,
 ) -> tuple[Parity, Probe]:
     """Return the comparison of `verify_extraction`, and the probe by which it can be repeated."""
-    config = folder.model.config
-    view, stock = _in_fp32(folder.model, granularity), load_stock(out)
+    view = in_fp32(folder.model, granularity)
     if tokens_BT is None:
-        generator = torch.Generator().manual_seed(0)
-        num_prompt = max(1, min(32, config.max_position_embeddings - num_new_tokens))
-        tokens_BT = torch.randint(config.vocab_size, (4, num_prompt), generator=generator)
-
-    def their_logits(tokens_BT: Tensor) -> Tensor:
-        logits_BTV: Tensor = stock(tokens_BT, use_cache=False).logits
-        return logits_BTV
-
-    ours_BT = _continue_greedily(view, tokens_BT, num_new_tokens, progress)
-    theirs_BT = _continue_greedily(their_logits, tokens_BT, num_new_tokens, progress)
-    ours_BTV, theirs_BTV = view(ours_BT), their_logits(ours_BT)
-    largest = float(ours_BTV.abs().max())
-    parity = Parity(
-        num_tokens=ours_BT.numel(),
-        ids_equal=torch.equal(ours_BT, theirs_BT) and torch.equal(ours_BTV.argmax(-1), theirs_BTV.argmax(-1)),
-        difference=float((ours_BTV - theirs_BTV).abs().max()) / max(largest, 1e-30),
-    )
+        tokens_BT = fixed_prompts(folder.model.config, num_new_tokens)
+    ours_BT = continue_greedily(view, tokens_BT, num_new_tokens, progress)
+    ours_BTV, theirs_BTV = view(ours_BT), load_stock(out)(ours_BT, use_cache=False).logits
+    parity = compare_logits(ours_BT, ours_BTV, theirs_BTV, tokens_BT.shape[1])
     return parity, make_probe(ours_BT, ours_BTV, tokens_BT.shape[1], folder.tokenizer)
 
 
-def _in_fp32(model: ElasticLM, granularity: Granularity) -> View:
-    """Return the member of an fp32 copy of the model."""
+def fixed_prompts(config: ElasticConfig, num_new_tokens: int) -> Tensor:
+    """Return a few rows of random tokens, the same each time, that leave room for so many new ones."""
+    num_prompt = max(1, min(32, config.max_position_embeddings - num_new_tokens))
+    return torch.randint(config.vocab_size, (4, num_prompt), generator=torch.Generator().manual_seed(0))
+
+
+def compare_logits(ids_BT: Tensor, ours_BTV: Tensor, theirs_BTV: Tensor, num_prompt: int) -> Parity:
+    """Compare logits at ids that one side wrote greedily after a prompt.
+
+    The other side would write the same ids if its likeliest token is the next id at every place.
+    """
+    written_BT = theirs_BTV[:, num_prompt - 1 : -1].argmax(-1)
+    same = torch.equal(written_BT, ids_BT[:, num_prompt:])
+    return Parity(
+        num_tokens=ids_BT.numel(),
+        ids_equal=same and torch.equal(ours_BTV.argmax(-1), theirs_BTV.argmax(-1)),
+        difference=float((ours_BTV - theirs_BTV).abs().max()) / max(float(ours_BTV.abs().max()), 1e-30),
+    )
+
+
+def in_fp32(model: ElasticLM, granularity: Granularity) -> View:
+    """Return the member in fp32; of a copy of the model, unless that is its dtype."""
     view = View(model, granularity)
-    if any(one.ownership.rank for one in model.members) and model.dtype != torch.float32:
+    if model.dtype == torch.float32 and model.device.type == "cpu":
+        return view
+    if any(one.ownership.rank for one in model.members):
         # What is merged is rounded to the dtype on disk, which a pass in fp32 would not do.
         layout = lay_out(view, None if view.plan.is_uniform else PADDED)
         return View(model_from(layout.config, layout.tensors, dtype=torch.float32).to("cpu").eval(), FULL)
@@ -185,15 +195,21 @@ def provenance(folder: ModelFolder, granularity: Granularity, parameters: int) -
     }
 
 
-def _continue_greedily(
-    logits_of: Callable[[Tensor], Tensor],
-    tokens_BT: Tensor,
-    num_new_tokens: int,
-    progress: Callable[[], object],
+@torch.no_grad()
+def continue_greedily(
+    view: View, tokens_BT: Tensor, num_new_tokens: int, progress: Callable[[], object] = lambda: None
 ) -> Tensor:
+    """Return rows of tokens and what a member writes after them; `progress` is called for each new token."""
+    batch_size, num_prompt = tokens_BT.shape
+    cache = KVCache(
+        view.model.config, batch_size=batch_size, num_positions=num_prompt + num_new_tokens, dtype=view.dtype
+    )
+    new_BT = tokens_BT
     for _ in range(num_new_tokens):
-        next_B1 = logits_of(tokens_BT)[:, -1:].argmax(-1)
-        tokens_BT = torch.cat([tokens_BT, next_B1], dim=1)
+        logits_B1V = view.model(new_BT, view.granularity, cache, num_last=1)
+        cache.commit(new_BT.shape[1])
+        new_BT = logits_B1V.argmax(-1)
+        tokens_BT = torch.cat([tokens_BT, new_BT], dim=1)
         progress()
     return tokens_BT
 

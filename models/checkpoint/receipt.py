@@ -1,22 +1,25 @@
 """The receipt of an extraction: what was run when it was written, so that anyone can run it again anywhere.
 
     receipt.json   checks: what was compared, and how it came out
-                   probe: prompts, their greedy continuations, and some logits of the member in place
+                   probe: prompts, their greedy continuations, and some logits
                    files: SHA-256 of each; versions of what ran
 
-The probe stands for the parent, which need not be there when the receipt is repeated.
+It stands in the folder, or beside a GGUF file as FILE.receipt.json. A folder's probe is of the member in
+place, and is run again in transformers. A file rounds weights: its probe is of what it holds, as it opens
+here in fp32, and how far that is from the member in place stands under `rounding`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from models.base.errors import NestlingError
 from models.base.files import hash_files, naming, read_json, write_json
+from models.checkpoint.folder import TOKENIZER, load_model
 from models.checkpoint.huggingface import load_stock, load_stock_tokenizer
 
 RECEIPT = "receipt.json"
@@ -77,43 +80,61 @@ def make_probe(ids_BT: Tensor, logits_BTV: Tensor, num_prompt: int, tokenizer: A
     )
 
 
+def receipt_path(place: Path) -> Path:
+    """Return where the receipt of a folder or a GGUF file is.
+
+    >>> str(receipt_path(Path("S.gguf")))
+    'S.gguf.receipt.json'
+    """
+    return place / RECEIPT if place.is_dir() else place.with_name(f"{place.name}.{RECEIPT}")
+
+
 def write_receipt(
-    folder: Path,
+    place: Path,
     probe: Probe,
     checks: Sequence[Check],
     *,
     source: Mapping[str, Any],
     card: Mapping[str, Any],
+    rounding: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the receipt of a folder whose other files are there.
+    """Write the receipt of a folder whose other files are there, or of a file.
 
     Args:
-        folder: the extraction.
-        probe: of the member in place.
+        place: the extraction.
+        probe: see this file's docstring.
         checks: what was compared.
         source: where it comes from.
         card: commit, versions, hardware, date.
+        rounding: how far it is from the member in place.
     """
-    files = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != RECEIPT)
     fields = {
         "format": FORMAT,
         "source": dict(source),
         "checks": [asdict(check) | {"holds": check.holds} for check in checks],
+        **({} if rounding is None else {"rounding": dict(rounding)}),
         "probe": asdict(probe),
-        "files": {name: hash_files(folder / name) for name in files},
+        "files": {path.name: hash_files(path) for path in _files(place)},
         "card": dict(card),
     }
-    write_json(folder / RECEIPT, fields)
+    write_json(receipt_path(place), fields)
 
 
-def read_receipt(folder: Path) -> dict[str, Any]:
-    """Return a receipt.
+def _files(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return [place]
+    return sorted(path for path in place.iterdir() if path.is_file() and path.name != RECEIPT)
+
+
+def read_receipt(place: Path) -> dict[str, Any]:
+    """Return the receipt of a folder or a file.
 
     Raises:
         NestlingError: if it is missing or damaged.
     """
-    fields = read_json(folder / RECEIPT)
-    with naming(folder / RECEIPT):
+    path = receipt_path(place)
+    fields = read_json(path)
+    with naming(path):
         files = fields.get("files")
         if fields.get("format") != FORMAT or not isinstance(files, dict):
             raise NestlingError("it is no receipt that this release reads; extract the member again")
@@ -141,45 +162,69 @@ def _check_probe(probe: Probe) -> None:
 
 
 @torch.no_grad()
-def repeat_receipt(folder: Path, tolerance: float) -> list[Check]:
-    """Compare a folder with its receipt: files, greedy ids and logits in transformers, tokens of texts.
+def repeat_receipt(place: Path, tolerance: float) -> list[Check]:
+    """Compare an extraction with its receipt: files, greedy ids and logits, tokens of texts.
 
     Args:
-        folder: the extraction.
+        place: the extraction; a folder runs in transformers, a GGUF file here in fp32.
         tolerance: how far logits may be off, relative to the largest.
 
     Raises:
-        NestlingError: if the receipt is damaged, or the folder does not open.
+        NestlingError: if the receipt is damaged, or the extraction does not open.
     """
-    fields = read_receipt(folder)
+    fields, beside = read_receipt(place), place if place.is_dir() else place.parent
     probe = Probe(**fields["probe"])
     changed = [
         name
         for name, digest in fields["files"].items()
-        if not (folder / name).is_file() or hash_files(folder / name) != digest
+        if not (beside / name).is_file() or hash_files(beside / name) != digest
     ]
     checks = [Check(check="files", compared=len(fields["files"]), value=len(changed), bound=0)]
-    stock: Any = load_stock(folder)
-    if max(map(max, probe.ids)) >= stock.config.vocab_size:
-        raise NestlingError(
-            f"{folder / RECEIPT}: its probe is of another vocabulary; extract the member again"
-        )
-    ids_BT = torch.tensor(probe.ids)[:, : probe.num_prompt]
-    expected_BT = torch.tensor(probe.ids)
-    for _ in range(expected_BT.shape[1] - probe.num_prompt):
-        next_B1 = stock(ids_BT, use_cache=False).logits[:, -1:].argmax(-1)
-        ids_BT = torch.cat([ids_BT, next_B1], dim=1)
-    wrong = int((ids_BT != expected_BT).sum())
-    checks.append(Check(check="greedy ids", compared=expected_BT.numel(), value=wrong, bound=0))
-    logits_BV = stock(expected_BT, use_cache=False).logits[:, -1, :NUM_LOGITS]
-    expected_BV = torch.tensor(probe.logits)
-    if expected_BV.shape != logits_BV.shape:
-        raise NestlingError(f"{folder / RECEIPT}: its probe is of another shape; extract the member again")
-    difference = float((logits_BV - expected_BV).abs().nan_to_num(torch.inf).max()) / probe.largest
-    checks.append(Check(check="logits", compared=logits_BV.numel(), value=difference, bound=tolerance))
+    logits_of, encode, vocab_size = _open_folder(place) if place.is_dir() else _open_file(place)
+    with naming(receipt_path(place)):
+        if max(map(max, probe.ids)) >= vocab_size:
+            raise NestlingError("its probe is of another vocabulary; extract the member again")
+        checks += _compare_probe(probe, logits_of(torch.tensor(probe.ids)), tolerance)
     if probe.text_ids:
-        tokenizer = load_stock_tokenizer(folder)
-        found = [tokenizer(text)["input_ids"] for text in TEXTS]
-        other = sum(ours != theirs for ours, theirs in zip(found, probe.text_ids, strict=True))
+        pairs = zip(TEXTS, probe.text_ids, strict=True)
+        other = sum(encode(text) != expected for text, expected in pairs)
         checks.append(Check(check="tokens of texts", compared=len(TEXTS), value=other, bound=0))
     return checks
+
+
+def _compare_probe(probe: Probe, logits_BTV: Tensor, tolerance: float) -> list[Check]:
+    """Compare logits at the ids of a probe: the same are written if each is the likeliest in its place."""
+    ids_BT, expected_BV = torch.tensor(probe.ids), torch.tensor(probe.logits)
+    written_BT = logits_BTV[:, probe.num_prompt - 1 : -1].argmax(-1)
+    wrong = int((written_BT != ids_BT[:, probe.num_prompt :]).sum())
+    found_BV = logits_BTV[:, -1, :NUM_LOGITS]
+    if expected_BV.shape != found_BV.shape:
+        raise NestlingError("its probe is of another shape; extract the member again")
+    difference = float((found_BV - expected_BV).abs().nan_to_num(torch.inf).max()) / probe.largest
+    return [
+        Check(check="greedy ids", compared=ids_BT.numel(), value=wrong, bound=0),
+        Check(check="logits", compared=found_BV.numel(), value=difference, bound=tolerance),
+    ]
+
+
+_Opened: TypeAlias = tuple[Callable[[Tensor], Tensor], Callable[[str], list[int]], int]
+"""Logits of rows of ids, ids of a text, and the size of the vocabulary."""
+
+
+def _open_folder(folder: Path) -> _Opened:
+    stock: Any = load_stock(folder)
+    tokenizer = load_stock_tokenizer(folder) if (folder / TOKENIZER).is_file() else None
+    return (
+        lambda ids_BT: stock(ids_BT, use_cache=False).logits,
+        lambda text: list(tokenizer(text)["input_ids"]) if tokenizer else [],
+        int(stock.config.vocab_size),
+    )
+
+
+def _open_file(path: Path) -> _Opened:
+    opened = load_model(path, dtype=torch.float32)
+    return (
+        opened.model,
+        lambda text: opened.tokenizer.encode(text).ids if opened.tokenizer else [],
+        opened.model.config.vocab_size,
+    )

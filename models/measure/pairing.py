@@ -9,10 +9,12 @@ An extracted draft has its own keys and values, unlike a draft in place. Engines
 N positions, V vocabulary; p the target, q the draft.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from models.base.stopwatch import Work, alternate
 from models.decode.tune.predict import MAX_GAMMA, speedup
@@ -20,9 +22,10 @@ from models.decode.tune.timing import PLAIN_PASSES, filled_cache, one_pass, plai
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
-from models.measure.consistency import draft_states
 from models.measure.perplexity import Batches, check_some, exact_logits, row_chunks, select_valid
 
+RULES = ("greedy", "sampled", "sample_and_match")
+MEASURES = (*RULES, "kl")
 BUDGET = 2.0
 """Seconds that timing may take."""
 
@@ -55,30 +58,57 @@ class PairCosts:
         return high
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over the positions of a text, and its standard error."""
+
+    mean: float
+    error: float
+
+
 @torch.no_grad()
-def measure_kept(
-    model: ElasticLM, target: Granularity, draft: Granularity, batches: Batches
-) -> dict[str, float]:
-    """Return rule -> the chance that a drafted token is kept, a mean over the text's positions.
+def compare_models(target: View, draft: View, batches: Batches) -> dict[str, Estimate]:
+    """Compare two models of one vocabulary.
+
+    Returns:
+        By rule the chance that a drafted token is kept; and `kl`, KL(p, q) in nats per token.
 
     Raises:
         NestlingError: if no position has a label.
     """
-    views = [View(model, target), View(model, draft)]
-    sums = dict.fromkeys(("greedy", "sampled", "sample_and_match"), 0.0)
-    num_tokens = 0
+    parts: list[Tensor] = []
     for tokens_BT, labels_BT in batches:
-        states = draft_states(model, views, tokens_BT.to(model.device), shared_block=None)[1:]
-        labels_N, (p_ND, q_ND) = select_valid(labels_BT.to(model.device), states)
-        for rows in row_chunks(len(labels_N), model.config.vocab_size):
-            pairs = zip(views, (p_ND, q_ND), strict=True)
-            p_NV, q_NV = (exact_logits(view, one_ND[rows]).softmax(-1) for view, one_ND in pairs)
-            likeliest_N = q_NV.argmax(-1)
-            sums["greedy"] += float((p_NV.argmax(-1) == likeliest_N).sum())
-            sums["sampled"] += float(torch.minimum(p_NV, q_NV).sum())
-            sums["sample_and_match"] += float(p_NV.gather(1, likeliest_N[:, None]).sum())
-        num_tokens += len(labels_N)
-    return {rule: total / check_some(num_tokens) for rule, total in sums.items()}
+        states = [
+            view.model.states(tokens_BT.to(view.device), view.granularity)[-1] for view in (target, draft)
+        ]
+        labels_N, (p_ND, q_ND) = select_valid(labels_BT.to(target.device), states)
+        for rows in row_chunks(len(labels_N), target.model.config.vocab_size):
+            log_p_NV, log_q_NV = (
+                exact_logits(view, one_ND[rows]).log_softmax(-1)
+                for view, one_ND in ((target, p_ND), (draft, q_ND))
+            )
+            parts.append(_compare(log_p_NV, log_q_NV))
+    values_QN = torch.cat(parts, 1) if parts else torch.zeros(len(MEASURES), 0)
+    num_tokens = check_some(values_QN.shape[1])
+    spread_Q = values_QN.std(1) if num_tokens > 1 else torch.zeros(len(MEASURES))
+    return {
+        name: Estimate(mean=float(mean), error=float(spread) / math.sqrt(num_tokens))
+        for name, mean, spread in zip(MEASURES, values_QN.mean(1), spread_Q, strict=True)
+    }
+
+
+def _compare(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """Return each of `MEASURES` at each position, [4, N]."""
+    p_NV, likeliest_N = log_p_NV.exp(), log_q_NV.argmax(-1)
+    # A token that p never gives adds nothing, though its log-ratio may be infinite or undefined.
+    ratio_NV = (log_p_NV - log_q_NV).masked_fill_(p_NV == 0, 0.0)
+    values = [
+        (log_p_NV.argmax(-1) == likeliest_N).to(p_NV.dtype),
+        torch.minimum(p_NV, log_q_NV.exp()).sum(-1).clamp(max=1.0),
+        p_NV.gather(1, likeliest_N[:, None])[:, 0],
+        (p_NV * ratio_NV).sum(-1).clamp(min=0.0),  # rounding can leave it a hair below zero
+    ]
+    return torch.stack(values).double().cpu()
 
 
 def measure_pair_costs(model: ElasticLM, target: Granularity, draft: Granularity) -> PairCosts:

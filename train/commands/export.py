@@ -1,9 +1,5 @@
-"""Cut a member out and prove it.
+"""Cut a member out as a folder, and prove it: in transformers it is equal to the member in place."""
 
-A stock folder is equal in transformers to the member in place, a GGUF file is equal when it is read back.
-"""
-
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,63 +7,21 @@ from typing import Any
 
 from rich.console import Console
 
-from models.base.errors import NestlingError, UsageError
-from models.base.files import check_room, finite, naming, read_json, write_file, write_json, write_text
+from models.base.errors import NestlingError
+from models.base.files import read_json, write_json, write_text
 from models.base.numbers import size
-from models.base.outputs import check_link
-from models.checkpoint.extract import (
-    LOGITS_TOLERANCE,
-    Parity,
-    compare_with_stock,
-    extract,
-    provenance,
-)
+from models.checkpoint.extract import LOGITS_TOLERANCE, Parity, compare_with_stock, extract
 from models.checkpoint.folder import GENERATION, ModelFolder
-from models.checkpoint.gguf import (
-    OURS,
-    architecture_of,
-    check_gguf,
-    count_file_bytes,
-    holds,
-    is_ours,
-    write_gguf,
-)
-from models.checkpoint.gguf_tokenizer import differs_on, missing_bytes, tokenizer_keys
 from models.checkpoint.huggingface import load_stock_tokenizer
 from models.checkpoint.layout import PADDED, RAGGED, Layout
 from models.checkpoint.receipt import RECEIPT, TEXTS, Check, write_receipt
-from models.checkpoint.weights import dtype_name, hash_weights
+from models.checkpoint.weights import hash_weights
 from models.elastic.count import count_parameters
 from models.elastic.granularity import Granularity
-from models.elastic.view import View
 from models.machine.provenance import make_card
 from train.report.card import CARD, PICTURE, Subject, model_card, picture
 
 NUM_NEW_TOKENS = 32
-_STORED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufFile:
-    """A GGUF file that was written and read back.
-
-    Args:
-        dtype: dtype of its matrices.
-        parameters: number of elements of its tensors.
-        bytes: size of the file.
-        tensors: number of tensors compared, bit for bit.
-        pre: llama.cpp's name of the pattern that cuts words.
-        architecture: llama.cpp's name of it: unequal layers are `deci` or `openelm`.
-        missing_bytes: bytes that have no token; texts without them are cut equally.
-    """
-
-    dtype: str
-    parameters: int
-    bytes: int
-    tensors: int
-    pre: str
-    architecture: str
-    missing_bytes: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,82 +179,3 @@ def _tell(
         console.print(
             f"its layers are unequal, filled up with zeros: {size(written.wasted_bytes)} wasted, {share:.0%}"
         )
-
-
-def extract_gguf(
-    folder: ModelFolder, granularity: Granularity, out: Path, console: Console, *, dtype: str | None = None
-) -> GgufFile:
-    """Write the member and its tokenizer as one file of llama.cpp, read it back, and say what it holds.
-
-    Args:
-        folder: the family, with its tokenizer.
-        granularity: the member.
-        out: the file; it may replace one that was written here, and nothing else.
-        console: shows the progress.
-        dtype: dtype of the matrices, a key of `models.checkpoint.gguf.DTYPES`; None keeps the one on disk.
-
-    Raises:
-        UsageError: if the granularity or the dtype does not fit, or `out` cannot be replaced.
-        NestlingError: if llama.cpp would cut text into other tokens, the disk refuses, or the file reads
-            back otherwise.
-    """
-    check_file_replaceable(out)
-    member = View(folder.model, granularity)
-    config = folder.model.config
-    dtype = dtype or _STORED[dtype_name(folder.model)]
-    if not holds(config, dtype, member.plan):
-        raise UsageError(
-            f"--dtype {dtype} packs 32 numbers at a time, and a width of {granularity} is no multiple of 32; "
-            "choose fp16 or another granularity"
-        )
-    check_room(out, count_file_bytes(member, dtype))
-    if folder.tokenizer is None:
-        raise NestlingError(f"{folder.path} has no tokenizer.json, which a GGUF file holds; add it")
-    with naming(folder.path):
-        tokenizer = tokenizer_keys(folder.tokenizer, config, chat_template=folder.chat_template)
-    parameters = count_parameters(config, granularity)
-    missing = missing_bytes(folder.tokenizer)
-    metadata = {
-        "general.name": out.stem,
-        OURS: str(granularity),
-        "nestling.provenance": json.dumps(finite(provenance(folder, granularity, parameters))),
-        **tokenizer,
-    }
-    with console.status("writing the file and reading it back"), write_file(out) as partial:
-        write_gguf(member, partial, dtype=dtype, metadata=metadata)
-        tensors = check_gguf(member, partial, dtype=dtype, metadata=metadata)
-    written = GgufFile(
-        dtype=dtype,
-        parameters=parameters,
-        bytes=out.stat().st_size,
-        tensors=tensors,
-        pre=tokenizer["tokenizer.ggml.pre"],
-        architecture=architecture_of(member),
-        missing_bytes=missing,
-    )
-    full = count_parameters(config)
-    console.print(
-        f"{out}: {granularity}, {parameters:,} of {full:,} parameters in {dtype}, {written.bytes:,} bytes",
-        markup=False,
-    )
-    console.print(f"read back equal: {tensors} tensors, {config.vocab_size:,} tokens")
-    if missing:
-        told = ", ".join(f"0x{byte:02x}" for byte in missing)
-        console.print(
-            f"{len(missing)} of the 256 bytes have no token ({told}): texts without them are cut equally"
-        )
-    if (texts := differs_on(folder.tokenizer)) is not None:
-        console.print(f"llama.cpp does not normalise: {texts} has other tokens there")
-    return written
-
-
-def check_file_replaceable(out: Path) -> None:
-    """Raise UsageError unless `out` is free, or a GGUF file that was written here."""
-    check_link("--out", out)
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; give the name of a file, such as {out / 'model.gguf'}")
-    if out.exists() and not is_ours(out):
-        raise UsageError(f"--out {out} exists and is not ours to replace; choose another place")
-    ancestor = next(parent for parent in out.absolute().parents if parent.exists())
-    if not ancestor.is_dir():
-        raise UsageError(f"--out {out} cannot be: {ancestor} is not a folder; choose another place")

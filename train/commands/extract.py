@@ -109,7 +109,7 @@ def extract(
     named: dict[str, Any] = {"granularity": str(member), "out": str(out), "format": format_}
     named |= {"search": search} if search else {}
     if format_ == "gguf":
-        results, dtypes = _write_file(folder, member, out, dtype)
+        results, dtypes = _write_file(folder, member, out, dtype, (data, text_field))
     else:
         results, dtypes = _write_folder(folder, member, out, form, search)
     write_results(json, named | results, dtypes=dtypes)
@@ -126,11 +126,16 @@ def _write_folder(
 
 
 def _write_file(
-    folder: "ModelFolder", member: "Granularity", out: Path, dtype: str | None
+    folder: "ModelFolder",
+    member: "Granularity",
+    out: Path,
+    dtype: str | None,
+    text: tuple[str | None, str | None],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    from train.commands.export import extract_gguf
+    from train.commands.export_gguf import extract_gguf
 
-    written = extract_gguf(folder, member, out, make_console(), dtype=dtype)
+    data, text_field = text
+    written = extract_gguf(folder, member, out, make_console(), dtype=dtype, data=data, text_field=text_field)
     return dataclasses.asdict(written), {"weights": written.dtype}
 
 
@@ -144,7 +149,7 @@ def _choose(model: Path, request: Request) -> dict[str, Any]:
 def _check_out(out: Path, force: bool, format_: str, pair: str | None) -> None:
     """Say before the work that something stands where the extraction would."""
     from models.base.files import check_replaceable
-    from train.commands.export import check_file_replaceable
+    from train.commands.export_gguf import check_file_replaceable
     from train.commands.pair import PAIR_FILE
 
     if pair:

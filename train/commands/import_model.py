@@ -78,7 +78,7 @@ def write_and_prove(folder: "ModelFolder", out: Path, bar: Bar) -> dict[str, Any
         like=folder.path,
     )
     num_new_tokens = min(16, config.max_position_embeddings // 2)
-    bar.show("comparing with transformers", 0, 2 * num_new_tokens)
+    bar.show("comparing with transformers", 0, num_new_tokens)
     parity = verify_extraction(folder, FULL, out, num_new_tokens=num_new_tokens, progress=bar.advance)
     if not parity.holds:
         raise NestlingError(

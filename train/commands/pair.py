@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from models.base.errors import UsageError
 from models.base.files import write_folder, write_json
 from models.base.numbers import si
-from train.commands.export import extract_gguf, prove_member
+from train.commands.export import prove_member
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
     from models.checkpoint.launch import Line
     from models.elastic.granularity import Granularity
-    from models.measure.pairing import PairCosts
+    from models.measure.pairing import Estimate, PairCosts
 
 PAIR_FILE = "pair.json"
+MEMBERS = ("target", "draft")
 FORMAT = 1
 LEAST_SPEEDUP = 1.0
 
@@ -30,7 +31,7 @@ class Pair:
 
     target: "Granularity"
     draft: "Granularity"
-    kept: Mapping[str, float]
+    kept: "Mapping[str, Estimate]"
     costs: "PairCosts"
 
     def best(self, rule: str) -> tuple[int, float]:
@@ -38,8 +39,9 @@ class Pair:
 
         Where sampled drafting does not pay, it is that of greedy decoding.
         """
-        length, speed = self.costs.best(self.kept[rule])
-        return (length, speed) if speed > LEAST_SPEEDUP else (self.costs.best(self.kept["greedy"])[0], speed)
+        length, speed = self.costs.best(self.kept[rule].mean)
+        greedy = self.costs.best(self.kept["greedy"].mean)
+        return (length, speed) if speed > LEAST_SPEEDUP else (greedy[0], speed)
 
 
 def parse_pair(text: str, folder: "ModelFolder") -> tuple["Granularity", "Granularity"]:
@@ -73,14 +75,38 @@ def parse_pair(text: str, folder: "ModelFolder") -> tuple["Granularity", "Granul
 
 def measure_pair(folder: "ModelFolder", draft: "Granularity", target: "Granularity", batches: Any) -> Pair:
     """Measure on a text how many drafted tokens are kept, and on this machine what they cost."""
+    from models.elastic.view import View
     from models.machine.card import machine_card, resolve_dtype
-    from models.measure.pairing import measure_kept, measure_pair_costs
+    from models.measure.pairing import RULES, compare_models, measure_pair_costs
     from models.packed.quantize import pack
 
-    kept = measure_kept(folder.model, target, draft, batches)
+    found = compare_models(View(folder.model, target), View(folder.model, draft), batches)
+    kept = {rule: found[rule] for rule in RULES}
     dtype = resolve_dtype("auto", machine_card(), purpose="decoding")
     costs = measure_pair_costs(pack(folder.model, dtype), target, draft)
     return Pair(target=target, draft=draft, kept=kept, costs=costs)
+
+
+def measure_written(target: Path, draft: Path) -> "tuple[dict[str, Estimate], int]":
+    """Open two extractions, and measure on what the target's receipt says it writes how they run together.
+
+    Returns:
+        By rule the chance that a drafted token is kept, and the number of tokens.
+    """
+    import torch
+
+    from models.checkpoint.folder import load_model
+    from models.checkpoint.receipt import read_receipt
+    from models.elastic.granularity import FULL
+    from models.elastic.view import View
+    from models.measure.pairing import RULES, compare_models
+    from train.commands.export_gguf import own_text
+
+    ours, theirs = (View(load_model(path, dtype=torch.float32).model, FULL) for path in (target, draft))
+    probe = read_receipt(target)["probe"]
+    ids_BT = torch.tensor(probe["ids"])
+    found = compare_models(ours, theirs, own_text(ids_BT, probe["num_prompt"]))
+    return {rule: found[rule] for rule in RULES}, len(ids_BT) * (ids_BT.shape[1] - probe["num_prompt"])
 
 
 def write_pair(
@@ -100,6 +126,7 @@ def write_pair(
         NestlingError: if the disk refuses, or an extraction differs.
     """
     from models.checkpoint.launch import RULES, draft_settings
+    from train.commands.export_gguf import extract_gguf
 
     members = {"target": pair.target, "draft": pair.draft}
     suffix = ".gguf" if format_ == "gguf" else ""
@@ -135,6 +162,7 @@ def _fields(
 
     lines = launch_lines(places["target"], places["draft"], lengths, ragged=ragged)
     members = {"target": pair.target, "draft": pair.draft}
+    probe, num_tokens = measure_written(*(partial / places[name].name for name in MEMBERS))
     return {
         "format": FORMAT,
         **{
@@ -147,7 +175,13 @@ def _fields(
             for name, member in members.items()
         },
         "shared": ["tokenizer", "vocab_size", "special tokens", "chat template", "max_position_embeddings"],
-        "alpha": dict(pair.kept),
+        "alpha": {rule: one.mean for rule, one in pair.kept.items()},
+        "alpha_error": {rule: one.error for rule, one in pair.kept.items()},
+        "probe": {
+            "num_tokens": num_tokens,
+            "alpha": {rule: one.mean for rule, one in probe.items()},
+            "error": {rule: one.error for rule, one in probe.items()},
+        },
         "c": pair.costs.c,
         "v": {str(count): cost for count, cost in pair.costs.v.items()},
         "break_even": pair.costs.break_even(),
@@ -158,7 +192,7 @@ def _fields(
 
 def _engine(pair: Pair, rule: str, line: "Line") -> dict[str, Any]:
     length, speed = pair.best(rule)
-    greedy = pair.costs.best(pair.kept["greedy"])[1]
+    greedy = pair.costs.best(pair.kept["greedy"].mean)[1]
     return {
         **dataclasses.asdict(line),
         "rule": rule,
@@ -177,7 +211,10 @@ def tell_pair(fields: Mapping[str, Any], out: Path, console: "Console") -> None:
         f"({si(target['parameters'])})",
         markup=False,
     )
-    kept = ", ".join(f"{rule.replace('_', ' ')} {value:.3f}" for rule, value in fields["alpha"].items())
+    kept = ", ".join(
+        f"{rule.replace('_', ' ')} {value:.3f} +- {fields['alpha_error'][rule]:.3f}"
+        for rule, value in fields["alpha"].items()
+    )
     console.print(f"kept of a drafted token: {kept}; it costs {fields['c']:.2f} of a target's", markup=False)
     for engine, one in fields["engines"].items():
         sampled, greedy = one["predicted_speedup"], one["predicted_greedy_speedup"]

@@ -1,6 +1,5 @@
 """`nestling verify`: the distribution tests on the user's own model; see models/verify/plan.py."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from models.base.progress import progress_bar
 from train.commands.common import check_at_least, check_json, draft_paths, write_results
 from train.commands.console import make_console
 from train.commands.options import DtypeOption, JsonOption, MaxNewTokensOption, ModelArgument, SeedOption
+from train.commands.verify_receipt import has_receipt, repeat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,11 +53,12 @@ def verify(
 ) -> None:
     """Test on this model that speculative decoding follows the full model's distribution.
 
-    An extraction has a receipt: without --draft, what it says is run again.
+    An extraction has a receipt, and so has each member of a pair: without --draft, what they say is run
+    again.
     """
     check_json(json, MODEL=model, draft=draft_paths(draft))
-    if draft is None and (model / "receipt.json").is_file():
-        _repeat(model, json)
+    if draft is None and has_receipt(model):
+        repeat(model, json)
         return
     check_at_least(100, trials=trials)
     check_at_least(1, max_new_tokens=max_new_tokens)
@@ -89,30 +90,6 @@ def verify(
         )
     settings = {"model": str(model), "trials": trials, "max_new_tokens": max_new_tokens, "seed": seed}
     _run(jobs, settings, dtype, json, console)
-
-
-def _repeat(folder: Path, json: Path | None) -> None:
-    """Run again what the receipt of an extraction says, and fail if anything differs."""
-    from models.base.errors import NestlingError
-    from models.checkpoint.extract import LOGITS_TOLERANCE
-    from models.checkpoint.receipt import repeat_receipt
-    from models.machine.provenance import versions
-
-    console = make_console()
-    with console.status("running its receipt again"):
-        checks = repeat_receipt(folder, LOGITS_TOLERANCE)
-    for one in checks:
-        verdict = "holds" if one.holds else "FAILS"
-        told = f"off by {one.value:.1g} of the largest" if one.check == "logits" else f"{one.value:g} differ"
-        console.print(f"{verdict}: {one.check}, {one.compared} compared, {told}", markup=False)
-    console.print(f"in transformers {versions().get('transformers')}, without the model it was cut from")
-    fields = [dataclasses.asdict(one) | {"holds": one.holds} for one in checks]
-    passed = all(one.holds for one in checks)
-    results = {"receipt": fields, "passed": passed, "model": str(folder)}
-    write_results(json, results, dtypes={"comparison": "fp32"})
-    if not passed:
-        wrong = ", ".join(one.check for one in checks if not one.holds)
-        raise NestlingError(f"{folder} is not what its receipt says ({wrong}); extract the member again")
 
 
 def _run(

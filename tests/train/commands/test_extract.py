@@ -168,8 +168,9 @@ def test_a_member_comes_out_as_one_file(
     for force in ([], ["--force"]):  # the second time it replaces its own file
         assert main(["extract", *arguments, "--format", "gguf", *asked, *force]) == 0
     assert main(["extract", *arguments, "--format", "gguf", *asked]) == 2
+    told = capsys.readouterr().out
     assert f"106,944 of 217,536 parameters in {written}, {out.stat().st_size:,} bytes" in " ".join(
-        capsys.readouterr().out.split()
+        told.split()
     )
     found = json.loads(results.read_text())
     assert {
@@ -182,7 +183,18 @@ def test_a_member_comes_out_as_one_file(
         "bytes": out.stat().st_size,
         "pre": "gpt-2",
     }
-    assert [path.name for path in out.parent.iterdir()] == ["S.gguf"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["S.gguf", "S.gguf.receipt.json"]
+    rounding, checks = found["rounding"], [one["check"] for one in found["checks"]]
+    assert checks == [
+        "tensors",
+        *(["greedy ids", "logits"] if written == "fp32" else []),
+        "tokens of texts",
+    ]
+    assert rounding["text"] == "its own greedy text"
+    assert 0 <= rounding["kl"] < {"fp32": 1e-9, "fp16": 1e-4, "int8": 1e-3, "int4": 0.5}[written]
+    assert 0.5 < rounding["alpha"] <= 1
+    assert f"alpha {rounding['alpha']:.4f}" in " ".join(told.split())
+    assert main(["verify", str(out)]) == 0
 
 
 @pytest.mark.parametrize(

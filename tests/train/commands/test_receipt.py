@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoint.receipt import read_receipt
+from models.checkpoint.receipt import read_receipt, receipt_path
 from train.cli import main
 
 Fails = Callable[..., str]
@@ -66,3 +66,49 @@ def test_the_card_says_how_to_load_it(extraction: Path) -> None:
     assert "| S | ffn=0.25 |" in card
     if not ragged:  # its loss is known from training
         assert "<circle" in (extraction / "frontier.svg").read_text()
+
+
+def test_a_file_has_a_receipt_that_follows_it_and_finds_every_change(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    out, elsewhere = tmp_path / "S.gguf", tmp_path / "elsewhere"
+    command = ["extract", str(model), "--granularity", "ffn=1:0.5:0.5", "--out", str(out), "--format", "gguf"]
+    assert main([*command, "--dtype", "q4_0", "--data", str(text)]) == 0
+    fields = read_receipt(out)
+    assert fields["rounding"]["text"] == str(text)
+    assert fields["rounding"]["kl"] > 0
+    assert 0 < fields["rounding"]["alpha_error"] < 0.1
+    elsewhere.mkdir()
+    for path in (out, receipt_path(out)):
+        path.rename(elsewhere / path.name)
+    moved = elsewhere / out.name
+    assert main(["verify", str(moved)]) == 0
+    assert "FAILS" not in capsys.readouterr().out
+    content = bytearray(moved.read_bytes())
+    content[-1000] ^= 64  # in the last tensor, which is the final norm
+    moved.write_bytes(content)
+    line = fails("verify", moved, code=1)
+    assert "files" in line
+    receipt_path(moved).write_text("years of work")
+    assert "receipt.json" in fails(*command[:-3], moved, "--format", "gguf", "--force", code=1)
+
+
+@pytest.mark.parametrize("flags", [[], ["--format", "gguf"]])
+def test_a_pair_is_repeated_anywhere_and_a_member_of_another_one_is_found(
+    flags: list[str], model: Path, text: Path, tmp_path: Path, fails: Fails
+) -> None:
+    out, elsewhere, results = tmp_path / "pair", tmp_path / "elsewhere", tmp_path / "verify.json"
+    command = ["extract", str(model), "--pair", "D:XL", "--data", str(text), "--out", str(out), *flags]
+    assert main(command) == 0
+    out.rename(elsewhere)
+    assert main(["verify", str(elsewhere), "--json", str(results)]) == 0
+    checks = {one["check"]: one for one in json.loads(results.read_text())["receipt"]}
+    assert {"files of the target", "logits of the draft", "alpha sampled", "alpha greedy"} <= checks.keys()
+    assert checks["alpha sampled"]["value"] < 1e-3
+    pair = json.loads((elsewhere / "pair.json").read_text())
+    assert pair["alpha_error"]["sampled"] > 0
+    pair["draft"]["sha256"] = "0" * 64
+    (elsewhere / "pair.json").write_text(json.dumps(pair))
+    assert "weights that pair.json names" in fails("verify", elsewhere, code=1)
+    (elsewhere / "pair.json").write_text("{}")
+    assert "pair.json: it lacks what a pair has" in fails("verify", elsewhere, code=1)
