@@ -124,10 +124,10 @@ class TextData(pl.LightningDataModule):
         self.provenance = self._describe(corpus, tokens, held_out)
         return self
 
-    def train_dataloader(self) -> StepLoader:
-        """Return the micro-batches from `first_step` on, as this process sees them."""
+    def train_dataloader(self, *, divided: bool = True) -> StepLoader:
+        """Return the micro-batches from `first_step` on, as this process sees them, or undivided."""
         rank, world_size = 0, 1
-        if self.trainer is not None:
+        if divided and self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return StepLoader(
             rows=self.train_rows,

@@ -8,7 +8,8 @@ distillation (https://arxiv.org/abs/1606.07947).
     written at 0       │ 4       │             for all steps up to the next line, by the batched decoder
 
 The rows of a window are a function of the weights at its first step, of seed and step; a state keeps those
-that are not used yet, so that a run which goes on equals one that was not stopped.
+that are not used yet, so that a run which goes on equals one that was not stopped. Where several processes
+train, each writes all rows and takes its own, so that they agree and any one's state holds them all.
 
 B rows, T positions, P tokens of the prompt.
 """
@@ -46,7 +47,7 @@ class WrittenRows:
 
     Args:
         recipe: its `distill`, `seed` and the sizes of a step.
-        batch_at: gives the micro-batch of a step and a number, from the text.
+        batch_at: gives the micro-batch of a step and a number, from the text, with the rows of all processes.
         precision: the dtype that texts are written in, `fp32` or `bf16`.
         kept: rows of later steps that a state kept, by `replay`.
         teacher: writes, where the recipe says so.

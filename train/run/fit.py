@@ -90,10 +90,10 @@ def fit(recipe: Recipe, out: Path, *, resume: str = "auto", console: Console) ->
     keep_freed_memory()
     fabric = make_fabric(recipe.trainer)
     console = console if fabric.is_global_zero else Console(quiet=True)
-    if recipe.distill.written_fraction and (fabric.world_size > 1 or recipe.trainer.strategy == "fsdp"):
+    if recipe.distill.written_fraction and recipe.trainer.strategy == "fsdp":
         raise UsageError(
-            f"distill.written_fraction={recipe.distill.written_fraction:g}: needs one process that has the "
-            "whole model; set trainer.devices=1 and trainer.strategy=auto"
+            f"distill.written_fraction={recipe.distill.written_fraction:g}: needs the whole model in each "
+            "process; set trainer.strategy=auto"
         )
     with Signals(max_seconds=recipe.trainer.max_seconds) as signals, RunLock(out) as lock:
         if fabric.is_global_zero:
@@ -191,7 +191,7 @@ def make_module(
     if recipe.distill.written_fraction:
         written = WrittenRows(
             recipe,
-            lambda step, micro: data.train_dataloader().batch(step, micro),
+            lambda step, micro: data.train_dataloader(divided=False).batch(step, micro),
             training_precision(recipe.dtype),
             state.replay(recipe) if state is not None else None,
             teacher,

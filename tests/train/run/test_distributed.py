@@ -206,6 +206,38 @@ def test_each_process_has_the_whole_teacher(text: Path, tmp_path: Path, strategy
     compare(tmp_path / "run", tmp_path / "alone")
 
 
+WRITTEN = (
+    "distill.written_fraction=0.5 distill.prompt_tokens=4 distill.replay_steps=4 "
+    "sampler.turns={S:2,H:1,E:1} owned.norms=true loss.ramp_start=0 loss.ramp_steps=0"
+)
+CACHED = "distill.cache={folder}/cache sampler.turns={{S:2,H:1,E:1}}"
+OWNED = "model.train=owned owned.rank=2 sampler.turns={S:2,H:1,E:1}"
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        pytest.param("loss.teacher", WRITTEN, id="rows that the student writes"),
+        pytest.param("loss.teacher", CACHED, id="a cache", marks=pytest.mark.slow),
+        pytest.param("model.from", OWNED, id="owned weights alone", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_learn_from_a_given_model_as_one_does(
+    text: Path, tmp_path: Path, key: str, words: str
+) -> None:
+    """Members take turns; what is written, cached or owned is the same in both processes."""
+    schedule = ["trainer.max_steps=8", "trainer.checkpoint_every=8", "trainer.val_check_interval=8"]
+    fit(make_recipe(text, *schedule), tmp_path / "given", console=Console(quiet=True))
+    more = words.format(folder=tmp_path) if words == CACHED else words
+    given = f"{key}={tmp_path / 'given' / 'model'}"
+    recipe = make_recipe(text, "seed=1", given, *more.split(), *schedule)
+    fit(recipe, tmp_path / "alone", console=Console(quiet=True))
+    process = start_two(recipe, tmp_path, "ddp", torchrun=False)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    compare(tmp_path / "run", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_steps_that_are_bad_in_one_process_are_skipped_by_all_and_take_all_back(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
