@@ -9,9 +9,10 @@ import torch
 from models.base.dtypes import DTYPES
 from models.base.errors import UsageError
 from models.checkpoint.folder import ModelFolder, load_model
-from models.decode.tune.predict import best_num_threads
+from models.decode.tune.predict import best_num_threads, best_num_threads_of_layers
+from models.elastic.view import cut_layers
 from models.machine.card import machine_card, num_threads, resolve_dtype
-from models.packed.quantize import FILE, INT8, is_in_blocks, pack
+from models.packed.quantize import FILE, INT8, PackedLM, is_in_blocks, pack
 
 AUTO = "auto"
 UNQUANTIZED = ("F32", "F16", "BF16")
@@ -60,6 +61,40 @@ def open_in_dtype(path: str | Path, dtype: str, *, auto_in_blocks: bool = False)
         UsageError: if there is no folder at `path`, no such dtype, or no kernels for what is stored.
         NestlingError: if the folder is damaged.
     """
+    folder, name = _open(path, dtype, auto_in_blocks)
+    packs = name in (INT8, FILE)
+    return (dataclasses.replace(folder, model=pack(folder.model, name)) if packs else folder), name
+
+
+def open_layers(path: str | Path, first: int, last: int, dtype: str = "auto") -> tuple[ModelFolder, str, int]:
+    """Open some layers of a model folder, which alone are packed; see `open_for_decoding`.
+
+    Args:
+        path: the folder.
+        first: the first layer.
+        last: the last one.
+        dtype: as `open_for_decoding` takes it.
+
+    Returns:
+        The folder, whose model has just those layers; the name of the dtype; how many layers there are.
+
+    Raises:
+        UsageError: if there is no folder at `path`, no such dtype, or no such layer.
+        NestlingError: if the folder is damaged.
+    """
+    folder, name = _open(path, dtype, True)
+    num_layers = folder.model.config.num_hidden_layers
+    if not first <= last < num_layers:
+        raise UsageError(
+            f"--layers {first}-{last}: {path} has the layers 0-{num_layers - 1}; choose of those"
+        )
+    model = PackedLM(cut_layers(folder.model, first, last), name)
+    most = num_threads(machine_card(), name, purpose="decoding")
+    torch.set_num_threads(best_num_threads_of_layers(model, most))
+    return dataclasses.replace(folder, model=model), name, num_layers
+
+
+def _open(path: str | Path, dtype: str, auto_in_blocks: bool) -> tuple[ModelFolder, str]:
     card = machine_card()
     stored = None if dtype in (FILE, INT8) else resolve_dtype(dtype, card, purpose="decoding")
     folder = load_model(
@@ -69,13 +104,13 @@ def open_in_dtype(path: str | Path, dtype: str, *, auto_in_blocks: bool = False)
         in_blocks=card.gpu is None and (dtype == FILE or (dtype == AUTO and auto_in_blocks)),
     )
     if is_in_blocks(folder.model):
-        return dataclasses.replace(folder, model=pack(folder.model, FILE)), FILE
+        return folder, FILE
     if dtype == FILE or auto_in_blocks:
         _check_quantizations(folder, dtype)
     if dtype == INT8:
         if folder.model.dtype == torch.float16:  # compiled code reads no such embedding
             folder.model.float()
-        return dataclasses.replace(folder, model=pack(folder.model, INT8)), INT8
+        return folder, INT8
     folder.model.to("cuda" if card.gpu else "cpu")
     return folder, stored or next(name for name, one in DTYPES.items() if one == folder.model.dtype)
 

@@ -66,6 +66,7 @@ class KVCache:
         num_positions: the most positions it can hold, drafted ones included.
         dtype: dtype of keys and values.
         device: device of the buffers.
+        num_layers: the number of layers; None is the model's.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class KVCache:
         num_positions: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        num_layers: int | None = None,
     ) -> None:
         shape = (batch_size, config.num_key_value_heads, num_positions, config.head_dim)
         self._stores = [
@@ -83,9 +85,10 @@ class KVCache:
                 torch.zeros(shape, dtype=dtype, device=device),
                 torch.zeros(shape, dtype=dtype, device=device),
             )
-            for _ in range(config.num_hidden_layers)
+            for _ in range(config.num_hidden_layers if num_layers is None else num_layers)
         ]
-        self.addresses = tuple(map(_addresses, zip(*self._stores, strict=True)))
+        keys, values = zip(*self._stores, strict=True) if self._stores else ((), ())
+        self.addresses = _addresses(keys), _addresses(values)
         self.dtype, self.batch_size = dtype, batch_size
         self.num_positions = num_positions
         self.heads_per_group = config.heads_per_group

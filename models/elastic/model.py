@@ -216,9 +216,14 @@ class ElasticLM(nn.Module):
         A member that is a prefix of the layers at full width is an early exit of the full model's pass:
         `head(states(tokens, exits=(k,))[0], member)` are its logits.
         """
-        plan: Plan = granularity.resolve(self.config)
         x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight).to(self.compute_dtype)
-        num_tokens = tokens_BT.shape[1]
+        return self._run_layers(x_BTD, granularity, memory, exits)
+
+    def _run_layers(
+        self, x_BTD: Tensor, granularity: Granularity, memory: Memory | None, exits: Sequence[int] = ()
+    ) -> list[Tensor]:
+        plan: Plan = granularity.resolve(self.config)
+        num_tokens = x_BTD.shape[1]
         positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
         rotary = self.rotary(positions, x_BTD.dtype)
         still = rotary if self.config.no_rope_layers is None else without_rotation(rotary)
@@ -232,18 +237,42 @@ class ElasticLM(nn.Module):
                 found[count] = x_BTD
         return [*(found[count] for count in exits), x_BTD]
 
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Return what enters the first layer [T, D], in fp32, where the layers are elsewhere."""
+        ids_T = torch.tensor(ids, device=self.device)
+        return F.embedding(ids_T, self.model.embed_tokens.weight).to(self.compute_dtype).float()
+
+    def run_layers(self, x_TD: Tensor, cache: KVCache, num_last: int) -> Tensor:
+        """Return what leaves the last layer [num_last, D], in fp32, where `x_TD` enters the first one.
+
+        Keys and values are written behind what the cache has committed, as in `run`.
+        """
+        x_BTD = x_TD.to(self.device, self.compute_dtype)[None]
+        return self._run_layers(x_BTD, FULL, cache)[-1][0, -num_last:].float()
+
+    def score(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        """Return logits [T, V] of what leaves the last layer of a model with this head and another norm."""
+        return self.head(x_TD.to(self.device, self.compute_dtype), norm=norm)
+
     def norm(self, x_BTD: Tensor, granularity: Granularity = FULL) -> Tensor:
         """Return what the vocabulary head reads of a member's residual streams [..., D]."""
         parts = self.parts(granularity)
         return cast(Tensor, ((parts and parts.norm) or self.model.norm)(x_BTD))
 
-    def head(self, x_BTD: Tensor, granularity: Granularity = FULL, linear: nn.Linear | None = None) -> Tensor:
+    def head(
+        self,
+        x_BTD: Tensor,
+        granularity: Granularity = FULL,
+        linear: nn.Linear | None = None,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
         """Return logits [..., V] of residual streams [..., D]: the final norm, then the vocabulary head.
 
         Args:
             x_BTD: the streams.
             granularity: the member whose streams they are, which may have a final norm of its own.
             linear: a head in place of the model's own.
+            norm: a norm in place of the member's.
         """
-        normed_BTD = self.norm(x_BTD, granularity)
+        normed_BTD = self.norm(x_BTD, granularity) if norm is None else norm(x_BTD)
         return cast(Tensor, (self.lm_head if linear is None else linear)(normed_BTD))

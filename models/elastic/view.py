@@ -1,6 +1,7 @@
 """A granularity seen in place: calls like a model, has no memory of its own."""
 
 import dataclasses
+import re
 from collections.abc import Hashable, Sequence
 from typing import Protocol, TypeAlias
 
@@ -15,6 +16,8 @@ from models.elastic.model import ElasticLM
 from models.elastic.owned import Owned, Parts
 from models.elastic.ownership import is_owned
 from models.elastic.request import Request
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 
 class Scorer(Protocol):
@@ -166,6 +169,26 @@ def widest(config: ElasticConfig, plan: Plan) -> ElasticConfig:
         num_key_value_heads=groups,
         num_attention_heads=groups * config.heads_per_group,
     )
+
+
+def cut_layers(model: ElasticLM, first: int, last: int) -> ElasticLM:
+    """Return some consecutive layers as a model of their own that shares the source's tensors.
+
+    It has the source's embedding, norm and head, too, which nothing reads that runs the layers alone.
+    """
+    plan = Granularity(layers=tuple(range(first, last + 1))).resolve(model.config)
+    with torch.device("meta"):  # without memory: every tensor is the source's
+        part = ElasticLM(widest(model.config, plan))
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        layer = _LAYER.match(name)
+        if layer is None and not is_owned(name):
+            state[name] = tensor
+        elif layer is not None and first <= int(layer[1]) <= last:
+            state[f"model.layers.{int(layer[1]) - first}.{layer[2]}"] = tensor
+    part.load_state_dict(state, assign=True)
+    part.rotary, part.is_mapped = model.rotary, model.is_mapped
+    return part.train(model.training)
 
 
 Model: TypeAlias = ElasticLM | View

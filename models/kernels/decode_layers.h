@@ -156,6 +156,15 @@ static void embed(const Pass *pass) {
     }
 }
 
+/* The residual streams of the rows that are asked for, where other layers or the head follow elsewhere. */
+static void give_states(const Pass *pass, const Thread *thread) {
+    size_t hidden = (size_t)pass->model->hidden;
+    Range mine = range_of(thread, pass->num_rows);
+    for (int r = mine.first; r < mine.last; r++)
+        if (pass->rows[r].output >= 0)
+            memcpy(pass->logits + (size_t)pass->rows[r].output * hidden, pass->x + (size_t)r * hidden, 4 * hidden);
+}
+
 /* What each thread of a team runs. */
 static void run(const Pass *pass, const Thread *thread) {
     const Model *model = pass->model;
@@ -174,6 +183,9 @@ static void run(const Pass *pass, const Thread *thread) {
         add(pass, thread, layer->down, layer->ffn, pass->hidden);
 #pragma omp barrier
     }
-    if (pass->num_scored) score(pass, thread);
+    if (!model->num_outputs)
+        give_states(pass, thread);
+    else if (pass->num_scored)
+        score(pass, thread);
     end_tiles();
 }

@@ -18,7 +18,7 @@ typedef struct {
 typedef struct {
     int32_t cache, embedding;                                    /* FP32 or BF16; an embedding in blocks */
     int32_t hidden, head_dim, heads_per_group, query_width, ffn; /* of the full model */
-    int32_t num_layers, num_outputs;
+    int32_t num_layers, num_outputs; /* no outputs: the answer is the residual streams, [rows][hidden] */
     float epsilon;
     const void *embeddings;
     const int64_t *outputs;              /* ids of the tokens that the head scores, or NULL: all */

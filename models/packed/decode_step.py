@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from models.base.mapped import forget_pages, trim_memory
+from models.elastic.cache import KVCache
 from models.elastic.config import ElasticConfig
-from models.elastic.granularity import Granularity, LayerPlan
+from models.elastic.granularity import FULL, Granularity, LayerPlan
 from models.elastic.linear import LowRank
 from models.elastic.model import Block, ElasticLM
 from models.elastic.norm import RMSNorm
@@ -101,6 +102,7 @@ class DecodeStep:
         self._heads: dict[nn.Linear, Panels] = {}
         self._norms: dict[RMSNorm, Tensor] = {}
         self._members: dict[tuple[Granularity, nn.Linear], _Member] = {}
+        self._body: _Member | None = None
         self._angles: list[Tensor] = []
 
     @property
@@ -132,11 +134,65 @@ class DecodeStep:
             UsageError: if the member does not fit the model.
             IndexError: for a number that is not a token id.
         """
-        head, config = head or Head(self._model.lm_head), self._model.config
+        head = head or Head(self._model.lm_head)
         member = self._member(granularity, head)
-        member.model.cache = TYPES[requests[0].cache.dtype]
+        tokens = self._checked([token for one in requests for token in one.ids])
+        return self._pass(member.model, requests, tokens, head.map.out_features)
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Return what enters the first layer [T, D], in fp32."""
+        model = self._ends()
+        model.num_outputs = 0
+        return self._between(model, self._checked(ids), self._no_cache(len(ids)), len(ids))
+
+    def run_layers(self, x_TD: Tensor, cache: KVCache, num_last: int) -> Tensor:
+        """Return what leaves the last layer [num_last, D] where `x_TD`, in fp32, enters the first one."""
+        if self._body is None:
+            self._body = self._make(FULL, None)
+        model = _Model.from_buffer_copy(self._body.model)
+        return self._between(model, x_TD, cache, num_last)
+
+    def score(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        """Return logits [T, V] of what leaves the last layer, by a final norm and the full model's head."""
+        model = self._ends()
+        model.norm = self._norm(norm)
+        return self._between(model, x_TD, self._no_cache(len(x_TD)), len(x_TD))
+
+    def _ends(self) -> "_Model":
+        """Return the full model's struct without its layers."""
+        model = _Model.from_buffer_copy(self._member(FULL, Head(self._model.lm_head)).model)
+        model.num_layers = 0
+        return model
+
+    def _no_cache(self, num_positions: int) -> KVCache:
+        return KVCache(self._model.config, num_positions=num_positions, num_layers=0)
+
+    def _between(
+        self, model: "_Model", given: Sequence[int] | Tensor, cache: KVCache, num_last: int
+    ) -> Tensor:
+        """Run a part of a pass, from ids or from residual streams on."""
+        ids: Sequence[int] = range(len(given))
+        if isinstance(given, Tensor):  # they are read as rows of an embedding
+            model.embedding, model.embeddings = TYPES[torch.float32], given.data_ptr()
+        else:
+            ids = given
+        width = model.num_outputs or model.hidden
+        return self._pass(model, [Request(ids, cache, num_last)], ids, width)
+
+    def _checked(self, ids: Sequence[int]) -> Sequence[int]:
+        size = self._model.config.vocab_size
+        if min(ids) < 0 or max(ids) >= size:
+            raise IndexError(f"token ids must be from 0 to {size - 1}, got {ids}")
+        return ids
+
+    def _pass(
+        self, model: "_Model", requests: Sequence[Request], tokens: Sequence[int], width: int
+    ) -> Tensor:
+        """Run the struct of a model; the rows have `width` numbers."""
+        config = self._model.config
+        model.cache = TYPES[requests[0].cache.dtype]
         longest = max(one.cache.length + len(one.ids) + one.num_rows for one in requests)
-        member.model.cosines, member.model.sines = (table_TK.data_ptr() for table_TK in self._tables(longest))
+        model.cosines, model.sines = (table_TK.data_ptr() for table_TK in self._tables(longest))
         given = (_Request * len(requests))()
         for one, request in zip(given, requests, strict=True):
             ids, cache, num_last, draws = request
@@ -149,24 +205,21 @@ class DecodeStep:
             if draws is not None:
                 one.num_draws, one.sampling = draws.count, draws.as_struct()
                 one.chosen = (ctypes.c_int64 * draws.count)()
-        tokens = [token for one in requests for token in one.ids]
-        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
-            raise IndexError(f"token ids must be from 0 to {config.vocab_size - 1}, got {tokens}")
-        logits_TV = torch.empty(sum(one.num_rows for one in requests), head.map.out_features)
+        rows_TV = torch.empty(sum(one.num_rows for one in requests), width)
         failed = self._run(
-            ctypes.byref(member.model),
+            ctypes.byref(model),
             given,
             len(requests),
             (ctypes.c_int64 * len(tokens))(*tokens),
             torch.get_num_threads(),
-            ctypes.c_void_p(logits_TV.data_ptr()),
+            ctypes.c_void_p(rows_TV.data_ptr()),
         )
         if failed:
             raise MemoryError("a decoding step found no memory")
         for one, request in zip(given, requests, strict=True):
             if request.draws is not None:
                 request.draws.ids[:] = one.chosen[: request.draws.count]
-        return logits_TV
+        return rows_TV
 
     def _member(self, granularity: Granularity, head: Head) -> "_Member":
         key = granularity, head.map
@@ -175,18 +228,23 @@ class DecodeStep:
             member = self._members[key] = self._make(granularity, head)
         return member
 
-    def _make(self, granularity: Granularity, head: Head) -> "_Member":
-        """Return the C struct of a member, but for the dtype of the cache, which comes with each pass."""
+    def _make(self, granularity: Granularity, head: Head | None) -> "_Member":
+        """Return the C struct of a member, but for the dtype of the cache, which comes with each pass.
+
+        Without a head passes give the residual streams, and the head's weights are not packed.
+        """
         source, config = self._model, self._model.config
         plans, parts = granularity.resolve(config).layers, source.parts(granularity)
         kept: list[object] = []
         owns = [NOTHING if parts is None else parts.layer(plan.index) for plan in plans]
         layers = (_Layer * len(plans))(*(self._layer(*one, kept) for one in zip(plans, owns, strict=True)))
         embedding, embedding_type = _stored(source.model.embed_tokens.weight)
-        if head.map not in self._heads:
+        outputs = None
+        if head is not None and head.map not in self._heads:
             self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
             self._forget(head.map.weight)
-        outputs = None if head.ids_N is None else head.ids_N.to(torch.int64, copy=True).contiguous()
+        if head is not None and head.ids_N is not None:
+            outputs = head.ids_N.to(torch.int64, copy=True).contiguous()
         model = _Model(
             embedding=embedding_type,
             hidden=config.hidden_size,
@@ -195,12 +253,12 @@ class DecodeStep:
             query_width=config.num_attention_heads * config.head_dim,
             ffn=config.intermediate_size,
             num_layers=len(plans),
-            num_outputs=head.map.out_features,
+            num_outputs=0 if head is None else head.map.out_features,
             epsilon=config.rms_norm_eps,
             embeddings=embedding.data_ptr(),
             outputs=None if outputs is None else outputs.data_ptr(),
             norm=self._norm((parts and parts.norm) or source.model.norm),
-            head=_map(self._heads[head.map], kept),
+            head=layers[0].query if head is None else _map(self._heads[head.map], kept),
             layers=layers,
         )
         return _Member(model, [*kept, embedding, outputs, layers])

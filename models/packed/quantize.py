@@ -24,9 +24,11 @@ from torch.nn import functional as F
 
 from models.base.dtypes import DTYPES
 from models.base.errors import UsageError
+from models.elastic.cache import KVCache
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.linear import LowRank, NestedLinear
 from models.elastic.model import ElasticLM
+from models.elastic.norm import RMSNorm
 from models.elastic.request import Head, Request
 from models.kernels.blocks import BLOCK, BlockTensor, block_product
 from models.kernels.build import kernels_name
@@ -112,9 +114,29 @@ class PackedLM(ElasticLM):
             return super().run(requests, granularity, head)
         return self.decode_step(requests, granularity, head)
 
-    def head(self, x_BTD: Tensor, granularity: Granularity = FULL, linear: nn.Linear | None = None) -> Tensor:
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """See `ElasticLM.embed`."""
+        return super().embed(ids) if self.decode_step is None else self.decode_step.embed(ids)
+
+    def run_layers(self, x_TD: Tensor, cache: KVCache, num_last: int) -> Tensor:
+        """See `ElasticLM.run_layers`."""
+        if self.decode_step is None:
+            return super().run_layers(x_TD, cache, num_last)
+        return self.decode_step.run_layers(x_TD, cache, num_last)
+
+    def score(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        """See `ElasticLM.score`."""
+        return super().score(x_TD, norm) if self.decode_step is None else self.decode_step.score(x_TD, norm)
+
+    def head(
+        self,
+        x_BTD: Tensor,
+        granularity: Granularity = FULL,
+        linear: nn.Linear | None = None,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
         """See `ElasticLM.head`; logits are in the wider of the weights' and the pass's dtype."""
-        logits_BTV = super().head(x_BTD, granularity, linear)
+        logits_BTV = super().head(x_BTD, granularity, linear, norm)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, self.dtype))
 
 

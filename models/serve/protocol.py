@@ -136,8 +136,12 @@ class Chain:
     def extend(self, ids: Iterable[int]) -> None:
         """Append ids."""
         for token in ids:
-            block = self.digests[-1] + token.to_bytes(4, "little")
-            self.digests.append(hashlib.blake2b(block, digest_size=DIGEST_BYTES).digest())
+            self.add(token.to_bytes(4, "little"))
+
+    def add(self, block: bytes) -> None:
+        """Append what stands at the next position, in bytes."""
+        digest = hashlib.blake2b(self.digests[-1] + block, digest_size=DIGEST_BYTES)
+        self.digests.append(digest.digest())
 
     def cut(self, length: int) -> None:
         """Forget all but the first ids."""

@@ -10,23 +10,17 @@ one machine, whatever is lost, repeated or restarted.
 """
 
 import contextlib
-import json
 import logging
-import ssl
-import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import ClassVar, NamedTuple
 
 from tokenizers import Tokenizer
-from websockets.exceptions import InvalidStatus, WebSocketException
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import ClientConnection
 
-from models.base.errors import NestlingError, UsageError
+from models.base.errors import NestlingError
 from models.decode.engine.draft import propose
 from models.decode.engine.engine import Committed, Stream, Token
 from models.decode.engine.generation_config import GenerationConfig
@@ -38,62 +32,21 @@ from models.decode.sampling.rng import SeededRandom
 from models.decode.sampling.samplers import COUPLED, make_sampler
 from models.elastic.cache import KVCache
 from models.elastic.view import Model
+from models.serve.peer import LOST, Lost, Patience, Peer, ask, checked
 from models.serve.protocol import EOS, MAX_FRAME, PROTOCOL, RUNS, Chain, Reply, Round, tokenizer_digest
 
 _log = logging.getLogger(__name__)
-FIRST_PAUSE, MOST_PAUSE = 0.1, 2.0
-"""Seconds between two tries to connect."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-class _Lost(NestlingError):
-    """The connection or the session is gone; another one goes on."""
-
-
-LOST = (OSError, WebSocketException, EOFError, _Lost)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remote:
-    """Where the server is, and how to speak with it."""
+class Remote(Peer):
+    """The server that verifies, and how much is drafted for it."""
 
-    url: str
-    """As ws://127.0.0.1:8000 or wss://HOST:PORT."""
-    token: str | None = None
-    ca: Path | None = None
-    """Certificate to trust besides the system's."""
+    flag: ClassVar[str] = "--remote"
     gamma: int = 4
     """Drafted tokens of a block."""
     window: int = 2
     """Blocks that are sent before the first reply is here; 1 waits for each."""
-    timeout: float = 30.0
-    """Seconds without a server after which the text ends."""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("ws", "wss") or not parts.hostname:
-            raise UsageError(f"--remote {self.url} is no address; give one as in wss://HOST:PORT")
-        if parts.scheme == "ws" and parts.hostname not in LOOPBACK:
-            raise UsageError(
-                f"--remote {self.url} is not encrypted; give wss://, or a tunnel's loopback address"
-            )
-
-    def connect(self) -> ClientConnection:
-        """Open a connection."""
-        context = None
-        if self.url.startswith("wss"):
-            context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
-        headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
-        return connect(
-            f"{self.url.rstrip('/')}/v1/verify",
-            ssl=context,
-            additional_headers=headers,
-            compression=None,
-            max_size=MAX_FRAME * 16,
-            open_timeout=self.timeout,
-            close_timeout=1,
-            proxy=None,
-        )
 
 
 def stream_remote(
@@ -134,11 +87,6 @@ class _Link:
         self.socket.send(block.round.pack())
         self.sent.append(block)
 
-    def open(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        self.socket.send(json.dumps(asked))
-        answer = self.socket.recv(self.timeout)
-        return _checked(answer)
-
     def receive(self, *, wait: bool) -> Reply | None:
         """Return the next reply; None if there is none yet."""
         try:
@@ -148,21 +96,8 @@ class _Link:
                 raise
             return None
         if isinstance(frame, str):
-            _checked(frame)
+            checked(frame)
         return Reply.unpack(frame) if isinstance(frame, bytes) else None
-
-
-def _checked(answer: str | bytes) -> dict[str, Any]:
-    """Return an answer in JSON.
-
-    Raises:
-        NestlingError: if it is a refusal; `_Lost` if that may pass.
-    """
-    fields = json.loads(answer)
-    if "error" in fields:
-        kind = _Lost if fields["error"].startswith(("busy", "the server stops")) else NestlingError
-        raise kind(f"the server refuses: {fields['error']}")
-    return dict(fields)
 
 
 class _Decoding:
@@ -191,27 +126,18 @@ class _Decoding:
 
     def run(self) -> Generator[Committed, None, None]:
         """Yield tokens as they are committed."""
-        last, pause = perf_counter(), FIRST_PAUSE
+        patience = Patience(self._remote)
         while True:
             try:
-                with self._remote.connect() as socket:
+                with self._remote.connect("/v1/verify", MAX_FRAME * 16) as socket:
                     for committed in self._talk(_Link(socket, self._remote.timeout)):
                         yield committed
-                        last, pause = perf_counter(), FIRST_PAUSE
+                        patience.reset()
                 return
-            except InvalidStatus as error:
-                status = error.response.status_code
-                raise NestlingError(f"--remote {self._remote.url}: the server refuses ({status})") from None
             except LOST as error:
-                if perf_counter() - last > self._remote.timeout:
-                    raise NestlingError(
-                        f"--remote {self._remote.url}: no server answers ({type(error).__name__}: {error}); "
-                        "start it, and generate again: the text up to here will be the same"
-                    ) from None
-                if pause == FIRST_PAUSE and self._num_committed == self._num_prompt:
+                if patience.is_new and self._num_committed == self._num_prompt:
                     _log.warning("no server answers at %s yet; trying again", self._remote.url)
-                time.sleep(pause)
-                pause = min(2 * pause, MOST_PAUSE)
+                patience.wait(error)
 
     def _talk(self, link: _Link) -> Iterator[Committed]:
         """Go on with the text over one connection, up to its end."""
@@ -234,7 +160,8 @@ class _Decoding:
     def _open(self, link: _Link) -> Iterator[Committed]:
         params = asdict(self._config.params)
         ends = self._config.end_tokens
-        answer = link.open(
+        answer = ask(
+            link.socket,
             {
                 "protocol": PROTOCOL,
                 "tokenizer": self._tokenizer,
@@ -246,7 +173,8 @@ class _Decoding:
                 "seed": self._config.seed,
                 "eos_token_ids": None if ends is None else list(ends),
                 **params,
-            }
+            },
+            self._remote.timeout,
         )
         self._session, self._end, finish = answer["session"], answer["end"], answer["finish"]
         ids = [*self._ids[: self._num_prompt], *answer["committed_ids"]]
@@ -273,12 +201,12 @@ class _Decoding:
 
     def _take(self, sent: _Sent, reply: Reply) -> Iterator[Committed]:
         if reply.number != sent.round.number:
-            raise _Lost("a reply is missing")
+            raise Lost("a reply is missing")
         if reply.number < self._epoch:
             return
         if not reply.accepted and not reply.ids and reply.finish == RUNS:
             self._session = None  # it has another text, or none
-            raise _Lost("the server's text is another one")
+            raise Lost("the server's text is another one")
         base, now = sent.round.base, perf_counter()
         self._report.count_round(
             Outcome("remote", len(sent.round.ids), reply.accepted, sent.draft_seconds, now - sent.at)

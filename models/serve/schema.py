@@ -6,7 +6,7 @@ so at once, and not from a text that is other than it expects.
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -178,14 +178,32 @@ class ChatRequest(SamplingBody):
     """There are no tools to choose."""
 
 
-class OpenRequest(_Body):
-    """What a device says first (models/serve/protocol.py)."""
-
+class _Open(_Body):
     protocol: int
-    tokenizer: str = Field(max_length=64)
-    vocab_size: int
     session: str | None = Field(default=None, max_length=64)
     """The session to go on with, if the server still has it."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the request that a text holds.
+
+        Raises:
+            UsageError: naming the field that is wrong.
+        """
+        try:
+            return cls.model_validate(json.loads(text))
+        except ValidationError as error:
+            named = ".".join(str(part) for part in error.errors()[0]["loc"]) or "open"
+            raise UsageError(f"{named}: {error.errors()[0]['msg']}") from None
+        except (ValueError, RecursionError):
+            raise UsageError("open: this is not JSON") from None
+
+
+class OpenRequest(_Open):
+    """What a device says first (models/serve/protocol.py)."""
+
+    tokenizer: str = Field(max_length=64)
+    vocab_size: int
     prompt_ids: list[int] = Field(min_length=1)
     committed_ids: list[int] = []
     """Ids that a server has committed already, perhaps another one."""
@@ -199,17 +217,9 @@ class OpenRequest(_Body):
     repetition_penalty: float = Field(gt=0, le=100)
     eos_token_ids: list[int] | None = None
 
-    @staticmethod
-    def parse(text: str) -> "OpenRequest":
-        """Return the request that a text holds.
 
-        Raises:
-            UsageError: naming the field that is wrong.
-        """
-        try:
-            return OpenRequest.model_validate(json.loads(text))
-        except ValidationError as error:
-            named = ".".join(str(part) for part in error.errors()[0]["loc"]) or "open"
-            raise UsageError(f"{named}: {error.errors()[0]['msg']}") from None
-        except (ValueError, RecursionError):
-            raise UsageError("open: this is not JSON") from None
+class OpenStage(_Open):
+    """What a client says first to a stage (models/serve/states.py)."""
+
+    positions: int = Field(default=0, ge=0, le=2**31)
+    """The most positions of the text; 0 only asks what the stage is."""

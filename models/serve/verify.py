@@ -6,15 +6,11 @@ device sends, the text is that of one machine.
 """
 
 import asyncio
-import json
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import Any
 
 from fastapi import FastAPI, WebSocket
-from starlette.websockets import WebSocketDisconnect
 
 from models.base.errors import NestlingError, UsageError
 from models.decode.decoder import Decoder
@@ -41,21 +37,17 @@ from models.serve.protocol import (
     tokenizer_digest,
 )
 from models.serve.schema import OpenRequest
+from models.serve.sockets import Session, Sessions, converse
 from models.serve.worker import Task, Worker
 
-LEASE = 60.0
-"""Seconds that a session outlives its connection."""
-MAX_SESSIONS = 256
-MAX_STRIKES = 3
 MAX_REPLAY = 200
 """The most ids of a reply."""
 
 
-@dataclass
-class Session:
-    """A text that devices draft; it is here for a while after they are gone."""
+@dataclass(eq=False, kw_only=True)
+class Draft(Session):
+    """A text that devices draft."""
 
-    id: str
     num_prompt: int
     request: DecodingRequest
     chain: Chain
@@ -63,10 +55,6 @@ class Session:
     """The most ids of the text."""
     finish: int = RUNS
     text: Text | None = None
-    owner: object | None = None
-    """The connection that it belongs to, if there is one: the last that asked for it."""
-    left: float = 0.0
-    """When its connection ended."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -94,29 +82,27 @@ class Verifier:
     def __init__(self, decoder: Decoder, worker: Worker) -> None:
         self._decoder, self._worker = decoder, worker
         self._tokenizer = tokenizer_digest(decoder.tokenizer)
-        self.sessions: dict[str, Session] = {}
+        self.sessions = Sessions[Draft](_free)
 
-    async def open(self, asked: OpenRequest, owner: object) -> Session:
+    async def open(self, asked: OpenRequest, owner: object) -> Draft:
         """Return the session that was asked for, or a new one that has read all ids.
 
         Raises:
             NestlingError: naming what differs between client and server.
         """
         self._check(asked)
-        self._expire()
-        known = self.sessions.get(asked.session or "")
+        known = self.sessions.find(asked.session)
         if known is not None and known.ids[: known.num_prompt] == asked.prompt_ids:
             known.owner = owner
             return known
-        if len(self.sessions) >= MAX_SESSIONS:
-            raise NestlingError("busy: too many sessions; come back later")
+        self.sessions.check_room()
         session = await self._run(lambda texts: self._begin(asked, texts))
-        assert isinstance(session, Session)
+        assert isinstance(session, Draft)
         session.owner = owner
         self.sessions[session.id] = session
         return session
 
-    async def verify(self, session: Session, asked: Round) -> Reply:
+    async def verify(self, session: Draft, asked: Round) -> Reply:
         """Return what becomes of a round; one that was answered before is not computed again."""
         vocab_size = self._decoder.folder.model.config.vocab_size
         if any(token >= vocab_size for token in asked.ids):
@@ -135,26 +121,6 @@ class Verifier:
                 session.refresh()
             return self._reply(session, asked, follows=True)
 
-    def leave(self, session: Session, owner: object) -> None:
-        """Keep a session for its lease, unless another connection has it by now."""
-        if session.owner is not owner:
-            return
-        session.owner, session.left = None, monotonic()
-        asyncio.get_running_loop().call_later(LEASE + 1, self._expire)
-
-    def _expire(self) -> None:
-        """Free what nobody came back for."""
-        left = [one for one in self.sessions.values() if one.owner is None]
-        old = [one for one in left if monotonic() - one.left > LEASE]
-        for one in old:
-            self.end(one)
-
-    def end(self, session: Session) -> None:
-        """Free a session's keys and values."""
-        self.sessions.pop(session.id, None)
-        if session.text is not None:
-            session.text.is_live = False  # others may still copy its beginning
-
     def _check(self, asked: OpenRequest) -> None:
         ours = {
             "protocol": PROTOCOL,
@@ -168,7 +134,7 @@ class Verifier:
         if any(not 0 <= token < size for token in (*asked.prompt_ids, *asked.committed_ids)):
             raise UsageError(f"prompt_ids: a token is not from 0 to {size - 1}")
 
-    def _begin(self, asked: OpenRequest, texts: Prefixes) -> Steps[Session]:
+    def _begin(self, asked: OpenRequest, texts: Prefixes) -> Steps[Draft]:
         """Make room, and read the prompt and what is committed; in the worker's thread."""
         model, ids = self._decoder.folder.model, [*asked.prompt_ids, *asked.committed_ids]
         config = GenerationConfig(
@@ -201,7 +167,7 @@ class Verifier:
         except BaseException:
             text.is_live = False
             raise
-        session = Session(secrets.token_hex(16), len(asked.prompt_ids), request, Chain(), end, text=text)
+        session = Draft(num_prompt=len(asked.prompt_ids), request=request, chain=Chain(), end=end, text=text)
         session.refresh()
         return session
 
@@ -220,7 +186,7 @@ class Verifier:
         self._worker.run(Task(start=start, done=done))
         return await asyncio.shield(future)  # what was begun is taken, whoever has gone
 
-    def _reply(self, session: Session, asked: Round, *, follows: bool) -> Reply:
+    def _reply(self, session: Draft, asked: Round, *, follows: bool) -> Reply:
         length, base = len(session.ids), asked.base
         committed = session.ids[base : base + len(asked.ids) + MAX_REPLAY] if follows else []
         accepted = 0
@@ -236,7 +202,7 @@ class Verifier:
 _PARAMS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def _verify(session: Session, drafted: list[int]) -> Steps[list[Token]]:
+def _verify(session: Draft, drafted: list[int]) -> Steps[list[Token]]:
     """Score drafted ids and commit what is the target's own choice, which is one more at most."""
     request = session.request
     proposal = Proposal(request.state.ids, drafted[: session.end - len(request.state.ids) - 1])
@@ -249,68 +215,22 @@ def add_verification(app: FastAPI, verifier: Verifier) -> None:
 
     @app.websocket("/v1/verify")
     async def verify(socket: WebSocket) -> None:
-        await socket.accept()
-        session = None
-        try:
-            session = await _opened(socket, verifier)
-            await _answer_rounds(socket, verifier, session)
-        except WebSocketDisconnect:
-            pass
-        except NestlingError as error:
-            await _refuse(socket, str(error))
-        finally:
-            if session is not None:
-                verifier.leave(session, socket)
-
-
-async def _opened(socket: WebSocket, verifier: Verifier) -> Session:
-    message: Mapping[str, Any] = await socket.receive()
-    if message["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(message["code"])
-    asked = OpenRequest.parse(message.get("text") or "")
-    session = await verifier.open(asked, socket)
-    new = session.ids[session.num_prompt :]
-    await socket.send_text(
-        json.dumps(
-            {
+        async def start(text: str) -> tuple[Draft, Mapping[str, Any]]:
+            session = await verifier.open(OpenRequest.parse(text), socket)
+            return session, {
                 "session": session.id,
                 "gamma": MAX_GAMMA,
-                "committed_ids": new,
+                "committed_ids": session.ids[session.num_prompt :],
                 "finish": session.finish,
                 "end": session.end,
             }
-        )
-    )
-    return session
+
+        async def answer(session: Draft, frame: bytes) -> bytes:
+            return (await verifier.verify(session, Round.unpack(frame))).pack()
+
+        await converse(socket, verifier.sessions, start, answer, MAX_FRAME)
 
 
-async def _answer_rounds(socket: WebSocket, verifier: Verifier, session: Session) -> None:
-    strikes = 0
-    while True:
-        message: Mapping[str, Any] = await socket.receive()
-        if message["type"] == "websocket.disconnect":
-            return
-        frame = message.get("bytes")
-        if frame is None and message.get("text") == "bye":
-            verifier.end(session)
-            await socket.close()
-            return
-        try:
-            if frame is None or len(frame) > MAX_FRAME:
-                raise WireError("frame: this is no round")
-            reply = await verifier.verify(session, Round.unpack(frame))
-        except WireError as error:
-            strikes += 1
-            if strikes >= MAX_STRIKES:
-                raise
-            await socket.send_text(json.dumps({"error": str(error)}))
-        else:
-            await socket.send_bytes(reply.pack())
-
-
-async def _refuse(socket: WebSocket, message: str) -> None:
-    try:
-        await socket.send_text(json.dumps({"error": message}))
-        await socket.close(code=1008)
-    except (RuntimeError, WebSocketDisconnect):  # it has gone already
-        pass
+def _free(session: Draft) -> None:
+    if session.text is not None:
+        session.text.is_live = False  # others may still copy its beginning

@@ -70,8 +70,8 @@ def continue_remotely(
     from models.decode.engine.generation_config import changed
     from models.decode.summary import summarize
     from models.decode.text import TextBuilder, TextStream, encode_prompt
+    from models.serve.listen import read_token
     from models.serve.remote import Remote, stream_remote
-    from models.serve.server import read_token
 
     url, gamma, window, token_file, ca = server
     remote = Remote(

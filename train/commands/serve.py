@@ -97,8 +97,9 @@ def serve(
             check_file(flag, path)
     from models.base.processor import free_memory_bytes
     from models.decode.decoder import open_decoder
+    from models.serve.listen import Address, check_port, read_token
     from models.serve.served import default_name
-    from models.serve.server import Address, Server, check_port, read_token
+    from models.serve.server import Server
     from models.serve.worker import Limits
 
     address = Address(

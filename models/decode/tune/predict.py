@@ -12,8 +12,10 @@ for this machine comes first: models/decode/tune/tuned.py.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
+
+import torch
 
 from models.checkpoint.family import Member
 from models.decode.engine.costs import Costs
@@ -135,4 +137,21 @@ def best_num_threads(model: ElasticLM, most: int) -> int:
         for one in passes:
             one()
 
+    return _fastest(work, most)
+
+
+def best_num_threads_of_layers(model: ElasticLM, most: int) -> int:
+    """Return the number of threads, up to `most`, that passes through these layers alone run best with."""
+    count = min(4, model.config.max_position_embeddings)
+    cache, x_TD = model.new_cache(count), torch.zeros(count, model.config.hidden_size)
+
+    @torch.inference_mode()
+    def work() -> None:
+        for m in {1, count}:
+            model.run_layers(x_TD[:m], cache, m)
+
+    return _fastest(work, most)
+
+
+def _fastest(work: Callable[[], None], most: int) -> int:
     return fastest_threads({"": work}, thread_counts(most), budget=TIMING_BUDGET / 2)[""]

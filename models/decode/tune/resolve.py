@@ -20,7 +20,7 @@ from models.decode.engine.policy import NO_DRAFT, Fixed, Policy
 from models.decode.sampling.params import SamplingParams
 from models.decode.tune.controller import Controller
 from models.decode.tune.draft_plan import DraftPlan, DraftSpec
-from models.decode.tune.predict import choose_draft, known_acceptance, measure_costs
+from models.decode.tune.predict import MAX_GAMMA, choose_draft, known_acceptance, measure_costs
 from models.decode.tune.tuned import find_draft
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.view import View
@@ -52,6 +52,8 @@ class Drafting:
     """True if all of `DRAFTERS`, as copies of earlier text, are drafts besides, where it adapts."""
     costs: Costs | None = None
     """Costs of the target and of this draft, where they were measured for the choice."""
+    most: int = MAX_GAMMA
+    """The most drafted tokens of a round, where it adapts."""
     verifier: str = DEFAULT_VERIFIER
     """The verifier of `--verifier`, else the one that was found to be fastest with this draft."""
 
@@ -240,7 +242,8 @@ def make_policy(folder: ModelFolder, drafting: Drafting, params: SamplingParams)
     drafts = {} if draft is None else {drafting.name: draft}
     if drafting.copies:
         drafts |= {name: make(folder.model) for name, make in DRAFTERS.items()}
-    return Controller(drafts, drafting.costs, alphas=known_acceptance(folder.members, params))
+    alphas = known_acceptance(folder.members, params)
+    return Controller(drafts, drafting.costs, alphas=alphas, most=drafting.most)
 
 
 def _check_same_tokens(target: ModelFolder, draft: ModelFolder) -> None:

@@ -1,5 +1,6 @@
 """A server of a very small family, in a thread of this process."""
 
+import asyncio
 import contextlib
 import shutil
 import threading
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from models.decode.decoder import Decoder, open_decoder
-from models.serve.server import Address, Server
+from models.serve.listen import Address, Listener
+from models.serve.relay import Link, Relay
+from models.serve.server import Server
 from models.serve.worker import Limits
 
 TEMPLATE = (
@@ -42,29 +45,70 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(
-    decoder: Decoder, *, address: Address | None = None, verifies: bool = False, **limits: int
-) -> Iterator[Served]:
+def listening(make: Callable[[Callable[[str], None]], Listener]) -> Iterator[tuple[Any, str]]:
+    """Run a server in a thread of this process."""
     ready, urls = threading.Event(), list[str]()
 
     def on_ready(url: str) -> None:
         urls.append(url)
         ready.set()
 
-    bounds = Limits(**({"kv_bytes": 2**24} | limits))
-    server = Server(decoder, "tiny", address or Address(port=0), bounds, on_ready, verifies=verifies)
+    server = make(on_ready)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert ready.wait(30)
-    served = Served(server, urls[0])
+    assert ready.wait(60)
     try:
-        yield served
+        yield server, urls[0]
     finally:
-        served.http.close()
-        served.openai.close()
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def running(
+    decoder: Decoder, *, address: Address | None = None, verifies: bool = False, **limits: int
+) -> Iterator[Served]:
+    bounds = Limits(**({"kv_bytes": 2**24} | limits))
+    where = address or Address(port=0)
+
+    def make(on_ready: Callable[[str], None]) -> Listener:
+        return Server(decoder, "tiny", where, bounds, on_ready, verifies=verifies)
+
+    with listening(make) as (server, url):
+        served = Served(server, url)
+        try:
+            yield served
+        finally:
+            served.http.close()
+            served.openai.close()
+
+
+@contextlib.contextmanager
+def relaying(url: str, link: Link) -> Iterator[tuple[str, Relay]]:
+    """Put a relay before a server."""
+    relay = Relay(link, "127.0.0.1", int(url.rpartition(":")[2]))
+    ready, ports, stops = threading.Event(), list[int](), list[Callable[[], object]]()
+
+    def on_ready(port: int) -> None:
+        ports.append(port)
+        ready.set()
+
+    async def work() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        stops.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        with contextlib.suppress(asyncio.CancelledError):
+            await relay.serve(0, on_ready)
+
+    thread = threading.Thread(target=lambda: asyncio.run(work()))
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield f"ws://127.0.0.1:{ports[0]}", relay
+    finally:
+        stops[0]()
+        thread.join(60)
 
 
 @pytest.fixture(scope="package")
@@ -87,6 +131,18 @@ def decoder(folder: Path) -> Decoder:
 def start() -> Start:
     """Start servers with other settings."""
     return running
+
+
+@pytest.fixture(scope="package")
+def listen() -> Callable[..., Any]:
+    """Run other servers."""
+    return listening
+
+
+@pytest.fixture(scope="package")
+def relayed() -> Callable[..., Any]:
+    """Make a far network of a near one."""
+    return relaying
 
 
 @pytest.fixture(scope="package")

@@ -17,8 +17,8 @@ from models.base.errors import NestlingError, UsageError
 from models.decode.decoder import Decoder
 from models.decode.engine.engine import stream
 from models.decode.engine.generation_config import GenerationConfig
+from models.serve.listen import Address
 from models.serve.remote import Remote, stream_remote
-from models.serve.server import Address
 
 TOKEN = "0123456789abcdef"
 Start = Callable[..., "AbstractContextManager[Any]"]

@@ -1,9 +1,7 @@
 """A device drafts, a server verifies: the text is that of one machine, whatever happens on the way."""
 
-import asyncio
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -26,10 +24,10 @@ from models.decode.engine.generation_config import GenerationConfig
 from models.decode.sampling.params import SamplingParams
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
+from models.serve.listen import Address
 from models.serve.protocol import MAX_GAMMA, PROTOCOL, Chain, Reply, Round, WireError, tokenizer_digest
-from models.serve.relay import Link, Relay
+from models.serve.relay import Link
 from models.serve.remote import Remote, stream_remote
-from models.serve.server import Address
 
 Start = Callable[..., "AbstractContextManager[Any]"]
 WAYS = [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.95)]
@@ -48,33 +46,6 @@ def member(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ElasticLM:
     out = tmp_path_factory.mktemp("device") / "D"
     extract(load_model(folder), Granularity(layers=(0, 1)), out)
     return open_decoder(out, dtype="fp32").folder.model
-
-
-@contextlib.contextmanager
-def relayed(url: str, link: Link) -> Iterator[tuple[str, Relay]]:
-    """Put a relay before a server."""
-    relay = Relay(link, "127.0.0.1", int(url.rpartition(":")[2]))
-    ready, ports, stops = threading.Event(), list[int](), list[Callable[[], object]]()
-
-    def on_ready(port: int) -> None:
-        ports.append(port)
-        ready.set()
-
-    async def work() -> None:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None
-        stops.append(lambda: loop.call_soon_threadsafe(task.cancel))
-        with contextlib.suppress(asyncio.CancelledError):
-            await relay.serve(0, on_ready)
-
-    thread = threading.Thread(target=lambda: asyncio.run(work()))
-    thread.start()
-    assert ready.wait(10)
-    try:
-        yield f"ws://127.0.0.1:{ports[0]}", relay
-    finally:
-        stops[0]()
-        thread.join(10)
 
 
 def config_of(params: SamplingParams, seed: int = 3) -> GenerationConfig:
@@ -116,7 +87,7 @@ def test_the_text_is_that_of_one_machine_for_any_block_and_window(
 
 @pytest.mark.parametrize("params", WAYS, ids=["greedy", "sampled"])
 def test_the_text_is_the_same_over_a_far_network(
-    params: SamplingParams, verifying: Any, member: ElasticLM, decoder: Decoder
+    params: SamplingParams, verifying: Any, member: ElasticLM, decoder: Decoder, relayed: Start
 ) -> None:
     ids = decoder.tokenizer.encode("far").ids
     with relayed(ws(verifying), Link(rtt=0.02, jitter=0.01, rate=1e6)) as (url, _):
@@ -126,9 +97,14 @@ def test_the_text_is_the_same_over_a_far_network(
 
 @pytest.mark.parametrize("cut_after", [1, 2, 3, 4, 5, 6, 7, 8, 12, 17])
 def test_a_connection_may_be_cut_after_any_message(
-    cut_after: int, verifying: Any, member: ElasticLM, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    cut_after: int,
+    verifying: Any,
+    member: ElasticLM,
+    decoder: Decoder,
+    relayed: Start,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("models.serve.remote.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("models.serve.peer.FIRST_PAUSE", 0.001)
     ids = decoder.tokenizer.encode("cut").ids
     config = config_of(WAYS[1])
     with relayed(ws(verifying), Link(cut_after=cut_after, cuts=2)) as (url, relay):
@@ -145,7 +121,7 @@ def test_another_server_of_the_model_goes_on_with_the_text(
     with start(decoder, verifies=True) as first, start(decoder, verifies=True) as second:
         urls += [ws(first), ws(second)]
         remote = Remote(url=urls[0])
-        object.__setattr__(remote, "connect", lambda: replace(remote, url=urls[0]).connect())
+        object.__setattr__(remote, "connect", lambda *where: replace(remote, url=urls[0]).connect(*where))
         tokens = stream_remote(remote, member, decoder.tokenizer, ids, config)
         found += [next(tokens).id for _ in range(20)]
         urls[0] = urls[1]
@@ -233,36 +209,36 @@ def test_any_frames_are_answered_or_refused(num_cases: int, verifying: Any, deco
     def any_frames(changes: dict[str, Any], frames: list[bytes | str]) -> None:
         with (
             contextlib.suppress(ConnectionClosed),
-            connect(f"{ws(verifying)}/v1/verify", close_timeout=1) as socket,
+            connect(f"{ws(verifying)}/v1/verify", open_timeout=None, close_timeout=1) as socket,
         ):
             socket.send(opening(decoder, ids, **changes))
             if "error" in json.loads(socket.recv()):
                 return
             for frame in frames:
                 socket.send(frame)
-                answer = socket.recv(10) if frame != "bye" else b""
+                answer = socket.recv(60) if frame != "bye" else b""
                 assert isinstance(answer, bytes) or "error" in json.loads(answer)
             socket.send("bye")
 
     any_frames()
     sessions = verifying.server.verifier.sessions.values()
     for session in list(sessions):  # of those whose client was refused after three strikes
-        verifying.server.verifier.end(session)
+        verifying.server.verifier.sessions.end(session)
     assert verifying.server.worker._tasks == {}
     assert verifying.text("well", max_tokens=4)
 
 
 @pytest.mark.parametrize("first", [b"\x00", "[]", "", "x"])
 def test_a_connection_that_begins_otherwise_is_told_so(first: bytes | str, verifying: Any) -> None:
-    with connect(f"{ws(verifying)}/v1/verify", close_timeout=1) as socket:
+    with connect(f"{ws(verifying)}/v1/verify", open_timeout=None, close_timeout=1) as socket:
         socket.send(first)
-        assert json.loads(socket.recv(10))["error"].startswith("open: ")
+        assert json.loads(socket.recv(60))["error"].startswith("open: ")
 
 
 def test_a_session_that_nobody_comes_back_for_is_freed(
     verifying: Any, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.serve.verify.LEASE", -1.0)
+    monkeypatch.setattr("models.serve.sockets.LEASE", -1.0)
     with connect(f"{ws(verifying)}/v1/verify") as socket:
         socket.send(opening(decoder, [1, 2, 3]))
         assert json.loads(socket.recv())["session"] in verifying.server.verifier.sessions

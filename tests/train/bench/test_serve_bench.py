@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from models.decode.decoder import open_decoder
-from models.serve.server import Address, Server
+from models.serve.listen import Address
+from models.serve.server import Server
 from models.serve.worker import Limits
 from train.bench import serve_bench
 from train.bench.serve_bench import ServeSettings, bench_serving
