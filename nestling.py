@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from models.elastic.granularity import Granularity
     from models.elastic.view import View
     from models.serve.server import serve
+    from models.serve.spread import open_spread
+    from models.serve.stage import serve_stage
     from train.api import distill, evaluate, extract, search, train
 
 __all__ = [
@@ -40,8 +42,10 @@ __all__ = [
     "extract",
     "load_model",
     "open_decoder",
+    "open_spread",
     "search",
     "serve",
+    "serve_stage",
     "train",
 ]
 _HOMES = {
@@ -52,6 +56,8 @@ _HOMES = {
     "models.elastic.granularity": ("Granularity",),
     "models.elastic.view": ("View",),
     "models.serve.server": ("serve",),
+    "models.serve.spread": ("open_spread",),
+    "models.serve.stage": ("serve_stage",),
     "train.api": ("distill", "evaluate", "extract", "search", "train"),
 }
 

@@ -34,6 +34,7 @@ from train.commands.relay import relay
 from train.commands.report import report
 from train.commands.search import search
 from train.commands.serve import serve
+from train.commands.stage import stage
 from train.commands.train import PASS_ON, train
 from train.commands.train_help import TrainCommand
 from train.commands.verify import verify
@@ -55,6 +56,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "search": (search, "checkpoints/mine/model --draft --data stdlib"),
     "generate": (generate, 'checkpoints/mine/model --draft S --prompt "Once upon a time"'),
     "serve": (serve, "checkpoints/mine/model --draft auto --port 8000"),
+    "stage": (stage, "checkpoints/mine/model --layers 0-3 --port 8100"),
     "relay": (relay, "--listen 8001 --to 127.0.0.1:8000 --rtt 50"),
     "plan": (plan, "split --rtt 20 --alpha 0.9 --target-ms 40 --draft-ms 4"),
     "evaluate": (evaluate, "checkpoints/mine/model --data stdlib --granularity ffn=0.5,layers=0-2"),

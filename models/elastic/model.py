@@ -132,6 +132,9 @@ class ElasticLM(nn.Module):
         """See `Scorer`."""
         return id(self), FULL
 
+    is_compiled = False
+    """Whether a pass is one call of compiled code."""
+
     @property
     def can_draw(self) -> bool:
         """See `Scorer`; only compiled passes do."""

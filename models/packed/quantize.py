@@ -91,10 +91,12 @@ class PackedLM(ElasticLM):
                     if isinstance(child, nn.Linear):
                         setattr(module, name, QuantizedLinear(child, precision))
 
+        self.is_compiled = self.decode_step is not None
+
     @property
     def can_draw(self) -> bool:
         """See `ElasticLM.can_draw`."""
-        return self.decode_step is not None
+        return self.is_compiled
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -185,8 +187,7 @@ def is_in_blocks(model: ElasticLM) -> bool:
 
 def runs_on(model: ElasticLM) -> str:
     """Name the kernels that a model's passes run on."""
-    compiled = isinstance(model, PackedLM) and model.decode_step is not None
-    return kernels_name() if compiled else "torch's kernels"
+    return kernels_name() if model.is_compiled else "torch's kernels"
 
 
 def packed_bytes(model: ElasticLM) -> int:

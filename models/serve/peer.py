@@ -18,6 +18,7 @@ from models.base.errors import NestlingError, UsageError
 
 FIRST_PAUSE, MOST_PAUSE = 0.1, 2.0
 """Seconds between two tries to connect."""
+TIMEOUT = 30.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -39,7 +40,7 @@ class Peer:
     token: str | None = None
     ca: Path | None = None
     """Certificate to trust besides the system's."""
-    timeout: float = 30.0
+    timeout: float = TIMEOUT
     """Seconds without a server after which the text ends."""
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from models.decode.engine.draft import ModelDraft
 from models.decode.engine.policy import NO_DRAFT
 from models.decode.sampling.params import GREEDY, SamplingParams
 from models.decode.sampling.samplers import COUPLED
-from models.decode.tune.resolve import DEFAULT_GAMMA, Drafting
+from models.decode.tune.resolve import AUTO, DEFAULT_GAMMA, Drafting
 from models.elastic.cache import KVCache
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
@@ -63,7 +63,7 @@ def open_spread(
         gamma: drafted tokens a round; 0 drafts none, `auto` and None follow what is measured.
         params: settings of sampling.
         verifier: as in `open_decoder`; None is `coupled`, by which no text depends on the draft.
-        dtype: as `open_for_decoding` takes it; that of the stages.
+        dtype: as `open_for_decoding` takes it; `auto` is that of the stages.
         settings: `token`, `ca` and `timeout` of `Peer`.
 
     Raises:
@@ -72,6 +72,8 @@ def open_spread(
     """
     peers = [StagePeer.parse(text, **settings) for text in stages]
     others = [StagePeer.parse(text, **settings) for text in spares]
+    found = [(peer, describe(peer)) for peer in (*peers, *others)]
+    dtype = found[0][1].dtype if dtype == AUTO else dtype
     decoder = open_decoder(path, draft=NO_DRAFT, params=params, verifier=verifier or COUPLED, dtype=dtype)
     member = decoder.folder.model
     ours = {
@@ -81,7 +83,7 @@ def open_spread(
         "tokenizer": tokenizer_digest(decoder.tokenizer),
         "ends": ends_digest(member),
     }
-    routes = _routes(peers, others, ours)
+    routes = _routes(found[: len(peers)], found[len(peers) :], ours)
     model = SpreadLM(member, routes)
     fixed = isinstance(gamma, int)
     repeats = params.is_greedy or verifier in (None, COUPLED)
@@ -90,6 +92,7 @@ def open_spread(
         draft=ModelDraft(member) if drafts else None,
         name=str(path) if drafts else NO_DRAFT,
         gamma=gamma if isinstance(gamma, int) else DEFAULT_GAMMA,
+        note=f"layers at {', '.join(peer.url for peer in peers)}",
         most=MOST_DRAFTED,
         adapts=drafts and not fixed and repeats,
         source=(decoder.folder.path, FULL) if drafts else None,
@@ -99,12 +102,13 @@ def open_spread(
 
 
 def _routes(
-    peers: Sequence[StagePeer], spares: Sequence[StagePeer], ours: Mapping[str, Any]
+    stages: Sequence[tuple[StagePeer, Facts]],
+    spares: Sequence[tuple[StagePeer, Facts]],
+    ours: Mapping[str, Any],
 ) -> list[StageRoute]:
-    """Ask all stages what they are; check that they are one model's, and ours."""
-    found = [(peer, describe(peer)) for peer in (*peers, *spares)]
-    first_peer, first = found[0]
-    for peer, facts in found:
+    """Check that all stages are one model's, and ours; give each those that stand in for it."""
+    first_peer, first = stages[0]
+    for peer, facts in (*stages, *spares):
         for name, value in ours.items():
             if getattr(facts, name) != value:
                 hint = f"; give --dtype {facts.dtype}" if name == "dtype" else ""
@@ -117,12 +121,9 @@ def _routes(
                     f"--stages: {name}: {first_peer.url} has {getattr(first, name)}, "
                     f"{peer.url} {getattr(facts, name)}; all must have one model"
                 )
-    stages = found[: len(peers)]
     _check_order([facts for _, facts in stages])
     return [
-        StageRoute(
-            facts=facts, peers=(peer, *(spare for spare, other in found[len(peers) :] if other == facts))
-        )
+        StageRoute(facts=facts, peers=(peer, *(spare for spare, other in spares if other == facts)))
         for peer, facts in stages
     ]
 
@@ -162,6 +163,7 @@ class SpreadLM(ElasticLM):
         facts = routes[-1].facts
         with torch.device("meta"):
             super().__init__(_config(member.config, facts))
+        self.is_compiled = member.is_compiled
         self._member, self._routes = [member], routes  # in a list, so that torch does not look into it
         self.model.embed_tokens, self.lm_head = member.model.embed_tokens, member.lm_head
         self.model.norm = RMSNorm(member.config.hidden_size, member.config.rms_norm_eps)

@@ -46,6 +46,29 @@ from models.serve.states import (
 HASH_LETTERS = 32
 
 
+def serve_stage(
+    path: str | Path,
+    layers: str,
+    *,
+    dtype: str = "auto",
+    address: Address | None = None,
+    on_ready: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Run some layers of a model as `nestling stage` does, until a signal comes.
+
+    Args:
+        path: the model folder.
+        layers: consecutive ones, as 0-3.
+        dtype: as `open_for_decoding` takes it.
+        address: where it listens; None is port 8000 of this machine.
+        on_ready: called with the URL once it answers.
+
+    Raises:
+        NestlingError: if there are no such layers, or nothing can listen there.
+    """
+    StageServer(open_stage(path, layers, dtype), address or Address(), on_ready=on_ready).run()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageModel:
     """Some layers of a model folder, ready to run."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from models.decode.text import GenerationResult, TextOrIds, TextStream
     from train.commands.generate_many import Encode
 
-SPLIT = "Drafting here, verifying elsewhere"
+ELSEWHERE = "Verifying or running the layers elsewhere"
 PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")]
 ChatOption = Annotated[
     bool,
@@ -80,7 +80,7 @@ RemoteOption = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        rich_help_panel=SPLIT,
+        rich_help_panel=ELSEWHERE,
         help="Server that verifies what MODEL drafts, as nestling serve --verify starts it: "
         "ws://127.0.0.1:PORT or wss://HOST:PORT. The text is the server's, as with --verifier coupled there.",
     ),
@@ -88,14 +88,39 @@ RemoteOption = Annotated[
 WindowOption = Annotated[
     int | None,
     typer.Option(
-        rich_help_panel=SPLIT,
+        rich_help_panel=ELSEWHERE,
         help="Number of drafted blocks on their way at the same time; 1 waits for each. Default: 2.",
     ),
 ]
-TokenOption = Annotated[Path | None, token_file_option(SPLIT)]
+TokenOption = Annotated[Path | None, token_file_option(ELSEWHERE)]
 CaOption = Annotated[
     Path | None,
-    typer.Option(metavar="PEM", rich_help_panel=SPLIT, help="Certificate to trust besides the system's."),
+    typer.Option(metavar="PEM", rich_help_panel=ELSEWHERE, help="Certificate to trust besides the system's."),
+]
+StagesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT,...",
+        rich_help_panel=ELSEWHERE,
+        help="Stages that run the layers, in their order, as nestling stage starts them. MODEL, a member, "
+        "embeds, gives logits and drafts. The text is that of one machine, as with --verifier coupled there.",
+    ),
+]
+SparesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT,...",
+        rich_help_panel=ELSEWHERE,
+        help="Stages that stand in for one of --stages with their layers that is lost.",
+    ),
+]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        rich_help_panel=ELSEWHERE,
+        help="Time without an answer after which the text ends. Default: 30.",
+    ),
 ]
 TopKOption = Annotated[
     int, typer.Option(rich_help_panel=SAMPLING, help="Keep only the k most likely tokens; 0 keeps all.")
@@ -142,7 +167,10 @@ def generate(
     remote: RemoteOption = None,
     window: WindowOption = None,
     token_file: TokenOption = None,
+    stages: StagesOption = None,
+    spares: SparesOption = None,
     ca: CaOption = None,
+    timeout: TimeoutOption = None,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
@@ -156,10 +184,10 @@ def generate(
     if system is not None and not chat:
         raise UsageError(f"--system {system!r} begins a conversation; add --chat, or leave it out")
     number = check_gamma(gamma, least=0)
-    from train.commands.generate_remote import check_remote, continue_remotely
+    from train.commands.elsewhere import Elsewhere, check_elsewhere, open_stages
 
-    others = {"draft": draft, "verifier": verifier, "prompts": prompts}
-    check_remote(remote, prompt, window=window, token_file=token_file, ca=ca, others=others)
+    away = Elsewhere(remote, window, stages, spares, token_file, ca, timeout)
+    check_elsewhere(away, prompt, draft=draft, verifier=verifier, prompts=prompts)
     if remote is not None:
         draft, verifier = "none", "coupled"
     from models.decode.decoder import open_decoder
@@ -175,13 +203,19 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    decoder = open_decoder(model, draft=draft, gamma=number, params=params, verifier=verifier, dtype=dtype)
+    if stages is not None:
+        decoder = open_stages(away, model, gamma=number, params=params, verifier=verifier, dtype=dtype)
+    else:
+        decoder = open_decoder(
+            model, draft=draft, gamma=number, params=params, verifier=verifier, dtype=dtype
+        )
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
     settings = setting_fields(decoder, seed=seed, in_batch=prompts is not None)
     encode = _encoder(decoder, chat, system)
     if remote is not None and prompt is not None:
-        server = (remote, number, window, token_file, ca)
-        results = continue_remotely(decoder, server, prompt, encode, options, show=_show)
+        from train.commands.generate_remote import continue_remotely
+
+        results = continue_remotely(decoder, away, number, prompt, encode, options, show=_show)
         write_results(json, settings | results, dtypes={"model": decoder.dtype})
         return
     if prompts is not None:

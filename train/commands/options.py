@@ -8,6 +8,7 @@ import typer
 from train.recipe.shipped import find_recipe
 
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding"
+SAFETY, LIMITS = "Who may ask", "Limits"
 
 
 def find_recipes(paths: list[Path] | None) -> list[Path] | None:
@@ -129,3 +130,32 @@ ResumeOption = Annotated[
     ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and make nothing.")]
+
+# ---------------------------------------------------------------- servers
+
+
+HostOption = Annotated[
+    str, typer.Option(help="Address to listen at; any but loopback needs --cert, --key and --token-file.")
+]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes one that is free.")]
+CertOption = Annotated[
+    Path | None, typer.Option(metavar="PEM", rich_help_panel=SAFETY, help="Certificate for TLS.")
+]
+KeyOption = Annotated[
+    Path | None, typer.Option(metavar="PEM", rich_help_panel=SAFETY, help="Private key for TLS.")
+]
+ServerTokenOption = Annotated[Path | None, token_file_option(SAFETY)]
+InsecureOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure", rich_help_panel=SAFETY, help="Listen beyond loopback without TLS or token all the same."
+    ),
+]
+KvMemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="MIB",
+        rich_help_panel=LIMITS,
+        help="Memory for keys and values in MiB. Default: a quarter of what is free.",
+    ),
+]

@@ -1,16 +1,28 @@
 """`nestling serve`: a model folder over HTTP, with OpenAI's routes; see models/serve/ and docs/serving.md."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from models.base.errors import UsageError
-from train.commands.common import check_at_least, check_file, check_gamma
+from train.commands.common import check_at_least, check_gamma
 from train.commands.console import make_console
-from train.commands.options import DtypeOption, ModelArgument, draft_option, gamma_option, token_file_option
+from train.commands.listening import kv_bytes, make_address
+from train.commands.options import (
+    LIMITS,
+    CertOption,
+    DtypeOption,
+    HostOption,
+    InsecureOption,
+    KeyOption,
+    KvMemoryOption,
+    ModelArgument,
+    PortOption,
+    ServerTokenOption,
+    draft_option,
+    gamma_option,
+)
 
-SAFETY, LIMITS = "Who may ask", "Limits"
 NameOption = Annotated[
     str | None,
     typer.Option(
@@ -19,23 +31,6 @@ NameOption = Annotated[
 ]
 DraftOption = Annotated[str | None, draft_option("auto; no text depends on it")]
 GammaOption = Annotated[str | None, gamma_option("auto, which drafts the more the fewer clients there are")]
-HostOption = Annotated[
-    str, typer.Option(help="Address to listen at; any but loopback needs --cert, --key and --token-file.")
-]
-PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes one that is free.")]
-CertOption = Annotated[
-    Path | None, typer.Option(metavar="PEM", rich_help_panel=SAFETY, help="Certificate for TLS.")
-]
-KeyOption = Annotated[
-    Path | None, typer.Option(metavar="PEM", rich_help_panel=SAFETY, help="Private key for TLS.")
-]
-TokenOption = Annotated[Path | None, token_file_option(SAFETY)]
-InsecureOption = Annotated[
-    bool,
-    typer.Option(
-        "--insecure", rich_help_panel=SAFETY, help="Listen beyond loopback without TLS or token all the same."
-    ),
-]
 VerifyOption = Annotated[
     bool,
     typer.Option(
@@ -48,14 +43,6 @@ BatchOption = Annotated[
 QueueOption = Annotated[
     int,
     typer.Option(rich_help_panel=LIMITS, help="Number of texts that may wait; more are refused with 429."),
-]
-KvMemoryOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="MIB",
-        rich_help_panel=LIMITS,
-        help="Memory for keys and values in MiB. Default: a quarter of what is free.",
-    ),
 ]
 DrainOption = Annotated[
     int,
@@ -77,7 +64,7 @@ def serve(
     port: PortOption = 8000,
     cert: CertOption = None,
     key: KeyOption = None,
-    token_file: TokenOption = None,
+    token_file: ServerTokenOption = None,
     insecure: InsecureOption = False,
     batch: BatchOption = 16,
     queue: QueueOption = 64,
@@ -87,33 +74,17 @@ def serve(
     """Serve a model and its family over HTTP as OpenAI's API does, with the texts of nestling generate."""
     check_at_least(1, batch=batch, drain=drain)
     check_at_least(0, queue=queue)
-    if kv_memory is not None:
-        check_at_least(1, kv_memory=kv_memory)
     if name is not None and (not name or not name.isprintable()):
         raise UsageError(f"--name {name!r} is no name; give one of printable characters")
     number = check_gamma(gamma, least=0)
-    for flag, path in (("--cert", cert), ("--key", key), ("--token-file", token_file)):
-        if path is not None:
-            check_file(flag, path)
-    from models.base.processor import free_memory_bytes
+    address = make_address(host, port, cert, key, token_file, insecure=insecure, drain=drain)
+    budget = kv_bytes(kv_memory)
     from models.decode.decoder import open_decoder
-    from models.serve.listen import Address, check_port, read_token
     from models.serve.served import default_name
     from models.serve.server import Server
     from models.serve.worker import Limits
 
-    address = Address(
-        host=host,
-        port=port,
-        cert=cert,
-        key=key,
-        token=None if token_file is None else read_token(token_file),
-        insecure=insecure,
-        drain=drain,
-    )
-    check_port(address)
     decoder = open_decoder(model, draft=draft, gamma=number, dtype=dtype)
-    budget = free_memory_bytes() // 4 if kv_memory is None else kv_memory * 2**20
     console = make_console()
 
     def on_ready(url: str) -> None:
