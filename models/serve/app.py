@@ -39,6 +39,22 @@ class Service:
     worker: Worker
     metrics: Metrics
     created: int
+    longest_token: int
+    """Bytes of the longest token: so many times the context are more than any prompt may have."""
+
+    def check_size(self, served: ServedModel, field: str, texts: Sequence[str]) -> None:
+        """Refuse what cannot fit before it is cut into tokens, which takes seconds for some megabytes.
+
+        Raises:
+            UsageError: naming the field.
+        """
+        context = served.target.full.config.max_position_embeddings
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        if size > context * self.longest_token:
+            raise UsageError(
+                f"--{field} has {size} bytes, more than the context of {context} tokens holds of up to "
+                f"{self.longest_token} bytes each; shorten it"
+            )
 
     def find(self, name: str) -> ServedModel:
         """Return the model of a name."""
@@ -63,6 +79,8 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         served = service.find(body.model)
         if body.best_of not in (None, body.n):
             raise UsageError("--best-of: not done; leave it out")
+        for prompt in body.prompts:
+            service.check_size(served, "prompt", [prompt] if isinstance(prompt, str) else [])
         prompts = await asyncio.to_thread(_encode, service.decoder, served, body.prompts)
         scores = body.echo and body.logprobs is not None
         jobs = _jobs(
@@ -81,6 +99,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         if body.top_logprobs is not None and not body.logprobs:
             raise UsageError("--top-logprobs: has an effect with logprobs only; set it to true")
         messages: list[Message] = [message.as_message() for message in body.messages]
+        service.check_size(served, "messages", [message["content"] for message in messages])
         prompt = await asyncio.to_thread(_encode_chat, service.decoder, messages)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         num_top = (body.top_logprobs or 0) if body.logprobs else None

@@ -10,6 +10,12 @@ with alpha where decoding is greedy; tau(gamma) = (1 - a^(gamma + 1)) / (1 - a) 
     split, a window of blocks  t_d + (1 - a) (R + 1.5 v T): a round trip is paid for a rejection only
 
 Both baselines belong beside every split (https://arxiv.org/abs/2606.25091 has the closed forms).
+
+A pass of a model that is spread over H stages waits H round trips, however many tokens it reads; with S the
+bytes of a token's state and B those of a second:
+
+    spread, plain              T + H (R + 2 S / B)
+    spread, drafted here       (gamma t_d + v(gamma + 1) T + H (R + (gamma + 1) 2 S / B)) / tau
 """
 
 from dataclasses import dataclass
@@ -43,7 +49,7 @@ class SplitPlan:
     @property
     def coupled(self) -> float:
         """Acceptance under coupled noise; with distributions of total variation d it is (1 - d) / (1 + d)."""
-        return self.alpha if self.greedy else self.alpha / (2 - self.alpha)
+        return self.alpha if self.greedy else _coupled(self.alpha)
 
     @property
     def plain(self) -> float:
@@ -80,6 +86,51 @@ class SplitPlan:
 
     def _pass(self, gamma: int) -> float:
         return self.target * (1 + self.slope * gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadPlan:
+    """Costs of a model over several stages in milliseconds, and what follows.
+
+    >>> plan = SpreadPlan(alpha=0.8, target=16.0, draft=2.0, stages=3, greedy=True)
+    >>> round(1000 / plan.plain(100.0), 1), round(1000 / plan.drafted(100.0, 8), 1)
+    (3.2, 13.0)
+    """
+
+    alpha: float
+    """Acceptance of a drafted token by token or block verification."""
+    target: float
+    """All stages' passes on one token."""
+    draft: float
+    stages: int
+    slope: float = SLOPE
+    transfer: float = 0.0
+    """States of one token to a stage and back, beside the round trip."""
+    greedy: bool = False
+
+    @property
+    def acceptance(self) -> float:
+        """Acceptance of a drafted token, by coupled noise where it is drawn."""
+        return self.alpha if self.greedy else _coupled(self.alpha)
+
+    def plain(self, rtt: float) -> float:
+        """Without a draft."""
+        return self.target + self.stages * (rtt + self.transfer)
+
+    def drafted(self, rtt: float, gamma: int) -> float:
+        """With a draft that runs beside the ends."""
+        read = gamma + 1
+        target = self.target * (1 + self.slope * gamma)
+        network = self.stages * (rtt + read * self.transfer)
+        return (gamma * self.draft + target + network) / _tau(self.acceptance, gamma)
+
+    def best(self, rtt: float) -> tuple[float, int]:
+        """With the best number of drafted tokens, and that number."""
+        return min((self.drafted(rtt, gamma), gamma) for gamma in range(1, MOST + 1))
+
+
+def _coupled(alpha: float) -> float:
+    return alpha / (2 - alpha)
 
 
 def _tau(acceptance: float, gamma: int) -> float:

@@ -75,12 +75,14 @@ class Server(Listener):
         chunk = tokens_within(decoder.folder.model, CHUNK_SECONDS)
         limits = replace(limits, prefill_chunk=min(limits.prefill_chunk, chunk))
         self.worker = Worker(limits, self._post, self.metrics, load)
+        vocabulary = decoder.tokenizer.get_vocab() or [""]
         service = Service(
             decoder=decoder,
             models=self.models,
             worker=self.worker,
             metrics=self.metrics,
             created=int(time()),
+            longest_token=max(len(token.encode("utf-8", "surrogatepass")) for token in vocabulary),
         )
         routes = make_app(service)
         self.verifier = Verifier(decoder, self.worker) if verifies else None

@@ -82,7 +82,7 @@ class Verifier:
     def __init__(self, decoder: Decoder, worker: Worker) -> None:
         self._decoder, self._worker = decoder, worker
         self._tokenizer = tokenizer_digest(decoder.tokenizer)
-        self.sessions = Sessions[Draft](_free)
+        self.sessions = Sessions[Draft](self._free)
 
     async def open(self, asked: OpenRequest, owner: object) -> Draft:
         """Return the session that was asked for, or a new one that has read all ids.
@@ -120,6 +120,11 @@ class Verifier:
                 await self._run(lambda _: _verify(session, drafted))
                 session.refresh()
             return self._reply(session, asked, follows=True)
+
+    def _free(self, session: Draft) -> None:
+        if session.text is not None:
+            session.text.is_live = False  # others may still copy its beginning
+        self._worker.wake()
 
     def _check(self, asked: OpenRequest) -> None:
         ours = {
@@ -229,8 +234,3 @@ def add_verification(app: FastAPI, verifier: Verifier) -> None:
             return (await verifier.verify(session, Round.unpack(frame))).pack()
 
         await converse(socket, verifier.sessions, start, answer, MAX_FRAME)
-
-
-def _free(session: Draft) -> None:
-    if session.text is not None:
-        session.text.is_live = False  # others may still copy its beginning

@@ -80,7 +80,7 @@ class Worker:
         self._wake = threading.Condition()
         self._queue: deque[Job] = deque()
         self._cancelled: set[Job] = set()
-        self._stops = False
+        self._stops = self._is_stuck = False
         self._scheduler = BatchScheduler[Any](limits.prefill_chunk)
         self._new_tasks: deque[Task] = deque()
         self._tasks: dict[int, Task] = {}
@@ -146,6 +146,12 @@ class Worker:
             self._new_tasks.append(task)
             self._wake.notify()
 
+    def wake(self) -> None:
+        """Look again whether the first text that waits has room: some memory was freed."""
+        with self._wake:
+            self._is_stuck = False
+            self._wake.notify()
+
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
@@ -181,6 +187,7 @@ class Worker:
             gone, self._cancelled = self._cancelled, set()
             if gone:
                 self._queue = deque(job for job in self._queue if job not in gone)
+                self._is_stuck = False
         for number, live in list(self._live.items()):
             if live.job in gone:
                 self._metrics.cancelled += 1
@@ -188,8 +195,9 @@ class Worker:
         return not self._stops
 
     def _has_work(self) -> bool:
-        some = self._queue or self._live or self._cancelled or self._new_tasks or self._tasks
-        return bool(some) or self._stops
+        waits = bool(self._queue) and not self._is_stuck
+        some = self._live or self._cancelled or self._new_tasks or self._tasks
+        return waits or bool(some) or self._stops
 
     def _admit(self) -> None:
         while self._new_tasks:
@@ -199,7 +207,11 @@ class Worker:
             self._take_task(number, self._scheduler.add(number, _guarded(_as_events(task, self._prefixes))))
         while len(self._live) < self.limits.batch:
             with self._wake:
-                if not self._queue or not self._has_room(self._queue[0]):
+                if not self._queue:
+                    break
+                if not self._has_room(self._queue[0]):
+                    # sessions of devices have the memory: nothing that runs here will free it
+                    self._is_stuck = not self._live and not self._tasks
                     break
                 job = self._queue.popleft()
             try:

@@ -259,7 +259,26 @@ def test_a_text_that_cannot_begin_is_told_so_and_others_go_on(
     assert again.extensions["network_stream"] is kept, "the connection was closed"
 
 
-def test_others_are_answered_while_a_long_prompt_is_read(served: Served) -> None:
+def test_what_cannot_fit_is_refused_before_it_is_cut_into_tokens(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.serve.app._encode", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr("models.serve.app._encode_chat", lambda *_: pytest.fail("it was read"))
+    long = "ab " * 200_000
+    for fields in ({"prompt": long}, {"prompt": ["a", long]}):
+        error = served.complete(**fields).json()["error"]
+        assert error["param"] == "prompt"
+        assert "600000 bytes, more than the context of 256 tokens holds" in error["message"]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": long}]
+    response = served.http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+
+
+def test_others_are_answered_while_a_long_prompt_is_read(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.serve.app.Service.check_size", lambda *_: None)
     waits, begun = [], time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(served.complete, prompt="ab " * 200_000)

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +248,32 @@ def test_a_session_that_nobody_comes_back_for_is_freed(
     while verifying.server.verifier.sessions:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_text_waits_at_rest_while_sessions_have_the_memory(decoder: Decoder, start: Start) -> None:
+    each = decoder.folder.model.new_cache(1).num_bytes
+    with start(decoder, verifies=True, kv_bytes=40 * each) as served, ThreadPoolExecutor(1) as pool:
+        worker, looks, waits = served.server.worker, list[int](), threading.Event()
+        has_room = worker._has_room
+
+        def look(job: Any) -> bool:
+            looks.append(1)
+            waits.set()
+            return bool(has_room(job))
+
+        worker._has_room = look
+        with connect(f"{ws(served)}/v1/verify", open_timeout=None) as socket:
+            socket.send(opening(decoder, [1, 2, 3]))
+            assert "session" in json.loads(socket.recv())
+            text = pool.submit(served.text, "abc", max_tokens=20)
+            assert waits.wait(60)
+            for _ in range(10):
+                assert served.http.get("/health").status_code == 200
+            assert len(looks) == 1
+            assert not text.done()
+            socket.send("bye")
+            assert text.result(60)
+        assert len(looks) <= 3
 
 
 def test_what_differs_is_named_with_both_values(verifying: Any, member: ElasticLM, decoder: Decoder) -> None:

@@ -64,6 +64,7 @@ def test_a_text_goes_through_a_stage_of_another_process(
             assert "dtype: MODEL has bf16, the stage fp32; give --dtype fp32" in error
         finally:
             process.terminate()
+            process.communicate()
     assert process.returncode == 0
     fields = json.loads(results.read_text())
     right = open_decoder(byte_level_family, draft="none", dtype="fp32").generate("a", max_new_tokens=9)
