@@ -11,6 +11,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tokenizers import Tokenizer
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
 # One thread: same sums everywhere, and parallel runs of the suite do not fight for two cores.
 torch.set_num_threads(1)
 
-settings.register_profile("local", deadline=None, max_examples=25)
-settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+# The same examples in every run; `--hypothesis-profile=random` draws others.
+settings.register_profile("same", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("random", parent=settings.get_profile("same"), derandomize=False)
+settings.load_profile("same")
 
 
 def pytest_sessionstart() -> None:
@@ -64,6 +67,19 @@ def seed() -> None:
     """Each test starts from the same global random state and one thread, whatever ran before it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], object]], None]:
+    """Wait for a condition, for as long as a busy machine may need; fail if it never comes true."""
+
+    def wait(true: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 120
+        while not true():
+            assert time.monotonic() < deadline, "this never comes true"
+            time.sleep(0.005)
+
+    return wait
 
 
 @pytest.fixture

@@ -51,8 +51,9 @@ def test_a_step_that_takes_too_long_or_fails_is_told_and_does_not_stop_the_next(
     gpu: Any, tmp_path: Path
 ) -> None:
     codes = []
-    for code in ("import time; time.sleep(9)", "raise SystemExit(3)", "print('fine')"):
-        step = gpu.Step(name="step", command=[sys.executable, "-c", code], seconds=2)
+    slow = ("import time; time.sleep(99)", 1)
+    for code, seconds in (slow, ("raise SystemExit(3)", 99), ("print('fine')", 99)):
+        step = gpu.Step(name="step", command=[sys.executable, "-c", code], seconds=seconds)
         codes.append(gpu.run(step, tmp_path)["exit_code"])
     assert codes == [124, 3, 0]
     assert (tmp_path / "step.log").read_text() == "fine\n"

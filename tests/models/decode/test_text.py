@@ -1,5 +1,7 @@
 """From prompt to text, over models that are known to say a given text."""
 
+import sys
+import threading
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -12,7 +14,7 @@ from models.base.errors import NestlingError, UsageError
 from models.decode.engine.draft import Draft, ModelDraft, NestedDraft
 from models.decode.engine.policy import Fixed
 from models.decode.sampling.params import SamplingParams
-from models.decode.text import generate_batch, stream_text
+from models.decode.text import encode_prompt, generate_batch, stream_text
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -197,3 +199,29 @@ def test_settings_go_by_the_names_that_hugging_face_gives_them(byte_tokenizer: T
     )
     with pytest.raises(UsageError, match=r"tempratur is no setting .*did you mean temperature\?"):
         stream_text(model, byte_tokenizer, PROMPT, tempratur=1.0)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(
+    tiny_model: ElasticLM, byte_level_tokenizer: Tokenizer
+) -> None:
+    """Python's lock passes to another thread while the tokenizer works: here it may pass nowhere else."""
+    go, ran = threading.Event(), threading.Event()
+
+    def run() -> None:
+        go.wait()
+        ran.set()
+
+    other = threading.Thread(target=run)
+    other.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        go.set()
+        passed = any(
+            encode_prompt(tiny_model, byte_level_tokenizer, "ab " * 20_000) and ran.is_set()
+            for _ in range(100)
+        )
+    finally:
+        sys.setswitchinterval(interval)
+        other.join()
+    assert passed

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from models.decode.decoder import Decoder, open_decoder
+from models.decode.engine.scheduler import BatchScheduler
 from models.serve.listen import Address, Listener
 from models.serve.relay import Link, Relay
 from models.serve.server import Server
@@ -24,6 +25,8 @@ TEMPLATE = (
     "{{ raise_exception('a conversation begins with its user') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 )
+PATIENCE = 120
+"""Seconds that a machine at work on other things may need for what takes none."""
 Start = Callable[..., "contextlib.AbstractContextManager[Served]"]
 
 
@@ -32,8 +35,8 @@ class Served:
 
     def __init__(self, server: Server, url: str) -> None:
         self.server, self.url = server, url
-        self.http = httpx.Client(base_url=url, timeout=60)
-        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.http = httpx.Client(base_url=url, timeout=PATIENCE)
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
     def complete(self, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"model": "tiny", "temperature": 0, **fields})
@@ -56,12 +59,12 @@ def listening(make: Callable[[Callable[[str], None]], Listener]) -> Iterator[tup
     server = make(on_ready)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(PATIENCE)
     try:
         yield server, urls[0]
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -103,12 +106,42 @@ def relaying(url: str, link: Link) -> Iterator[tuple[str, Relay]]:
 
     thread = threading.Thread(target=lambda: asyncio.run(work()))
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(PATIENCE)
     try:
         yield f"ws://127.0.0.1:{ports[0]}", relay
     finally:
         stops[0]()
-        thread.join(60)
+        thread.join(PATIENCE)
+
+
+class Passes:
+    """Passes of a model wait until the test lets some begin, or all: so a text lasts as long as it must."""
+
+    def __init__(self) -> None:
+        self._permits, self._free = threading.Semaphore(0), False
+
+    def wait(self) -> None:
+        if not self._free:
+            self._permits.acquire(timeout=PATIENCE)  # which ends a test that failed
+
+    def let(self, number: int) -> None:
+        self._permits.release(number)
+
+    def let_all(self) -> None:
+        self._free = True
+        self._permits.release()
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    held, step = Passes(), BatchScheduler.step
+
+    def held_step(scheduler: BatchScheduler[Any]) -> Any:
+        held.wait()
+        return step(scheduler)
+
+    monkeypatch.setattr(BatchScheduler, "step", held_step)
+    return held
 
 
 @pytest.fixture(scope="package")

@@ -1,5 +1,7 @@
 import json
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -118,12 +120,12 @@ def test_a_missing_tokenizer_is_wrong_usage(source: str) -> None:
     "run", ["\0" * 1_000_000, " " * 1_000_000, "ACGT" * 250_000, "0123456789" * 100_000, "\n" * 1_000_000]
 )
 def test_long_runs_of_characters_are_trained_on_in_seconds(run: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     trained = train_bpe([f"the cat {run} sat"], vocab_size=300)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
     ids = trained.backend.encode(run).ids
     assert trained.backend.decode(ids) == run
-    assert time.perf_counter() - started < 40
+    assert time.process_time() - started < 40
 
 
 def test_texts_without_long_runs_are_trained_on_as_they_are() -> None:
@@ -137,15 +139,20 @@ def test_a_signal_is_heard_while_merges_are_learned() -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
+    heard, outlasted = threading.Event(), list[bool]()
+
+    def learn() -> None:
+        os.kill(os.getpid(), signal.SIGALRM)
+        outlasted.append(not heard.wait(60))
+
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    started = time.perf_counter()
     try:
         with pytest.raises(KeyboardInterrupt):
-            interruptible(lambda: time.sleep(5))
+            interruptible(learn)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert time.perf_counter() - started < 3
+    assert outlasted == []
+    heard.set()
 
 
 def test_what_fails_while_merges_are_learned_is_raised() -> None:

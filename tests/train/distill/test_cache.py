@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,22 +325,28 @@ def test_a_damaged_list_of_shards_costs_the_shards_and_no_more(
 def test_a_process_waits_for_the_one_that_fills_the_cache(
     teacher_folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    folder, shown = tmp_path / "cache", io.StringIO()
+    folder = tmp_path / "cache"
     recipe = make_recipe(teacher_folder, text, f"distill.cache={folder}")
     opened, data = open_teacher(recipe, "fp32"), TextData(recipe).prepare()
     assert opened is not None
     folder.mkdir()
-    held = threading.Event()
+    held, told = threading.Event(), threading.Event()
+
+    class Shown(io.StringIO):
+        def write(self, words: str) -> int:
+            if "another process is filling it; this one waits" in words:
+                told.set()
+            return super().write(words)
 
     def hold() -> None:
         with FileLock(folder / ".lock"):  # before cache.json: so would a kill leave it
             held.set()
-            time.sleep(0.3)
+            told.wait(120)
 
     other = threading.Thread(target=hold)
     other.start()
     held.wait()
-    opened.prepare(data, Console(file=shown, width=300))
+    opened.prepare(data, Console(file=Shown(), width=300))
     other.join()
-    assert "another process is filling it; this one waits" in shown.getvalue()
+    assert told.is_set()
     assert shards(folder)

@@ -1,10 +1,12 @@
 """Several processes train as one does: real ones, over gloo, started as a user would start them."""
 
+import contextlib
 import itertools
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,8 +113,18 @@ def start_two(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())},
     )
+
+
+def free_port() -> int:
+    """Return a port that is free and stays so: the system gives none below 32768 to who asks for any."""
+    first = 20_000 + os.getpid() % 5000
+    for port in range(first, 30_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def forget_after(run: Path, step: int) -> None:

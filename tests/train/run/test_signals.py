@@ -26,6 +26,8 @@ SETTINGS = (
 
 
 Start = Callable[[list[str]], subprocess.Popen[str]]
+Wait = Callable[[Callable[[], object]], None]
+WaitFor = Callable[[subprocess.Popen[str], Callable[[], bool]], None]
 
 
 def command(folder: Path, max_steps: int, *more: str) -> list[str]:
@@ -69,12 +71,18 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-def wait_until(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run did not get going"
-        time.sleep(0.05)
+@pytest.fixture
+def wait_while_it_runs(wait_until: Wait) -> WaitFor:
+    """Wait for a condition that a process brings about; fail with what it says if it ends before."""
+
+    def wait(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
+        def true_and_running() -> bool:
+            assert process.poll() is None, process.communicate()
+            return true()
+
+        wait_until(true_and_running)
+
+    return wait
 
 
 def num_in_group(group: int) -> int:
@@ -87,34 +95,31 @@ def num_in_group(group: int) -> int:
     return count
 
 
-def all_end(group: int) -> bool:
-    """Whether no process of a group is left; one that was killed may take a moment to let its memory go."""
-    deadline = time.monotonic() + 10
-    while num_in_group(group):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 @pytest.mark.parametrize(
     ("number", "code", "num_workers", "everyone"),
     [(signal.SIGTERM, 143, 2, True), (signal.SIGINT, 130, 0, False), (signal.SIGUSR1, 143, 0, False)],
 )
 def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(
-    start: Start, tmp_path: Path, number: int, code: int, num_workers: int, everyone: bool
+    start: Start,
+    wait_while_it_runs: WaitFor,
+    wait_until: Wait,
+    tmp_path: Path,
+    number: int,
+    code: int,
+    num_workers: int,
+    everyone: bool,
 ) -> None:
     """Also when workers load the data and get the signal like everyone else."""
     more = f"data.num_workers={num_workers}"
     process = start(command(tmp_path, 10**6, more))
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(process, lambda: len(read_metrics(metrics)) >= 3)
-    assert num_in_group(process.pid) == 1 + num_workers
+    wait_while_it_runs(process, lambda: len(read_metrics(metrics)) >= 3)
+    wait_while_it_runs(process, lambda: num_in_group(process.pid) == 1 + num_workers)
     os.killpg(process.pid, number) if everyone else process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
-    assert all_end(process.pid)
+    wait_until(lambda: num_in_group(process.pid) == 0)
     state, damaged = newest_state(tmp_path / "run" / "steps")
     assert state is not None
     assert damaged == []
@@ -130,15 +135,20 @@ def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(
         assert load_model(tmp_path / "run" / "model").provenance["steps"] == last + 2
 
 
-def test_a_second_signal_ends_the_run_and_its_workers_amid_a_step(start: Start, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_run_and_its_workers_amid_a_step(
+    start: Start, wait_while_it_runs: WaitFor, wait_until: Wait, tmp_path: Path
+) -> None:
     process = start(command(tmp_path, 10, "trainer.accumulate_grad_batches=5000", "data.num_workers=2"))
     steps = tmp_path / "run" / "steps"
-    wait_until(process, lambda: (steps / "00000000").is_dir() and num_in_group(process.pid) == 3)
+    wait_while_it_runs(process, lambda: (steps / "00000000").is_dir() and num_in_group(process.pid) == 3)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None, "the first one waits for the step, which has 5000 batches"
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    while process.poll() is None:  # two that come while the process does not run are one to it
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    _, errors = process.communicate()
     assert (process.returncode, errors) == (143, "")
-    assert all_end(process.pid)
+    wait_until(lambda: num_in_group(process.pid) == 0)
     assert [path.name for path in steps.iterdir()] == ["00000000"]
