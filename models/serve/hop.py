@@ -140,6 +140,7 @@ class Hop:
         self._socket: ClientConnection | None = None
         self._session: str | None = None
         self._number = self._turn = 0
+        self._has_answered = False
 
     def run(self, x_TD: Tensor, base: int, num_last: int) -> Tensor:
         """Return what leaves the stage's layers [num_last, D] where `x_TD` enters after `base` positions.
@@ -214,6 +215,7 @@ class Hop:
             checked(frame)
             raise WireError(f"--stages {self._peer.url}: the stage sent what is no answer")
         answer = unpack_answer(frame, self._size)
+        self._has_answered = True
         if answer.number != self._number:
             raise Lost("an answer is missing")
         if isinstance(answer, States):
@@ -225,9 +227,10 @@ class Hop:
         return answer
 
     def _drop(self) -> None:
-        """Give the connection up; the next one is to whoever is next."""
+        """Give the connection up; the next one is to the same stage, unless it did not answer at all."""
         self._socket = None
-        self._turn += 1
+        self._turn += not self._has_answered
+        self._has_answered = False
         self._connection.close()
 
     def close(self) -> None:

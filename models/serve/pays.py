@@ -7,7 +7,8 @@ with alpha where decoding is greedy; tau(gamma) = (1 - a^(gamma + 1)) / (1 - a) 
     in the cloud, plain        T, streamed: R delays the first token only
     in the cloud, drafted      (gamma t_c + v(gamma + 1) T) / tau, with alpha in place of a
     split, waiting             (gamma t_d + R + v(gamma + 1) T) / tau
-    split, a window of blocks  t_d + (1 - a) (R + 1.5 v T): a round trip is paid for a rejection only
+    split, a window of blocks  max(t_d, v T / gamma) + (1 - a) (R + 1.5 v T): a round trip is paid for a
+                               rejection only, and else the slower end decides
 
 Both baselines belong beside every split (https://arxiv.org/abs/2606.25091 has the closed forms).
 
@@ -31,10 +32,10 @@ class SplitPlan:
     """Costs in milliseconds, and what follows.
 
     >>> plan = SplitPlan(alpha=0.85, target=13.0, draft=2.0, cloud_draft=2.0)
-    >>> [round(plan.waiting(rtt)[0], 1) for rtt in (5.0, 50.0)], round(plan.windowed(50.0))
-    ([8.9, 22.4], 20)
+    >>> [round(plan.waiting(rtt)[0], 1) for rtt in (5.0, 50.0)], round(plan.windowed(50.0)[0])
+    ([8.9, 22.4], 21)
     >>> round(plan.most_rtt_waiting), round(plan.most_rtt_windowed)
-    (18, 22)
+    (18, 21)
     """
 
     alpha: float
@@ -67,9 +68,12 @@ class SplitPlan:
         rounds = {gamma: gamma * self.draft + rtt + self._pass(gamma) for gamma in range(MOST + 1)}
         return min((seconds / _tau(self.coupled, gamma), gamma) for gamma, seconds in rounds.items())
 
-    def windowed(self, rtt: float) -> float:
-        """Split, with blocks on their way."""
-        return self.draft + (1 - self.coupled) * (rtt + 1.5 * self._pass(4))
+    def windowed(self, rtt: float) -> tuple[float, int]:
+        """Split, with as many blocks on their way as hide the round trip, and their best gamma."""
+        return min(
+            (self._per_token(gamma) + (1 - self.coupled) * (rtt + 1.5 * self._pass(gamma)), gamma)
+            for gamma in range(1, MOST + 1)
+        )
 
     @property
     def most_rtt_waiting(self) -> float:
@@ -82,7 +86,14 @@ class SplitPlan:
     @property
     def most_rtt_windowed(self) -> float:
         """The longest round trip at which a window does."""
-        return (self.target - self.draft) / (1 - self.coupled) - 1.5 * self._pass(4)
+        return max(
+            (self.target - self._per_token(gamma)) / (1 - self.coupled) - 1.5 * self._pass(gamma)
+            for gamma in range(1, MOST + 1)
+        )
+
+    def _per_token(self, gamma: int) -> float:
+        """Return what a token of a block takes at the slower end."""
+        return max(self.draft, self._pass(gamma) / gamma)
 
     def _pass(self, gamma: int) -> float:
         return self.target * (1 + self.slope * gamma)

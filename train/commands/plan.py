@@ -164,16 +164,17 @@ def _plan_split(
     )
     drafted, cloud_gamma = split.drafted
     waiting, gamma = split.waiting(rtt)
+    windowed, block = split.windowed(rtt)
     rows = (
         ("server alone, plain", f"{split.plain:.1f}", "", ""),
         ("server alone, drafted there", f"{drafted:.1f}", str(cloud_gamma), ""),
         ("split, waiting for each round", f"{waiting:.1f}", str(gamma), f"{split.most_rtt_waiting:.0f}"),
-        ("split, a window of blocks", f"{split.windowed(rtt):.1f}", "", f"{split.most_rtt_windowed:.0f}"),
+        ("split, a window of blocks", f"{windowed:.1f}", str(block), f"{split.most_rtt_windowed:.0f}"),
     )
     console = make_console()
     header = ("how", "ms a token", "best gamma", "beats plain up to ms of round trip")
     console.print(Table(header, rows).to_rich())
-    best = min(waiting, split.windowed(rtt))
+    best = min(waiting, windowed)
     faster = "pays" if best < split.plain else "does not pay"
     beside = (
         ""
