@@ -12,7 +12,6 @@ from models.base.progress import progress_bar
 from train.commands.common import check_at_least, check_json, draft_paths, write_results
 from train.commands.console import make_console
 from train.commands.options import DtypeOption, JsonOption, MaxNewTokensOption, ModelArgument, SeedOption
-from train.commands.verify_receipt import has_receipt, repeat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,6 +56,8 @@ def verify(
     again.
     """
     check_json(json, MODEL=model, draft=draft_paths(draft))
+    from train.commands.verify_receipt import has_receipt, repeat
+
     if draft is None and has_receipt(model):
         repeat(model, json)
         return
