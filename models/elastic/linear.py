@@ -1,9 +1,10 @@
 """A linear map whose prefixes are linear maps of their own, and low-rank additions to a prefix."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -25,7 +26,30 @@ class LowRank(nn.Module):
 
     def add_to(self, weight_OI: Tensor) -> Tensor:
         """Return the prefix with the addition merged into it."""
-        return torch.addmm(weight_OI, self.lora_B.weight, self.lora_A.weight, alpha=self.scale)
+        merged_OI: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
+            weight_OI, self.lora_B.weight, self.lora_A.weight, self.scale
+        )
+        return merged_OI
+
+
+class _AddLowRank(torch.autograd.Function):
+    """`weight + scale B A` in the weights' own dtype, which the product that reads it may narrow.
+
+    Under autocast, torch would narrow all three first, and a narrow product of rank 8 takes twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(b_OR, a_RI)
+        # Given a place for its result, a product heeds no autocast.
+        return torch.addmm(weight_OI, b_OR, a_RI, alpha=scale, out=weight_OI.new_empty(weight_OI.shape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_OI: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        b_OR, a_RI = ctx.saved_tensors
+        return grad_OI, grad_OI.mm(a_RI.t()).mul_(ctx.scale), b_OR.t().mm(grad_OI).mul_(ctx.scale), None
 
 
 class NestedLinear(nn.Linear):

@@ -1,4 +1,4 @@
-"""Operations between the products of a layer, and two losses: each decides here between C and torch.
+"""Operations between the products of a layer, and three losses: each decides here between C and torch.
 
 Where a tensor is trained through on a CPU, in fp32 or bf16, the compiled functions of
 models/kernels/train_ops.c do in one walk over memory, forward and backward, what torch's operations do in
@@ -9,6 +9,7 @@ B rows, T positions, S positions read, D model, F ffn, H query heads, G groups, 
 N tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from models.kernels.build import library
 from models.kernels.pack import TYPES
 
 _COMPILED = (torch.float32, torch.bfloat16)
+TINY = torch.finfo(torch.float32).tiny
+LOG_TINY = math.log(TINY)
+"""Logarithms of probabilities below it count as it."""
 
 
 def compiled_dtype(x: Tensor) -> torch.dtype | None:
@@ -153,11 +157,36 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 def overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
     """Return the sum [N] of min(p, q) at a temperature: the expected acceptance of a drafted token."""
-    only_draft_learns = not target_logits_NV.requires_grad and target_logits_NV.dtype in TYPES
-    if only_draft_learns and compiled_dtype(draft_logits_NV) is not None:
+    if _only_draft_learns(target_logits_NV, draft_logits_NV):
         return train_losses.overlap(target_logits_NV, draft_logits_NV, temperature)
     overlap_N: Tensor = _Overlap.apply(target_logits_NV, draft_logits_NV, temperature)  # type: ignore[no-untyped-call]
     return overlap_N
+
+
+def forward_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+    """Return KL(p, q) [N] at a temperature, in nats, fp32 or wider."""
+    if _only_draft_learns(target_logits_NV, draft_logits_NV):
+        return train_losses.forward_kl(target_logits_NV, draft_logits_NV, temperature)
+    return kl(log_softmax(target_logits_NV, temperature), log_softmax(draft_logits_NV, temperature))
+
+
+def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """Return KL(p, q) [N]; both logarithms are capped, so that no 0 * inf and no inf - inf can arise."""
+    gap_NV = log_p_NV.clamp_min(LOG_TINY) - log_q_NV.clamp_min(LOG_TINY)
+    return (log_p_NV.exp() * gap_NV).sum(-1).clamp_min(0.0)  # rounding can reach below 0
+
+
+def _only_draft_learns(target_logits_NV: Tensor, draft_logits_NV: Tensor) -> bool:
+    """Return whether compiled functions compare these."""
+    frozen = not target_logits_NV.requires_grad and target_logits_NV.dtype in TYPES
+    return frozen and compiled_dtype(draft_logits_NV) is not None
+
+
+def log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Return logarithms of probabilities [N, V] at a temperature, in fp32 or wider."""
+    assert temperature > 0, temperature
+    logits_NV = logits_NV.to(at_least_fp32(logits_NV.dtype))
+    return (logits_NV if temperature == 1 else logits_NV / temperature).log_softmax(-1)
 
 
 def softmax(logits_NV: Tensor, temperature: float) -> Tensor:

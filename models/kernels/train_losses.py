@@ -25,12 +25,22 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 def overlap(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
     """Return the sum [N] of min(p, q) at a temperature, in fp32; only the draft q learns."""
-    both = (
-        x_NV if x_NV.stride(1) == 1 else x_NV.contiguous()
-        for x_NV in (target_logits_NV.detach(), draft_logits_NV)
-    )
-    overlap_N: Tensor = _Overlap.apply(*both, temperature)  # type: ignore[no-untyped-call]
-    return overlap_N
+    return _pair(_OVERLAP, target_logits_NV, draft_logits_NV, temperature)
+
+
+def forward_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
+    """Return KL(p, q) [N] at a temperature, in fp32; only the draft q learns."""
+    return _pair(_FORWARD_KL, target_logits_NV, draft_logits_NV, temperature)
+
+
+def _pair(kind: int, target_NV: Tensor, draft_NV: Tensor, temperature: float) -> Tensor:
+    both = (x_NV if x_NV.stride(1) == 1 else x_NV.contiguous() for x_NV in (target_NV.detach(), draft_NV))
+    value_N: Tensor = _Pair.apply(kind, *both, temperature)  # type: ignore[no-untyped-call]
+    return value_N
+
+
+_OVERLAP, _FORWARD_KL = range(2)
+"""Kinds of a pair; see train_ops.c."""
 
 
 class _EntropyCall(ctypes.Structure):
@@ -53,12 +63,13 @@ class _Side(ctypes.Structure):
     )
 
 
-class _OverlapCall(ctypes.Structure):
+class _PairCall(ctypes.Structure):
     _fields_ = (
+        ("kind", ctypes.c_int32),
         *((name, _Side) for name in ("target", "draft")),
         *((name, ctypes.c_int64) for name in ("rows", "size")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("overlaps", "less", "overlap_grads", "draft_grad")),
+        *((name, ctypes.c_void_p) for name in ("values", "sums", "value_grads", "draft_grad")),
     )
 
 
@@ -84,34 +95,34 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_NV, None
 
 
-class _Overlap(torch.autograd.Function):
+class _Pair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float) -> Tensor:
-        overlap_N, *sums = (torch.empty(len(draft_logits_NV), dtype=torch.float32) for _ in range(4))
-        ctx.temperature, saved = temperature, (target_logits_NV, draft_logits_NV, *sums)
-        ctx.save_for_backward(*saved)
-        call = _Overlap.call(temperature, *saved)
-        call.overlaps = overlap_N.data_ptr()
-        run("nestling_overlap", call)
-        return overlap_N
+    def forward(ctx: Any, kind: int, target_NV: Tensor, draft_NV: Tensor, temperature: float) -> Tensor:
+        value_N, *sums = (torch.empty(len(draft_NV), dtype=torch.float32) for _ in range(4))
+        ctx.kind, ctx.temperature = kind, temperature
+        ctx.save_for_backward(target_NV, draft_NV, *sums)
+        call = _Pair.call(kind, temperature, target_NV, draft_NV, *sums)
+        call.values = value_N.data_ptr()
+        run("nestling_pair", call)
+        return value_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[None, None, Tensor, None]:
         grad_N, grad_NV = grad_N.contiguous(), ctx.saved_tensors[1].new_empty(ctx.saved_tensors[1].shape)
-        call = _Overlap.call(ctx.temperature, *ctx.saved_tensors)
-        call.overlap_grads, call.draft_grad = pointers(grad_N, grad_NV)
-        run("nestling_overlap", call, backward=True)
-        return None, grad_NV, None
+        call = _Pair.call(ctx.kind, ctx.temperature, *ctx.saved_tensors)
+        call.value_grads, call.draft_grad = pointers(grad_N, grad_NV)
+        run("nestling_pair", call, backward=True)
+        return None, None, grad_NV, None
 
     @staticmethod
     def call(
-        temperature: float, target_NV: Tensor, draft_NV: Tensor, of_target_N: Tensor, of_draft_N: Tensor,
-        less_N: Tensor,
-    ) -> _OverlapCall:  # fmt: skip
+        kind: int, temperature: float, target_NV: Tensor, draft_NV: Tensor, of_target_N: Tensor,
+        of_draft_N: Tensor, sums_N: Tensor,
+    ) -> _PairCall:  # fmt: skip
         sides = ((target_NV, of_target_N), (draft_NV, of_draft_N))
         target, draft = (
-            _Side(TYPES[x_NV.dtype], x_NV.data_ptr(), x_NV.stride(0), sums_N.data_ptr())
-            for x_NV, sums_N in sides
+            _Side(TYPES[x_NV.dtype], x_NV.data_ptr(), x_NV.stride(0), logs_N.data_ptr())
+            for x_NV, logs_N in sides
         )
-        return _OverlapCall(target, draft, *draft_NV.shape, 1 / temperature, less=less_N.data_ptr())
+        return _PairCall(kind, target, draft, *draft_NV.shape, 1 / temperature, sums=sums_N.data_ptr())

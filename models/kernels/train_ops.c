@@ -1,5 +1,5 @@
 /* What lies between the matrix products of a training step, forward and backward: RMSNorm, rotary positions,
-   attention, SwiGLU, cross-entropy, acceptance. models/kernels/train_ops.py and train_losses.py call them.
+   attention, SwiGLU, cross-entropy, acceptance, KL. models/kernels/train_ops.py and train_losses.py call them.
 
    Each reads its arguments from memory once, which torch's operations do a dozen times. Values are in FP32 or
    BF16, sums and whatever lies between in fp32. Sums are taken in one order, whatever the number of threads.
@@ -230,7 +230,7 @@ int nestling_cross_entropy(const Entropy *of, int backward, int num_threads) {
     return 0;
 }
 
-/* ---------------------------------------------------------------- acceptance: sum of min(p, q) */
+/* ---------------------------------------------------------------- how near a draft q is to its target p */
 
 typedef struct {
     int32_t type;
@@ -239,14 +239,20 @@ typedef struct {
     float *log_sums; /* [rows] */
 } Side;
 
+enum { OVERLAP, FORWARD_KL };
+
 typedef struct {
+    int32_t kind;
     Side target, draft;
     int64_t rows, size;
-    float scale;                /* of the logits: 1 / temperature */
-    float *overlaps, *less;     /* [rows]; less: sum of q where q < p */
-    const float *overlap_grads; /* of the backward pass, as the rest */
+    float scale;              /* of the logits: 1 / temperature */
+    float *values, *sums;     /* [rows]; sums: of q where q < p, or of p where the logarithm of q counts */
+    const float *value_grads; /* of the backward pass, as the rest */
     void *draft_grad;
-} Overlap;
+} Pair;
+
+/* Logarithms below that of the smallest normal number count as it, so that 0 * -inf cannot arise. */
+static const float LOG_TINY = -87.3365447f;
 
 /* Values where x < y, else 0. */
 INLINE lanes where_less(lanes x, lanes y, lanes values) { return (lanes)((words)values & (words)(x < y)); }
@@ -271,7 +277,12 @@ INLINE float any_softmax_of(Side side, int64_t row, int64_t size, float scale, f
                              : softmax_of(FP32, side, row, size, scale, p);
 }
 
-static void overlap_of_row(const Overlap *of, int64_t row, float *p, float *q) {
+/* The logarithms of a side's probabilities; past the end of the row they do not matter. */
+INLINE lanes logarithms(int type, Side side, int64_t row, int64_t i, int64_t left, float scale) {
+    return load_values(type, side.logits, (size_t)(row * side.row + i), left, 0) * scale - side.log_sums[row];
+}
+
+static void overlap_of_row(const Pair *of, int64_t row, float *p, float *q) {
     float of_p = any_softmax_of(of->target, row, of->size, of->scale, p),
           of_q = any_softmax_of(of->draft, row, of->size, of->scale, q);
     lanes sums = {0}, all = {0}, less = {0};
@@ -281,41 +292,65 @@ static void overlap_of_row(const Overlap *of, int64_t row, float *p, float *q) {
         all += theirs;
         less += where_less(ours, theirs, ours);
     }
-    of->overlaps[row] = total(sums) / total(all);
-    of->less[row] = total(less);
+    of->values[row] = total(sums) / total(all);
+    of->sums[row] = total(less);
 }
 
-INLINE void overlap_of_row_back(int target_type, int draft_type, const Overlap *of, int64_t row) {
-    Side target = of->target, draft = of->draft;
-    float less = of->less[row], grad = of->overlap_grads[row] * of->scale;
+INLINE void kl_of_row(int target_type, int draft_type, const Pair *of, int64_t row, float *p, float *q) {
+    float of_p = any_softmax_of(of->target, row, of->size, of->scale, p);
+    any_softmax_of(of->draft, row, of->size, of->scale, q);
+    lanes sums = {0}, kept = {0}, tiny = spread(LOG_TINY);
+    for (int64_t i = 0; i < of->size; i += LANES) {
+        lanes some = load(p + i) * of_p;
+        lanes log_p = logarithms(target_type, of->target, row, i, of->size - i, of->scale),
+              log_q = logarithms(draft_type, of->draft, row, i, of->size - i, of->scale);
+        sums += some * (larger(log_p, tiny) - larger(log_q, tiny));
+        kept += where_less(tiny, log_q, some);
+    }
+    /* Rounding can reach below 0; what is not a number stays none. */
+    float value = total(sums) + 0 * of->draft.log_sums[row];
+    of->values[row] = value < 0 ? 0 : value;
+    of->sums[row] = total(kept);
+}
+
+INLINE void pair_of_row_back(int target_type, int draft_type, const Pair *of, int64_t row) {
+    float sum = of->sums[row], grad = of->value_grads[row] * of->scale;
     for (int64_t i = 0; i < of->size; i += LANES) {
         int64_t left = of->size - i;
-        lanes x = load_values(target_type, target.logits, (size_t)(row * target.row + i), left, 0),
-              y = load_values(draft_type, draft.logits, (size_t)(row * draft.row + i), left, 0),
-              p = exponential(x * of->scale - target.log_sums[row]),
-              q = exponential(y * of->scale - draft.log_sums[row]);
-        store_values(draft_type, (where_less(q, p, q) - q * less) * grad, of->draft_grad,
-                     (size_t)(row * of->size + i), left);
+        lanes log_q = logarithms(draft_type, of->draft, row, i, left, of->scale), q = exponential(log_q),
+              p = exponential(logarithms(target_type, of->target, row, i, left, of->scale));
+        lanes slope = of->kind == OVERLAP ? where_less(q, p, q) - q * sum
+                                          : q * sum - where_less(spread(LOG_TINY), log_q, p);
+        store_values(draft_type, slope * grad, of->draft_grad, (size_t)(row * of->size + i), left);
     }
 }
 
-/* sum of min(p, q) / sum of p, so that it is 1 at p = q whatever is rounded; or the gradient of the draft's
-   logits, overlap_grad * scale * q * ([q < p] - sum of q where q < p). */
-int nestling_overlap(const Overlap *of, int backward, int num_threads) {
+INLINE void pair_of_row(int target_type, int draft_type, const Pair *of, int backward, int64_t row, float *p,
+                        float *q) {
+    if (backward)
+        pair_of_row_back(target_type, draft_type, of, row);
+    else if (of->kind == OVERLAP)
+        overlap_of_row(of, row, p, q);
+    else
+        kl_of_row(target_type, draft_type, of, row, p, q);
+}
+
+/* OVERLAP: sum of min(p, q) / sum of p, so that it is 1 at p = q whatever is rounded; the gradient of the
+   draft's logits is value_grad * scale * q * ([q < p] - sum of q where q < p).
+   FORWARD_KL: sum of p (log p - log q); the gradient is value_grad * scale * (q - p). */
+int nestling_pair(const Pair *of, int backward, int num_threads) {
     size_t line = padded((size_t)of->size);
     float *memory = aligned_alloc(64, 8 * line * (size_t)num_threads);
     if (memory == NULL) return 1;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int64_t row = 0; row < of->rows; row++) {
         float *p = memory + 2 * line * (size_t)omp_get_thread_num();
-        if (!backward)
-            overlap_of_row(of, row, p, p + line);
-        else if (of->target.type == BF16 && of->draft.type == BF16)
-            overlap_of_row_back(BF16, BF16, of, row);
+        if (of->target.type == BF16 && of->draft.type == BF16)
+            pair_of_row(BF16, BF16, of, backward, row, p, p + line);
         else if (of->target.type == FP32 && of->draft.type == FP32)
-            overlap_of_row_back(FP32, FP32, of, row);
+            pair_of_row(FP32, FP32, of, backward, row, p, p + line);
         else
-            overlap_of_row_back(of->target.type, of->draft.type, of, row);
+            pair_of_row(of->target.type, of->draft.type, of, backward, row, p, p + line);
     }
     free(memory);
     return 0;

@@ -12,16 +12,13 @@ variation. Nothing is detached here: a caller who trains only q detaches p.
 Legend: N tokens, V vocabulary, p target, q draft.
 """
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from models.elastic import ops
-
-TINY = torch.finfo(torch.float32).tiny
-LOG_TINY = math.log(TINY)
+from models.elastic.ops import LOG_TINY, TINY
 
 Divergence = Callable[..., Tensor]
 """A divergence maps `(target_logits_NV, draft_logits_NV, temperature=1.0, **its own settings)` to value_N."""
@@ -34,7 +31,7 @@ def forward_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: f
     >>> forward_kl(p, p), forward_kl(q, p)
     (tensor([0.]), tensor([0.6931]))
     """
-    return _kl(_log_probs(target_logits_NV, temperature), _log_probs(draft_logits_NV, temperature))
+    return ops.forward_kl(target_logits_NV, draft_logits_NV, temperature)
 
 
 def reverse_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -59,8 +56,8 @@ def jensen_shannon(
     >>> jensen_shannon(p, q)  # log 2: no token in common
     tensor([0.6931])
     """
-    log_p_NV = _log_probs(target_logits_NV, temperature)
-    log_q_NV = _log_probs(draft_logits_NV, temperature)
+    log_p_NV = ops.log_softmax(target_logits_NV, temperature)
+    log_q_NV = ops.log_softmax(draft_logits_NV, temperature)
     to_p_N = _kl_to_mixture(log_p_NV, log_q_NV, weight=beta)
     return beta * to_p_N + (1 - beta) * _kl_to_mixture(log_q_NV, log_p_NV, weight=1 - beta)
 
@@ -80,8 +77,8 @@ def skew_kl(
     >>> skew_kl(p, q, skew=0.1)
     tensor([2.3026])
     """
-    log_p_NV = _log_probs(target_logits_NV, temperature)
-    log_q_NV = _log_probs(draft_logits_NV, temperature)
+    log_p_NV = ops.log_softmax(target_logits_NV, temperature)
+    log_q_NV = ops.log_softmax(draft_logits_NV, temperature)
     return _kl_to_mixture(log_p_NV, log_q_NV, weight=skew)
 
 
@@ -124,11 +121,11 @@ def kl_tv(
     >>> torch.equal(kl_tv(p, q, eta=0.0), forward_kl(p, q))
     True
     """
-    log_p_NV = _log_probs(target_logits_NV, temperature)
-    log_q_NV = _log_probs(draft_logits_NV, temperature)
+    log_p_NV = ops.log_softmax(target_logits_NV, temperature)
+    log_q_NV = ops.log_softmax(draft_logits_NV, temperature)
     variation_N = _variation(log_p_NV.exp(), log_q_NV.exp())
     kl_weight_N = torch.exp(-eta * (1 - variation_N.detach()))
-    return kl_weight_N * _kl(log_p_NV, log_q_NV) + (1 - kl_weight_N) * variation_N
+    return kl_weight_N * ops.kl(log_p_NV, log_q_NV) + (1 - kl_weight_N) * variation_N
 
 
 DIVERGENCES: Mapping[str, Divergence] = {
@@ -165,19 +162,13 @@ def greedy_match(target_logits_NV: Tensor, draft_logits_NV: Tensor) -> Tensor:
     return target_logits_NV.argmax(-1) == draft_logits_NV.argmax(-1)
 
 
-def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p, q); with both logarithms capped, 0 * inf and inf - inf cannot arise, nor in the gradient."""
-    gap_NV = log_p_NV.clamp_min(LOG_TINY) - log_q_NV.clamp_min(LOG_TINY)
-    return (log_p_NV.exp() * gap_NV).sum(-1).clamp_min(0.0)  # rounding can reach below 0
-
-
 def _kl_to_mixture(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
     """KL(p, weight p + (1 - weight) q), from log(m / p) = log(1 + (1 - weight) (q / p - 1)).
 
     Written so it is exactly 0 at p = q, and q / p stays below the largest fp32 number.
     """
     if weight == 0:
-        return _kl(log_p_NV, log_q_NV)
+        return ops.kl(log_p_NV, log_q_NV)
     gap_NV = log_q_NV.clamp_min(LOG_TINY) - log_p_NV.clamp_min(LOG_TINY)
     # rounding must not bring the argument to -1, where a tiny weight would be lost altogether
     excess_NV = ((1 - weight) * torch.expm1(gap_NV)).clamp_min(-1 + torch.finfo(torch.float32).eps)
@@ -186,13 +177,3 @@ def _kl_to_mixture(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
 
 def _variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
     return 0.5 * (p_NV - q_NV).abs().sum(-1)
-
-
-def _log_probs(logits_NV: Tensor, temperature: float) -> Tensor:
-    return _tempered(logits_NV, temperature).log_softmax(-1)
-
-
-def _tempered(logits_NV: Tensor, temperature: float) -> Tensor:
-    assert temperature > 0, temperature
-    logits_NV = logits_NV.to(ops.at_least_fp32(logits_NV.dtype))
-    return logits_NV if temperature == 1 else logits_NV / temperature

@@ -12,7 +12,7 @@ from models.elastic.cache import Recording, SharedPrefix, block_starts
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.ops import rotate
-from models.kernels.train_losses import cross_entropy, overlap
+from models.kernels.train_losses import cross_entropy, forward_kl, overlap
 from models.kernels.train_ops import attention, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -213,6 +213,43 @@ def test_overlap(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("target_dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 33), (40, 512)])
+@pytest.mark.parametrize(("scale", "temperature"), [(1.0, 1.0), (3.0, 0.5), (10.0, 2.0)])
+def test_forward_kl(
+    shape: tuple[int, int], scale: float, temperature: float, target_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """KL(p, q) and its gradient, which goes to the draft alone."""
+    target_NV = make(*shape, dtype=target_dtype, scale=scale, seed=1)
+
+    def expected(draft_NV: Tensor) -> Tensor:
+        log_p_NV, log_q_NV = (
+            (x.double() / temperature).log_softmax(-1) for x in (target_NV.detach(), draft_NV)
+        )
+        return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+
+    def ours(draft_NV: Tensor) -> Tensor:
+        return forward_kl(target_NV, draft_NV, temperature)
+
+    check_against(expected, ours, make(*shape, dtype=dtype, scale=scale), dtype=dtype)
+    assert target_NV.grad is None
+    assert ours(make(*shape, dtype=dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_kl_of_equal_distributions_is_0_and_that_of_disjoint_ones_finite(dtype: torch.dtype) -> None:
+    x_NV = make(40, 77, dtype=dtype, scale=5.0)
+    assert torch.equal(forward_kl(x_NV, x_NV, 0.7), torch.zeros(40))
+    some = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=dtype).requires_grad_()
+    other = torch.tensor([[-torch.inf, 0.0, -torch.inf]], dtype=dtype)
+    assert forward_kl(some, some, 1.0).item() == 0
+    value = forward_kl(other, some, 1.0)
+    value.backward()
+    assert 87 < value.item() < 88
+    torch.testing.assert_close(some.grad, torch.zeros_like(some))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_equal_distributions_overlap_entirely(dtype: torch.dtype) -> None:
     """Whatever is rounded; and where a distribution is 0 in places, and where they share nothing."""
     x_NV = make(40, 77, dtype=dtype, scale=5.0)
@@ -232,6 +269,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "swiglu": (swiglu, [(70, 48), (70, 48)]),
     "cross-entropy": (lambda x: cross_entropy(x, torch.arange(70) % 48), [(70, 48)]),
     "overlap": (lambda q: overlap(make(70, 48, dtype=torch.float32, seed=3), q, 1.0), [(70, 48)]),
+    "forward_kl": (lambda q: forward_kl(make(70, 48, dtype=torch.float32, seed=3), q, 1.0), [(70, 48)]),
 }
 
 
