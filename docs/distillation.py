@@ -2,9 +2,10 @@
 
     python docs/distillation.py --teacher MODEL --data TRAIN --valid VALID --runs DIR --json RESULTS
 
-The teacher is any model folder; every student has the shape below, one seed, and a forward KL where it has a
-teacher, which all forms of a cache know. Loss is that on the validation text; alpha, match and KL are against
-the teacher; tau is the number of tokens that a pass of the teacher yields with the student as its draft.
+The teacher is any model folder; every student has the shape below, or begins as the model of --student; one
+seed, and a forward KL where it has a teacher, which all forms of a cache know. Loss is that on the validation
+text; alpha, match and KL are against the teacher; tau is the number of tokens that a pass of the teacher
+yields with the student as its draft.
 """
 
 import argparse
@@ -46,7 +47,6 @@ ARMS: Mapping[str, str] = {
     "half the rows written by the teacher": f"{TAUGHT} distill.written_fraction=0.5 distill.writer=teacher",
 }
 K = 16
-VALID_TOKENS = 12_000
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS, GAMMA = 16, 16, 48, 4
 
 
@@ -59,22 +59,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--valid-tokens", type=int, default=12_000)
+    parser.add_argument("--student", help="model that every student begins as; None: random weights")
+    parser.add_argument("--arm", action="append", choices=ARMS, help="students to train; None: all")
+    parser.add_argument("--set", action="append", default=[], help="recipe keys that differ")
     given = parser.parse_args()
     teacher = load_model(given.teacher, dtype=torch.float32)
     rows = load_rows_for(teacher, given.valid, longest=128, text_field=None, key="--teacher")
-    batches = list(take_batches(rows, VALID_TOKENS))
+    batches = list(take_batches(rows, given.valid_tokens))
     prompts = document_starts(rows.stream, PROMPT_TOKENS, NUM_PROMPTS).tolist()
     results: dict[str, Any] = {
         "teacher": Path(given.teacher).name,
         "steps": given.steps,
         "tokens": given.steps * 4 * 128,
+        "student": given.student and Path(given.student).name,
         "outside": outside_top(teacher, batches),
         "students": [],
     }
-    for arm, words in ARMS.items():
+    for arm in given.arm or ARMS:
         out = given.runs / arm.replace(" ", "-").replace(",", "")
         if not (out / "model" / "nestling.json").is_file():
-            train(given, out, words)
+            train(given, out, ARMS[arm])
         student = load_model(out / "model", dtype=torch.float32)
         measured = compare(teacher, student, batches) | measure_tau(given.teacher, out / "model", prompts)
         results["students"].append({"name": arm, **measured})
@@ -87,8 +92,9 @@ def main() -> None:
 def table(document: Mapping[str, Any]) -> str:
     """Return a page about the results."""
     outside, card = document["outside"], document["card"]
+    begins = f" Each begins as {document['student']}." if document.get("student") else ""
     intro = (
-        f"{document['tokens']:,} tokens each, one seed. The teacher ({document['teacher']}) has "
+        f"{document['tokens']:,} tokens each, one seed.{begins} The teacher ({document['teacher']}) has "
         f"{outside['mean']:.1%} of its probability outside "
         f"its {outside['k']} most likely tokens. Made by docs/distillation.py."
     )
@@ -107,7 +113,8 @@ def train(given: argparse.Namespace, out: Path, words: str) -> None:
     """Train a student."""
     data = f"data.source={given.data} data.valid={given.valid} data.cache_dir={given.runs}/data "
     data += f"data.max_documents={given.documents}"
-    said = " ".join([SHAPE, SCHEDULE, data, words])
+    shape = f"model.from={given.student} loss.trust=0 family={{{{}}}}" if given.student else SHAPE
+    said = " ".join([shape, SCHEDULE, data, words, *given.set])
     said = said.format(teacher=given.teacher, runs=given.runs, steps=given.steps)
     fit(load_recipe(overrides=said.split()), out, console=Console(quiet=True))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.base.errors import NestlingError
 from models.base.file_hashes import known_hash
 from models.base.files import hash_files, read_json
-from models.base.mapped import forget_pages
+from models.base.mapped import Regions, file_regions, forget_pages
 from models.base.paths import utf8_path
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
@@ -201,6 +201,7 @@ def check_tensors(
             raise NestlingError(
                 f"{HEAD} differs from {EMBEDDING} though tie_word_embeddings is true; set it to false"
             )
+    regions = file_regions() if mapped else None
     problems = [
         *_named("missing", [name for name in expected if name not in found]),
         *_named("not of this model", [name for name in found if name not in expected]),
@@ -218,7 +219,7 @@ def check_tensors(
         ),
         *_named(
             "not finite (nan or infinity)",
-            [name for name in expected if _is_sick(found.get(name), mapped=mapped)],
+            [name for name in expected if _is_sick(found.get(name), regions)],
         ),
     ]
     if problems:
@@ -229,17 +230,19 @@ def check_tensors(
     return found
 
 
-def _is_sick(tensor: Tensor | None, *, mapped: bool = False) -> bool:
-    """Return True if a tensor holds a NaN, or no finite number."""
+def _is_sick(tensor: Tensor | None, regions: Regions | None = None) -> bool:
+    """Return True if a tensor holds a NaN or an infinity; give its pages back where regions are known."""
     if tensor is None or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return False
     found = tensor.blocks_OBY if isinstance(tensor, BlockTensor) else tensor
     if isinstance(tensor, BlockTensor):  # its scales tell
         tensor = tensor.scales
-    low, high = tensor.detach().float().aminmax() if tensor.element_size() < 2 else tensor.detach().aminmax()
-    if mapped:
-        forget_pages(found)
-    return not (math.isfinite(low) and math.isfinite(high))
+    tensor = tensor.detach().float() if tensor.element_size() < 2 else tensor.detach()
+    # A sum is read faster than the extremes; where it is finite, so is all of it. It may overflow by itself.
+    is_finite = math.isfinite(tensor.sum()) or all(map(math.isfinite, tensor.aminmax()))
+    if regions is not None:
+        forget_pages(found, regions)
+    return not is_finite
 
 
 def _named(what: str, names: list[str]) -> list[str]:

@@ -44,7 +44,9 @@ class Rotary(nn.Module):
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__()
         self._config = config
-        for name, table_TK in zip(("cos_TK", "sin_TK"), self._make(FIRST_POSITIONS), strict=True):
+        with torch.device("cpu"):  # also of a model without memory, where torch would import its compiler
+            tables = self._make(FIRST_POSITIONS)
+        for name, table_TK in zip(("cos_TK", "sin_TK"), tables, strict=True):
             self.register_buffer(name, table_TK, persistent=False)
 
     def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

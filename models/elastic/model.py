@@ -56,12 +56,24 @@ class Block(nn.Module):
         return before_mlp.residual(x_BTD, lambda y_BTD: self.mlp(y_BTD, plan.ffn, owned.mlp))
 
 
+class Embedding(nn.Embedding):
+    """An embedding that draws nothing where it has no memory, as in a model that is about to be read.
+
+    There torch would import its compiler, which takes longer than to read a model of a billion weights.
+    """
+
+    def reset_parameters(self) -> None:
+        """See `nn.Embedding`."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Backbone(nn.Module):
     """Embedding, layers and final norm; exists so that names match Hugging Face's `model.*`."""
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

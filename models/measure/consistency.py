@@ -38,6 +38,7 @@ def evaluate_family(
     batches: Batches,
     *,
     progress: Progress | None = None,
+    shared_block: int | None = None,
 ) -> list[Member]:
     """Measure every member against the text and against the full model.
 
@@ -46,6 +47,7 @@ def evaluate_family(
         family: name -> granularity, trained or not.
         batches: tokens and labels; read once.
         progress: called after each batch.
+        shared_block: None runs each member alone; else as a draft in place, see `draft_states`.
 
     Returns:
         The members in the family's order: parameters of the extraction, loss (nats per token),
@@ -56,7 +58,7 @@ def evaluate_family(
         NestlingError: if no position has a label.
     """
     views = {name: View(model, granularity) for name, granularity in family.items()}
-    means = compare_views(model, views, batches, progress)
+    means = compare_views(model, views, batches, progress, shared_block=shared_block)
     return [
         Member(
             name=name,

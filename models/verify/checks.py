@@ -10,6 +10,7 @@ from models.decode.sampling.rng import SeededRandom
 from models.decode.sampling.samplers import COUPLED
 from models.decode.sampling.verifiers import Verifier
 from models.verify.drafts import AUTO, Gamma
+from models.verify.effort import visible_distance
 from models.verify.exact import Output, chi_square, total_variation
 from models.verify.tiny_vocab import TinyVocab
 
@@ -131,7 +132,8 @@ def check_counts(
         tuple(few.decode(SeededRandom(seed * num_trials + trial), **drafted)) for trial in range(num_trials)
     )
     p_value = chi_square(counts, theirs)
-    note = f"{num_trials:,} draws of {len(theirs)} texts"
+    seen = visible_distance(num_trials, len(theirs), bound)
+    note = f"{num_trials:,} draws of {len(theirs)} texts; sees a total variation of {seen:.2f}"
     return _check("counts", case, dtype=dtype, value=p_value, bound=bound, note=note)
 
 

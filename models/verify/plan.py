@@ -16,6 +16,7 @@ on one token and on several add in different orders.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -47,6 +48,7 @@ from models.verify.drafts import (
     adversarial,
     registered,
 )
+from models.verify.effort import DEFAULT_MINUTES, FULL, QUICK, Costs, Effort, time_pass
 from models.verify.identity import GAMMAS, Whole, check_batch, check_identity
 from models.verify.restrict import likeliest_tokens, restrict
 from models.verify.tiny_vocab import TinyVocab
@@ -54,8 +56,15 @@ from models.verify.tiny_vocab import TinyVocab
 FALSE_ALARM = 1e-6
 """Chance of a false alarm in all counts of a command. They share a tenth of it: Pearson's statistic only
 nears its distribution, and with cells of 8 expected counts exceeds 1e-5 up to 1.8 times as often."""
-NUM_TOKENS = {1: 5, 2: 4, 3: 2}
-"""Tokens of a walk by gamma: its branches grow faster than tokens ** (gamma + 2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every test of a model, to be run in turn, and what that takes."""
+
+    jobs: list[Callable[[], Check]]
+    effort: Effort
+    seconds: float
 
 
 def plan_checks(
@@ -65,11 +74,12 @@ def plan_checks(
     drafts: Mapping[str, ForModel],
     verifiers: Sequence[str],
     prompts: Sequence[Sequence[int]],
-    num_trials: int,
-    length: int,
+    effort: Effort | None = None,
+    num_trials: int | None = None,
+    length: int | None = None,
     seed: int = 0,
-) -> list[Callable[[], Check]]:
-    """Return every test of a model, to be run in turn.
+) -> Plan:
+    """Return every test of a model, and the time that they take by passes that are timed here.
 
     Args:
         model: in the dtype that decodes, packed or not.
@@ -78,53 +88,113 @@ def plan_checks(
         verifiers: names in `VERIFIER_NAMES`. Greedy decoding, which has no use for them, is always tested.
         prompts: token ids, at least one. The few tokens are the likeliest after them; identities go on
             from them.
-        num_trials: texts drawn for each test of counts.
-        length: tokens of each continuation.
+        effort: the sizes; None takes the small ones where the full ones take more than `DEFAULT_MINUTES`.
+        num_trials: texts drawn for each test of counts; None is the effort's.
+        length: tokens of each continuation; None is the effort's, as far as the context reaches.
         seed: random seed.
     """
     first = next(iter(drafts))
     drafts = {**drafts, ADVERSARIAL: adversarial, **{name: registered(name) for name in DRAFTERS}}
     vocab_size, walked = model.config.vocab_size, [one for one in verifiers if one != COUPLED]
-    tokens = likeliest_tokens(model, prompts, min(vocab_size, max(NUM_TOKENS.values())))
-    restricted = {gamma: restrict(model, tokens[:number]) for gamma, number in NUM_TOKENS.items()}
-    precise = {gamma: TinyVocab(one.double(), drafts, tokens=tokens) for gamma, one in restricted.items()}
-    own = TinyVocab(pack(restrict(model, tokens[: NUM_TOKENS[COUNTED_GAMMA]]), dtype), drafts, tokens=tokens)
-    jobs = [job for verifier in walked for job in _exact(precise, verifier, list(drafts), first)]
+    tokens = likeliest_tokens(model, prompts, min(vocab_size, max(FULL.num_tokens.values())))
+    plain, precise = restrict(model, tokens), restrict(model, tokens, torch.float64)
+    wholes = {"fp32": pack(restrict(model, range(vocab_size), torch.float32), "fp32"), dtype: model}
+    samplings = (GREEDY, UNCHANGED) if COUPLED in verifiers else (GREEDY,)
+    room = model.config.max_position_embeddings - max(map(len, prompts))
+    costs = Costs(
+        precise=time_pass(precise),
+        own=time_pass(pack(plain, dtype)),
+        wholes=sum(time_pass(one) for one in wholes.values()),
+    )
+
+    def sized(one: Effort) -> tuple[Effort, float]:
+        words = min(one.length if length is None else length, room)
+        draws = one.num_trials if num_trials is None else num_trials
+        one = replace(one, num_trials=draws, length=words)
+        numbers = {"num_prompts": len(prompts), "num_samplings": len(samplings)}
+        return one, costs.seconds(one, num_drafts=len(drafts) - len(DRAFTERS), **numbers)
+
+    chosen, seconds = sized(effort or FULL)
+    if effort is None and seconds > 60 * DEFAULT_MINUTES:
+        chosen, seconds = sized(QUICK)
+    jobs: list[Callable[[], Check]] = []
+    if walked or COUPLED in verifiers:
+        jobs += _walks(plain, precise, drafts, first, tokens, verifiers, dtype, chosen, seed)
+    for name, one in wholes.items():
+        whole = Whole(model=one, dtype=name, prompts=prompts, length=chosen.length, seed=seed)
+        made = Drafts(Subject(one, View, range(vocab_size)), drafts)
+        for sampling in samplings:
+            jobs += _identities(whole, made, list(drafts), sampling)
+    return Plan(jobs=jobs, effort=chosen, seconds=seconds)
+
+
+def _walks(
+    plain: ElasticLM,
+    precise: ElasticLM,
+    drafts: Mapping[str, ForModel],
+    first: str,
+    tokens: Sequence[int],
+    verifiers: Sequence[str],
+    dtype: str,
+    effort: Effort,
+    seed: int,
+) -> list[Callable[[], Check]]:
+    """List the tests over a few tokens.
+
+    Args:
+        plain: the model over these tokens, in the dtype of its weights.
+        precise: the same in float64.
+        drafts: all drafts by name.
+        first: the draft of tests that have one.
+        tokens: of the whole model, likeliest first.
+        verifiers: names in `VERIFIER_NAMES`.
+        dtype: that decodes.
+        effort: the sizes.
+        seed: random seed.
+    """
+    walked = [one for one in verifiers if one != COUPLED]
+    few = {
+        gamma: TinyVocab(_fewer(precise, number), drafts, tokens=tokens)
+        for gamma, number in effort.num_tokens.items()
+    }
+    counted_tokens = effort.num_tokens[COUNTED_GAMMA]
+    own = TinyVocab(pack(_fewer(plain, counted_tokens), dtype), drafts, tokens=tokens)
+    jobs = [job for verifier in walked for job in _exact(few, verifier, list(drafts), first)]
     if walked:
         pair = {name: drafts[name] for name in (first, ADVERSARIAL)}
-        jobs += _in_batch(restricted[3], pair, tokens, walked, dtype)
+        small, exact = (_fewer(one, effort.num_tokens[3]) for one in (plain, precise))
+        jobs += _in_batch(small, exact, pair, tokens, walked, dtype)
     names = (first, ADVERSARIAL, *DRAFTERS)
     counted = [Case(verifier, name, COUNTED_GAMMA) for verifier in walked for name in names]
-    jobs += [partial(check_dtype, own, precise[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
+    jobs += [partial(check_dtype, own, few[COUNTED_GAMMA], case, dtype=dtype) for case in counted]
     if COUPLED in verifiers:
         draft, gamma = (ADVERSARIAL, COUNTED_GAMMA) if dtype == "fp32" else (None, 0)
         counted.append(Case(COUPLED, draft, gamma))
-    count = partial(check_counts, own, dtype=dtype, num_trials=num_trials, seed=seed)
-    jobs += [partial(count, case, bound=FALSE_ALARM / 10 / len(counted)) for case in counted]
-    wholes = {"fp32": pack(restrict(model, range(vocab_size), torch.float32), "fp32"), dtype: model}
-    for name, one in wholes.items():
-        whole = Whole(model=one, dtype=name, prompts=prompts, length=length, seed=seed)
-        made = Drafts(Subject(one, View, range(vocab_size)), drafts)
-        for sampling in (GREEDY, UNCHANGED) if COUPLED in verifiers else (GREEDY,):
-            jobs += _identities(whole, made, list(drafts), sampling)
-    return jobs
+    count = partial(check_counts, own, dtype=dtype, num_trials=effort.num_trials, seed=seed)
+    return [*jobs, *(partial(count, case, bound=FALSE_ALARM / 10 / len(counted)) for case in counted)]
+
+
+def _fewer(model: ElasticLM, number: int) -> ElasticLM:
+    """Return a restricted model over its first tokens alone; the other weights are the same memory."""
+    return restrict(model, range(min(number, model.config.vocab_size)), shared=True)
 
 
 def _in_batch(
-    model: ElasticLM,
+    plain: ElasticLM,
+    precise: ElasticLM,
     drafts: Mapping[str, ForModel],
     tokens: Sequence[int],
     verifiers: Iterable[str],
     dtype: str,
 ) -> list[Callable[[], Check]]:
     """List walks of a text that is one of a batch, in float64 and in the dtype."""
-    precise = TinyVocab(model.double(), drafts, tokens=tokens, remember=False)
-    own = TinyVocab(pack(model, dtype), drafts, tokens=tokens, remember=False)
+    few = TinyVocab(precise, drafts, tokens=tokens, remember=False)
+    own = TinyVocab(pack(plain, dtype), drafts, tokens=tokens, remember=False)
     jobs: list[Callable[[], Check]] = []
     for verifier in verifiers:
         case = Case(verifier, next(iter(drafts)), 1)
-        jobs.append(partial(check_exact, precise, case, in_batch=True))
-        jobs.append(partial(check_dtype, own, precise, case, dtype=dtype, in_batch=True))
+        jobs.append(partial(check_exact, few, case, in_batch=True))
+        jobs.append(partial(check_dtype, own, few, case, dtype=dtype, in_batch=True))
     return jobs
 
 

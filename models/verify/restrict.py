@@ -20,7 +20,13 @@ def likeliest_tokens(model: ElasticLM, prompts: Sequence[Sequence[int]], num_tok
     return tokens
 
 
-def restrict(model: ElasticLM, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> ElasticLM:
+def restrict(
+    model: ElasticLM,
+    token_ids: Sequence[int],
+    dtype: torch.dtype | None = None,
+    *,
+    shared: bool = False,
+) -> ElasticLM:
     """Return a copy whose token i is the model's `token_ids[i]`; other tokens have no chance.
 
     No token ends its texts. A packed model gives a plain one, of the weights that it was packed from.
@@ -29,6 +35,7 @@ def restrict(model: ElasticLM, token_ids: Sequence[int], dtype: torch.dtype | No
         model: any elastic model.
         token_ids: of the model, each once.
         dtype: of the copy; None keeps the embedding's.
+        shared: whether all but the embedding and the head is the model's own memory.
     """
     config = dataclasses.replace(
         model.config, vocab_size=len(token_ids), bos_token_id=None, eos_token_id=None
@@ -38,4 +45,6 @@ def restrict(model: ElasticLM, token_ids: Sequence[int], dtype: torch.dtype | No
         name: tensor[rows] if name in {EMBEDDING, HEAD} else tensor
         for name, tensor in weights_of(model).items()
     }
-    return copy_owned(model, model_from(config, tensors, dtype=dtype)).eval()
+    copy = model_from(config, tensors, dtype=dtype, mapped=shared)
+    copy.is_mapped = False  # of no file, whose pages could be read again
+    return copy_owned(model, copy).eval()

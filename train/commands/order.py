@@ -1,13 +1,15 @@
 """`nestling order`: sort the neurons and heads of a dense model, so that its prefixes are good members."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from models.base.errors import UsageError
+from models.base.numbers import duration
 from models.base.outputs import check_apart
 from models.base.progress import progress_bar
 from train.commands.common import check_data, check_json, open_for_measuring, write_results
@@ -15,6 +17,8 @@ from train.commands.console import make_console
 from train.commands.options import DataOption, JsonOption, ModelArgument, TextFieldOption
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from models.checkpoint.folder import ModelFolder
     from models.elastic.granularity import Granularity
     from models.elastic.model import ElasticLM
@@ -24,6 +28,10 @@ WIDTHS = (0.75, 0.5, 0.25)
 """Fractions of the neurons whose loss is compared between orders."""
 AS_IT_CAME = "as it came"
 SEQUENCE_LENGTH = 512
+LOSS_TOKENS = 1024
+"""Tokens on which losses are compared: orders differ by far more than so few leave open (docs/LOG.md)."""
+PASSES_OF_AN_ORDER = 3.2
+"""Passes of the full model that the loss of all prefixes takes, `full` among them."""
 
 
 def order(
@@ -43,7 +51,10 @@ def order(
         int | None,
         typer.Option(help="Number of layers to drop, one by one. By default an eighth of them."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Approximate number of tokens to measure on.")] = 8192,
+    max_tokens: Annotated[
+        int,
+        typer.Option(help="Approximate number of tokens to measure importance on; losses take at most 1024."),
+    ] = 4096,
     json: JsonOption = None,
 ) -> None:
     """Sort neurons and heads by importance and find the layers that matter least; the full model stays."""
@@ -63,12 +74,13 @@ def order(
             f"--drop {drop} must be 0 to {num_layers - 1}, since the model has {num_layers} layers"
         )
     console, waiting = make_console(), make_console(stderr=True)
-    batches = _batches(folder, data, text_field, max_tokens)
-    importance, losses = _compare(folder.model, batches, waiting)
+    batches, scored = _batches(folder, data, text_field, max_tokens)
+    _tell_time(folder.model, batches, scored, drop, console)
+    importance, losses = _compare(folder.model, batches, scored, waiting)
     chosen = _best(losses) if rule == "best" else rule
     ordered = folder.model if chosen == AS_IT_CAME else order_model(folder.model, importance, chosen)
     difference = check_same(folder.model, ordered, batches[0][0])
-    layers = _drop_layers(ordered, importance, batches, drop, waiting)
+    layers = _drop_layers(ordered, importance, scored, drop, waiting)
     save_model(
         out,
         ordered,
@@ -98,16 +110,38 @@ def order(
     write_results(json, results, dtypes={"model": "fp32"})
 
 
-def _batches(folder: "ModelFolder", data: str, text_field: str | None, max_tokens: int) -> "list[Any]":
+def _batches(
+    folder: "ModelFolder", data: str, text_field: str | None, max_tokens: int
+) -> "tuple[list[Any], list[Any]]":
+    """Return the text for importance, and the part of it for losses."""
     from train.data.loader import take_batches
     from train.data.tokens import load_rows_for
 
     rows = load_rows_for(folder, data, longest=SEQUENCE_LENGTH, text_field=text_field)
-    return list(take_batches(rows, max_tokens))
+    return list(take_batches(rows, max_tokens)), list(take_batches(rows, min(max_tokens, LOSS_TOKENS)))
+
+
+def _tell_time(
+    model: "ElasticLM", batches: "list[Any]", scored: "list[Any]", drop: int, console: Console
+) -> None:
+    """Say how long it will take, by the time of one pass."""
+    import torch
+
+    from models.measure.order import CANDIDATES, RULES
+
+    tokens_BT = scored[0][0][:1]
+    started = perf_counter()
+    with torch.inference_mode():
+        model(tokens_BT.to(model.device))
+    each = (perf_counter() - started) / tokens_BT.numel()
+    measured, compared = (sum(tokens_BT.numel() for tokens_BT, _ in part) for part in (batches, scored))
+    passes = PASSES_OF_AN_ORDER * (1 + len(RULES)) + drop * (1 + CANDIDATES)
+    told = f"about {duration(each * (measured + passes * compared))}; --max-tokens and --drop make it shorter"
+    console.print(told, markup=False, highlight=False)
 
 
 def _compare(
-    model: "ElasticLM", batches: "list[Any]", console: Console
+    model: "ElasticLM", batches: "list[Any]", scored: "list[Any]", console: Console
 ) -> "tuple[Importance, dict[str, dict[str, float]]]":
     """Return the importance, and the loss of each prefix in each order."""
     from models.elastic.granularity import FULL, Granularity
@@ -117,12 +151,18 @@ def _compare(
 
     members = {f"ffn={width}": Granularity(ffn=(width,)) for width in WIDTHS} | {"full": FULL}
     losses: dict[str, dict[str, float]] = {}
-    with progress_bar("measuring", 1 + (1 + len(RULES)) * len(batches), console=console) as bar:
-        importance = measure_importance(model, (tokens_BT for tokens_BT, _ in batches))
-        bar.advance()
+
+    def counted() -> Iterator["Tensor"]:
+        for tokens_BT, _ in batches:
+            yield tokens_BT
+            bar.advance()
+
+    total = len(batches) + (1 + len(RULES)) * len(scored)
+    with progress_bar("measuring", total, console=console) as bar:
+        importance = measure_importance(model, counted())
         for name in (AS_IT_CAME, *RULES):
             ordered = model if name == AS_IT_CAME else order_model(model, importance, name)
-            measured = evaluate_family(ordered, members, batches, progress=bar.advance)
+            measured = evaluate_family(ordered, members, scored, progress=bar.advance)
             losses[name] = {member.name: member.loss or 0.0 for member in measured}
     return importance, losses
 

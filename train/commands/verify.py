@@ -8,17 +8,16 @@ import typer
 from rich.console import Console
 
 from models.base.errors import UsageError
+from models.base.numbers import duration
 from models.base.progress import progress_bar
 from train.commands.common import check_at_least, check_json, draft_paths, write_results
 from train.commands.console import make_console
-from train.commands.options import DtypeOption, JsonOption, MaxNewTokensOption, ModelArgument, SeedOption
+from train.commands.options import DtypeOption, JsonOption, ModelArgument, SeedOption
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from models.verify.plan import Plan
 
-    from models.verify.checks import Check
-
-
+AUTO_EFFORT = "auto"
 DraftsOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -35,7 +34,22 @@ PromptsOption = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="Text to continue; repeatable. Default: a few headings."),
 ]
-TrialsOption = Annotated[int, typer.Option(help="Number of texts drawn for each test of counts.")]
+TrialsOption = Annotated[
+    int | None,
+    typer.Option(help="Number of texts drawn for each test of counts.", show_default="10000; quick: 2000"),
+]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(help="Number of tokens of each continuation.", show_default="64; quick: 24"),
+]
+EffortOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|quick|full",
+        help="Sizes of the tests: quick walks through fewer tokens and draws fewer texts. auto takes full "
+        "where that is over in five minutes.",
+    ),
+]
 
 
 def verify(
@@ -44,8 +58,9 @@ def verify(
     draft: DraftsOption = None,
     verifier: VerifiersOption = None,
     prompt: PromptsOption = None,
-    trials: TrialsOption = 10_000,
-    max_new_tokens: MaxNewTokensOption = 64,
+    effort: EffortOption = AUTO_EFFORT,
+    trials: TrialsOption = None,
+    max_new_tokens: LengthOption = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
@@ -61,16 +76,19 @@ def verify(
     if draft is None and has_receipt(model):
         repeat(model, json)
         return
-    check_at_least(100, trials=trials)
-    check_at_least(1, max_new_tokens=max_new_tokens)
+    check_at_least(100, trials=100 if trials is None else trials)
+    check_at_least(1, max_new_tokens=1 if max_new_tokens is None else max_new_tokens)
     from models.decode.open import open_for_decoding
     from models.decode.sampling.samplers import VERIFIER_NAMES, check_verifier
+    from models.verify.effort import EFFORTS
     from models.verify.inputs import choose_drafts, encode
     from models.verify.plan import plan_checks
 
     verifiers = list(dict.fromkeys(verifier or VERIFIER_NAMES))
     for name in verifiers:
         check_verifier(name)
+    if effort not in (AUTO_EFFORT, *EFFORTS):
+        raise UsageError(f"--effort {effort}: give {AUTO_EFFORT}, {' or '.join(EFFORTS)}")
     console = make_console(stderr=True)
     with console.status("preparing"):
         folder, dtype = open_for_decoding(model, dtype)
@@ -79,31 +97,29 @@ def verify(
         longest = max(map(len, prompts))
         if longest >= context:
             raise UsageError(f"--prompt has {longest} tokens, but the model's context holds {context}")
-        jobs = plan_checks(
+        plan = plan_checks(
             folder.model,
             dtype=dtype,
             drafts=choose_drafts(folder, draft or []),
             verifiers=verifiers,
             prompts=prompts,
+            effort=EFFORTS.get(effort),
             num_trials=trials,
-            length=min(max_new_tokens, context - longest),
+            length=max_new_tokens,
             seed=seed,
         )
-    settings = {"model": str(model), "trials": trials, "max_new_tokens": max_new_tokens, "seed": seed}
-    _run(jobs, settings, dtype, json, console)
+    _run(plan, {"model": str(model), "seed": seed}, dtype, json, console)
 
 
-def _run(
-    jobs: "Sequence[Callable[[], Check]]",
-    settings: Mapping[str, Any],
-    dtype: str,
-    json: Path | None,
-    console: Console,
-) -> None:
+def _run(plan: "Plan", settings: Mapping[str, Any], dtype: str, json: Path | None, console: Console) -> None:
     """Run the tests, show and write their outcome, and fail if one of them did."""
     from models.verify.plan import FALSE_ALARM
     from models.verify.report import LEGEND, check_fields, check_table, require_passed
 
+    jobs, effort = plan.jobs, plan.effort
+    remedy = "; --effort full takes longer and sees more" if effort.name == "quick" else ""
+    told = f"{len(jobs)} tests ({effort.name}), about {duration(plan.seconds)}{remedy}"
+    make_console().print(told, markup=False, highlight=False)
     checks = []
     with progress_bar("verifying", len(jobs), console=console) as bar:
         for job in jobs:
@@ -111,6 +127,7 @@ def _run(
             bar.advance()
     title = f"{settings['model']}: {sum(check.passed for check in checks)} of {len(checks)} hold"
     make_console().print(check_table(checks).to_rich(title=title, caption=LEGEND))
-    results = {**check_fields(checks), "false_alarm": FALSE_ALARM, **settings}
+    sizes = {"effort": effort.name, "trials": effort.num_trials, "max_new_tokens": effort.length}
+    results = {**check_fields(checks), "false_alarm": FALSE_ALARM, **sizes, **settings}
     write_results(json, results, dtypes={"model": dtype})
     require_passed(checks)

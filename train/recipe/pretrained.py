@@ -27,8 +27,9 @@ HEALING: Mapping[str, Any] = {
 }
 """A trained model needs neither a high learning rate nor text before its members learn from it; what members
 own, and a weak pull at what they share, leave the full model as good as it was (docs/LOG.md)."""
+RANK = 64
+"""Rank of a draft's additions, for models at least four times as wide."""
 DRAFTING: Mapping[str, Any] = {
-    "owned.rank": 16,
     "optim.lr": 2e-3,
     "loss.divergence": "total_variation",
     "loss.weight": 0.9,
@@ -56,6 +57,8 @@ def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
 
     config, is_owned = read_start_config(start), tables["model"].get("train") == "owned"
     implied = {**HEALING, **(DRAFTING if is_owned else {})}
+    if is_owned:
+        implied["owned.rank"] = min(RANK, max(1, config.hidden_size // 4))
     implied |= {f"model.{name}": value for name, value in shape_of(config).items()}
     family_file = Path(start).expanduser() / FAMILY_FILE
     owners = read_owners(family_file)
@@ -72,15 +75,18 @@ def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draft_of(num_layers: int) -> str:
-    """Return the granularity of a draft: a tenth of the layers, the first ones, and the last.
+    """Return the granularity of a draft: the first layers, a fifteenth of all, and the last ones, a fifth.
 
-    >>> draft_of(30), draft_of(5), draft_of(2)
-    ('layers=0:1:2:29', 'layers=0:4', 'ffn=0.5')
+    The last layers read what the full model's deep layers wrote into the cache that they share, so that they
+    know of the text what the first ones cannot (docs/LOG.md).
+
+    >>> draft_of(30), draft_of(16), draft_of(5), draft_of(2)
+    ('layers=0:1:24:25:26:27:28:29', 'layers=0:13:14:15', 'layers=0:4', 'ffn=0.5')
     """
     if num_layers < 3:
         return "ffn=0.5"
-    first = range(max(1, num_layers // 10))
-    return f"layers={':'.join(map(str, [*first, num_layers - 1]))}"
+    first, last = max(1, num_layers // 15), max(1, num_layers // 5)
+    return f"layers={':'.join(map(str, [*range(first), *range(num_layers - last, num_layers)]))}"
 
 
 def read_start_config(start: str) -> ElasticConfig:

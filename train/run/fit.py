@@ -290,7 +290,8 @@ def make_callbacks(
     every = settings.val_check_interval
     callbacks: list[pl.Callback] = [metrics]
     if batches:
-        callbacks.append(Consistency(log, metrics, module.members, batches, every=every))
+        block = measured_block(recipe)
+        callbacks.append(Consistency(log, metrics, module.members, batches, every=every, shared_block=block))
         if recipe.model.train == "joint":  # else members pull at nothing that the full model has
             callbacks.append(Gradients(log, metrics, module.members, batches[0], every=every))
         row_T = batches[0][0][0]
@@ -327,7 +328,8 @@ def finish(
     batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
     if batches:
         with console.status("measuring the family"):
-            members = evaluate_family(module.model, module.members, batches)
+            block = measured_block(module.recipe)
+            members = evaluate_family(module.model, module.members, batches, shared_block=block)
     return save_model(
         out / "model",
         module.model,
@@ -338,6 +340,11 @@ def finish(
         chat_template=start.chat_template if start else data.chat.template if data.chat else None,
         like=Path(start.path).expanduser() if start else None,
     )
+
+
+def measured_block(recipe: Recipe) -> int | None:
+    """Return the block of members that are measured as they draft, which train on the shared cache alone."""
+    return recipe.sampler.block if recipe.sampler.shared_cache == 1 else None
 
 
 def make_provenance(

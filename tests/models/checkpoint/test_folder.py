@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from models.base.errors import NestlingError, UsageError
 from models.checkpoint.extract import extract, verify_extraction
 from models.checkpoint.folder import Member, load_model, save_model
 from models.checkpoint.huggingface import load_stock, to_hugging_face
+from models.checkpoint.weights import check_tensors, weights_of
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import DEFAULT_FAMILY, FULL, Granularity
 from models.elastic.model import ElasticLM
@@ -386,3 +389,26 @@ def test_an_extraction_with_several_end_tokens_is_equal_in_transformers(folder: 
     opened = load_model(folder)
     out = extract(opened, FAMILY["S"], tmp_path / "out")
     assert verify_extraction(opened, FAMILY["S"], out).holds
+
+
+def test_no_compiler_is_imported_to_open_and_to_pack_a_model(folder: Path) -> None:
+    """It would take a second of each command, longer than to read a model of a billion weights."""
+    program = (
+        "import sys; from models.checkpoint.folder import load_model; "
+        "from models.packed.quantize import pack; "
+        f"pack(load_model({str(folder)!r}, mapped=True).model, 'fp32'); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_overflowing_sum_of_finite_weights_is_no_damage(tiny_model: ElasticLM) -> None:
+    tensors = dict(weights_of(tiny_model))
+    name = next(iter(tensors))
+    tensors[name] = torch.full_like(tensors[name], 3e38)
+    expected = {name: tensor.shape for name, tensor in tensors.items()}
+    assert check_tensors(expected, tensors).keys() == tensors.keys()
+    for sick in (torch.nan, torch.inf):
+        tensors[name].view(-1)[7] = sick
+        with pytest.raises(NestlingError, match="not finite"):
+            check_tensors(expected, tensors)

@@ -189,6 +189,9 @@ def test_shared_alpha_of_one_endless_block_is_the_members_own(
     drafts = views(tiny_model)
     shared = evaluate_shared_alpha(tiny_model, drafts, batches, block=1000)
     assert shared == pytest.approx(own, rel=FP32_SUMS)
+    blocks = evaluate_shared_alpha(tiny_model, drafts, batches, block=3)
+    family = evaluate_family(tiny_model, FAMILY, batches, shared_block=3)
+    assert {member.name: member.alpha for member in family} == blocks
     alone = evaluate_shared_alpha(tiny_model, drafts, batches, block=1)["S"]
     assert alone != pytest.approx(own["S"], rel=1e-3)
 

@@ -22,6 +22,7 @@ from models.packed.quantize import pack
 from models.verify import plan as verify
 from models.verify.checks import COUNTED_GAMMA, SAMPLINGS, Case, Check, check_counts, check_dtype, check_exact
 from models.verify.drafts import ANY, AUTO, Drafts, Gamma, MakeDraft, Subject, adversarial, member, separate
+from models.verify.effort import QUICK
 from models.verify.identity import Whole, check_batch, check_identity, gap_between
 from models.verify.plan import plan_checks
 from models.verify.restrict import restrict
@@ -76,10 +77,9 @@ SLOW = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp32", "int8"
 def test_a_sound_engine_passes_every_test(
     dtype: str, tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "NUM_TOKENS", {1: 3, 2: 2, 3: 2})
     monkeypatch.setattr(verify, "SAMPLINGS", {name: SAMPLINGS[name] for name in ("T=1", "all", "greedy")})
     source = tiny_model.bfloat16() if dtype == "bf16" else tiny_model
-    jobs = plan_checks(
+    plan = plan_checks(
         pack(source, dtype),
         dtype=dtype,
         drafts={
@@ -90,10 +90,9 @@ def test_a_sound_engine_passes_every_test(
         },
         verifiers=VERIFIER_NAMES,
         prompts=PROMPTS,
-        num_trials=200,
-        length=12,
+        effort=replace(QUICK, num_tokens={1: 3, 2: 2, 3: 2}, num_trials=200, length=12),
     )
-    checks = [job() for job in jobs]
+    checks = [job() for job in plan.jobs]
     assert [check for check in checks if not check.passed] == []
     assert {check.test for check in checks} == {"exact", "dtype", "counts", "coupled", "greedy"}
     assert {check.dtype for check in checks} == {"fp64", "fp32", dtype}
@@ -114,7 +113,7 @@ def test_a_sound_engine_passes_every_test(
 def test_only_the_verifiers_that_were_asked_for_are_tested(tiny_model: ElasticLM) -> None:
     counted = []
     for verifiers in (["token"], ["coupled"], ["token", "block"]):
-        jobs = plan_checks(
+        plan = plan_checks(
             tiny_model,
             dtype="fp32",
             drafts={"D": FIRST},
@@ -123,7 +122,7 @@ def test_only_the_verifiers_that_were_asked_for_are_tested(tiny_model: ElasticLM
             num_trials=1,
             length=2,
         )
-        counted.append(len(jobs))
+        counted.append(len(plan.jobs))
     token, coupled, both = counted
     greedy = 5  # three drafts, a controller, a batch
     assert both - greedy == 2 * (token - greedy)

@@ -14,6 +14,7 @@ from models.decode.sampling.verifiers import VERIFIERS
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
+from models.verify import effort
 from models.verify import plan as verify
 from models.verify.checks import SAMPLINGS
 from train.cli import main
@@ -31,7 +32,8 @@ def folder(tmp_path: Path, tiny_model: ElasticLM) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_walks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "NUM_TOKENS", {1: 2, 2: 2, 3: 2})
+    short = dataclasses.replace(effort.FULL, num_tokens={1: 2, 2: 2, 3: 2})
+    monkeypatch.setattr(verify, "FULL", short)
     monkeypatch.setattr(verify, "SAMPLINGS", {name: SAMPLINGS[name] for name in ("T=1", "all", "greedy")})
 
 
@@ -47,6 +49,7 @@ def test_every_test_is_a_line_and_a_record(folder: Path, capsys: pytest.CaptureF
     results: dict[str, Any] = json.loads((folder.parent / "verify.json").read_text())
     assert results["passed"] is True
     assert f"{len(results['checks'])} of {len(results['checks'])} hold" in shown.out
+    assert f"{len(results['checks'])} tests (full), about " in shown.out
     drafts = {check["draft"] for check in results["checks"]}
     assert drafts == {"S", "adversarial", "lookup", "any", "S,adversarial,lookup,any"}
     assert {check["verifier"] for check in results["checks"]} == {"block", "coupled", ""}
@@ -64,9 +67,29 @@ def test_every_test_is_a_line_and_a_record(folder: Path, capsys: pytest.CaptureF
         "passed",
     }
     assert all(check.keys() == fields for check in results["checks"])
-    assert results.keys() >= {"model", "false_alarm", "trials", "max_new_tokens", "seed", "card"}
+    assert results.keys() >= {"model", "false_alarm", "effort", "trials", "max_new_tokens", "seed", "card"}
     assert results["card"]["dtypes"] == {"model": "fp32"}
     assert "\x1b" not in shown.out + shown.err
+
+
+def test_a_slow_model_gets_small_tests_unless_all_are_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The time is said before they run."""
+    monkeypatch.setattr(verify, "time_pass", lambda _: 1.0)
+    words = [
+        *flags(folder)[:2],
+        "--dtype",
+        "fp32",
+        "--verifier",
+        "coupled",
+        "--json",
+        str(folder.parent / "x.json"),
+    ]
+    assert main(words) == 0
+    assert "tests (quick), about " in capsys.readouterr().out
+    results = json.loads((folder.parent / "x.json").read_text())
+    assert (results["effort"], results["trials"], results["max_new_tokens"]) == ("quick", 2000, 24)
 
 
 def test_another_folder_drafts_unless_its_tokens_are_others(
@@ -107,6 +130,7 @@ def test_a_broken_verifier_ends_in_exit_code_1(
     ("words", "named", "code"),
     [
         (["--verifier", "blocks"], "--verifier 'blocks' is not one of token, block, coupled", 2),
+        (["--effort", "some"], "--effort some: give auto, quick or full", 2),
         (["--trials", "10"], "--trials must be at least 100, got 10", 2),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0", 2),
         (["--draft", "Q"], "--draft Q is neither a member of the family nor a folder", 2),

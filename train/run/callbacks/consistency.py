@@ -33,6 +33,7 @@ class Consistency(StepCallback):
         members: the granularities to measure.
         batches: validation tokens and labels [B, T].
         every: optimizer steps between measurements.
+        shared_block: see `evaluate_family`.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Consistency(StepCallback):
         batches: Sequence[tuple[Tensor, Tensor]],
         *,
         every: int,
+        shared_block: int | None = None,
     ) -> None:
         super().__init__(every=every)
         self.lines, self.metrics, self.members = log, metrics, dict(members)
-        self.batches = batches
+        self.batches, self.shared_block = batches, shared_block
         self.latest: list[Member] = []
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
@@ -54,7 +56,7 @@ class Consistency(StepCallback):
         model = gather_model(module.model, wanted=trainer.is_global_zero)
         if model is None:
             return
-        self.latest = evaluate_family(model, self.members, self.batches)
+        self.latest = evaluate_family(model, self.members, self.batches, shared_block=self.shared_block)
         line: dict[str, Any] = {"tokens": self.metrics.tokens}
         for member in self.latest:
             for measure in ("loss", "match", "kl", "alpha"):
