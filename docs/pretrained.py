@@ -23,6 +23,10 @@ from train.run.metrics import read_metrics
 PAGE = Path(__file__).with_name("pretrained.md")
 RESULTS = PAGE.parent / "results" / "pretrained" / "runs.json"
 BEGIN, END = "<!-- ladder:begin -->\n", "<!-- ladder:end -->"
+DECODING = RESULTS.with_name("decoding.json")
+DECODING_TITLE = """SmolLM2-135M-Instruct with its draft D in place, greedily, on the first turns of MT-Bench
+by the chat template, 128 new tokens, bf16, one thread, prefill included; tokens a second of the processor's
+time, and the median over prompts of how many times as fast it is (by docs/pretrained_decode.py):"""
 UNTRAINED = 1e-20
 """A learning rate below this changes no weight: such a run has the members as they came."""
 
@@ -92,6 +96,19 @@ def extrapolate(trained: Sequence[Point], member: str, tokens: float) -> float:
     return min(1.0, float(y1 + (y1 - y0) / (x1 - x0) * (math.log(tokens) - x1)))
 
 
+def decoding_table(points: Sequence[Point]) -> str:
+    """Return what docs/pretrained_decode.py measured as Markdown, under a title."""
+    header = ["tokens", "head", "drafted a round", "prompts", "tau", "accepted", "plain", "drafted", "times"]
+    rows = [header, ["---"] * len(header)]
+    for one in points:
+        speeds = [f"{one[name]:.0f}" for name in ("plain_tokens_per_second", "tokens_per_second")]
+        head = f"{one['vocabulary']:,} tokens" if one["vocabulary"] else "whole"
+        shown = [f"{one['tau']:.2f}", f"{one['alpha']:.3f}", *speeds, f"{one['speedup']:.2f}"]
+        rows.append([_tokens(one["tokens"]), head, str(one["gamma"]), str(one["prompts"]), *shown])
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{DECODING_TITLE}\n\n{lines}\n"
+
+
 def _loss(members: Mapping[str, Any]) -> str:
     return f"{members[FULL_NAME]['loss']:.3f}" if FULL_NAME in members else ""
 
@@ -105,6 +122,8 @@ def page_with(series: Mapping[str, Mapping[str, Any]]) -> str:
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     parts = [f"{one['title']}\n\n{table(one['points'])}\n" for one in series.values()]
+    if DECODING.is_file():
+        parts.append(decoding_table(json.loads(DECODING.read_text())))
     return before + BEGIN + "\n".join(parts) + END + after
 
 
