@@ -38,6 +38,7 @@ class StagePeer(Peer):
     """A stage's address."""
 
     flag: ClassVar[str] = "--stages"
+    command: ClassVar[str] = "stage"
 
     @staticmethod
     def parse(text: str, **settings: Any) -> "StagePeer":

@@ -35,6 +35,8 @@ class Peer:
 
     flag: ClassVar[str]
     """The flag that names it."""
+    command: ClassVar[str]
+    """The command that starts it."""
     url: str
     """As ws://127.0.0.1:8000 or wss://HOST:PORT."""
     token: str | None = None
@@ -86,7 +88,10 @@ class Peer:
                 yield socket
         except InvalidStatus as error:
             status = error.response.status_code
-            raise NestlingError(f"{self.flag} {self.url}: the server refuses ({status})") from None
+            raise NestlingError(
+                f"{self.flag} {self.url}: the server refuses ({status}); give its token with --token-file, "
+                f"and see that it is one that nestling {self.command} started"
+            ) from None
 
 
 class Patience:

@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 from tokenizers import Tokenizer
 from websockets.sync.client import ClientConnection
 
-from models.base.errors import NestlingError
+from models.base.errors import NestlingError, UsageError
 from models.decode.engine.draft import propose
 from models.decode.engine.engine import Committed, Stream, Token
 from models.decode.engine.generation_config import GenerationConfig
@@ -33,8 +33,19 @@ from models.decode.sampling.samplers import COUPLED, make_sampler
 from models.elastic.cache import KVCache
 from models.elastic.view import Model
 from models.serve.peer import LOST, Lost, Patience, Peer, ask, checked
-from models.serve.protocol import EOS, MAX_FRAME, PROTOCOL, RUNS, Chain, Reply, Round, tokenizer_digest
+from models.serve.protocol import (
+    EOS,
+    MAX_FRAME,
+    MAX_GAMMA,
+    PROTOCOL,
+    RUNS,
+    Chain,
+    Reply,
+    Round,
+    tokenizer_digest,
+)
 
+MAX_WINDOW = 64
 _log = logging.getLogger(__name__)
 
 
@@ -43,10 +54,20 @@ class Remote(Peer):
     """The server that verifies, and how much is drafted for it."""
 
     flag: ClassVar[str] = "--remote"
+    command: ClassVar[str] = "serve --verify"
     gamma: int = 4
     """Drafted tokens of a block."""
     window: int = 2
     """Blocks that are sent before the first reply is here; 1 waits for each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value, least, most in (
+            ("--gamma", self.gamma, 0, MAX_GAMMA),
+            ("--window", self.window, 1, MAX_WINDOW),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{flag} must be from {least} to {most} with --remote, got {value}")
 
 
 def stream_remote(

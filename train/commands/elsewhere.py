@@ -8,6 +8,7 @@ from train.commands.common import check_file
 
 if TYPE_CHECKING:
     from models.decode.decoder import Decoder
+    from models.serve.remote import Remote
 
 
 class Elsewhere(NamedTuple):
@@ -34,22 +35,21 @@ class Elsewhere(NamedTuple):
         }
 
 
-def check_elsewhere(away: Elsewhere, prompt: str | None, **others: Any) -> None:
+def check_elsewhere(away: Elsewhere, prompt: str | None, gamma: int | str | None, **others: Any) -> None:
     """Raise UsageError for flags that do not go together, or are no addresses, before a model is opened.
 
     Args:
         away: the flags.
         prompt: value of that flag.
+        gamma: likewise.
         others: `draft`, `verifier` and `prompts`, of which not all go with them.
     """
     _check_alone(away)
-    if away.window is not None and away.window < 1:
-        raise UsageError(f"--window must be at least 1, got {away.window}")
     for flag, path in (("--token-file", away.token_file), ("--ca", away.ca)):
         if path is not None:
             check_file(flag, path)
     if away.remote is not None:
-        _check_remote(away, prompt, others)
+        _check_remote(away, prompt, gamma, others)
     if away.stages is not None:
         _check_stages(away, others)
 
@@ -69,13 +69,22 @@ def _check_alone(away: Elsewhere) -> None:
             raise UsageError(f"{flag} has an effect with {flags} only; add it, or leave this out")
 
 
-def _check_remote(away: Elsewhere, prompt: str | None, others: dict[str, Any]) -> None:
-    from models.serve.remote import Remote
-
+def _check_remote(
+    away: Elsewhere, prompt: str | None, gamma: int | str | None, others: dict[str, Any]
+) -> None:
     if prompt is None:
         raise UsageError("--remote continues one text; give --prompt")
     _refuse("--remote", **others)
-    Remote(url=away.remote or "", **away.peer)  # which refuses what is no address
+    make_remote(away, gamma)  # which refuses what is no address, and numbers beyond the protocol's
+
+
+def make_remote(away: Elsewhere, gamma: int | str | None) -> "Remote":
+    """Return the server of `--remote`."""
+    from models.serve.remote import Remote
+
+    numbers = {"gamma": gamma if isinstance(gamma, int) else None, "window": away.window}
+    given: dict[str, Any] = {name: number for name, number in numbers.items() if number is not None}
+    return Remote(url=away.remote or "", **given, **away.peer)
 
 
 def _check_stages(away: Elsewhere, others: dict[str, Any]) -> None:

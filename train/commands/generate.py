@@ -187,7 +187,7 @@ def generate(
     from train.commands.elsewhere import Elsewhere, check_elsewhere, open_stages
 
     away = Elsewhere(remote, window, stages, spares, token_file, ca, timeout)
-    check_elsewhere(away, prompt, draft=draft, verifier=verifier, prompts=prompts)
+    check_elsewhere(away, prompt, number, draft=draft, verifier=verifier, prompts=prompts)
     if remote is not None:
         draft, verifier = "none", "coupled"
     from models.decode.decoder import open_decoder

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from train.commands.console import make_console
-from train.commands.elsewhere import Elsewhere
+from train.commands.elsewhere import Elsewhere, make_remote
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from models.decode.decoder import Decoder
     from models.decode.text import TextStream
     from train.commands.generate_many import Encode
-
-WINDOW, GAMMA = 2, 4
 
 
 def continue_remotely(
@@ -30,14 +28,9 @@ def continue_remotely(
     from models.decode.engine.generation_config import changed
     from models.decode.summary import summarize
     from models.decode.text import TextBuilder, TextStream, encode_prompt
-    from models.serve.remote import Remote, stream_remote
+    from models.serve.remote import stream_remote
 
-    remote = Remote(
-        url=away.remote or "",
-        gamma=gamma if isinstance(gamma, int) else GAMMA,
-        window=WINDOW if away.window is None else away.window,
-        **away.peer,
-    )
+    remote = make_remote(away, gamma)
     model, config = decoder.folder.model, changed(decoder.config, options)
     ids = encode_prompt(model, decoder.tokenizer, encode(prompt))
     tokens = stream_remote(remote, model, decoder.tokenizer, ids, config)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -98,9 +99,9 @@ def assert_nothing_is_left(*stages: Any) -> None:
         for _ in range(1000):  # a `bye` is on its way
             if not one.stage.sessions:
                 break
-            with connect(f"{one.url}/v1/stage", open_timeout=None) as socket:
-                socket.send(json.dumps({"protocol": PROTOCOL}))
-                socket.recv(60)
+            with connect(f"{one.url}/v1/stage", open_timeout=None) as client:
+                client.send(json.dumps({"protocol": PROTOCOL}))
+                client.recv(60)
         assert one.stage.sessions == {}
 
 
@@ -354,6 +355,18 @@ def test_a_stage_that_comes_back_with_another_model_is_not_believed(
             pieces.finish()
 
 
+def test_no_message_waits_for_a_larger_packet(pair: list[Any]) -> None:
+    where = socket.IPPROTO_TCP, socket.TCP_NODELAY
+    with opened(pair[0]) as client:
+        assert "session" in json.loads(client.recv(60))
+        assert client.socket.getsockopt(*where)
+        connections = pair[0].server_state.connections
+        assert connections
+        for one in connections:
+            assert one.transport.get_extra_info("socket").getsockopt(*where)
+        client.send("bye")
+
+
 def test_a_token_is_asked_for_and_no_web_page_may_open_a_socket(
     pair: list[Any], stage: Start, member: Path
 ) -> None:
@@ -388,9 +401,9 @@ def test_an_address_that_is_none_is_refused(address: str, named: str) -> None:
 @contextlib.contextmanager
 def opened(stage: Any, **changes: Any) -> Iterator[ClientConnection]:
     """A connection to a stage, with a text of 20 positions."""
-    with connect(f"{stage.url}/v1/stage", open_timeout=None, close_timeout=1) as socket:
-        socket.send(json.dumps({"protocol": PROTOCOL, "positions": 20} | changes))
-        yield socket
+    with connect(f"{stage.url}/v1/stage", open_timeout=None, close_timeout=1) as client:
+        client.send(json.dumps({"protocol": PROTOCOL, "positions": 20} | changes))
+        yield client
 
 
 @pytest.mark.parametrize(
@@ -407,8 +420,8 @@ def opened(stage: Any, **changes: Any) -> Iterator[ClientConnection]:
 def test_an_opening_that_cannot_be_names_its_field(
     changes: dict[str, Any], named: str, pair: list[Any]
 ) -> None:
-    with opened(pair[0], **changes) as socket:
-        assert json.loads(socket.recv(60))["error"].startswith(named)
+    with opened(pair[0], **changes) as client:
+        assert json.loads(client.recv(60))["error"].startswith(named)
     assert_nothing_is_left(pair[0])
 
 
@@ -433,8 +446,8 @@ def pass_of(number: int, rows: torch.Tensor, chain: Chain, num_last: int = 1) ->
     return StagePass(number, len(chain.digests) - 1, chain.digests[-1], num_last, rows_of(rows)).pack(WIDTH)
 
 
-def answer_of(socket: ClientConnection) -> States | Lacks:
-    frame = socket.recv(60)
+def answer_of(client: ClientConnection) -> States | Lacks:
+    frame = client.recv(60)
     assert isinstance(frame, bytes), frame
     return unpack_answer(frame, WIDTH)
 
@@ -443,39 +456,39 @@ def test_a_pass_that_comes_twice_gives_the_same_bits_and_one_that_follows_nothin
     pair: list[Any],
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    with opened(pair[0]) as socket:
-        socket.recv(60)
+    with opened(pair[0]) as client:
+        client.recv(60)
         first, second = torch.randn(2, 3, WIDTH, generator=generator)
         chain, answers = Chain(), []
         for frame in [pass_of(1, first, chain)] * 2:
-            socket.send(frame)
-            answers.append(socket.recv(60))
+            client.send(frame)
+            answers.append(client.recv(60))
         assert answers[0] == answers[1]
         for row in first:
             chain.add(rows_of(row))
-        socket.send(pass_of(2, second, chain, num_last=0))
-        empty = answer_of(socket)
+        client.send(pass_of(2, second, chain, num_last=0))
+        empty = answer_of(client)
         assert isinstance(empty, States)
         assert empty.rows == b""
         chain.add(b"another")
-        socket.send(pass_of(3, second, chain))
-        assert answer_of(socket) == Lacks(3, 6)
-        socket.send("bye")
+        client.send(pass_of(3, second, chain))
+        assert answer_of(client) == Lacks(3, 6)
+        client.send("bye")
     assert_nothing_is_left(pair[0])
 
 
 def test_states_that_are_no_numbers_are_refused_and_the_text_goes_on(pair: list[Any]) -> None:
-    with opened(pair[0]) as socket:
-        socket.recv(60)
+    with opened(pair[0]) as client:
+        client.recv(60)
         for bad in (torch.nan, torch.inf):
-            socket.send(pass_of(1, torch.full((1, WIDTH), bad), Chain()))
-            assert json.loads(socket.recv(60))["error"].startswith("states: ")
-        socket.send(pass_of(2, torch.ones(1, WIDTH), Chain()))
-        assert isinstance(answer_of(socket), States)
-        socket.send(pass_of(2, torch.ones(21, WIDTH), Chain()))
-        assert "base: the text has 20 positions" in str(socket.recv(60))
+            client.send(pass_of(1, torch.full((1, WIDTH), bad), Chain()))
+            assert json.loads(client.recv(60))["error"].startswith("states: ")
+        client.send(pass_of(2, torch.ones(1, WIDTH), Chain()))
+        assert isinstance(answer_of(client), States)
+        client.send(pass_of(2, torch.ones(21, WIDTH), Chain()))
+        assert "base: the text has 20 positions" in str(client.recv(60))
         with pytest.raises(ConnectionClosed):  # it was the third that is none
-            socket.recv(60)
+            client.recv(60)
 
 
 RIGHT = pass_of(1, torch.ones(2, WIDTH), Chain())
@@ -510,14 +523,14 @@ def test_any_frames_of_a_client_are_answered_or_refused(num_cases: int, pair: li
     @settings(max_examples=num_cases, suppress_health_check=[*HealthCheck], deadline=None)
     @given(openings, st.lists(frames(), max_size=6))
     def any_frames(changes: dict[str, Any], given: list[bytes | str]) -> None:
-        with contextlib.suppress(ConnectionClosed), opened(pair[0], **changes) as socket:
-            if "session" not in json.loads(socket.recv(60)):
+        with contextlib.suppress(ConnectionClosed), opened(pair[0], **changes) as client:
+            if "session" not in json.loads(client.recv(60)):
                 return
             for frame in given:
-                socket.send(frame)
-                answer = socket.recv(60) if frame != "bye" else b""
+                client.send(frame)
+                answer = client.recv(60) if frame != "bye" else b""
                 assert isinstance(answer, bytes) or "error" in json.loads(answer)
-            socket.send("bye")
+            client.send("bye")
 
     any_frames()
     for session in list(pair[0].stage.sessions.values()):  # of those who were refused after three strikes

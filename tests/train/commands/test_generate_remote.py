@@ -9,7 +9,9 @@ import pytest
     ("flags", "named"),
     [
         (["--window", "2"], "--window has an effect with --remote only"),
-        (["--remote", "ws://127.0.0.1:1", "--window", "0"], "--window must be at least 1"),
+        (["--remote", "ws://127.0.0.1:1", "--window", "0"], "--window must be from 1 to 64"),
+        (["--remote", "ws://127.0.0.1:1", "--window", "65"], "--window must be from 1 to 64"),
+        (["--remote", "ws://127.0.0.1:1", "--gamma", "65"], "--gamma must be from 0 to 64"),
         (["--remote", "ws://127.0.0.1:1", "--draft", "S"], "--draft has no effect with --remote"),
         (["--remote", "ws://127.0.0.1:1", "--token-file", "none"], "--token-file none does not exist"),
     ],
