@@ -6,6 +6,7 @@ from pathlib import Path
 from models.base.errors import UsageError
 from models.base.kinds import one_path, show, texts, whole_number
 from models.checkpoint import extract as extraction
+from models.checkpoint.compressed import BITS
 from models.checkpoint.family import Member
 from models.checkpoint.folder import load_model
 from models.elastic.granularity import Granularity
@@ -149,7 +150,14 @@ def search(
     return choose(one_path("model", model), request).result
 
 
-def extract(model: str | Path, granularity: str, out: str | Path, *, form: str | None = None) -> Path:
+def extract(
+    model: str | Path,
+    granularity: str,
+    out: str | Path,
+    *,
+    form: str | None = None,
+    dtype: str | None = None,
+) -> Path:
     """Cut a member out as a stock Hugging Face folder, as `nestling extract` does; return the folder.
 
     Args:
@@ -157,9 +165,12 @@ def extract(model: str | Path, granularity: str, out: str | Path, *, form: str |
         granularity: a name of the family, or written out: "ffn=0.25,heads=0.5,layers=0:3:5".
         out: the new folder.
         form: stock, ragged or padded: how the folder holds unequal layers; None is ragged for those.
+        dtype: int8 or int4 for matrices in few bits, as compressed-tensors; None keeps the dtype on disk.
     """
+    if dtype not in (None, *BITS):
+        raise UsageError(f"dtype={show(dtype)} is not one of {', '.join(BITS)}; choose one of them")
     if not isinstance(granularity, str):
         raise UsageError(f'granularity={show(granularity)} is no text; give one, as in "S" or "ffn=0.5"')
-    folder = load_model(one_path("model", model))
+    folder = load_model(one_path("model", model), mapped=True)
     member = Granularity.parse(granularity, folder.family)
-    return extraction.extract(folder, member, one_path("out", out), form=form)
+    return extraction.extract(folder, member, one_path("out", out), form=form, dtype=dtype)

@@ -8,6 +8,8 @@ is followed.
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -48,7 +50,8 @@ def write_folder(path: str | Path, *, marker: str = "nestling.json") -> Iterator
         with _naming_refusal(path):
             make_folder(final.parent)
             partial.mkdir()
-            yield partial
+            with _held(partial):
+                yield partial
             assert (partial / marker).is_file(), f"{partial} lacks {marker}: it could not be replaced later"
             _sync_tree(partial)
             _publish(partial, final)
@@ -136,7 +139,37 @@ def write_file(path: str | Path) -> Iterator[Path]:
         if not is_stream(path):
             make_folder(Path(os.path.realpath(path)).parent)
         with _beside(path) as partial:
-            yield partial
+            partial.touch()
+            with _held(partial):
+                yield partial
+
+
+def clear_interrupted(path: Path) -> None:
+    """Remove what writers of `path` that were killed have left beside it; those that live hold a lock."""
+    final = Path(os.path.realpath(path))
+    for left in final.parent.glob(f".{glob.escape(final.name[:50])}*.partial"):
+        if left.name[1:].rsplit(".", 2)[0] not in (final.name, final.name[:50]):
+            continue
+        try:
+            with _held(left):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        except OSError:  # held, or not ours to remove
+            continue
+
+
+@contextlib.contextmanager
+def _held(partial: Path) -> Iterator[None]:
+    """Hold a lock on what is being written, which ends with this process.
+
+    Raises:
+        OSError: if another process holds it.
+    """
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

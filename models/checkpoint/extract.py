@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.base.errors import UsageError
 from models.base.files import check_replaceable, check_room, read_json
+from models.checkpoint.compressed import compress, count_compressed_bytes
 from models.checkpoint.family import FAMILY_FILE
 from models.checkpoint.folder import Member, ModelFolder, save_model
 from models.checkpoint.huggingface import load_stock
@@ -59,6 +60,7 @@ def extract(
     out: str | Path,
     *,
     form: str | None = None,
+    dtype: str | None = None,
     finish: Callable[[Path, Layout], object] | None = None,
 ) -> Path:
     """Write one member as a model folder of its own; tokenizer and generation settings go with it.
@@ -68,6 +70,8 @@ def extract(
         granularity: the member.
         out: the new folder. It may replace an earlier extraction, never a family.
         form: one of `models.checkpoint.layout.FORMS`; None takes ragged where layers are unequal.
+        dtype: int8 or int4 for matrices in few bits, see models/checkpoint/compressed.py; None keeps the
+            dtype on disk.
         finish: called with the folder before it appears; what it raises leaves nothing.
 
     Returns:
@@ -80,7 +84,11 @@ def extract(
     out = Path(out)
     layout = lay_out(View(folder.model, granularity), form)
     _check_out(folder, out)
-    check_room(out, layout.parameters * folder.model.dtype.itemsize)
+    if dtype is None:
+        check_room(out, layout.parameters * folder.model.dtype.itemsize)
+    else:
+        check_room(out, count_compressed_bytes(layout, dtype, folder.model.dtype.itemsize))
+        layout = compress(layout, dtype)
     known = _measured(folder, granularity)
     member = Member(
         name="full",
@@ -97,7 +105,11 @@ def extract(
         tokenizer=folder.tokenizer,
         family={"full": FULL},
         members=[member],
-        provenance={**provenance(folder, granularity, member.parameters), "form": layout.form},
+        provenance={
+            **provenance(folder, granularity, member.parameters),
+            "form": layout.form,
+            **({"dtype": dtype} if dtype else {}),
+        },
         chat_template=folder.chat_template,
         like=folder.path,
         layout=layout,

@@ -22,6 +22,7 @@ from models.base.errors import NestlingError, UsageError
 from models.base.files import naming, read_json, write_folder, write_json, write_text
 from models.base.kinds import one_path
 from models.checkpoint.chat import TEMPLATE_FILE, read_chat_template
+from models.checkpoint.compressed import decompress, uncompressed_fields
 from models.checkpoint.family import FAMILY_FILE, Member, read_family, write_family
 from models.checkpoint.gguf_read import is_gguf, read_gguf, read_gguf_config
 from models.checkpoint.huggingface_config import (
@@ -114,9 +115,10 @@ def load_model(
     if is_gguf(path):
         return _load_gguf(path, dtype, in_blocks)
     config = read_config(path)
-    tensors = read_weights(path)
+    tensors, fields = read_weights(path), read_json(path / "config.json")
     with naming(path):
-        if read_json(path / "config.json").get(PER_LAYER):  # unequal layers run here as padded ones
+        tensors = decompress(tensors, fields)
+        if fields.get(PER_LAYER):  # unequal layers run here as padded ones
             tensors = pad(tensors, config)
         model = model_from(config, tensors, dtype=dtype, mapped=mapped).eval()
     read_owned(path / FAMILY_FILE, model)
@@ -167,7 +169,7 @@ def read_config(path: Path) -> ElasticConfig:
     config_path = path / "config.json"
     fields = read_json(config_path)
     with naming(config_path):
-        config = config_from_hugging_face(stock_architectures(fields))
+        config = config_from_hugging_face(uncompressed_fields(stock_architectures(fields)))
     generation_path = path / GENERATION
     if not generation_path.is_file():
         return config
@@ -228,7 +230,7 @@ def save_model(
         _check_vocabulary(tokenizer, model.config, "the tokenizer")
     with write_folder(path, marker=FAMILY_FILE) as folder:
         write_json(folder / "config.json", fields)
-        write_tensors(folder / WEIGHTS, weights_of(model) if layout is None else layout.tensors)
+        write_tensors(folder / WEIGHTS, weights_of(model) if layout is None else layout.stored)
         for name, text in () if layout is None else layout.files.items():
             write_text(folder / name, text)
         owned = write_owned(folder, model)

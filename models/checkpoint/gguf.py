@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.base.errors import NestlingError, UsageError
+from models.base.mapped import read_pages
 from models.checkpoint.weights import EMBEDDING, HEAD
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Plan
@@ -268,6 +269,7 @@ def _arrays(view: View, dtype: str) -> Iterator[tuple[str, Any, Any]]:
 
     for name, tensor in _tensors(view):
         kind = _kind(name, tensor, dtype)
+        read_pages(tensor)
         yield name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), kind
 
 

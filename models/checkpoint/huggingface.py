@@ -4,6 +4,8 @@
 class holds what: models/checkpoint/huggingface_config.py.
 """
 
+import contextlib
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +14,7 @@ import torch
 from models.base.errors import NestlingError
 from models.base.files import read_json
 from models.base.paths import utf8_path
+from models.checkpoint.compressed import KEY, check_installed
 from models.checkpoint.huggingface_config import (
     ARCHITECTURES,
     config_from_hugging_face,
@@ -72,10 +75,15 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    quiet: Any = contextlib.nullcontext()
+    is_packed = KEY in read_json(Path(path) / "config.json")
+    if is_packed:
+        check_installed()
+        quiet = contextlib.redirect_stderr(io.StringIO())  # its bars of progress, which nothing turns off
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with utf8_path(path) as spelled:
+        with utf8_path(path) as spelled, quiet:
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 spelled,
                 dtype=torch.float32,
@@ -83,6 +91,8 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
                 output_loading_info=True,
                 trust_remote_code=has_own_code(Path(path)),
             )
+            if is_packed:  # the first pass unpacks
+                opened[0](torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
     finally:
         if shows_progress:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -41,6 +41,7 @@ class Layout:
         tensors: weights by name.
         files: further text files by name.
         wasted: zeros that padding added.
+        packed: what is stored in place of `tensors`, if matrices are in few bits.
     """
 
     form: str
@@ -49,11 +50,17 @@ class Layout:
     tensors: Mapping[str, Tensor]
     files: Mapping[str, str] = field(default_factory=dict)
     wasted: int = 0
+    packed: Mapping[str, Tensor] | None = None
 
     @property
     def parameters(self) -> int:
         """Return how many numbers the weights are."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """Return what stands in the file."""
+        return self.tensors if self.packed is None else self.packed
 
 
 def lay_out(view: View, form: str | None = None) -> Layout:

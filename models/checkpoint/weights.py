@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.base.errors import NestlingError
@@ -18,6 +18,7 @@ from models.base.file_hashes import known_hash
 from models.base.files import hash_files, read_json
 from models.base.mapped import Regions, file_regions, forget_pages
 from models.base.paths import utf8_path
+from models.checkpoint.tensor_file import write_tensor_file
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.model import ElasticLM
@@ -97,14 +98,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         NestlingError: if the disk refuses.
     """
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    path.touch()
-    mode = path.stat().st_mode  # as the umask has it; the library's own files are the user's alone
     try:
-        save_file(contiguous, path, metadata={"format": "pt"})
-        path.chmod(mode)
-    except SafetensorError as error:
-        raise NestlingError(f"cannot write {path}: {error}; free some space") from error
+        write_tensor_file(path, tensors)
+    except OSError as error:
+        raise NestlingError(f"cannot write {path}: {error.strerror}; free some space") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

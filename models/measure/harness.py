@@ -40,10 +40,6 @@ def find_tasks(texts: Sequence[str]) -> tuple[list[str], Any]:
         NestlingError: if the harness is not installed.
         UsageError: if a task is not there.
     """
-    if not is_installed():
-        raise NestlingError(MISSING)
-    from lm_eval.tasks import TaskManager
-
     names, folders = [], []
     for text in texts:
         if not text.endswith((".yaml", ".yml")):
@@ -57,6 +53,10 @@ def find_tasks(texts: Sequence[str]) -> tuple[list[str], Any]:
             raise UsageError(f"--tasks {text} is no task: it needs a line such as task: my_task")
         names.append(named[1])
         folders.append(path.resolve().parent)
+    if not is_installed():
+        raise NestlingError(MISSING)
+    from lm_eval.tasks import TaskManager
+
     only_files = all(text.endswith((".yaml", ".yml")) for text in texts)
     manager = TaskManager(include_path=folders or None, include_defaults=not only_files)
     for name in names:

@@ -68,6 +68,8 @@ class Request:
     latency_table: Path | None = None
     gguf_dtype: str | None = None
     """Dtype of the matrices of the file that is to come out, if it is one for llama.cpp."""
+    packed_dtype: str | None = None
+    """Dtype of the matrices of the folder that is to come out, if they are packed."""
     max_tokens: int = 16384
     evaluations: int = 60
 
@@ -118,7 +120,7 @@ def choose(path: Path, request: Request, *, console: "Console | None" = None) ->
     losses = TokenLosses(folder.model, batches, losses_path(folder.path, batches, "fp32"))
     config = folder.model.config
     unequal = holds_unequal(request.engine, config)
-    multiple = BLOCK if request.gguf_dtype in BLOCKS else 8
+    multiple = BLOCK if request.packed_dtype or request.gguf_dtype in BLOCKS else 8
     space = Space.of(config, folder.family.values(), unequal=unequal, multiple=multiple)
     with progress_bar("searching", console=console or make_console(stderr=True)) as bar:
         costs, table = _costs(folder, budgets, space, _weight_bytes(path), request)
@@ -192,6 +194,8 @@ def _costs(
             costs[kind] = functools.partial(table.seconds, config)
         elif kind == "bytes" and request.gguf_dtype is not None:
             costs[kind] = functools.partial(_file_bytes, folder, request.gguf_dtype)
+        elif kind == "bytes" and request.packed_dtype is not None:
+            costs[kind] = functools.partial(_packed_bytes, folder, request.packed_dtype, weight_bytes)
         else:
             costs[kind] = cost_of(kind, config, weight_bytes=weight_bytes, context=context)
     return costs, table
@@ -202,6 +206,15 @@ def _file_bytes(folder: "ModelFolder", dtype: str, member: "Granularity") -> flo
     from models.elastic.view import View
 
     return count_file_bytes(View(folder.model, member), dtype)
+
+
+def _packed_bytes(folder: "ModelFolder", dtype: str, weight_bytes: int, member: "Granularity") -> float:
+    """Return the bytes of a folder; the search's own copy is in fp32, whose numbers have other sizes."""
+    from models.checkpoint.compressed import count_compressed_bytes
+    from models.checkpoint.layout import lay_out
+    from models.elastic.view import View
+
+    return count_compressed_bytes(lay_out(View(folder.model, member)), dtype, weight_bytes)
 
 
 def _latency_table(folder: "ModelFolder", space: "Space", path: Path | None) -> "LatencyTable":

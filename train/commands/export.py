@@ -5,20 +5,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from models.base.errors import NestlingError
 from models.base.files import read_json, write_json, write_text
 from models.base.numbers import size
-from models.checkpoint.extract import LOGITS_TOLERANCE, Parity, compare_with_stock, extract
-from models.checkpoint.folder import GENERATION, ModelFolder
+from models.checkpoint.extract import (
+    LOGITS_TOLERANCE,
+    Parity,
+    compare_with_stock,
+    continue_greedily,
+    extract,
+    fixed_prompts,
+    in_fp32,
+)
+from models.checkpoint.folder import GENERATION, ModelFolder, load_model
 from models.checkpoint.huggingface import load_stock_tokenizer
 from models.checkpoint.layout import PADDED, RAGGED, Layout
 from models.checkpoint.receipt import RECEIPT, TEXTS, Check, write_receipt
 from models.checkpoint.weights import hash_weights
 from models.elastic.count import count_parameters
-from models.elastic.granularity import Granularity
+from models.elastic.granularity import FULL, Granularity
+from models.elastic.view import View
 from models.machine.provenance import make_card
+from train.commands.rounding import HeldOut, measure_rounding, own_text, tell_rounding
 from train.report.card import CARD, PICTURE, Subject, model_card, picture
 
 NUM_NEW_TOKENS = 32
@@ -32,8 +43,10 @@ class Extraction:
         form: one of `models.checkpoint.layout.FORMS`.
         parameters: numbers in it, zeros of padding included.
         wasted_bytes: bytes of those zeros.
-        parity: its comparison with the member in place.
+        parity: its comparison with the member in place; of a rounded one with what it opens as here.
         checks: what its receipt says.
+        dtype: int8 or int4, if matrices are packed.
+        rounding: how far a rounded one is from the member in place, see `measure_rounding`.
     """
 
     form: str
@@ -41,6 +54,8 @@ class Extraction:
     wasted_bytes: int
     parity: Parity
     checks: list[Check]
+    dtype: str | None = None
+    rounding: dict[str, Any] | None = None
 
 
 def extract_and_prove(
@@ -50,11 +65,13 @@ def extract_and_prove(
     console: Console,
     *,
     form: str | None = None,
+    dtype: str | None = None,
+    text: HeldOut | None = None,
     search: Mapping[str, Any] | None = None,
 ) -> Extraction:
     """Write the member to `out`, open it in transformers, compare, say how it went; see `prove_member`."""
     with console.status("writing it, and comparing it with transformers"):
-        written = prove_member(folder, granularity, out, form=form, search=search)
+        written = prove_member(folder, granularity, out, form=form, dtype=dtype, text=text, search=search)
     _tell(written, folder, granularity, out, console)
     return written
 
@@ -65,6 +82,8 @@ def prove_member(
     out: Path,
     *,
     form: str | None = None,
+    dtype: str | None = None,
+    text: HeldOut | None = None,
     search: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> Extraction:
@@ -75,6 +94,8 @@ def prove_member(
         granularity: the member.
         out: the new folder.
         form: one of `models.checkpoint.layout.FORMS`, or None.
+        dtype: int8 or int4 for matrices in few bits, or None.
+        text: on which a rounded one is compared with the member in place; None takes what that one writes.
         search: what a search found that chose the member, as `--json` writes it.
         generation: further settings of generation_config.json.
 
@@ -89,7 +110,13 @@ def prove_member(
         if generation:
             path = partial / GENERATION
             write_json(path, {**(read_json(path) if path.is_file() else {}), **generation})
-        parity, probe = compare_with_stock(folder, granularity, partial, num_new_tokens=num_new_tokens)
+        rounding = None
+        if dtype is None:
+            parity, probe = compare_with_stock(folder, granularity, partial, num_new_tokens=num_new_tokens)
+        else:
+            opened = load_model(partial, dtype=torch.float32, mapped=True)
+            parity, probe = compare_with_stock(opened, FULL, partial, num_new_tokens=num_new_tokens)
+            rounding = _rounding(folder, granularity, opened, text, num_new_tokens)
         checks = parity_checks(parity)
         if probe.text_ids:
             tokenizer = load_stock_tokenizer(partial)
@@ -107,15 +134,31 @@ def prove_member(
             wasted_bytes=layout.wasted * folder.model.dtype.itemsize,
             parity=parity,
             checks=checks,
+            dtype=dtype,
+            rounding=rounding,
         )
-        _write_card(folder, granularity, partial, out, layout, search)
+        _write_card(folder, granularity, partial, out, layout, written, search)
         source = {"parent": str(folder.path), "granularity": str(granularity), "form": layout.form}
         source["parent_sha256"] = hash_weights(folder.path)
-        write_receipt(partial, probe, checks, source=source, card=make_card(dtypes={"comparison": "fp32"}))
+        card = make_card(dtypes={"comparison": "fp32", **({"weights": dtype} if dtype else {})})
+        write_receipt(partial, probe, checks, source=source, card=card, rounding=rounding)
         proved.append(written)
 
-    extract(folder, granularity, out, form=form, finish=prove)
+    extract(folder, granularity, out, form=form, dtype=dtype, finish=prove)
     return proved[0]
+
+
+def _rounding(
+    folder: ModelFolder,
+    granularity: Granularity,
+    opened: ModelFolder,
+    text: HeldOut | None,
+    num_new_tokens: int,
+) -> dict[str, Any]:
+    """Return how far an extraction that was opened is from the member in place."""
+    view, prompts_BT = in_fp32(folder.model, granularity), fixed_prompts(folder.model.config, num_new_tokens)
+    own = own_text(continue_greedily(view, prompts_BT, num_new_tokens), prompts_BT.shape[1])
+    return measure_rounding(folder, view, View(opened.model, FULL), own, text)
 
 
 def parity_checks(parity: Parity) -> list[Check]:
@@ -132,6 +175,7 @@ def _write_card(
     partial: Path,
     out: Path,
     layout: Layout,
+    written: Extraction,
     search: Mapping[str, Any] | None,
 ) -> None:
     text = str(granularity)
@@ -142,6 +186,7 @@ def _write_card(
         title=out.name,
         granularity=text,
         form=layout.form,
+        dtype=written.dtype,
         parameters=layout.parameters,
         full_parameters=count_parameters(folder.model.config),
         loss=known.loss if known and measured is None else measured,
@@ -161,12 +206,15 @@ def _tell(
 ) -> None:
     config, parity = folder.model.config, written.parity
     parameters, full = count_parameters(config, granularity), count_parameters(config)
-    console.print(f"{out}: {granularity}, {parameters:,} of {full:,} parameters", markup=False)
+    packed = f" in {written.dtype}" if written.dtype else ""
+    console.print(f"{out}: {granularity}, {parameters:,} of {full:,} parameters{packed}", markup=False)
     opens = "transformers, with trust_remote_code=True" if written.form == RAGGED else "stock transformers"
     console.print(
         f"equal in {opens}: {parity.num_tokens} greedy tokens identical, "
         f"logits differ by {parity.difference:.1g} of the largest"
     )
+    if written.rounding is not None:
+        tell_rounding(written.rounding, console)
     if written.checks:
         console.print(f"what was compared stands in its {RECEIPT}; nestling verify on it compares again")
     if written.form == RAGGED:

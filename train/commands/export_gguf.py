@@ -5,7 +5,6 @@ compared with the member in place, and kept in a receipt beside it.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import check_room, finite, naming, read_json, write_file
-from models.base.labels import IGNORE_INDEX
 from models.base.outputs import check_link
 from models.base.paths import is_stream
 from models.checkpoint.extract import (
@@ -44,14 +42,10 @@ from models.elastic.count import count_parameters
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.view import View
 from models.machine.provenance import make_card
-from models.measure.pairing import compare_models
 from train.commands.export import NUM_NEW_TOKENS, parity_checks
+from train.commands.rounding import HeldOut, measure_rounding, own_text, tell_rounding
 
 _STORED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-ROW, NUM_TOKENS = 512, 2048
-"""Positions of a row, and tokens, of a text on which a file is compared."""
-PROBE = "its own greedy text"
-"""Where no text is given, members are compared on what the member in place writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +82,7 @@ def extract_gguf(
     console: Console,
     *,
     dtype: str | None = None,
-    data: str | None = None,
-    text_field: str | None = None,
+    text: HeldOut | None = None,
 ) -> GgufFile:
     """Write the member and its tokenizer as one file of llama.cpp, prove it, and say what it holds.
 
@@ -99,8 +92,7 @@ def extract_gguf(
         out: the file; it may replace one that was written here, and nothing else.
         console: shows the progress.
         dtype: dtype of the matrices, a key of `models.checkpoint.gguf.DTYPES`; None keeps the one on disk.
-        data: text on which the file is compared with the member in place; None takes `PROBE`.
-        text_field: field that holds the text.
+        text: on which the file is compared with the member in place; None takes what that one writes.
 
     Raises:
         UsageError: if the granularity or the dtype does not fit, or `out` cannot be replaced.
@@ -120,12 +112,9 @@ def extract_gguf(
     with console.status("writing the file and comparing it"), write_file(out) as partial:
         write_gguf(member, partial, dtype=dtype, metadata=metadata)
         tensors = check_gguf(member, partial, dtype=dtype, metadata=metadata)
-        text = None if data is None else _batches(folder, data, text_field)
-        proof = _prove(
-            folder, granularity, partial, text, exact=dtype in ("fp32", _STORED[dtype_name(folder.model)])
-        )
+        exact = dtype in ("fp32", _STORED[dtype_name(folder.model)])
+        proof = _prove(folder, granularity, partial, text, exact=exact)
         bytes_ = partial.stat().st_size
-    proof.rounding["text"] = data or PROBE
     written = GgufFile(
         dtype=dtype,
         parameters=count_parameters(folder.model.config, granularity),
@@ -159,14 +148,6 @@ def _metadata(folder: ModelFolder, granularity: Granularity, out: Path) -> dict[
     }
 
 
-def _batches(folder: ModelFolder, data: str, text_field: str | None) -> list[tuple[Tensor, Tensor]]:
-    from train.data.loader import take_batches
-    from train.data.tokens import load_rows_for
-
-    rows = load_rows_for(folder, data, longest=ROW, text_field=text_field)
-    return list(take_batches(rows, NUM_TOKENS))
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Proof:
     checks: list[Check]
@@ -178,7 +159,7 @@ def _prove(
     folder: ModelFolder,
     granularity: Granularity,
     path: Path,
-    text: Sequence[tuple[Tensor, Tensor]] | None,
+    text: HeldOut | None,
     *,
     exact: bool,
 ) -> _Proof:
@@ -188,13 +169,13 @@ def _prove(
         folder: the family.
         granularity: the member.
         path: the file.
-        text: tokens and labels; None takes what the member in place writes.
+        text: see `extract_gguf`.
         exact: whether the file holds the member's very numbers.
 
     Raises:
         NestlingError: if it should be equal and is not, which is a bug of ours.
     """
-    view, opened = in_fp32(folder.model, granularity), load_model(path, dtype=torch.float32)
+    view, opened = in_fp32(folder.model, granularity), load_model(path, dtype=torch.float32, mapped=True)
     theirs = View(opened.model, FULL)
     num_new_tokens = min(NUM_NEW_TOKENS, folder.model.config.max_position_embeddings // 2)
     prompts_BT = fixed_prompts(folder.model.config, num_new_tokens)
@@ -215,7 +196,7 @@ def _prove(
     return _Proof(
         checks=checks,
         probe=probe,
-        rounding=measure_rounding(view, theirs, text or own_text(ours_BT, num_prompt)),
+        rounding=measure_rounding(folder, view, theirs, own_text(ours_BT, num_prompt), text),
     )
 
 
@@ -227,29 +208,6 @@ def _parity(view: View, theirs: View, ids_BT: Tensor, num_prompt: int) -> Parity
 @torch.no_grad()
 def _probe(view: View, ids_BT: Tensor, num_prompt: int, opened: ModelFolder) -> Probe:
     return make_probe(ids_BT, view(ids_BT), num_prompt, opened.tokenizer)
-
-
-def own_text(ids_BT: Tensor, num_prompt: int) -> list[tuple[Tensor, Tensor]]:
-    """Return rows as tokens and labels, of which only what was written after the prompt counts."""
-    labels_BT = ids_BT[:, 1:].clone()
-    labels_BT[:, : num_prompt - 1] = IGNORE_INDEX
-    return [(ids_BT[:, :-1], labels_BT)]
-
-
-def measure_rounding(view: View, theirs: View, text: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Return how far a rounded member is from the one in place.
-
-    Returns:
-        `kl`, KL(in place, rounded) in nats per token; `alpha`, the chance that a token which the rounded one
-        drafts is kept; `match`, how often the likeliest token is the same; standard errors; `num_tokens`.
-    """
-    found = compare_models(view, theirs, text)
-    names = {"kl": "kl", "alpha": "sampled", "match": "greedy"}
-    return {
-        **{name: found[measure].mean for name, measure in names.items()},
-        **{f"{name}_error": found[measure].error for name, measure in names.items()},
-        "num_tokens": sum(int((labels_BT != IGNORE_INDEX).sum()) for _, labels_BT in text),
-    }
 
 
 def _write_receipt(
@@ -268,19 +226,14 @@ def _write_receipt(
 def _tell(
     written: GgufFile, folder: ModelFolder, granularity: Granularity, out: Path, console: Console
 ) -> None:
-    config, rounding = folder.model.config, written.rounding
+    config = folder.model.config
     console.print(
         f"{out}: {granularity}, {written.parameters:,} of {count_parameters(config):,} parameters in "
         f"{written.dtype}, {written.bytes:,} bytes",
         markup=False,
     )
     console.print(f"read back equal: {written.tensors} tensors, {config.vocab_size:,} tokens")
-    console.print(
-        f"beside the member in place: KL {rounding['kl']:.2g} +- {rounding['kl_error']:.1g} nats a token, "
-        f"alpha {rounding['alpha']:.4f} +- {rounding['alpha_error']:.4f}, "
-        f"on {rounding['num_tokens']:,} tokens of {rounding['text']}",
-        markup=False,
-    )
+    tell_rounding(written.rounding, console)
     if not is_stream(out):
         console.print(
             f"what was compared stands in {receipt_path(out)}; nestling verify on the file repeats it"

@@ -16,6 +16,7 @@ from train.commands.options import JsonOption, ModelArgument, TextFieldOption
 if TYPE_CHECKING:
     from models.checkpoint.folder import ModelFolder
     from models.elastic.granularity import Granularity
+    from train.commands.rounding import HeldOut
 
 FORMATS = ("hf", "gguf")
 PAIR_TOKENS = 16384
@@ -42,7 +43,11 @@ def extract(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text on which members are compared, for --budget and --pair."),
+        typer.Option(
+            metavar="FILE",
+            help="Text on which members are compared, for --budget and --pair, and a rounded one with the "
+            "member in place.",
+        ),
     ] = None,
     text_field: TextFieldOption = None,
     engine: EngineOption = None,
@@ -68,8 +73,8 @@ def extract(
         str | None,
         typer.Option(
             metavar="fp32|bf16|fp16|int8|int4",
-            help="Data type of the matrices in a gguf file; int8 is its q8_0, int4 its q4_0. "
-            "Default: the one on disk.",
+            help="Data type of the matrices. Of a gguf file, int8 is its q8_0 and int4 its q4_0; of a folder "
+            "only int8 and int4, as compressed-tensors. Default: the one on disk.",
         ),
     ] = None,
     force: Annotated[
@@ -93,6 +98,7 @@ def extract(
         return
     from models.checkpoint.folder import load_model
     from models.elastic.granularity import Granularity
+    from train.commands.rounding import HeldOut
 
     request = Request(
         budgets=budget or [],
@@ -101,26 +107,36 @@ def extract(
         engine=_engine_of(engine, format_, form),
         latency_table=latency_table,
         gguf_dtype=(dtype or "fp32") if format_ == "gguf" else None,
+        packed_dtype=dtype if format_ == "hf" else None,
     )
     search = {} if granularity else _choose(model, request)
-    folder = load_model(model)
+    folder = load_model(model, mapped=True)
     member = Granularity.parse(granularity or search["best"]["granularity"], folder.family)
     _check_holds(engine, member, folder, form)
+    text = None if data is None else HeldOut(source=data, text_field=text_field)
     named: dict[str, Any] = {"granularity": str(member), "out": str(out), "format": format_}
     named |= {"search": search} if search else {}
     if format_ == "gguf":
-        results, dtypes = _write_file(folder, member, out, dtype, (data, text_field))
+        results, dtypes = _write_file(folder, member, out, dtype, text)
     else:
-        results, dtypes = _write_folder(folder, member, out, form, search)
+        results, dtypes = _write_folder(folder, member, out, form, dtype, text, search)
     write_results(json, named | results, dtypes=dtypes)
 
 
 def _write_folder(
-    folder: "ModelFolder", member: "Granularity", out: Path, form: str | None, search: dict[str, Any]
+    folder: "ModelFolder",
+    member: "Granularity",
+    out: Path,
+    form: str | None,
+    dtype: str | None,
+    text: "HeldOut | None",
+    search: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     from train.commands.export import extract_and_prove
 
-    proved = extract_and_prove(folder, member, out, make_console(), form=form, search=search)
+    proved = extract_and_prove(
+        folder, member, out, make_console(), form=form, dtype=dtype, text=text, search=search
+    )
     written = dataclasses.asdict(proved)
     return {**written.pop("parity"), **written}, {"comparison": "fp32"}
 
@@ -130,12 +146,11 @@ def _write_file(
     member: "Granularity",
     out: Path,
     dtype: str | None,
-    text: tuple[str | None, str | None],
+    text: "HeldOut | None",
 ) -> tuple[dict[str, Any], dict[str, str]]:
     from train.commands.export_gguf import extract_gguf
 
-    data, text_field = text
-    written = extract_gguf(folder, member, out, make_console(), dtype=dtype, data=data, text_field=text_field)
+    written = extract_gguf(folder, member, out, make_console(), dtype=dtype, text=text)
     return dataclasses.asdict(written), {"weights": written.dtype}
 
 
@@ -148,7 +163,7 @@ def _choose(model: Path, request: Request) -> dict[str, Any]:
 
 def _check_out(out: Path, force: bool, format_: str, pair: str | None) -> None:
     """Say before the work that something stands where the extraction would."""
-    from models.base.files import check_replaceable
+    from models.base.files import check_replaceable, clear_interrupted
     from train.commands.export_gguf import check_file_replaceable
     from train.commands.pair import PAIR_FILE
 
@@ -161,6 +176,7 @@ def _check_out(out: Path, force: bool, format_: str, pair: str | None) -> None:
     is_there = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if is_there and not force:
         raise UsageError(f"--out {out} exists; add --force to replace an extraction, or choose another place")
+    clear_interrupted(out)
 
 
 def _extract_pair(
@@ -186,7 +202,7 @@ def _extract_pair(
     draft, target = parse_pair(text, folder)
     with console.status("measuring how they run together"):
         measured = measure_pair(folder, draft, target, batches)
-    folder = load_model(model)  # as it is on disk, which the measuring was not
+    folder = load_model(model, mapped=True)  # as it is on disk, which the measuring was not
     form, format_, dtype = kind
     fields = write_pair(folder, measured, out, console, form=form, format_=format_, dtype=dtype)
     tell_pair(fields, out, console)
@@ -261,14 +277,27 @@ def _check_format(format_: str, dtype: str | None, out: Path) -> str | None:
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_} is not one of {', '.join(FORMATS)}; choose one of them")
     if format_ == "hf":
-        if dtype is not None:
-            raise UsageError(f"--dtype {dtype} is for --format gguf; a folder keeps the dtype on disk")
         if out.suffix == ".gguf":
             raise UsageError(f"--out {out} would be a folder; add --format gguf, or choose another name")
-        return None
+        return _check_packed(dtype)
     from models.checkpoint.gguf import DTYPES, SPELLINGS
 
     dtype = SPELLINGS.get(dtype or "", dtype)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}; choose one of them")
+    return dtype
+
+
+def _check_packed(dtype: str | None) -> str | None:
+    """Return the dtype of a folder's matrices, or None for the one on disk."""
+    from models.checkpoint.compressed import BITS, check_installed
+
+    if dtype is None:
+        return None
+    if dtype not in BITS:
+        raise UsageError(
+            f"--dtype {dtype} is for --format gguf; a folder keeps the dtype on disk, or is in "
+            f"{' or '.join(BITS)}"
+        )
+    check_installed()
     return dtype

@@ -100,9 +100,11 @@ def measure_written(target: Path, draft: Path) -> "tuple[dict[str, Estimate], in
     from models.elastic.granularity import FULL
     from models.elastic.view import View
     from models.measure.pairing import RULES, compare_models
-    from train.commands.export_gguf import own_text
+    from train.commands.rounding import own_text
 
-    ours, theirs = (View(load_model(path, dtype=torch.float32).model, FULL) for path in (target, draft))
+    ours, theirs = (
+        View(load_model(path, dtype=torch.float32, mapped=True).model, FULL) for path in (target, draft)
+    )
     probe = read_receipt(target)["probe"]
     ids_BT = torch.tensor(probe["ids"])
     found = compare_models(ours, theirs, own_text(ids_BT, probe["num_prompt"]))
@@ -139,7 +141,8 @@ def write_pair(
             else:
                 settings = draft_settings(lengths["transformers"]) if name == "draft" else None
                 place = partial / name
-                forms.add(prove_member(folder, member, place, form=form, generation=settings).form)
+                written = prove_member(folder, member, place, form=form, dtype=dtype, generation=settings)
+                forms.add(written.form)
         places = {name: out / f"{name}{suffix}" for name in members}
         fields = _fields(folder, pair, partial, places, lengths, ragged="ragged" in forms)
         write_json(partial / PAIR_FILE, fields)

@@ -43,6 +43,12 @@ def repeat(place: Path, json: Path | None) -> None:
         f"in transformers {versions().get('transformers')}" if place.is_dir() else "as it opens here in fp32"
     )
     console.print(f"{runs}, without the model it was cut from")
+    if is_pair and (theirs := _other_machine(place)) is not None:
+        console.print(
+            f"c, v and the lengths of rounds were measured on another machine ({theirs}); "
+            "extract the pair here to measure them",
+            markup=False,
+        )
     fields = [dataclasses.asdict(one) | {"holds": one.holds} for one in checks]
     passed = all(one.holds for one in checks)
     results = {"receipt": fields, "passed": passed, "model": str(place)}
@@ -50,6 +56,18 @@ def repeat(place: Path, json: Path | None) -> None:
     if not passed:
         wrong = ", ".join(one.check for one in checks if not one.holds)
         raise NestlingError(f"{place} is not what its receipt says ({wrong}); extract the member again")
+
+
+def _other_machine(place: Path) -> str | None:
+    """Return the processor and GPU that a pair was measured on, if they are not this machine's."""
+    from models.machine.provenance import make_card
+
+    stated = read_json(place / PAIR_FILE).get("card")
+    hardware = stated.get("hardware") if isinstance(stated, dict) else None
+    theirs, ours = hardware if isinstance(hardware, dict) else {}, make_card(dtypes={})["hardware"]
+    if all(theirs.get(part) == ours[part] for part in ("cpu", "cores", "gpu")):
+        return None
+    return f"{theirs.get('cores')} cores of {theirs.get('cpu')}, GPU: {theirs.get('gpu') or 'none'}"
 
 
 def repeat_pair(place: Path) -> "list[Check]":

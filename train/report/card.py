@@ -30,6 +30,7 @@ class Subject:
         title: name of the folder.
         granularity: the member's text.
         form: stock, ragged or padded.
+        dtype: int8 or int4, if matrices are packed.
         parameters: numbers in the folder.
         full_parameters: those of the full model.
         loss: nats per token, if it was measured.
@@ -43,6 +44,7 @@ class Subject:
     title: str
     granularity: str
     form: str
+    dtype: str | None = None
     parameters: int
     full_parameters: int
     loss: float | None
@@ -66,6 +68,10 @@ def model_card(subject: Subject) -> str:
         f"The member `{subject.granularity}` of a nested family: {si(subject.parameters)} of "
         f"{si(subject.full_parameters)} parameters, cut out by nestling ({_FORMS[subject.form]})."
     )
+    if subject.dtype is not None:
+        said += (
+            f" Its matrices are in {subject.dtype}, as compressed-tensors (`pip install compressed-tensors`)."
+        )
     lines = [
         "---",
         "library_name: transformers",

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.base.errors import NestlingError, UsageError
-from models.checkpoint.extract import extract, verify_extraction
+from models.checkpoint.extract import LOGITS_TOLERANCE, extract, verify_extraction
 from models.checkpoint.folder import ModelFolder, load_model, save_model
 from models.checkpoint.huggingface import load_stock
 from models.checkpoint.layout import lay_out
@@ -163,14 +163,20 @@ def granularities(draw: st.DrawFn) -> Granularity:
     )
 
 
-@pytest.mark.parametrize("num_cases", [8, pytest.param(500, marks=pytest.mark.slow)])
-def test_any_granularity_agrees_ragged_and_padded(num_cases: int, tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "model")
+@pytest.mark.parametrize("num_cases", [12, pytest.param(500, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_any_granularity_agrees_in_place_extracted_and_in_transformers(
+    num_cases: int, tmp_path: Path
+) -> None:
+    folder, tokens_BT = make_folder(tmp_path / "model"), torch.arange(20).reshape(2, 10)
 
     @settings(max_examples=num_cases, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(granularities(), st.sampled_from([None, "padded"]))
     def check(granularity: Granularity, form: str | None) -> None:
         out = extract(folder, granularity, tmp_path / "out", form=form)
         assert verify_extraction(folder, granularity, out, num_new_tokens=4).holds
+        view_BTV, opened_BTV = View(folder.model, granularity)(tokens_BT), load_model(out).model(tokens_BT)
+        atol = LOGITS_TOLERANCE * float(view_BTV.abs().max())
+        torch.testing.assert_close(opened_BTV, view_BTV, atol=atol, rtol=0)
 
     check()

@@ -90,8 +90,6 @@ def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch: pytest.Monke
         find_tasks(["words"])
 
 
-@needs_harness
-@pytest.mark.filterwarnings("ignore")
 def test_a_task_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("a: 1\n")
     with pytest.raises(UsageError, match="does not exist"):

@@ -3,6 +3,9 @@
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +84,51 @@ def test_unequal_layers_come_out_equal(
     assert main(["generate", str(out), "--prompt", "def", "--max-new-tokens", "2"]) == 0
 
 
+@pytest.mark.parametrize(("dtype", "granularity"), [("int8", "S"), ("int4", "ffn=1:0.5:0.5")])
+def test_a_folder_in_few_bits_is_proved_and_says_how_far_it_is(
+    dtype: str,
+    granularity: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs the extra `compressed`")
+    out, results = tmp_path / "small", tmp_path / "extract.json"
+    command = ["extract", str(model), "--granularity", granularity, "--out", str(out), "--data", str(text)]
+    assert main([*command, "--dtype", dtype, "--json", str(results)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"parameters in {dtype}" in told
+    assert "beside the member in place: KL" in told
+    written = json.loads(results.read_text())
+    assert written["ids_equal"] is True
+    assert written["dtype"] == dtype
+    assert 0 < written["rounding"]["kl"] < 0.1
+    assert written["rounding"]["text"] == str(text)
+    assert "compressed-tensors" in (out / "README.md").read_text()
+    assert main(["verify", str(out)]) == 0
+    assert main(["generate", str(out), "--prompt", "def", "--max-new-tokens", "2"]) == 0
+
+
+def test_a_folder_in_few_bits_needs_the_package_that_proves_it(
+    model: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.checkpoint.compressed.importlib.util.find_spec", lambda _: None)
+    command = ("extract", model, "--granularity", "S", "--dtype", "int8", "--out", tmp_path / "out")
+    assert "pip install 'nestling[compressed]'" in fails(*command, code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_are_those_of_the_folder_in_few_bits(model: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs the extra `compressed`")
+    out, results = tmp_path / "small", tmp_path / "extract.json"
+    command = ["extract", str(model), "--budget", "bytes=300kB", "--data", str(text), "--out", str(out)]
+    assert main([*command, "--dtype", "int4", "--json", str(results)]) == 0
+    counted = json.loads(results.read_text())["search"]["best"]["costs"]["bytes"]
+    assert counted <= 300_000
+    assert 0 < (out / "model.safetensors").stat().st_size - counted < 20_000  # the names of tensors
+
+
 def test_bytes_are_those_of_the_file_and_its_blocks(model: Path, text: Path, tmp_path: Path) -> None:
     out, results = tmp_path / "small.gguf", tmp_path / "extract.json"
     command = ["extract", str(model), "--budget", "bytes=100kB", "--data", str(text), "--out", str(out)]
@@ -144,6 +192,51 @@ def test_a_disk_without_room_is_said_first(
     assert list(tmp_path.iterdir()) == []
 
 
+KILLED = """
+import os, signal, sys
+from train.cli import main
+import train.commands.export, train.commands.export_gguf
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+train.commands.export.compare_with_stock = train.commands.export_gguf.check_gguf = die
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("format_", ["hf", "gguf"])
+def test_a_kill_in_the_middle_leaves_nothing_that_the_next_one_does_not_clear(
+    format_: str, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "S"
+    command = ["extract", str(model), "--granularity", "S", "--out", str(out), "--format", format_]
+    other = tmp_path / ".S2.0a0a0a0a.partial"  # of another extraction
+    other.write_text("")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = {path.name for path in tmp_path.iterdir()} - {other.name}
+    assert len(left) == 1
+    assert left.pop().endswith(".partial")
+    assert main(command) == 0
+    written = {"S", "S.receipt.json"} if format_ == "gguf" else {"S"}
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, *written}
+
+
+@pytest.mark.parametrize("format_", ["hf", "gguf"])
+def test_an_interrupt_in_the_middle_leaves_nothing(
+    format_: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.commands.export.compare_with_stock", interrupt)
+    monkeypatch.setattr("train.commands.export_gguf.check_gguf", interrupt)
+    command = ["extract", str(model), "--granularity", "S", "--out", str(tmp_path / "S"), "--format", format_]
+    assert main(command) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fails: Fails) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert str(tmp_path) in fails("extract", model, "--granularity", "S", "--out", tmp_path, code=2)
@@ -204,7 +297,7 @@ def test_a_member_comes_out_as_one_file(
         (["--granularity", "S", "--dtype", "q4_k_m"], "--dtype q4_k_m", 2),
         (["--granularity", "S", "--format", "onnx"], "--format onnx", 2),
         (["--granularity", "S", "--format", "hf"], "add --format gguf", 2),
-        (["--granularity", "S", "--format", "hf", "--dtype", "bf16"], "--dtype bf16", 2),
+        (["--granularity", "S", "--format", "hf", "--dtype", "bf16"], "add --format gguf", 2),
     ],
 )
 def test_what_a_file_cannot_hold_is_named_and_leaves_nothing(

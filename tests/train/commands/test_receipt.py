@@ -95,7 +95,12 @@ def test_a_file_has_a_receipt_that_follows_it_and_finds_every_change(
 
 @pytest.mark.parametrize("flags", [[], ["--format", "gguf"]])
 def test_a_pair_is_repeated_anywhere_and_a_member_of_another_one_is_found(
-    flags: list[str], model: Path, text: Path, tmp_path: Path, fails: Fails
+    flags: list[str],
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    fails: Fails,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, elsewhere, results = tmp_path / "pair", tmp_path / "elsewhere", tmp_path / "verify.json"
     command = ["extract", str(model), "--pair", "D:XL", "--data", str(text), "--out", str(out), *flags]
@@ -107,6 +112,11 @@ def test_a_pair_is_repeated_anywhere_and_a_member_of_another_one_is_found(
     assert checks["alpha sampled"]["value"] < 1e-3
     pair = json.loads((elsewhere / "pair.json").read_text())
     assert pair["alpha_error"]["sampled"] > 0
+    pair["card"]["hardware"]["cpu"] = "a phone"
+    (elsewhere / "pair.json").write_text(json.dumps(pair))
+    assert "measured on another machine" not in capsys.readouterr().out
+    assert main(["verify", str(elsewhere)]) == 0
+    assert "of a phone, GPU: none); extract the pair here" in " ".join(capsys.readouterr().out.split())
     pair["draft"]["sha256"] = "0" * 64
     (elsewhere / "pair.json").write_text(json.dumps(pair))
     assert "weights that pair.json names" in fails("verify", elsewhere, code=1)
