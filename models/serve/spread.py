@@ -13,7 +13,8 @@ are the client's own, and the text is that of one machine.
 import base64
 import binascii
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ from models.serve.states import STATES, states_of
 
 MOST_DRAFTED = 32
 """The most drafted tokens of a round where gamma adapts: a far stage is worth long drafts."""
+MOST_TEXTS = 16
+"""The most texts whose round trips run at the same time."""
 
 
 def open_spread(
@@ -170,6 +173,7 @@ class SpreadLM(ElasticLM):
         with torch.no_grad():
             self.model.norm.weight.copy_(_norm(facts))
         self.model.norm.to(member.device, member.model.norm.weight.dtype)
+        self._threads = ThreadPoolExecutor(MOST_TEXTS, "nestling-hops")
         self.eval()
 
     def new_cache(self, num_positions: int) -> "SpreadCache":
@@ -179,18 +183,21 @@ class SpreadLM(ElasticLM):
     def run(
         self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None
     ) -> Tensor:
-        """See `ElasticLM.run`; texts go through the stages one after another."""
+        """See `ElasticLM.run`; the round trips of several texts run at the same time."""
         assert (granularity, head) == (FULL, None), "a draft runs in the member"
-        return torch.cat([self._run(one) for one in requests])
+        entered = [self._member[0].embed(one.ids) for one in requests]
+        through: Callable[..., Iterable[Tensor]] = self._threads.map if len(requests) > 1 else map
+        left_TD = torch.cat(list(through(_through_stages, requests, entered)))
+        return self._member[0].score(left_TD, self.model.norm)
 
-    def _run(self, request: Request) -> Tensor:
-        cache = request.cache
-        assert isinstance(cache, SpreadCache), cache
-        x_TD = self._member[0].embed(request.ids)
-        *before, last = cache.hops
-        for hop in before:
-            x_TD = hop.run(x_TD, cache.length, len(request.ids))
-        return self._member[0].score(last.run(x_TD, cache.length, request.num_last), self.model.norm)
+
+def _through_stages(request: Request, x_TD: Tensor) -> Tensor:
+    cache = request.cache
+    assert isinstance(cache, SpreadCache), cache
+    *before, last = cache.hops
+    for hop in before:
+        x_TD = hop.run(x_TD, cache.length, len(request.ids))
+    return last.run(x_TD, cache.length, request.num_last)
 
 
 def _config(config: ElasticConfig, facts: Facts) -> ElasticConfig:
