@@ -37,7 +37,8 @@ from models.machine.provenance import make_card
 from models.measure.consistency import compare_views, evaluate_shared_alpha
 from train.data.module import TextData
 from train.report.results import bring_up_to_date, not_current
-from train.run.fit import fit, training_precision
+from train.run.fit import fit
+from train.run.speed import training_precision
 
 COMMAND = "python docs/study.py --data data"
 EMPTY: Mapping[str, float] = MappingProxyType({})

@@ -11,8 +11,8 @@ from study_arms import ALONE, ARMS, Arm, Run, recipe_of
 from models.base.processor import busy_now
 from train.bench.trainers import Contender, train_briefly
 from train.data.module import TextData
-from train.run.fit import training_precision
 from train.run.malloc import keep_freed_memory
+from train.run.speed import training_precision
 
 STEPS = 16
 """Timed steps of an arm in a round: as many as it takes until every member had its rows."""

@@ -6,6 +6,7 @@ the mean size. Between gains of two neighbours nothing was found that is better 
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -24,13 +25,18 @@ class Borrowed(Parts):
     """
 
     def __init__(self, config: ElasticConfig, plan: Plan, members: Sequence[Owned]) -> None:
-        self._config, self._plan = config, plan
+        self._config, self._plan, self._all = config, plan, list(members)
         self._members = [one for one in members if not one.plan.is_layer_prefix]
         self._layers = {layer.index: self._nearest(layer) for layer in plan.layers}
         full = LayerPlan(index=0, ffn=plan.ffn, groups=plan.groups)
         sizes = {None: self._size(full)} | {one: self._mean(one.plan) for one in self._members}
         nearest = min(sizes, key=lambda one: abs(sizes[one] - self._mean(plan)))
         self.norm = None if nearest is None else nearest.norm
+
+    def is_of(self, plan: Plan, members: Sequence[Owned]) -> bool:
+        """Return whether this is what the member has of these."""
+        same = len(members) == len(self._all) and all(map(operator.is_, members, self._all))
+        return same and plan == self._plan
 
     def layer(self, index: int) -> OwnedLayer:
         """See `Parts`."""

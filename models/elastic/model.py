@@ -93,6 +93,7 @@ class ElasticLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.owned = nn.ModuleList()
+        self._borrowed: Borrowed | None = None  # by the last pass; its states, norm and head ask for it
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw normal weights; the two maps that write to the residual stream shrink with depth (GPT-2)."""
@@ -128,11 +129,13 @@ class ElasticLM(nn.Module):
         """
         if not len(self.owned):
             return None
-        plan = granularity.resolve(self.config)
-        owned = self.owned_by(granularity)
-        return (
-            Borrowed(self.config, plan, self.members) if owned is None and not plan.is_layer_prefix else owned
-        )
+        plan, members = granularity.resolve(self.config), self.members
+        owned = next((one for one in members if one.plan == plan), None)
+        if owned is not None or plan.is_layer_prefix:
+            return owned
+        if self._borrowed is None or not self._borrowed.is_of(plan, members):
+            self._borrowed = Borrowed(self.config, plan, members)
+        return self._borrowed
 
     @property
     def full(self) -> "ElasticLM":

@@ -39,8 +39,9 @@ from train.recipe.recipe import Recipe
 from train.recipe.sections import SamplerConfig
 from train.report.tables import training_table
 from train.run.dryrun import estimate_run
-from train.run.fit import make_config, make_model, training_precision
+from train.run.fit import make_config, make_model
 from train.run.malloc import keep_freed_memory
+from train.run.speed import training_precision
 
 PRODUCT_SIDE = 2048
 """Side of the square product whose rate is the roof: large enough to reach it, small enough for a second."""

@@ -26,8 +26,9 @@ from train.data.module import TextData
 from train.recipe.recipe import Recipe, load_recipe, load_saved_recipe
 from train.recipe.shipped import CONFIGS
 from train.report.tables import FAMILY_LEGEND, family_table
-from train.run.fit import fit, training_precision
+from train.run.fit import fit
 from train.run.identity import RECIPE_FILE
+from train.run.speed import training_precision
 
 RECIPE = CONFIGS / "demo.yaml"
 MEMBER = "S"

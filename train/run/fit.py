@@ -20,13 +20,11 @@ from models.checkpoint.folder import Member, save_model
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 from models.elastic.owning import own
-from models.machine.card import known_card, machine_card, training_dtype
 from models.machine.provenance import make_card
 from models.measure.consistency import evaluate_family
 from train.data.module import TextData
 from train.distill.open import open_teacher
 from train.distill.written import WrittenRows
-from train.objective.flops import count_step_flops
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
 from train.recipe.settings import as_table
@@ -46,6 +44,7 @@ from train.run.malloc import keep_freed_memory
 from train.run.metrics import MetricsLog
 from train.run.module import JointModule
 from train.run.run_folder import check_belongs, earlier_state, find_state, open_run
+from train.run.speed import full_speed, training_precision
 from train.run.start import (
     Start,
     check_start,
@@ -246,27 +245,6 @@ def train(
     log.close()
     module.model = gather_model(module.model, wanted=fabric.is_global_zero) or module.model
     return signals.training_ended()
-
-
-def training_precision(dtype: str) -> str:
-    """Return the dtype to train in: `auto` follows the measured machine card."""
-    return training_dtype(machine_card()) if dtype == "auto" else dtype
-
-
-def full_speed(recipe: Recipe, config: ElasticConfig) -> float | None:
-    """Return the tokens per second of one device that does the step's products at its measured rate.
-
-    None if it was not measured, or while other programs were busy.
-    """
-    card = known_card()
-    if card is None:
-        return None
-    device = card.cpu if recipe.trainer.accelerator == "cpu" else card.device
-    if card.busy and device is card.cpu:
-        return None
-    rate = device.dtypes[training_precision(recipe.dtype)].product_gflops * 1e9
-    tokens = recipe.trainer.rows_per_step * recipe.data.sequence_length
-    return rate * tokens / count_step_flops(recipe, config, check_taught(recipe))
 
 
 def make_callbacks(

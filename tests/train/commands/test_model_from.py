@@ -22,23 +22,6 @@ from train.recipe.recipe import load_recipe, load_saved_recipe
 from train.run.start import check_start, hash_tensors
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "dog",
-    "run",
-    "to",
-    "its",
-    "small",
-    "house",
-]
 Train = Callable[..., ModelFolder]
 QUICK = {
     "data.sequence_length": 32,
@@ -57,17 +40,14 @@ QUICK = {
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    picks = torch.randint(0, len(WORDS), (60, 60), generator=torch.Generator().manual_seed(0)).tolist()
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n<|endoftext|>\n".join(" ".join(WORDS[i] for i in row) for row in picks))
-    return path
+def text(write_words: Callable[[int], Path]) -> Path:
+    return write_words(60)
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def given(tmp_path_factory: pytest.TempPathFactory, corpus_words: list[str]) -> Path:
     """A model folder as a user has it: weights in bf16, a tokenizer, a template, a family of its own."""
-    tokenizer = train_bpe([" ".join(WORDS)] * 9, vocab_size=280)
+    tokenizer = train_bpe([" ".join(corpus_words)] * 9, vocab_size=280)
     config = ElasticConfig(
         vocab_size=288,  # wider than the tokenizer, as real models often are
         hidden_size=32,

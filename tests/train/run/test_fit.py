@@ -29,32 +29,10 @@ from train.run.fit import fit
 from train.run.lock import RunLock
 from train.run.metrics import read_metrics
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "dog",
-    "run",
-    "to",
-    "its",
-    "small",
-    "house",
-]
-
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(0, len(WORDS), (60, 80), generator=generator).tolist()
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n<|endoftext|>\n".join(" ".join(WORDS[i] for i in row) for row in picks))
-    return path
+def text(write_words: Callable[[int], Path]) -> Path:
+    return write_words(80)
 
 
 def make_recipe(text: Path, *overrides: str) -> Recipe:
@@ -172,7 +150,7 @@ def test_utilisation_is_a_share_of_the_measured_rate_if_there_is_one(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
 ) -> None:
     card = replace(measure_card(this_machine(), num_matrices=1, budget=0.0), busy=busy)
-    monkeypatch.setattr("train.run.fit.known_card", lambda: card)
+    monkeypatch.setattr("train.run.speed.known_card", lambda: card)
     recipe = make_recipe(text, "trainer.max_steps=2", "trainer.accumulate_grad_batches=2")
     model = load_model(run(recipe, tmp_path / "run")).model
     (line,) = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train")
