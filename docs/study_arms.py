@@ -67,32 +67,54 @@ def _preset(members: str, *overrides: str, change: str = "") -> Arm:
 
 
 ACCEPTANCE = "loss.divergence=neg_log_alpha"
+NARROW_ONLY = "loss.exit_gradient=0.3"
+GENTLE = ("loss.narrow_gradient=0.3", "owned.rank=8", "sampler.turns_power=0")
+"""What `even` was at first."""
+
+
+def _gentle(*overrides: str, change: str = "") -> Arm:
+    return Arm(
+        "gentle" + (f", {change}" if change else ""), (*_preset("even").overrides, *GENTLE, *overrides)
+    )
+
+
+def _lighter(*overrides: str, change: str = "") -> Arm:
+    gentle = ("loss.narrow_gradient=0.3", "sampler.turns_power=0")
+    return Arm(
+        "lighter" + (f", {change}" if change else ""), (*_preset("light").overrides, *gentle, *overrides)
+    )
+
+
 PRESETS = (
     _preset("even"),
     _preset("light"),
-    _preset("draft"),
-    _preset("even", ACCEPTANCE, "loss.exit_gradient=0.3", change="neg_log_alpha, exit_gradient 0.3"),
-    _preset("even", "loss.exit_gradient=0.3", change="exit_gradient 0.3"),
-    _preset("even", "sampler.turns={S: 2, L: 1}", change="turns 2:1"),
-    _preset("even", "sampler.turns={S: 3, L: 1}", change="turns 3:1"),
-    _preset("light", ACCEPTANCE, change="neg_log_alpha"),
-    _preset("light", "sampler.turns={S: 3, L: 1}", change="turns 3:1"),
+    Arm("draft", (*_preset("draft").overrides, "family.S=null", "family.L=null")),
+    _preset("even", "loss.narrow_gradient=1", NARROW_ONLY, "owned.rank=8", change="gradients 1, 0.3, rank 8"),
     _preset(
-        "light",
-        "loss.exit_gradient=1",
-        "sampler.turns={S: 3, L: 1}",
-        change="exit_gradient 1, turns 3:1",
+        "even", "loss.narrow_gradient=0.5", NARROW_ONLY, "owned.rank=8", change="gradients 0.5, 0.3, rank 8"
     ),
-    _preset("even", "loss.divergence=cross_entropy", change="cross_entropy"),
+    _preset(
+        "even", "loss.narrow_gradient=0.5", NARROW_ONLY, "owned.rank=32", change="gradients 0.5, 0.3, rank 32"
+    ),
+    _preset("even", "loss.narrow_gradient=1", change="narrow_gradient 1"),
+    _preset("even", "sampler.turns_power=0", change="turns_power 0"),
     _preset("even", "owned.rank=0", change="norms alone"),
     _preset("even", "owned.norms=false", "owned.rank=0", change="nothing owned"),
-    _preset("even", "loss.narrow_gradient=1", change="gradients x 1"),
-    _preset("even", "loss.narrow_gradient=0.1", "loss.exit_gradient=0.1", change="gradients x 0.1"),
-    _preset("even", "loss.fade_to=0.1", change="fade_to 0.1"),
-    _preset("even", "sampler.row_fraction=0.125", change="row_fraction 1/8"),
-    _preset(
-        "even", "sampler.row_fraction=0.5", "sampler.exit_stride=1", change="row_fraction 1/2, exit_stride 1"
-    ),
+    _preset("even", "loss.divergence=cross_entropy", change="cross_entropy"),
+    _preset("even", ACCEPTANCE, change="neg_log_alpha"),
+    _preset("light", "loss.narrow_gradient=1", change="narrow_gradient 1"),
+    Arm("draft, with S and L", _preset("draft").overrides),
+    Arm("draft, exit_stride 2, with S and L", (*_preset("draft").overrides, "sampler.exit_stride=2")),
+    Arm("draft, exit_gradient 0.5, with S and L", (*_preset("draft").overrides, "loss.exit_gradient=0.5")),
+    _gentle(),
+    _gentle(NARROW_ONLY, change="exit_gradient 0.3"),
+    _gentle(ACCEPTANCE, NARROW_ONLY, change="neg_log_alpha, exit_gradient 0.3"),
+    _gentle("sampler.turns={S: 2, L: 1}", change="turns 2:1"),
+    _gentle("sampler.turns={S: 3, L: 1}", change="turns 3:1"),
+    _lighter(),
+    _lighter(ACCEPTANCE, change="neg_log_alpha"),
+    _lighter("sampler.turns={S: 3, L: 1}", change="turns 3:1"),
+    _lighter("loss.exit_gradient=1", "sampler.turns={S: 3, L: 1}", change="exit_gradient 1, turns 3:1"),
 )
 
 ARMS = (

@@ -36,8 +36,12 @@ def count_parameters(config: ElasticConfig, granularity: Granularity = FULL) -> 
     Raises:
         UsageError: if the granularity does not fit (so do all functions here).
     """
-    layers = granularity.resolve(config).layers
-    return count_ends(config) + sum(_layer_weights(config, layer) for layer in layers)
+    return count_ends(config) + count_layer_parameters(config, granularity.resolve(config).layers)
+
+
+def count_layer_parameters(config: ElasticConfig, layers: Iterable[LayerPlan]) -> int:
+    """Return how many numbers a member's layers hold: all of it but the embedding, last norm and head."""
+    return sum(math.prod(shape) for layer in layers for shape in layer.shapes(config).values())
 
 
 def count_flops(
@@ -127,7 +131,7 @@ def estimate_training_bytes(
         owned: weights that members have for themselves, which are gathered for the whole step.
     """
     parameters = count_parameters(config)
-    layer = _layer_weights(config, FULL.resolve(config).layers[0])
+    layer = count_layer_parameters(config, FULL.resolve(config).layers[:1])
     gathered = 0 if shards == 1 else min(parameters, count_ends(config) + 2 * layer)
     gathered += 0 if shards == 1 else owned
     held = -(-(parameters + owned) // shards)
@@ -212,7 +216,7 @@ def count_step_traffic(
     gathered = 0
     for granularity in passes:
         for layer in granularity.resolve(config).layers:
-            gathered += 2 * _layer_weights(config, full[layer.index])
+            gathered += 2 * count_layer_parameters(config, [full[layer.index]])
     return StepTraffic(
         gathered=4 * micro_batches * (ends + gathered), scattered=4 * micro_batches * parameters
     )
@@ -222,10 +226,6 @@ def count_ends(config: ElasticConfig) -> int:
     """Return how many numbers there are in the embedding, the final norm and the vocabulary head."""
     embedding = config.vocab_size * config.hidden_size
     return embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
-
-
-def _layer_weights(config: ElasticConfig, layer: LayerPlan) -> int:
-    return sum(map(math.prod, layer.shapes(config).values()))
 
 
 def _matrix_weights(config: ElasticConfig, layer: LayerPlan) -> int:

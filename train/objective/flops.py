@@ -4,7 +4,7 @@ import statistics
 
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_flops
-from train.objective.sampler import StepPlan, plan_step
+from train.objective.sampler import StepPlan, plan_step, resolve_turns
 from train.objective.teacher import TeacherShape
 from train.recipe.recipe import FULL_NAME, Recipe
 
@@ -16,10 +16,11 @@ def first_plans(recipe: Recipe, config: ElasticConfig) -> list[StepPlan]:
     """Return the sampler's plans of the first steps."""
     members = {name: one.resolve(config) for name, one in recipe.granularities.items()}
     num_rows = recipe.trainer.rows_per_step
+    sampler = resolve_turns(recipe.sampler, recipe.granularities, config)
     return [
         plan_step(
             members,
-            recipe.sampler,
+            sampler,
             seed=recipe.seed,
             step=step,
             num_rows=num_rows,

@@ -15,9 +15,11 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from models.elastic.granularity import Plan
+from models.elastic.config import ElasticConfig
+from models.elastic.count import count_layer_parameters
+from models.elastic.granularity import Granularity, Plan
 from train.recipe.sections import SamplerConfig
 
 
@@ -117,8 +119,9 @@ def plan_step(
     if config.kind == "rows":
         size = min(config.min_rows, num_rows)
         # `row_fraction` of the rows, in slots of `min_rows`: 1/16 of 16 rows is a slot of 4 in every 4th step
-        turns = [name for name in narrow for _ in range((config.turns or {}).get(name, 1))]
-        counts = _count_slots(turns, config.row_fraction * num_rows / size, seed, step)
+        turns = config.turns or {}
+        cycle = [name for name in narrow for _ in range(turns.get(name, 1))]
+        counts = _count_slots(cycle, config.row_fraction * num_rows / size, seed, step)
         rows_of = _divide(counts, size, num_rows)
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
     every = config.exit_stride if config.kind == "rows" else 1
@@ -130,6 +133,39 @@ def plan_step(
         exit_offset=rng.randrange(every),
         exit_weight=weight * every**config.weight_power,  # N/n of `_slot` is the stride here
     )
+
+
+def resolve_turns(
+    sampler: SamplerConfig, members: Mapping[str, Granularity], config: ElasticConfig
+) -> SamplerConfig:
+    """Return the sampler with `turns` for each narrow member of the model, as `turns_power` says.
+
+    >>> config = ElasticConfig(
+    ...     vocab_size=8,
+    ...     hidden_size=16,
+    ...     intermediate_size=64,
+    ...     num_hidden_layers=4,
+    ...     num_attention_heads=4,
+    ...     num_key_value_heads=2,
+    ... )
+    >>> members = {name: Granularity.parse(f"ffn={ffn}") for name, ffn in {"S": 0.125, "L": 0.5}.items()}
+    >>> resolve_turns(SamplerConfig(turns_power=1.0), members, config).turns
+    {'S': 2, 'L': 1}
+    """
+    plans = {name: granularity.resolve(config) for name, granularity in members.items()}
+    sizes = {
+        name: count_layer_parameters(config, plan.layers)
+        for name, plan in plans.items()
+        if not plan.is_layer_prefix
+    }
+    if sampler.turns is not None or sampler.kind != "rows" or not sizes:
+        return sampler
+    most = max(sizes.values())
+    parts = {name: (most / size) ** sampler.turns_power for name, size in sizes.items()}
+    # Whole numbers that are small make a short cycle: 3 for the largest member are near enough.
+    turns = {name: round(3 * part) for name, part in parts.items()}
+    divisor = math.gcd(*turns.values())
+    return replace(sampler, turns={name: count // divisor for name, count in turns.items()})
 
 
 def _count_slots(names: list[str], slots_per_step: float, seed: int, step: int) -> Counter[str]:

@@ -36,14 +36,15 @@ KEYS = {
 # What each costs and brings is measured in docs/results/study.
 _GENTLE = {
     "loss.divergence": "forward_kl",
-    "loss.narrow_gradient": 0.3,
+    "loss.narrow_gradient": 0.7,
     "loss.fade_to": 1.0,
     "owned.norms": True,
     "sampler.exit_stride": 4,
+    "sampler.turns_power": 1.0,
 }
 MEMBERS: Mapping[str, Mapping[str, Any]] = {
     "light": {**_GENTLE, "loss.exit_gradient": 0.3, "owned.rank": 0, "sampler.row_fraction": 0.125},
-    "even": {**_GENTLE, "loss.exit_gradient": 1.0, "owned.rank": 8, "sampler.row_fraction": 0.375},
+    "even": {**_GENTLE, "loss.exit_gradient": 1.0, "owned.rank": 16, "sampler.row_fraction": 0.375},
     "draft": {
         "family": {"D": "layers=0-1", "E": "layers=0"},
         "loss.divergence": "neg_log_alpha",

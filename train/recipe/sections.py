@@ -97,8 +97,10 @@ class SamplerConfig:
     block: Count = 5
     """Drafted tokens of a block in shared-cache training."""
     turns: Annotated[dict[str, Count] | None, BeforeValidator(without_nulls)] = None
-    """Rows of each member by name (kind rows), relative to those of the others; null: all alike. A small
-    member costs less and needs more."""
+    """Rows of each member by name (kind rows), relative to those of the others; null: by `turns_power`."""
+    turns_power: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Members get rows (kind rows) by the parameters of their layers to the power of minus this: with 0 all
+    have as many, with 1 one of half the size has twice as many, as it costs half as much and needs more."""
     probabilities: Annotated[dict[str, NonNegative] | None, BeforeValidator(without_nulls)] = None
     """Weight of each member by name (kind random); null: all alike."""
     num_random: Natural = 1
@@ -112,7 +114,7 @@ class OwnedConfig:
     norms: bool = True
     """Give each member its own gains in the norms of the layers that it runs, and in the last norm. A prefix
     of the layers at full width, an early exit, has the last one alone."""
-    rank: Natural = 8
+    rank: Natural = 16
     """Rank of each narrow member's own low-rank addition to each of its matrices (LoRA); 0: none."""
     alpha: NonNegative = 0.0
     """Additions are scaled by alpha / rank, as LoRA's; 0: by 1."""
@@ -166,7 +168,7 @@ class LossConfig:
     """Fraction of that weight that is left at the end; 1: all of it."""
     text_weight: Fraction = 0.0
     """Fraction of the cross-entropy that stays when the ramp is over."""
-    narrow_gradient: Positive = 0.3
+    narrow_gradient: Positive = 0.7
     """Factor of the gradients that members with a pass of their own send into the layers, which they share
     with the full model. What they own learns at the full rate, whatever this is."""
     exit_gradient: Positive = 1.0

@@ -21,7 +21,7 @@ from train.data.batch import Batch
 from train.distill.written import WrittenRows
 from train.objective.joint_loss import joint_loss
 from train.objective.losses import fade, held_config
-from train.objective.sampler import plan_step
+from train.objective.sampler import plan_step, resolve_turns
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
 from train.run.fsdp import gather, shard
@@ -59,6 +59,7 @@ class JointModule(pl.LightningModule):
         self.members = dict(members)
         self.plans = {name: granularity.resolve(model.config) for name, granularity in members.items()}
         self.recipe = recipe
+        self.sampler = resolve_turns(recipe.sampler, members, model.config)
         self.first_step = first_step
         self.guard = Guard(recipe.optim.skip_sigma, guard)
         # In a tuple, and so no submodule: nothing that is optimised, clipped, saved or sharded.
@@ -97,7 +98,7 @@ class JointModule(pl.LightningModule):
             batch = self.written.mix(batch, self.model, self.members)
         plan = plan_step(
             self.plans,
-            recipe.sampler,
+            self.sampler,
             seed=recipe.seed,
             step=batch.step,
             num_rows=batch.num_rows,

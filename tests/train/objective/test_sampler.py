@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.elastic.config import ElasticConfig
-from models.elastic.granularity import Granularity, Plan
+from models.elastic.count import count_layer_parameters
+from models.elastic.granularity import FULL, Granularity, Plan
 from train.objective import sampler
-from train.objective.sampler import StepPlan, plan_step
+from train.objective.sampler import StepPlan, plan_step, resolve_turns
 from train.recipe.sections import SamplerConfig
 
 SHAPE = ElasticConfig(
@@ -71,6 +72,24 @@ def test_members_have_rows_by_their_turns() -> None:
             assert len(taken) == len(set(taken))
         assert rows["S"] == pytest.approx(3 * rows["M"], abs=6)
         assert rows["M"] == pytest.approx(rows["L"], abs=3)
+
+
+def test_a_member_of_half_the_size_has_twice_the_rows() -> None:
+    members = {name: Granularity.parse(text) for name, text in {"S": "ffn=0.25", "D": "layers=0"}.items()}
+    members["H"] = Granularity.parse("layers=1-2")
+    members["XL"] = FULL
+    sizes = {name: count_layer_parameters(SHAPE, one.resolve(SHAPE).layers) for name, one in members.items()}
+    for power in (0.0, 1.0, 2.0):
+        turns = resolve_turns(SamplerConfig(turns_power=power), members, SHAPE).turns
+        assert turns is not None
+        assert set(turns) == {"S", "H"}, "early exits take no rows"
+        ratio = (sizes["H"] / sizes["S"]) ** power
+        assert turns["S"] / turns["H"] == pytest.approx(ratio, rel=0.25)
+
+
+def test_turns_by_name_stand() -> None:
+    chosen = SamplerConfig(turns={"S": 7})
+    assert resolve_turns(chosen, {"S": Granularity.parse("ffn=0.25")}, SHAPE) == chosen
 
 
 def test_no_stride_of_steps_sees_the_same_member_for_ever() -> None:
