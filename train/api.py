@@ -20,7 +20,7 @@ from train.data.tokens import load_rows_for
 from train.recipe.recipe import load_recipe
 from train.recipe.shipped import find_recipe
 from train.run.fit import fit
-from train.search.members import Result
+from train.search.found import Result
 
 
 def train(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from models.elastic.granularity import Granularity
     from models.measure.latency import LatencyTable
     from train.search.budgets import Budget, Cost
-    from train.search.members import Result
+    from train.search.found import Result
     from train.search.space import Space
 
 MAX_SEQUENCE_LENGTH = 1024

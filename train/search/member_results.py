@@ -7,7 +7,7 @@ from models.base.numbers import NOTHING
 from models.base.table import Table
 from models.elastic.granularity import FULL
 from train.search.budgets import show_cost
-from train.search.members import Found, Result
+from train.search.found import Found, Result
 
 LEGEND = (
     "predicted: before it was measured; loss: measured, nats per token; +-: standard error of its distance\n"

@@ -13,7 +13,8 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.measure.token_losses import TokenLosses
 from train.search.budgets import cost_of, parse_budgets
-from train.search.members import MemberSearch, Result
+from train.search.found import Result
+from train.search.members import MemberSearch
 from train.search.space import Choice, Option, Space
 
 FAMILY = {
