@@ -6,14 +6,20 @@
     layers      do not add up, so that each set of layers has a measured loss of its own, at full width and
                 narrowest, between which its s_i are scaled
 
-The sum is good enough to find candidates, and no more: candidates are then measured.
+    steps       a sum does not know that neighbours of very different widths lose more together; once members
+                were measured, a second fit has a term for each step between neighbours
+
+The sum is what a knapsack needs, and good enough to find candidates: the second fit predicts what they lose,
+and they are then measured.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.decode.tune.timing import rising
 from models.elastic.granularity import FULL, Granularity
@@ -26,6 +32,8 @@ CANDIDATES = 6
 """Removals that are tried at a step otherwise."""
 DOUBT = 0.3
 """Standard deviation of what a sensitivity is off by, as a fraction of it."""
+STEP_DOUBT = 1 / 6
+"""Likewise of a step over the whole range of widths, as a fraction of what the narrowest member loses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,46 +45,83 @@ class Proxy:
         sensitivities: layer -> option -> loss above the full model's.
         offsets: set of layers -> what it loses at full width.
         factors: set of layers -> the factor of its layers' sensitivities.
+        joint: sensitivities that go with `steps`; empty before members were measured.
+        steps: layer -> what the widest step to the layer that runs next loses.
     """
 
     full: float
     sensitivities: Sequence[Mapping[Option, float]]
     offsets: Mapping[Layers, float]
     factors: Mapping[Layers, float]
-
-    def parts(self, choice: Choice) -> list[float]:
-        """Return what each layer of a member loses."""
-        factor = self.factors[choice.layers]
-        pairs = zip(choice.layers, choice.options, strict=True)
-        return [factor * self.sensitivities[layer][option] for layer, option in pairs]
+    joint: Sequence[Mapping[Option, float]] = ()
+    steps: Sequence[float] = ()
 
     def predict(self, choice: Choice) -> float:
         """Return the predicted loss of a member."""
-        return self.full + self.offsets[choice.layers] + sum(self.parts(choice))
+        steps = sum(size * self.steps[layer] for layer, size in self._steps(choice)) if self.steps else 0.0
+        return self._sum(choice, self.joint or self.sensitivities) + steps
+
+    def _sum(self, choice: Choice, sensitivities: Sequence[Mapping[Option, float]]) -> float:
+        pairs = zip(choice.layers, choice.options, strict=True)
+        total = sum(sensitivities[layer][option] for layer, option in pairs)
+        return self.full + self.offsets[choice.layers] + self.factors[choice.layers] * total
+
+    def _steps(self, choice: Choice) -> list[tuple[int, float]]:
+        """Return layers, and by how much of the whole range the width changes behind them."""
+        least = min(option.ffn for option in self.sensitivities[0])
+        if least == 1.0:
+            return []
+        neighbours = zip(choice.layers, choice.options, choice.options[1:], strict=False)
+        return [
+            (layer, abs(math.log(one.ffn / other.ffn) / math.log(least))) for layer, one, other in neighbours
+        ]
 
     def corrected(self, measured: Mapping[Choice, float]) -> "Proxy":
-        """Return the proxy whose sensitivities explain measured losses best, without going far (ridge)."""
+        """Return the proxy whose fits explain measured losses best, without going far (ridge)."""
         keys = [(layer, option) for layer, options in enumerate(self.sensitivities) for option in options]
         place = {key: number for number, key in enumerate(keys)}
-        doubts = np.array([self._doubt(layer, option) for layer, option in keys])
-        features = np.zeros((len(measured), len(keys)))
+        num_steps = len(self.sensitivities) - 1
+        features = np.zeros((len(measured), len(keys) + num_steps))
         for row, choice in enumerate(measured):
             for layer, option in zip(choice.layers, choice.options, strict=True):
                 features[row, place[layer, option]] = self.factors[choice.layers]
-        residuals = np.array([loss - self.predict(choice) for choice, loss in measured.items()])
-        scaled = features * doubts
-        ridge = np.eye(len(keys)) * (float(residuals.std()) / 4 + 1e-6) ** 2
-        changes = doubts * np.linalg.solve(scaled.T @ scaled + ridge, scaled.T @ residuals)
-        sensitivities = [
+            for layer, size in self._steps(choice):
+                features[row, len(keys) + layer] = size
+        doubts = [self._doubt(layer, option) for layer, option in keys]
+        worst = max(sum(one[option] for one in self.sensitivities) for option in self.sensitivities[0])
+        every = np.array([*doubts, *[STEP_DOUBT * worst] * num_steps])
+        residuals = np.array([loss - self._sum(one, self.sensitivities) for one, loss in measured.items()])
+        alone = _ridge(features[:, : len(keys)], residuals, every[: len(keys)])
+        together = _ridge(features, residuals, every)
+        return dataclasses.replace(
+            self,
+            sensitivities=self._changed(place, alone),
+            joint=self._changed(place, together),
+            steps=together[len(keys) :].tolist(),
+        )
+
+    def _changed(
+        self, place: Mapping[tuple[int, Option], int], changes: NDArray[np.float64]
+    ) -> list[dict[Option, float]]:
+        return [
             {option: value + float(changes[place[layer, option]]) for option, value in options.items()}
             for layer, options in enumerate(self.sensitivities)
         ]
-        return dataclasses.replace(self, sensitivities=sensitivities)
 
     def _doubt(self, layer: int, option: Option) -> float:
         """Return how far a sensitivity may be off: in proportion to itself, and to the layers' mean."""
         mean = sum(one[option] for one in self.sensitivities) / len(self.sensitivities)
         return DOUBT * (self.sensitivities[layer][option] + mean)
+
+
+def _ridge(
+    features: NDArray[np.float64], residuals: NDArray[np.float64], doubts: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the changes, each about as large as its doubt, that explain residuals."""
+    scaled = features * doubts
+    ridge = np.eye(len(doubts)) * (float(residuals.std()) / 4 + 1e-6) ** 2
+    changes: NDArray[np.float64] = doubts * np.linalg.solve(scaled.T @ scaled + ridge, scaled.T @ residuals)
+    return changes
 
 
 def measure_proxy(
