@@ -6,9 +6,10 @@ replaced   any other says that it lacks what a pass follows, and is sent everyth
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from websockets.sync.client import ClientConnection
@@ -29,6 +30,8 @@ from models.serve.states import (
     unpack_answer,
 )
 
+AHEAD = 4
+"""Passes of a long prompt that are sent before the first answer is here, so that its round trip is hidden."""
 MOST_FACTS = 2**20
 """Bytes of a stage's first answer."""
 
@@ -124,6 +127,15 @@ def describe(peer: StagePeer) -> Facts:
             patience.wait(error)
 
 
+class _Sent(NamedTuple):
+    """A pass on its way."""
+
+    number: int
+    start: int
+    stop: int
+    num_last: int
+
+
 class Hop:
     """A text's connection to a stage, or to one that stands in for it.
 
@@ -196,32 +208,36 @@ class Hop:
 
     def _send(self, socket: ClientConnection, base: int, end: int, num_last: int) -> bytes | None:
         """Return the rows of the last positions; None if the stage lacks what they follow."""
-        rows = b""
+        sent, answers = deque[_Sent](), list[States | Lacks]()
         for start in range(base, end, MAX_ROWS):
+            if len(sent) == AHEAD:
+                answers.append(self._receive(socket, sent.popleft()))
             stop = min(start + MAX_ROWS, end)
             wanted = min(stop - start, max(0, stop - (end - num_last)))
-            answer = self._answer(socket, start, stop, wanted)
-            if isinstance(answer, Lacks):
-                return None
-            rows += answer.rows
-        return rows
+            sent.append(self._send_pass(socket, start, stop, wanted))
+        answers += [self._receive(socket, one) for one in sent]
+        left = [one.rows for one in answers if isinstance(one, States)]
+        return b"".join(left) if len(left) == len(answers) else None
 
-    def _answer(self, socket: ClientConnection, start: int, stop: int, num_last: int) -> States | Lacks:
+    def _send_pass(self, socket: ClientConnection, start: int, stop: int, num_last: int) -> "_Sent":
         self._number += 1
         block = bytes(memoryview(self._entered)[start * self._row : stop * self._row])
-        digests = self._chain.digests
-        socket.send(StagePass(self._number, start, digests[start], num_last, block).pack(self._size))
+        one = StagePass(self._number, start, self._chain.digests[start], num_last, block)
+        socket.send(one.pack(self._size))
+        return _Sent(self._number, start, stop, num_last)
+
+    def _receive(self, socket: ClientConnection, sent: "_Sent") -> States | Lacks:
         frame = socket.recv(self._peer.timeout)
         if isinstance(frame, str):
             checked(frame)
             raise WireError(f"--stages {self._peer.url}: the stage sent what is no answer")
         answer = unpack_answer(frame, self._size)
         self._has_answered = True
-        if answer.number != self._number:
+        if answer.number != sent.number:
             raise Lost("an answer is missing")
         if isinstance(answer, States):
-            right = answer.base == start and answer.digest == digests[stop]
-            if not right or len(answer.rows) != num_last * self._row:
+            right = answer.base == sent.start and answer.digest == self._chain.digests[sent.stop]
+            if not right or len(answer.rows) != sent.num_last * self._row:
                 raise NestlingError(
                     f"--stages {self._peer.url}: the stage answers another pass than was asked"
                 )
