@@ -29,9 +29,9 @@ from models.elastic.model import ElasticLM
 from models.elastic.owning import copy_owned
 from models.elastic.view import View
 
-# Both sides compute in fp32 but may add in another order; this is some hundred roundings of 6e-8,
-# relative to the largest logit.
-LOGITS_TOLERANCE = 1e-5
+# Both sides compute in fp32 but may add in another order; this is some hundred roundings of 6e-8, relative to
+# the largest logit, where layers are cut that nobody has healed (10 of SmolLM2's 30: 1.1e-5).
+LOGITS_TOLERANCE = 5e-5
 
 
 @dataclass(frozen=True, kw_only=True)
