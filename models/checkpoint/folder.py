@@ -226,7 +226,7 @@ def save_model(
         fields = layout.fields
     for granularity in family.values():
         granularity.resolve(model.config)
-    if tokenizer is not None:
+    if tokenizer is not None and not (like and (like / TOKENIZER).is_file()):  # which was checked when read
         _check_vocabulary(tokenizer, model.config, "the tokenizer")
     with write_folder(path, marker=FAMILY_FILE) as folder:
         write_json(folder / "config.json", fields)

@@ -31,6 +31,7 @@ api: Any = typed_api  # callers without a type checker
         (lambda out: api.search(out, "stdlib", ["size=1"]), "'size' is not counted"),
         (lambda out: api.search(out, "stdlib", ["params=0.5"], evaluations=0), "--evaluations must be"),
         (lambda out: api.extract(out, 3, out), "granularity=3 is no text"),
+        (lambda out: api.extract(out, "S", out, dtype="int2"), "is not one of int8, int4"),
         (lambda out: api.extract(None, "S", out), "model=None is no path"),
     ],
 )

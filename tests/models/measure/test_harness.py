@@ -44,6 +44,7 @@ doc_to_target: "{{{{choices[0]}}}}"
 generation_kwargs: {{until: ["."], max_gen_toks: 8, do_sample: false}}
 metric_list: [{{metric: exact_match}}]
 """
+COUNTED = ("acc", "acc_norm", "exact_match")
 needs_harness = pytest.mark.skipif(not is_installed(), reason="needs the extra `eval`")
 
 
@@ -139,4 +140,6 @@ def test_scores_in_place_are_those_of_the_hf_loader_on_the_extraction(tmp_path: 
         for name in names:
             for measure, score in ours[name].items():
                 given = theirs[name].get(f"{measure},none", theirs[name].get(measure))
-                assert score == pytest.approx(given, rel=1e-5), (name, measure)
+                if measure in COUNTED:  # of decisions, which are the same
+                    assert score == given, (name, measure)
+                assert score == pytest.approx(given, rel=1e-5), (name, measure)  # sums of another order
