@@ -66,7 +66,7 @@ class Relay:
         left = _Countdown(self._link.cut_after if is_cut else None)
         try:
             theirs, ours = await asyncio.open_connection(self._host, self._port)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             writer.transport.abort()
             return
         ways = [
@@ -77,11 +77,13 @@ class Relay:
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
-            for end in (writer, ours):
-                end.transport.abort() if left.over.is_set() else end.close()
+            try:
+                for way in ways:
+                    way.cancel()
+                await asyncio.gather(*ways, return_exceptions=True)
+            finally:  # the relay may be stopped meanwhile
+                for end in (writer, ours):
+                    end.transport.abort() if left.over.is_set() else end.close()
 
     async def _pass_on(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: "_Countdown"

@@ -86,6 +86,7 @@ class Worker:
         self._tasks: dict[int, Task] = {}
         self._prefixes = Prefixes(limits.kv_bytes)
         self._live: dict[int, LiveText] = {}
+        self._num_beginning = 0  # taken from the queue, and not live yet
         self._num_jobs = 0
         self._calls: list[Callable[[], None]] = []
         # torch's number of threads is each thread's own
@@ -116,7 +117,7 @@ class Worker:
         with self._wake:
             if self._stops:
                 raise Stopped("the server stops; ask another one")
-            idle = self.limits.batch - len(self._live)
+            idle = self.limits.batch - len(self._live) - self._num_beginning
             if len(self._queue) + len(jobs) > self.limits.queue + max(0, idle):
                 raise Busy(
                     f"the server is busy: {len(self._queue)} texts wait already; try again later",
@@ -213,10 +214,11 @@ class Worker:
                     # sessions of devices have the memory: nothing that runs here will free it
                     self._is_stuck = not self._live and not self._tasks
                     break
-                job = self._queue.popleft()
+                job, self._num_beginning = self._queue.popleft(), 1
             try:
                 self._begin(job)
             except Exception as error:  # of this text alone, whose client would wait forever
+                self._num_beginning = 0
                 logger.exception("a text could not begin")
                 self._calls.append(partial(job.send, Update(error=error)))
         self._metrics.queued, self._metrics.running = len(self._queue), len(self._live)
@@ -249,7 +251,8 @@ class Worker:
         self._prefixes.add(text)
         job.report = request.report
         builder = TextBuilder(job.tokenizer, job.prompt_ids, job.config.stop_texts)
-        self._live[number] = LiveText(job, text, builder)
+        with self._wake:
+            self._live[number], self._num_beginning = LiveText(job, text, builder), 0
         self._metrics.prompt_tokens += len(job.prompt_ids)
         self._metrics.shared_tokens += job.num_shared
         self._scheduler.add(number, _guarded(decode(request)))

@@ -112,6 +112,7 @@ def relaying(url: str, link: Link) -> Iterator[tuple[str, Relay]]:
     finally:
         stops[0]()
         thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 class Passes:

@@ -85,7 +85,7 @@ def test_over_tls_a_device_trusts_a_certificate_that_it_was_given(
         response = httpx.get(f"{served.url}/health", verify=context)
         assert response.status_code == 200
         config = GenerationConfig(max_new_tokens=8, eos_token_ids=())
-        known = Remote(url=served.url.replace("https", "wss"), token=TOKEN, ca=cert)
+        known = Remote(url=served.url.replace("https", "wss"), token=TOKEN, ca=cert, timeout=120)
         tokens = stream_remote(known, decoder.folder.model, decoder.tokenizer, [1, 2], config)
         ours = stream(decoder.folder.model, [1, 2], config)
         assert [token.id for token in tokens] == [token.id for token in ours]

@@ -62,6 +62,11 @@ def alone(decoder: Decoder, ids: list[int], config: GenerationConfig) -> list[in
     return [token.id for token in stream(decoder.folder.model, ids, config)]
 
 
+def far(url: str, **settings: Any) -> Remote:
+    """A server, for which a device waits as long as a busy machine may need."""
+    return Remote(url=url, timeout=PATIENCE, **settings)
+
+
 def split(
     remote: Remote, member: ElasticLM, decoder: Decoder, ids: list[int], config: GenerationConfig
 ) -> Any:
@@ -85,7 +90,7 @@ def test_the_text_is_that_of_one_machine_for_any_block_and_window(
     wait_until: Wait,
 ) -> None:
     ids = decoder.tokenizer.encode("a text that two machines write").ids
-    remote = Remote(url=ws(verifying), gamma=gamma, window=window)
+    remote = far(ws(verifying), gamma=gamma, window=window)
     found, report = split(remote, member, decoder, ids, config_of(params))
     assert found == alone(decoder, ids, config_of(params))
     assert report.num_tokens == SIZE
@@ -101,13 +106,15 @@ def test_the_text_is_the_same_over_a_far_network(
 ) -> None:
     ids = decoder.tokenizer.encode("far").ids
     with relayed(ws(verifying), Link(rtt=0.02, jitter=0.01, rate=1e6)) as (url, _):
-        found, _ = split(Remote(url=url, window=4), member, decoder, ids, config_of(params))
+        found, _ = split(far(url, window=4), member, decoder, ids, config_of(params))
     assert found == alone(decoder, ids, config_of(params))
 
 
+@pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("cut_after", [1, 2, 3, 4, 5, 6, 7, 8, 12, 17])
 def test_a_connection_may_be_cut_after_any_message(
     cut_after: int,
+    window: int,
     verifying: Any,
     member: ElasticLM,
     decoder: Decoder,
@@ -118,9 +125,12 @@ def test_a_connection_may_be_cut_after_any_message(
     ids = decoder.tokenizer.encode("cut").ids
     config = config_of(WAYS[1])
     with relayed(ws(verifying), Link(cut_after=cut_after, cuts=2)) as (url, relay):
-        found, _ = split(Remote(url=url, window=2), member, decoder, ids, config)
+        found, _ = split(far(url, window=window), member, decoder, ids, config)
     assert found == alone(decoder, ids, config)
-    assert relay.num_connections == 3
+    if window == 1:  # each message waits for the one before
+        assert relay.num_connections == 3
+    else:  # two rounds on their way may be one block, so that a cut comes later
+        assert relay.num_connections in (2, 3)
 
 
 def test_another_server_of_the_model_goes_on_with_the_text(
@@ -130,7 +140,7 @@ def test_another_server_of_the_model_goes_on_with_the_text(
     found, urls = list[int](), list[str]()
     with start(decoder, verifies=True) as first, start(decoder, verifies=True) as second:
         urls += [ws(first), ws(second)]
-        remote = Remote(url=urls[0])
+        remote = far(urls[0])
         object.__setattr__(remote, "connect", lambda *where: replace(remote, url=urls[0]).connect(*where))
         tokens = stream_remote(remote, member, decoder.tokenizer, ids, config)
         found += [next(tokens).id for _ in range(20)]
@@ -160,17 +170,24 @@ def opening(decoder: Decoder, ids: list[int], **changes: Any) -> str:
     return json.dumps(asked | changes)
 
 
+def opened(served: Any, **settings: Any) -> ClientConnection:
+    """A connection to a server that verifies."""
+    url = f"{ws(served)}/v1/verify"
+    connection: ClientConnection = connect(url, open_timeout=None, close_timeout=1, **settings)
+    return connection
+
+
 def answer_of(socket: ClientConnection) -> Reply:
-    frame = socket.recv()
+    frame = socket.recv(PATIENCE)
     assert isinstance(frame, bytes), frame
     return Reply.unpack(frame)
 
 
 def test_a_round_that_comes_twice_is_computed_once(verifying: Any, decoder: Decoder) -> None:
     ids = decoder.tokenizer.encode("twice").ids
-    with connect(f"{ws(verifying)}/v1/verify") as socket:
+    with opened(verifying) as socket:
         socket.send(opening(decoder, ids))
-        text = [*ids, *json.loads(socket.recv())["committed_ids"]]
+        text = [*ids, *json.loads(socket.recv(PATIENCE))["committed_ids"]]
         right = alone(decoder, ids, replace(config_of(WAYS[0], seed=0), max_new_tokens=30))
         block = Round(0, len(text), Chain(text).digests[-1], [right[1], right[2], (right[3] + 1) % 257])
         replies = []
@@ -219,12 +236,9 @@ def test_any_frames_are_answered_or_refused(
     @settings(max_examples=num_cases, suppress_health_check=[*HealthCheck], deadline=None)
     @given(OPENINGS, st.lists(FRAMES, max_size=6))
     def any_frames(changes: dict[str, Any], frames: list[bytes | str]) -> None:
-        with (
-            contextlib.suppress(ConnectionClosed),
-            connect(f"{ws(verifying)}/v1/verify", open_timeout=None, close_timeout=1) as socket,
-        ):
+        with contextlib.suppress(ConnectionClosed), opened(verifying) as socket:
             socket.send(opening(decoder, ids, **changes))
-            if "error" in json.loads(socket.recv()):
+            if "error" in json.loads(socket.recv(PATIENCE)):
                 return
             for frame in frames:
                 socket.send(frame)
@@ -243,7 +257,7 @@ def test_any_frames_are_answered_or_refused(
 
 @pytest.mark.parametrize("first", [b"\x00", "[]", "", "x"])
 def test_a_connection_that_begins_otherwise_is_told_so(first: bytes | str, verifying: Any) -> None:
-    with connect(f"{ws(verifying)}/v1/verify", open_timeout=None, close_timeout=1) as socket:
+    with opened(verifying) as socket:
         socket.send(first)
         assert json.loads(socket.recv(PATIENCE))["error"].startswith("open: ")
 
@@ -252,9 +266,9 @@ def test_a_session_that_nobody_comes_back_for_is_freed(
     verifying: Any, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
 ) -> None:
     monkeypatch.setattr("models.serve.sockets.LEASE", -1.0)
-    with connect(f"{ws(verifying)}/v1/verify") as socket:
+    with opened(verifying) as socket:
         socket.send(opening(decoder, [1, 2, 3]))
-        assert json.loads(socket.recv())["session"] in verifying.server.verifier.sessions
+        assert json.loads(socket.recv(PATIENCE))["session"] in verifying.server.verifier.sessions
     wait_until(lambda: not verifying.server.verifier.sessions)
 
 
@@ -263,7 +277,7 @@ def test_a_device_that_leaves_before_it_is_answered_leaves_nothing_for_longer_th
 ) -> None:
     with start(decoder, verifies=True) as served:
         sessions = served.server.verifier.sessions
-        with connect(f"{ws(served)}/v1/verify", close_timeout=1) as socket:
+        with opened(served) as socket:
             socket.send(opening(decoder, [1, 2, 3]))
             wait_until(lambda: served.server.worker._tasks)
         passes.let_all()
@@ -282,24 +296,24 @@ def test_a_text_waits_at_rest_while_sessions_have_the_memory(decoder: Decoder, s
             return bool(has_room(job))
 
         worker._has_room = look
-        with connect(f"{ws(served)}/v1/verify", open_timeout=None) as socket:
+        with opened(served) as socket:
             socket.send(opening(decoder, [1, 2, 3]))
-            assert "session" in json.loads(socket.recv())
+            assert "session" in json.loads(socket.recv(PATIENCE))
             text = pool.submit(served.text, "abc", max_tokens=20)
-            assert waits.wait(60)
+            assert waits.wait(PATIENCE)
             for _ in range(10):
                 assert served.http.get("/health").status_code == 200
             assert len(looks) == 1
             assert not text.done()
             socket.send("bye")
-            assert text.result(60)
+            assert text.result(PATIENCE)
         assert len(looks) <= 3
 
 
 def test_what_differs_is_named_with_both_values(verifying: Any, member: ElasticLM, decoder: Decoder) -> None:
     other = type(decoder.tokenizer).from_str(decoder.tokenizer.to_str())
     other.add_tokens(["another"])
-    tokens = stream_remote(Remote(url=ws(verifying)), member, other, [1, 2], config_of(WAYS[0]))
+    tokens = stream_remote(far(ws(verifying)), member, other, [1, 2], config_of(WAYS[0]))
     with pytest.raises(NestlingError, match=r"tokenizer: the client has \w+, the server \w+"):
         next(tokens)
 
@@ -312,8 +326,8 @@ def test_a_server_that_is_away_is_told_and_a_token_is_asked_for(
         next(stream_remote(away, member, decoder.tokenizer, [1], config_of(WAYS[0])))
     with start(decoder, verifies=True, address=Address(port=0, token="0123456789abcdef")) as served:
         with pytest.raises(NestlingError, match="refuses"):
-            next(stream_remote(Remote(url=ws(served)), member, decoder.tokenizer, [1], config_of(WAYS[0])))
-        known = Remote(url=ws(served), token="0123456789abcdef")
+            next(stream_remote(far(ws(served)), member, decoder.tokenizer, [1], config_of(WAYS[0])))
+        known = far(ws(served), token="0123456789abcdef")
         assert next(stream_remote(known, member, decoder.tokenizer, [1], config_of(WAYS[0])))
     with pytest.raises(UsageError, match="not encrypted"):
         Remote(url="ws://example.org")
@@ -321,7 +335,7 @@ def test_a_server_that_is_away_is_told_and_a_token_is_asked_for(
 
 def test_no_web_page_may_open_a_socket(verifying: Any) -> None:
     with pytest.raises(InvalidStatus):
-        connect(f"{ws(verifying)}/v1/verify", additional_headers={"Origin": "http://localhost"}).close()
+        opened(verifying, additional_headers={"Origin": "http://localhost"}).close()
 
 
 def test_a_frame_that_is_none_is_refused() -> None:

@@ -43,8 +43,11 @@ from models.serve.states import (
 )
 
 Start = Callable[..., AbstractContextManager[Any]]
+Wait = Callable[[Callable[[], object]], None]
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95)
 WAYS = [SamplingParams(), SAMPLED]
+PATIENCE = 120
+"""Seconds that a busy machine may need."""
 SIZE, WIDTH = 40, 32
 PROMPT = "a text that three machines write"
 
@@ -85,24 +88,25 @@ def alone(folder: Path, params: SamplingParams, prompt: str = PROMPT, size: int 
     return decoder.generate(prompt, seed=3, max_new_tokens=size).ids
 
 
-def spread(member: Path, urls: list[str], params: SamplingParams = WAYS[0], **settings: Any) -> Decoder:
-    return open_spread(member, urls, params=params, **{"dtype": "fp32"} | settings)
+def spread(
+    member: Path, urls: list[str], params: SamplingParams = WAYS[0], dtype: str = "fp32", **settings: Any
+) -> Decoder:
+    return open_spread(member, urls, params=params, dtype=dtype, timeout=PATIENCE, **settings)
 
 
 def text_of(decoder: Decoder, prompt: str = PROMPT, size: int = SIZE) -> list[int]:
     return decoder.generate(prompt, seed=3, max_new_tokens=size).ids
 
 
-def assert_nothing_is_left(*stages: Any) -> None:
-    gc.collect()
-    for one in stages:
-        for _ in range(1000):  # a `bye` is on its way
-            if not one.stage.sessions:
-                break
-            with connect(f"{one.url}/v1/stage", open_timeout=None) as client:
-                client.send(json.dumps({"protocol": PROTOCOL}))
-                client.recv(60)
-        assert one.stage.sessions == {}
+@pytest.fixture
+def assert_nothing_is_left(wait_until: Wait) -> Callable[..., None]:
+    """Wait until stages have heard each `bye`."""
+
+    def look(*stages: Any) -> None:
+        gc.collect()
+        wait_until(lambda: not any(one.stage.sessions for one in stages))
+
+    return look
 
 
 @pytest.mark.parametrize("params", WAYS, ids=["greedy", "sampled"])
@@ -116,16 +120,17 @@ def test_the_text_is_that_of_one_machine_with_and_without_a_draft(
     member: Path,
     folder: Path,
     relayed: Start,
+    assert_nothing_is_left: Callable[..., None],
 ) -> None:
     with ExitStack() as stack:
         link = Link(rtt=rtt, jitter=rtt)
         urls = [stack.enter_context(relayed(one.url, link))[0] if rtt else one.url for one in pair]
         decoder = spread(member, urls, params, gamma=gamma)
         result = decoder.generate(PROMPT, seed=3, max_new_tokens=SIZE)
+        assert_nothing_is_left(*pair)
     assert result.ids == alone(folder, params)
     if gamma is not None:  # else the clock decides
         assert (result.report.drafted > 0) == (gamma > 0)
-    assert_nothing_is_left(*pair)
 
 
 @pytest.mark.slow
@@ -363,12 +368,11 @@ def test_a_stage_that_comes_back_with_another_model_is_not_believed(
 def test_no_message_waits_for_a_larger_packet(pair: list[Any]) -> None:
     where = socket.IPPROTO_TCP, socket.TCP_NODELAY
     with opened(pair[0]) as client:
-        assert "session" in json.loads(client.recv(60))
+        assert "session" in json.loads(client.recv(PATIENCE))
         assert client.socket.getsockopt(*where)
-        connections = pair[0].server_state.connections
-        assert connections
-        for one in connections:
-            assert one.transport.get_extra_info("socket").getsockopt(*where)
+        name = client.socket.getsockname()
+        (ours,) = (one for one in [*pair[0].server_state.connections] if one.client == name)
+        assert ours.transport.get_extra_info("socket").getsockopt(*where)
         client.send("bye")
 
 
@@ -383,7 +387,11 @@ def test_a_token_is_asked_for_and_no_web_page_may_open_a_socket(
                 spread(member, urls, token=wrong)
         assert text_of(spread(member, urls, token=token), size=2)
     with pytest.raises(InvalidStatus):
-        connect(f"{pair[0].url}/v1/stage", additional_headers={"Origin": "http://localhost"}).close()
+        connect(
+            f"{pair[0].url}/v1/stage",
+            additional_headers={"Origin": "http://localhost"},
+            open_timeout=None,
+        ).close()
 
 
 @pytest.mark.parametrize(
@@ -423,26 +431,26 @@ def opened(stage: Any, **changes: Any) -> Iterator[ClientConnection]:
     ],
 )
 def test_an_opening_that_cannot_be_names_its_field(
-    changes: dict[str, Any], named: str, pair: list[Any]
+    changes: dict[str, Any], named: str, pair: list[Any], assert_nothing_is_left: Callable[..., None]
 ) -> None:
     with opened(pair[0], **changes) as client:
-        assert json.loads(client.recv(60))["error"].startswith(named)
+        assert json.loads(client.recv(PATIENCE))["error"].startswith(named)
     assert_nothing_is_left(pair[0])
 
 
 def test_a_stage_without_memory_is_busy_and_a_text_that_never_fits_is_refused(
-    folder: Path, listen: Start
+    folder: Path, listen: Start, assert_nothing_is_left: Callable[..., None]
 ) -> None:
     model = open_stage(folder, "0-1", "fp32")
     each = model.layers.new_cache(1).num_bytes
     with listen(lambda ready: StageServer(model, Address(port=0), 30 * each, ready)) as (server, url):
         server.url = url.replace("http", "ws")
         with opened(server) as first:
-            assert "session" in json.loads(first.recv(60))
+            assert "session" in json.loads(first.recv(PATIENCE))
             with opened(server) as second:
-                assert json.loads(second.recv(60))["error"].startswith("busy: no memory")
+                assert json.loads(second.recv(PATIENCE))["error"].startswith("busy: no memory")
             with opened(server, positions=31) as second:
-                assert "more --kv-memory" in json.loads(second.recv(60))["error"]
+                assert "more --kv-memory" in json.loads(second.recv(PATIENCE))["error"]
             first.send("bye")
         assert_nothing_is_left(server)
 
@@ -452,22 +460,22 @@ def pass_of(number: int, rows: torch.Tensor, chain: Chain, num_last: int = 1) ->
 
 
 def answer_of(client: ClientConnection) -> States | Lacks:
-    frame = client.recv(60)
+    frame = client.recv(PATIENCE)
     assert isinstance(frame, bytes), frame
     return unpack_answer(frame, WIDTH)
 
 
 def test_a_pass_that_comes_twice_gives_the_same_bits_and_one_that_follows_nothing_is_told(
-    pair: list[Any],
+    pair: list[Any], assert_nothing_is_left: Callable[..., None]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     with opened(pair[0]) as client:
-        client.recv(60)
+        client.recv(PATIENCE)
         first, second = torch.randn(2, 3, WIDTH, generator=generator)
         chain, answers = Chain(), []
         for frame in [pass_of(1, first, chain)] * 2:
             client.send(frame)
-            answers.append(client.recv(60))
+            answers.append(client.recv(PATIENCE))
         assert answers[0] == answers[1]
         for row in first:
             chain.add(rows_of(row))
@@ -484,16 +492,16 @@ def test_a_pass_that_comes_twice_gives_the_same_bits_and_one_that_follows_nothin
 
 def test_states_that_are_no_numbers_are_refused_and_the_text_goes_on(pair: list[Any]) -> None:
     with opened(pair[0]) as client:
-        client.recv(60)
+        client.recv(PATIENCE)
         for bad in (torch.nan, torch.inf):
             client.send(pass_of(1, torch.full((1, WIDTH), bad), Chain()))
-            assert json.loads(client.recv(60))["error"].startswith("states: ")
+            assert json.loads(client.recv(PATIENCE))["error"].startswith("states: ")
         client.send(pass_of(2, torch.ones(1, WIDTH), Chain()))
         assert isinstance(answer_of(client), States)
         client.send(pass_of(2, torch.ones(21, WIDTH), Chain()))
-        assert "base: the text has 20 positions" in str(client.recv(60))
+        assert "base: the text has 20 positions" in str(client.recv(PATIENCE))
         with pytest.raises(ConnectionClosed):  # it was the third that is none
-            client.recv(60)
+            client.recv(PATIENCE)
 
 
 RIGHT = pass_of(1, torch.ones(2, WIDTH), Chain())
@@ -529,11 +537,11 @@ def test_any_frames_of_a_client_are_answered_or_refused(num_cases: int, pair: li
     @given(openings, st.lists(frames(), max_size=6))
     def any_frames(changes: dict[str, Any], given: list[bytes | str]) -> None:
         with contextlib.suppress(ConnectionClosed), opened(pair[0], **changes) as client:
-            if "session" not in json.loads(client.recv(60)):
+            if "session" not in json.loads(client.recv(PATIENCE)):
                 return
             for frame in given:
                 client.send(frame)
-                answer = client.recv(60) if frame != "bye" else b""
+                answer = client.recv(PATIENCE) if frame != "bye" else b""
                 assert isinstance(answer, bytes) or "error" in json.loads(answer)
             client.send("bye")
 

@@ -29,7 +29,7 @@ def in_this_process(model: Path, draft: str, settings: ServeSettings) -> Iterato
     server = Server(decoder, serve_bench.NAME, Address(port=0), Limits(), on_ready)
     thread = threading.Thread(target=server.run)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     yield int(urls[0].rpartition(":")[2])
     server.should_exit = True
     thread.join()

@@ -59,6 +59,7 @@ def test_a_text_goes_through_a_stage_of_another_process(
             assert found, (line, process.stderr and process.stderr.read())
             results = tmp_path / "results.json"
             flags = ["--stages", found[1], "--prompt", "a", "--max-new-tokens", "9", "--json", str(results)]
+            flags += ["--timeout", "120"]  # a busy machine may need some
             assert main(["generate", str(byte_level_family), *flags]) == 0
             error = fails("generate", str(byte_level_family), *flags, "--dtype", "bf16", code=1)
             assert "dtype: MODEL has bf16, the stage fp32; give --dtype fp32" in error
