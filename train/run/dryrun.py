@@ -77,7 +77,7 @@ class Estimate:
 
 
 def dry_run(recipe: Recipe, console: Console) -> Estimate:
-    """Print the resolved recipe, the family and what the run would take.
+    """Print the family and what the run would take, then the resolved recipe, which is long.
 
     Raises:
         UsageError: if the model's sizes do not fit together, or its teacher not to the recipe.
@@ -87,9 +87,9 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
     with console.status("measuring this machine"):
         card = _card()
     estimate = estimate_run(recipe, config, card, teacher)
-    console.print(_yaml(recipe), markup=False, soft_wrap=True)
     console.print(family_costs(recipe, config).to_rich(title="the family"))
     console.print(estimate_table(estimate, recipe, config).to_rich())
+    console.print(_yaml(recipe), markup=False, soft_wrap=True)
     return estimate
 
 

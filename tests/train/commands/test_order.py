@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoint.folder import load_model
+from models.checkpoint.folder import load_model, save_model
+from models.elastic.ownership import Ownership
+from models.elastic.owning import own
 from train.cli import main
 
 Fails = Callable[..., str]
@@ -86,3 +88,20 @@ def test_what_cannot_be_is_named_before_the_work(
     assert "--drop 3 must be 0 to 2" in fails(*words, "--data", text, "--drop", "3", code=2)
     assert "nowhere.txt" in fails(*words, "--data", tmp_path / "nowhere.txt", code=2)
     assert not (tmp_path / "o").exists()
+
+
+def test_what_members_owned_is_left_out_and_told(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = load_model(model)
+    own(opened.model, opened.family, Ownership(rank=2))
+    given = save_model(tmp_path / "given", opened.model, tokenizer=opened.tokenizer, family=opened.family)
+    names = ", ".join(one.name for one in load_model(given).model.members)
+    assert names
+    words = ["--data", str(text), "--max-tokens", "100", "--drop", "0", "--rule", "random"]
+    assert main(["order", str(given), *words, "--out", str(tmp_path / "ordered")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"what {names} owned is left out: they have other neurons now; train them again" in shown
+    ordered = load_model(tmp_path / "ordered")
+    assert ordered.model.members == []
+    assert ordered.family == opened.family
