@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from models.decode.decoder import Decoder, open_decoder
+from models.decode.engine.request import new_request
 from models.decode.sampling.params import SamplingParams
 from models.decode.text import encode_prompt
 
@@ -163,6 +164,28 @@ def test_a_full_queue_is_told_with_the_time_to_come_back(
         passes.let_all()
         wait_until(lambda: is_idle(served))
         assert served.text("b", max_tokens=4)
+
+
+def test_a_full_queue_is_full_while_a_text_begins_too(
+    decoder: Decoder, start: Start, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
+) -> None:
+    begins, may = threading.Event(), threading.Event()
+
+    def held(*arguments: Any, **named: Any) -> Any:
+        begins.set()
+        assert may.wait(PATIENCE)
+        return new_request(*arguments, **named)
+
+    monkeypatch.setattr("models.serve.worker.new_request", held)
+    with start(decoder, batch=1, queue=1) as served, ThreadPoolExecutor(2) as clients:
+        first = clients.submit(served.text, "a", max_tokens=2)
+        assert begins.wait(PATIENCE)
+        second = clients.submit(served.text, "b", max_tokens=2)
+        wait_until(lambda: len(served.server.worker._queue) == 1)
+        assert served.complete(prompt="c").status_code == 429
+        may.set()
+        assert first.result()
+        assert second.result()
 
 
 def is_idle(served: Served) -> bool:
