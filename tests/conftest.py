@@ -74,7 +74,7 @@ def wait_until() -> Callable[[Callable[[], object]], None]:
     """Wait for a condition, for as long as a busy machine may need; fail if it never comes true."""
 
     def wait(true: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not true():
             assert time.monotonic() < deadline, "this never comes true"
             time.sleep(0.005)
