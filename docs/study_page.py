@@ -29,8 +29,8 @@ NOTE = "<!-- generated from runs.json by `python docs/study.py`; do not edit -->
 INTRODUCTION = """\
 `configs/study.yaml` (1.1M parameters, 922,000 tokens) is trained each time with one thing changed: against
 `base`, whose members own nothing and pull at the shared weights as hard as the full model, or against the
-preset `members=even`, the defaults. `exit_stride 4, fade_to 0.1` is what the defaults were before. Means over
-the seeds; "against alone" is the mean and the standard error of the paired differences in the full model's
+preset `members=even`, the defaults. `gentle` and `lighter` are what `even` and `light` were at first;
+`exit_stride 4, fade_to 0.1` is what the defaults were before those. Means over the seeds; "against alone" is the mean and the standard error of the paired differences in the full model's
 loss, in percent. Loss in nats per token of held-out text; alpha: expected acceptance of a drafted token, by
 the member's own keys and values or, "in place", by the full model's, as it decodes. `S alone` and `D alone`
 are models of that shape trained on the same tokens by themselves, the distilled ones with the full model
@@ -70,7 +70,7 @@ def against_alone(study: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
     """Return the result that README.md shows first: the family of the defaults beside models of their own."""
     corpus = next(iter(CORPORA))
     rows: list[dict[str, Any]] = []
-    for member, measure in ((FULL_NAME, "loss"), ("S", "loss"), ("S", "alpha"), ("D", "alpha")):
+    for member, measure in ((FULL_NAME, "loss"), ("S", "loss"), ("S", "alpha"), ("L", "loss"), ("D", "alpha")):
         is_full = member == FULL_NAME
         arms = {"alone": ALONE if is_full else f"{member} alone", "distilled": f"{member} distilled"}
         found = {
