@@ -17,9 +17,9 @@ from train.report.tables import flatten
 
 RESULTS = ROOT / "docs" / "results" / "study"
 FAMILY = "family-1m"
-SHOWN = ((FULL_NAME, "loss"), ("S", "loss"), ("S", "alpha"), ("L", "loss"), ("D", "alpha"))
-"""What README.md shows of the members."""
 """The result that README.md shows first."""
+SHOWN = ((FULL_NAME, "loss"), ("S", "loss"), ("S", "alpha"), ("L", "loss"), ("D", "alpha"))
+"""Its rows."""
 MEASURES = {"alpha_shared": "in place", "owned_bytes": "owns"}
 
 Found: TypeAlias = Mapping[str, Any]
@@ -32,8 +32,9 @@ INTRODUCTION = """\
 `configs/study.yaml` (1.1M parameters, 922,000 tokens) is trained each time with one thing changed: against
 `base`, whose members own nothing and pull at the shared weights as hard as the full model, or against the
 preset `members=even`, the defaults. `gentle` and `lighter` are what `even` and `light` were at first;
-`exit_stride 4, fade_to 0.1` is what the defaults were before those. Means over the seeds;
-"against alone" is the mean and the standard error of the paired differences in the full model's loss, in percent. Loss in nats per token of held-out text; alpha: expected acceptance of a drafted token, by
+`exit_stride 4, fade_to 0.1` is what the defaults were before those. Means over the seeds; "against alone" is
+the mean and the standard error of the paired differences in the full model's loss, in percent. Loss in nats
+per token of held-out text; alpha: expected acceptance of a drafted token, by
 the member's own keys and values or, "in place", by the full model's, as it decodes. `S alone` and `D alone`
 are models of that shape trained on the same tokens by themselves, the distilled ones with the full model
 alone as a frozen teacher, by the loss that members learn from; their alpha is against the full model alone.
