@@ -12,6 +12,7 @@ disturb less than they do the clock. Results are added to docs/results/pretraine
 
 import argparse
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -58,9 +59,19 @@ def main() -> None:
     for point in measure(decoder, draft, prompts, given.gamma, given.new_tokens):
         point |= {"tokens": given.tokens, "draft": given.draft, "dtype": given.dtype}
         point |= {"vocabulary": given.vocabulary, "threads": torch.get_num_threads()}
-        results.append({**point, "card": make_card(dtypes={"model": given.dtype})})
+        card = make_card(dtypes={"model": given.dtype})
+        results.append({**point, "card": {**card, "command": without_paths(card["command"])}})
         print(json.dumps(point), flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def without_paths(command: str) -> str:
+    """Return a command that names files, and not where they lie on somebody's machine.
+
+    >>> without_paths("pretrained_decode.py /home/me/draft --prompts /data/mt_bench.jsonl")
+    'python docs/pretrained_decode.py draft --prompts mt_bench.jsonl'
+    """
+    return "python docs/" + re.sub(r"(?:/[\w.-]+)+/", "", command)
 
 
 def frequent(decoder: Decoder, answers: Path, count: int) -> tuple[int, ...]:
