@@ -43,7 +43,7 @@ def read_points(run: Path) -> Iterator[Point]:
         rows = trainer["max_steps"] * trainer["batch_size"] * trainer["accumulate_grad_batches"]
         yield {
             "tokens": rows * recipe["data"]["sequence_length"] * is_trained,
-            "minutes": max(line.get("seconds", 0.0) for line in lines) / 60 * is_trained,
+            "minutes": max((line.get("seconds", 0.0) for line in lines), default=0.0) / 60 * is_trained,
             "members": {one["name"]: _measured(one) for one in content["members"]},
             "weights": hash_weights(run / "model"),
             "card": _without_paths(content["provenance"]["card"]),
