@@ -153,7 +153,7 @@ def test_a_traceback_that_cannot_be_kept_is_shown(
 
 
 PRINT = "from train.cli import main; import models.checkpoint.folder as f\n"
-PRINT += "def say(_): print('caf\\u00e9 \\u201cx\\u201d caf\\udce9'); raise SystemExit(0)\n"
+PRINT += "def say(*_, **__): print('caf\\u00e9 \\u201cx\\u201d caf\\udce9'); raise SystemExit(0)\n"
 PRINT += f"f.load_model = say; main({EXTRACT!r})"
 
 
