@@ -18,7 +18,7 @@ from train.report.tables import flatten
 RESULTS = ROOT / "docs" / "results" / "study"
 FAMILY = "family-1m"
 """The result that README.md shows first."""
-SHOWN = ((FULL_NAME, "loss"), ("S", "loss"), ("S", "alpha"), ("L", "loss"), ("D", "alpha"))
+SHOWN = ((FULL_NAME, "loss"), ("S", "loss"), ("S", "alpha"), ("L", "loss"))
 """Its rows."""
 MEASURES = {"alpha_shared": "in place", "owned_bytes": "owns"}
 
