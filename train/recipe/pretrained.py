@@ -27,6 +27,8 @@ HEALING: Mapping[str, Any] = {
 }
 """A trained model needs neither a high learning rate nor text before its members learn from it; what members
 own, and a weak pull at what they share, leave the full model as good as it was (docs/LOG.md)."""
+LR_TIMES_WIDTH = 0.0576
+"""A learning rate suits a width inversely (2203.03466): 1e-4 for SmolLM2's 576, to which 5e-4 did harm."""
 RANK = 64
 """Rank of a draft's additions, for models at least four times as wide."""
 DRAFTING: Mapping[str, Any] = {
@@ -56,7 +58,8 @@ def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
     from models.checkpoint.owned_file import read_owners
 
     config, is_owned = read_start_config(start), tables["model"].get("train") == "owned"
-    implied = {**HEALING, **(DRAFTING if is_owned else {})}
+    implied = {**HEALING, "optim.lr": min(HEALING["optim.lr"], LR_TIMES_WIDTH / config.hidden_size)}
+    implied |= DRAFTING if is_owned else {}
     if is_owned:
         implied["owned.rank"] = min(RANK, max(1, config.hidden_size // 4))
     implied |= {f"model.{name}": value for name, value in shape_of(config).items()}
