@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,31 +60,20 @@ BEFORE = ("sampler.exit_stride=4", "loss.fade_to=0.1")
 """The defaults before members owned anything."""
 
 
-def _preset(members: str, *overrides: str, change: str = "") -> Arm:
+def _preset(members: str, *overrides: str, change: str = "", name: str = "") -> Arm:
     """Return the family of a preset, `members=...`, with something changed if so said, of S, L and D."""
     settings = {key: value for key, value in MEMBERS[members].items() if key != "family"}
     own = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())
-    return Arm(members + (f", {change}" if change else ""), (*own, *overrides))
+    return Arm((name or members) + (f", {change}" if change else ""), (*own, *overrides))
 
 
 ACCEPTANCE = "loss.divergence=neg_log_alpha"
 NARROW_ONLY = "loss.exit_gradient=0.3"
-GENTLE = ("loss.narrow_gradient=0.3", "owned.rank=8", "sampler.turns_power=0")
-"""What `even` was at first."""
-
-
-def _gentle(*overrides: str, change: str = "") -> Arm:
-    return Arm(
-        "gentle" + (f", {change}" if change else ""), (*_preset("even").overrides, *GENTLE, *overrides)
-    )
-
-
-def _lighter(*overrides: str, change: str = "") -> Arm:
-    gentle = ("loss.narrow_gradient=0.3", "sampler.turns_power=0")
-    return Arm(
-        "lighter" + (f", {change}" if change else ""), (*_preset("light").overrides, *gentle, *overrides)
-    )
-
+# What `even` and `light` were at first.
+_gentle = partial(
+    _preset, "even", "loss.narrow_gradient=0.3", "owned.rank=8", "sampler.turns_power=0", name="gentle"
+)
+_lighter = partial(_preset, "light", "loss.narrow_gradient=0.3", "sampler.turns_power=0", name="lighter")
 
 PRESETS = (
     _preset("even"),
