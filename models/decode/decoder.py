@@ -87,11 +87,14 @@ class Decoder:
     def _text_of(self, token: int | None) -> str:
         return "" if token is None else self.tokenizer.id_to_token(token) or ""
 
-    def generate_batch(self, prompts: Iterable[TextOrIds], **changes: Any) -> list[GenerationResult]:
+    def generate_batch(
+        self, prompts: Iterable[TextOrIds], *, first_row: int = 0, **changes: Any
+    ) -> list[GenerationResult]:
         """Continue several prompts, whose passes share the reading of the weights; see `stream`.
 
         Rounds take as long as their companions', and a clock tells nothing of a draft: every text drafts
-        `drafting.gamma` tokens a round.
+        `drafting.gamma` tokens a round. Where many prompts are continued in several batches, `first_row` is
+        the number of those before, so that no text repeats another's random numbers.
         """
         config = changed(self.config, changes)
         drafting = replace(self.drafting, adapts=False, costs=None)
@@ -101,6 +104,7 @@ class Decoder:
             prompts,
             config,
             new_policy=lambda: make_policy(self.folder, drafting, config.params),
+            first_row=first_row,
         )
 
 

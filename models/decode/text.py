@@ -17,6 +17,7 @@ from models.decode.engine.engine import Stream, stream, stream_batch
 from models.decode.engine.generation_config import DEFAULT, GenerationConfig, changed
 from models.decode.engine.policy import Policy
 from models.decode.engine.report import Report
+from models.decode.sampling.rng import SeededRandom
 from models.elastic.view import Model
 
 TextOrIds = str | Iterable[int]
@@ -87,11 +88,13 @@ def generate_batch(
     config: GenerationConfig = DEFAULT,
     *,
     new_policy: Callable[[], Policy],
+    first_row: int = 0,
     **changes: Any,
 ) -> list[GenerationResult]:
     """Continue several prompts, whose passes share the reading of the weights.
 
-    Each text is what `stream_text` writes for it alone with `SeededRandom(seed, row)`, apart from rounding.
+    Each text is what `stream_text` writes for it alone with `SeededRandom(seed, row)`, apart from rounding,
+    where rows are counted from `first_row`.
 
     Args:
         target: the model, as in `stream_text`.
@@ -99,6 +102,7 @@ def generate_batch(
         prompts: the texts to continue, or rows of token ids.
         config: settings of each; where one meets a stop string, the others go on.
         new_policy: called for each prompt.
+        first_row: the number of texts of this seed in earlier batches, so that none repeats their draws.
         changes: fields of the config that are other than there.
 
     Raises:
@@ -110,7 +114,8 @@ def generate_batch(
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise UsageError(f"prompts={show(prompts)} is not a list of prompts; give one, as in [text, text]")
     prompt_ids = [encode_prompt(target, tokenizer, prompt) for prompt in _items(prompts) or ()]
-    streams = stream_batch(target, prompt_ids, config, new_policy=new_policy)
+    randoms = [SeededRandom(config.seed, first_row + row) for row in range(len(prompt_ids))]
+    streams = stream_batch(target, prompt_ids, config, new_policy=new_policy, randoms=randoms)
     texts = [
         TextStream(tokens, TextBuilder(tokenizer, ids, config.stop_texts))
         for tokens, ids in zip(streams, prompt_ids, strict=True)

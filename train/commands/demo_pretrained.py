@@ -112,7 +112,7 @@ def write_answers(model: Path, path: Path, console: Console) -> str | None:
         for first in range(0, len(questions), BATCH):
             batch = questions[first : first + BATCH]
             results = decoder.generate_batch(
-                [_prompt(decoder, one) for one in batch], max_new_tokens=_room(decoder)
+                [_prompt(decoder, one) for one in batch], first_row=first, max_new_tokens=_room(decoder)
             )
             lines += [_line(one, result.text, is_chat) for one, result in zip(batch, results, strict=True)]
             bar.advance(len(batch))

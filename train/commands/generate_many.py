@@ -108,7 +108,7 @@ def _decode_batches(
     with progress_bar("decoding", len(prompts), console=errors) as bar:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            done = decoder.generate_batch([encode(prompt) for prompt in batch], **options)
+            done = decoder.generate_batch([encode(prompt) for prompt in batch], first_row=first, **options)
             for prompt, result in zip(batch, done, strict=True):
                 console.file.write(f"{prompt}{result.text}\n\n")
             console.file.flush()

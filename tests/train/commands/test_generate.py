@@ -230,6 +230,23 @@ def test_a_model_without_a_tokenizer_is_named(model: Path, tmp_path: Path, fails
 
 
 @pytest.mark.parametrize("draft", ["none", "D", "lookup"])
+def test_a_text_of_a_later_batch_draws_its_own_random_numbers(
+    generate: Any, model: Path, tmp_path: Path, draft: str
+) -> None:
+    file = write_prompts(tmp_path / "prompts.jsonl", *[PROMPT] * 5)
+    sampled = ["--temperature", "1", "--draft", draft, "--gamma", "2", "--max-new-tokens", "12"]
+    texts = []
+    for batch_size in ("2", "5"):
+        out = tmp_path / f"{batch_size}.json"
+        words = ["generate", str(model), "--prompts", str(file), "--dtype", "fp32", "--json", str(out)]
+        assert main([*words, *sampled, "--batch-size", batch_size]) == 0
+        texts.append([tuple(row["ids"]) for row in json.loads(out.read_text())["results"]])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 5
+    assert list(texts[0][0]) == generate(*sampled)[0]["ids"]
+
+
+@pytest.mark.parametrize("draft", ["none", "D", "lookup"])
 def test_many_prompts_are_continued_as_each_is_alone(
     generate: Any, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], draft: str
 ) -> None:
