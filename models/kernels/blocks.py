@@ -20,6 +20,8 @@ BLOCK = 32
 KINDS: Mapping[str, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 """Names of the formats, and the bytes of a block."""
 TINY = 1e-30
+SPANS = (-8.0, -8.7, -7.6, -9.5, -7.0)
+"""Codes, whole or not, of a block's largest weight, which are tried for 4 bits."""
 
 
 class BlockTensor(Tensor):
@@ -142,6 +144,39 @@ def in_8_bits(weight_OI: Tensor) -> BlockTensor:
     return BlockTensor(
         torch.cat([scale_OB1.half().view(torch.uint8), codes_OBK.view(torch.uint8)], -1), "Q8_0"
     )
+
+
+def in_4_bits(weight_OI: Tensor) -> BlockTensor:
+    """Return a weight in blocks of Q4_0, the last one padded with zeros.
+
+    The largest weight of a block has the code -8 where the scale spans them all; of a few scales each block
+    has the one with the least squared error.
+
+    >>> in_4_bits(torch.tensor([[8.0, -3.0, 0.4]])).dequantize()[0, :4]
+    tensor([ 8., -3.,  0.,  0.])
+    """
+    weight_OI = weight_OI.detach().float()
+    weight_OBK = F.pad(weight_OI, (0, -weight_OI.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    most_OB1 = weight_OBK.gather(-1, weight_OBK.abs().argmax(-1, keepdim=True))
+    scale_OB1, codes_OBK = _rounded_to_4_bits(weight_OBK, most_OB1 / SPANS[0])
+    for span in SPANS[1:]:
+        other_OB1, other_OBK = _rounded_to_4_bits(weight_OBK, most_OB1 / span)
+        errors = [
+            (codes * scale.float() - weight_OBK).square().sum(-1, keepdim=True)
+            for scale, codes in ((scale_OB1, codes_OBK), (other_OB1, other_OBK))
+        ]
+        better_OB1 = errors[1] < errors[0]
+        scale_OB1 = torch.where(better_OB1, other_OB1, scale_OB1)
+        codes_OBK = torch.where(better_OB1, other_OBK, codes_OBK)
+    lower_OBK, upper_OBK = (codes_OBK + 8).to(torch.uint8).split(BLOCK // 2, -1)
+    return BlockTensor(torch.cat([scale_OB1.view(torch.uint8), lower_OBK | upper_OBK << 4], -1), "Q4_0")
+
+
+def _rounded_to_4_bits(weight_OBK: Tensor, scale_OB1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales in fp16, and codes from -8 to 7."""
+    scale_OB1 = scale_OB1.half()
+    codes_OBK = torch.where(scale_OB1 != 0, weight_OBK / scale_OB1.float(), 0.0).round().clamp(-8, 7)
+    return scale_OB1, codes_OBK
 
 
 def block_product(weight_OI: BlockTensor, bias_O: Tensor | None = None) -> Callable[[Tensor], Tensor]:

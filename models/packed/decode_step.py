@@ -13,7 +13,7 @@ T tokens that are scored, V vocabulary, N tokens of a head that knows only some,
 
 import ctypes
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -31,7 +31,7 @@ from models.elastic.request import Head, Request
 from models.kernels.blocks import BLOCK, BlockTensor, in_8_bits
 from models.kernels.build import library
 from models.kernels.pack import BLOCK_TYPES, TYPES, Map, Panels, make_panels
-from models.kernels.sample import Sampling
+from models.packed.structs import MAPS, LayerStruct, ModelStruct, RequestStruct
 
 COMPUTED = frozenset(
     {
@@ -46,58 +46,19 @@ COMPUTED = frozenset(
 UNRELATED = frozenset({"initializer_range", "bos_token_id", "eos_token_id"})
 """Fields that do not change what a pass computes."""
 
-_Floats = ctypes.c_void_p
-
-
-_MAPS = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, Map) for name in _MAPS),
-        *((name, _Floats) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
-        *((name, ctypes.c_int32) for name in ("index", "groups", "ffn", "rotates")),
-    ]
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("cache", "embedding")),
-        *((name, ctypes.c_int32) for name in ("hidden", "head_dim", "heads_per_group", "query_width", "ffn")),
-        *((name, ctypes.c_int32) for name in ("num_layers", "num_outputs")),
-        ("epsilon", ctypes.c_float),
-        ("embeddings", ctypes.c_void_p),
-        ("outputs", ctypes.c_void_p),
-        *((name, _Floats) for name in ("cosines", "sines", "norm")),
-        ("head", Map),
-        ("layers", ctypes.POINTER(_Layer)),
-    ]
-
-
-class _Request(ctypes.Structure):
-    _fields_ = [
-        ("keys", ctypes.POINTER(ctypes.c_void_p)),
-        ("values", ctypes.POINTER(ctypes.c_void_p)),
-        ("positions", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("length", "count", "scored", "num_draws")),
-        ("sampling", Sampling),
-        ("chosen", ctypes.POINTER(ctypes.c_int64)),
-    ]
-
 
 class DecodeStep:
     """A compiled pass over members of one model, in one dtype of weights; see `make_decode_step`."""
 
-    def __init__(self, model: ElasticLM, dtype: torch.dtype | None, compiled: ctypes.CDLL) -> None:
+    def __init__(
+        self,
+        model: ElasticLM,
+        dtype: torch.dtype | None,
+        compiled: ctypes.CDLL,
+        to_blocks: Callable[[Tensor], BlockTensor] | None = None,
+    ) -> None:
         self._model, self._dtype, self._run = model, dtype, compiled.nestling_step
+        self._to_blocks = to_blocks
         self._panels: dict[tuple[int, str, LowRank | None], Panels] = {}
         self._heads: dict[nn.Linear, Panels] = {}
         self._norms: dict[RMSNorm, Tensor] = {}
@@ -149,7 +110,7 @@ class DecodeStep:
         """Return what leaves the last layer [num_last, D] where `x_TD`, in fp32, enters the first one."""
         if self._body is None:
             self._body = self._make(FULL, None)
-        model = _Model.from_buffer_copy(self._body.model)
+        model = ModelStruct.from_buffer_copy(self._body.model)
         return self._between(model, x_TD, cache, num_last)
 
     def score(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
@@ -158,9 +119,9 @@ class DecodeStep:
         model.norm = self._norm(norm)
         return self._between(model, x_TD, self._no_cache(len(x_TD)), len(x_TD))
 
-    def _ends(self) -> "_Model":
+    def _ends(self) -> ModelStruct:
         """Return the full model's struct without its layers."""
-        model = _Model.from_buffer_copy(self._member(FULL, Head(self._model.lm_head)).model)
+        model = ModelStruct.from_buffer_copy(self._member(FULL, Head(self._model.lm_head)).model)
         model.num_layers = 0
         return model
 
@@ -168,7 +129,7 @@ class DecodeStep:
         return KVCache(self._model.config, num_positions=num_positions, num_layers=0)
 
     def _between(
-        self, model: "_Model", given: Sequence[int] | Tensor, cache: KVCache, num_last: int
+        self, model: ModelStruct, given: Sequence[int] | Tensor, cache: KVCache, num_last: int
     ) -> Tensor:
         """Run a part of a pass, from ids or from residual streams on."""
         ids: Sequence[int] = range(len(given))
@@ -186,14 +147,14 @@ class DecodeStep:
         return ids
 
     def _pass(
-        self, model: "_Model", requests: Sequence[Request], tokens: Sequence[int], width: int
+        self, model: ModelStruct, requests: Sequence[Request], tokens: Sequence[int], width: int
     ) -> Tensor:
         """Run the struct of a model; the rows have `width` numbers."""
         config = self._model.config
         model.cache = TYPES[requests[0].cache.dtype]
         longest = max(one.cache.length + len(one.ids) + one.num_rows for one in requests)
         model.cosines, model.sines = (table_TK.data_ptr() for table_TK in self._tables(longest))
-        given = (_Request * len(requests))()
+        given = (RequestStruct * len(requests))()
         for one, request in zip(given, requests, strict=True):
             ids, cache, num_last, draws = request
             end = cache.length + len(ids) + request.num_rows - num_last
@@ -237,15 +198,19 @@ class DecodeStep:
         plans, parts = granularity.resolve(config).layers, source.parts(granularity)
         kept: list[object] = []
         owns = [NOTHING if parts is None else parts.layer(plan.index) for plan in plans]
-        layers = (_Layer * len(plans))(*(self._layer(*one, kept) for one in zip(plans, owns, strict=True)))
+        layers = (LayerStruct * len(plans))(
+            *(self._layer(*one, kept) for one in zip(plans, owns, strict=True))
+        )
         embedding, embedding_type = _stored(source.model.embed_tokens.weight)
         outputs = None
         if head is not None and head.map not in self._heads:
-            self._heads[head.map] = make_panels(head.map.weight, dtype=self._dtype)
+            weight_OI: Tensor = head.map.weight
+            weight_OI = weight_OI if self._to_blocks is None else self._to_blocks(weight_OI)
+            self._heads[head.map] = make_panels(weight_OI, dtype=self._dtype)
             self._forget(head.map.weight)
         if head is not None and head.ids_N is not None:
             outputs = head.ids_N.to(torch.int64, copy=True).contiguous()
-        model = _Model(
+        model = ModelStruct(
             embedding=embedding_type,
             hidden=config.hidden_size,
             head_dim=config.head_dim,
@@ -271,11 +236,11 @@ class DecodeStep:
             self._angles = [table_TK.float().contiguous() for table_TK in (rotary.cos_TK, rotary.sin_TK)]
         return self._angles
 
-    def _layer(self, plan: LayerPlan, own: OwnedLayer, kept: list[object]) -> _Layer:
+    def _layer(self, plan: LayerPlan, own: OwnedLayer, kept: list[object]) -> LayerStruct:
         block = cast(Block, self._model.model.layers[plan.index])
         shapes = plan.shapes(self._model.config)
-        maps = {name: self._pack(plan, name, own, *shapes[f"{path}.weight"]) for name, path in _MAPS.items()}
-        return _Layer(
+        maps = {name: self._pack(plan, name, own, *shapes[f"{path}.weight"]) for name, path in MAPS.items()}
+        return LayerStruct(
             **{name: _map(panels, kept) for name, panels in maps.items()},
             attention_norm=self._norm(own.input_layernorm or block.input_layernorm),
             ffn_norm=self._norm(own.post_attention_layernorm or block.post_attention_layernorm),
@@ -292,12 +257,13 @@ class DecodeStep:
 
         A member that adds to the matrix has panels of its own.
         """
-        part, _, short = _MAPS[name].rpartition(".")
+        part, _, short = MAPS[name].rpartition(".")
         addition = cast("LowRank | None", getattr(own.get_submodule(part), short))
         block = cast(Block, self._model.model.layers[plan.index])
-        linear = cast(nn.Linear, block.get_submodule(_MAPS[name]))
-        in_blocks = self._dtype is None and isinstance(linear.weight, BlockTensor)
-        if in_blocks and addition is None:
+        linear = cast(nn.Linear, block.get_submodule(MAPS[name]))
+        keeps = self._dtype is None and isinstance(linear.weight, BlockTensor) and self._to_blocks is None
+        to_blocks = in_8_bits if keeps and addition is not None else self._to_blocks  # as all of a layer are
+        if keeps and addition is None:
             columns += -columns % BLOCK
         key = plan.index, name, addition
         packed = self._panels.get(key)
@@ -309,9 +275,8 @@ class DecodeStep:
             weight_OI = linear.weight[:rows, :columns]
             if addition is not None:
                 weight_OI = addition.add_to(weight_OI)
-                weight_OI = in_8_bits(weight_OI) if in_blocks else weight_OI  # as all of a layer are
             packed = self._panels[key] = make_panels(
-                weight_OI,
+                weight_OI if to_blocks is None else to_blocks(weight_OI),
                 None if bias_O is None else bias_O[:rows],
                 dtype=self._dtype,
                 head_dim=self._model.config.head_dim if name in {"query", "key", "value"} else 0,
@@ -334,15 +299,17 @@ class DecodeStep:
 
 
 class _Member(NamedTuple):
-    model: _Model
+    model: ModelStruct
     kept: list[object]
     """The objects that own what the addresses in `model` point to."""
 
 
-def make_decode_step(model: ElasticLM, dtype: torch.dtype | None) -> DecodeStep | None:
+def make_decode_step(
+    model: ElasticLM, dtype: torch.dtype | None, to_blocks: Callable[[Tensor], BlockTensor] | None = None
+) -> DecodeStep | None:
     """Return a compiled pass for the model in a dtype of weights, int8 and int4 among them, or None.
 
-    Without a dtype each weight keeps its own, or its blocks; all layers have the same.
+    Without a dtype each weight keeps its own, or its blocks, or is made blocks of; all layers have the same.
 
     Only torch's kernels run on a GPU, in fp16 and fp64, where nothing could be compiled, and for
     configurations that decode_step.c does not know.
@@ -350,7 +317,7 @@ def make_decode_step(model: ElasticLM, dtype: torch.dtype | None) -> DecodeStep 
     stored = (torch.float32, torch.bfloat16)
     fits = (dtype is None or dtype in TYPES) and model.dtype in stored and model.device.type == "cpu"
     compiled = library() if fits and supports(model.config) else None
-    return None if compiled is None else DecodeStep(model, dtype, compiled)
+    return None if compiled is None else DecodeStep(model, dtype, compiled, to_blocks)
 
 
 def supports(config: ElasticConfig) -> bool:

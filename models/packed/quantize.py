@@ -4,6 +4,7 @@
     int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token; as a target
                      it keeps its keys and values in bf16, which are finer still
     int4             4-bit weights, one scale a row, and 8-bit activations: for drafts
+    q4_0             4-bit weights in blocks of 32 with a scale each, as llama.cpp's Q4_0: for drafts, too
     file             weights as they are stored: those of a GGUF file in its blocks of 32, which nothing
                      rounds again, with 8-bit activations, one scale a block and token; as a target its
                      keys and values are in bf16, too
@@ -30,15 +31,16 @@ from models.elastic.linear import LowRank, NestedLinear
 from models.elastic.model import ElasticLM
 from models.elastic.norm import RMSNorm
 from models.elastic.request import Head, Request
-from models.kernels.blocks import BLOCK, BlockTensor, block_product
+from models.kernels.blocks import BLOCK, BlockTensor, block_product, in_4_bits
 from models.kernels.build import kernels_name
 from models.kernels.codes import FOUR_BITS, int8_product, quantize
 from models.packed.decode_step import make_decode_step
 
 INT8 = "int8"
 INT4 = "int4"
+Q4_0 = "q4_0"
 FILE = "file"
-PRECISIONS = (*DTYPES, INT8, INT4)
+PRECISIONS = (*DTYPES, INT8, INT4, Q4_0)
 _CODES = {INT8: torch.int8, INT4: FOUR_BITS}
 
 
@@ -76,12 +78,13 @@ class PackedLM(ElasticLM):
     def __init__(self, source: ElasticLM, precision: str) -> None:
         with torch.device("meta"):  # without memory: every tensor is the source's
             super().__init__(source.config)
-        if precision in _CODES:
+        if precision in (*_CODES, Q4_0):
             _check_codes(precision, source.device)
         dtype = DTYPES.get(precision)
         self.precision = precision
         self.owned = source.owned
-        self.decode_step = make_decode_step(source, dtype or _CODES.get(precision))
+        to_blocks = in_4_bits if precision == Q4_0 else None
+        self.decode_step = make_decode_step(source, dtype or _CODES.get(precision), to_blocks)
         self.load_state_dict(source.state_dict(keep_vars=True), assign=True)
         self.rotary, self.is_mapped = source.rotary, source.is_mapped
         self.train(source.training)
@@ -106,7 +109,7 @@ class PackedLM(ElasticLM):
     @property
     def cache_dtype(self) -> torch.dtype:
         """See `ElasticLM.cache_dtype`; of a draft in place it is the target's that counts."""
-        return torch.bfloat16 if self.precision in (*_CODES, FILE) else super().cache_dtype
+        return torch.bfloat16 if self.precision in (*_CODES, Q4_0, FILE) else super().cache_dtype
 
     def run(
         self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None
@@ -146,7 +149,7 @@ def pack(model: ElasticLM, precision: str, granularity: Granularity = FULL) -> P
     """Return a copy of the model that runs in another precision, with the weights of one member packed.
 
     It shares the source's embedding and keeps its weights by name, so it can be saved and cut like the
-    source. Where nothing says otherwise it computes in fp32 (int8, int4) or in the dtype itself.
+    source. Where nothing says otherwise it computes in fp32 (int8, int4, q4_0) or in the dtype itself.
 
     Args:
         model: the source, packed or not.
@@ -222,7 +225,9 @@ class QuantizedLinear(NestedLinear):
         if self.precision == INT8:
             self.num_bytes += weight_OI.numel() + 4 * len(weight_OI)  # a byte a weight, four a scale
             return int8_product(weight_OI, bias_O)
-        if self.precision == FILE and isinstance(weight_OI, BlockTensor):
+        if self.precision == Q4_0:
+            weight_OI = in_4_bits(weight_OI)
+        if isinstance(weight_OI, BlockTensor) and self.precision in (Q4_0, FILE):
             self.num_bytes += 4 * weight_OI.numel()
             return block_product(weight_OI, bias_O)
         if self.precision == INT4:  # no product of torch's takes such weights with one scale for each output

@@ -20,7 +20,7 @@ def draft_option(default: str, *, lookup: bool = False, several: bool = False) -
     """Make `--draft` for a command with this default."""
     copies = ", copies of earlier text (lookup)" if lookup else ""
     return typer.Option(
-        metavar=f"G[@int4|int8|bf16]|auto|{'lookup|' if lookup else ''}none|DIR",
+        metavar=f"G[@q4_0|int4|int8|bf16]|auto|{'lookup|' if lookup else ''}none|DIR",
         rich_help_panel=DRAFTING,
         help=f"Draft model: a member of the family, the best one on this machine (auto){copies}, none, or "
         f"another model folder{'; repeatable' if several else ''}. Default: {default}.",

@@ -21,7 +21,7 @@ AUTO_EFFORT = "auto"
 DraftsOption = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="G[@int4|int8|bf16]|DIR",
+        metavar="G[@q4_0|int4|int8|bf16]|DIR",
         help="Draft to test: a member of the family, or another model folder; repeatable. Default: the "
         "whole family. An adversarial draft, copied text, a controller and batches are tested too.",
     ),

@@ -28,12 +28,12 @@ from models.decode.tune.predict import LEAST_SPEEDUP, round_speedup
 from models.elastic.count import count_flops
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
-from models.packed.quantize import INT4, INT8
+from models.packed.quantize import INT4, INT8, Q4_0
 from train.search.candidates import NUM_CACHED, list_candidates
 from train.search.confirm import Confirmed, confirm
 from train.search.measure import Measurements, Prediction, Progress, Text, best_of, verifiers_of
 
-PRECISIONS = ("fp32", "bf16", INT8, INT4)
+PRECISIONS = ("fp32", "bf16", INT8, INT4, Q4_0)
 FIRST_TOKENS = 600
 """Tokens of the text that every candidate is tried on."""
 NUM_FINALISTS = 4

@@ -25,7 +25,7 @@ FAMILY = {
 }
 FP32_SUMS = 2e-5
 """Relative: means of fp32 figures, through products over other numbers of rows."""
-SUMS = {None: FP32_SUMS, "fp32": FP32_SUMS, "bf16": 2e-3, "int8": 2e-4, "int4": 2e-4}
+SUMS = {None: FP32_SUMS, "fp32": FP32_SUMS, "bf16": 2e-3, "int8": 2e-4, "int4": 2e-4, "q4_0": 2e-4}
 """The same, of a draft in a precision whose rounding hides or magnifies such differences."""
 FP32_MASS = 1e-6
 """fp32 probabilities of 64 tokens add up to 1 within this."""
@@ -164,7 +164,7 @@ def drafted_alpha(model: ElasticLM, view: View, tokens_BT: Tensor, block: int) -
     return math.fsum(alphas) / len(alphas)
 
 
-@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4", "q4_0"])
 @pytest.mark.parametrize("block", [1, 3])
 def test_shared_alpha_is_what_decoding_from_the_shared_cache_sees(
     tiny_model: ElasticLM, block: int, precision: str | None
@@ -177,7 +177,7 @@ def test_shared_alpha_is_what_decoding_from_the_shared_cache_sees(
     ours = evaluate_shared_alpha(tiny_model, drafts, [batch], block=block)
     tolerance = SUMS[precision]
     assert ours == pytest.approx(theirs, rel=tolerance)
-    if precision in ("bf16", "int8", "int4"):
+    if precision in ("bf16", "int8", "int4", "q4_0"):
         in_place = evaluate_shared_alpha(tiny_model, views(tiny_model), [batch], block=block)
         assert ours["XL"] < 1 - tolerance < in_place["XL"], "the copy is told from its source"
 

@@ -12,6 +12,8 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.request import Request
 from models.elastic.view import View
+from models.kernels.blocks import in_4_bits
+from models.kernels.codes import quantize
 from models.packed import decode_step
 from models.packed.quantize import QuantizedLinear, pack, packed_bytes, prepare, split_precision
 
@@ -19,7 +21,7 @@ TOKENS = torch.arange(24).view(2, 12)
 MEMBERS = ("full", "ffn=0.25", "ffn=0.5,heads=0.5,layers=0:3", "layers=0-1")
 # Relative to the size of the logits of a random model; weights and activations have 8 (bf16: 9) bits,
 # int4's weights 4.
-RTOL = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.06, "int4": 0.5}
+RTOL = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.06, "int4": 0.5, "q4_0": 0.5}
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
@@ -49,7 +51,7 @@ def test_every_member_runs_in_every_precision_about_as_it_is(
     assert far > 1e-3 or precision == "fp32"  # it really runs in fewer bits
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "q4_0"])
 def test_biases_and_head_norms_are_kept(precision: str, tiny_config: ElasticConfig) -> None:
     fields = {name: getattr(tiny_config, name) for name in tiny_config.__dataclass_fields__}
     model = ElasticLM(ElasticConfig(**(fields | {"attention_bias": True, "qk_norm": True})))
@@ -98,7 +100,7 @@ def test_an_int8_target_keeps_keys_and_values_in_bf16_and_decodes_as_it_scores(t
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "q4_0"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_packed_member_reads_and_writes_a_store_of_the_targets_dtype(
     dtype: torch.dtype, precision: str, tiny_model: ElasticLM
@@ -143,6 +145,18 @@ def test_4_bits_take_half_of_8_where_decoding_is_compiled(tiny_model: ElasticLM)
     assert packed_bytes(eight) - packed_bytes(four) == weights // 2
 
 
+def test_blocks_of_4_bits_take_a_scale_for_32_weights_and_round_less(tiny_model: ElasticLM) -> None:
+    blocks = pack(tiny_model, "q4_0")
+    if blocks.decode_step is None:
+        pytest.skip("torch's kernels compute with the rounded weights in fp32")
+    heads = 8 * 32  # each of 8 takes a panel of 32
+    assert packed_bytes(blocks) == (4 * (heads * 32 + 32 * 32 + 3 * 64 * 32) + 64 * 32) // 32 * 18
+    weight_OI = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    weight_OI[:, 5] *= 20  # one input's weights span the scale of a whole row
+    codes_OI, scales_O1 = quantize(weight_OI, 4)
+    assert distance(in_4_bits(weight_OI).dequantize(), weight_OI) < distance(codes_OI * scales_O1, weight_OI)
+
+
 def test_all_members_of_a_dtype_share_what_is_packed(tiny_model: ElasticLM) -> None:
     packed = pack(tiny_model, "bf16")
     heads, rest = 4 + 2 * 2, 2 * (4 * (32 * 32 + 3 * 64 * 32) + 64 * 32)
@@ -170,7 +184,7 @@ def test_a_precision_that_is_none_is_refused_by_name() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "q4_0"])
 def test_codes_on_a_gpu_are_refused(precision: str, tiny_model: ElasticLM) -> None:
     with pytest.raises(UsageError, match=f"{precision} runs on a CPU"):
         pack(tiny_model.to("cuda"), precision)

@@ -95,7 +95,7 @@ def test_a_nested_draft_reads_the_targets_keys_and_values_of_what_is_committed(
     assert (proposal.probs[0] - own_V).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("precision", [None, "int8", "int4", "bf16"])
+@pytest.mark.parametrize("precision", [None, "int8", "int4", "q4_0", "bf16"])
 def test_a_nested_draft_leaves_the_committed_positions_alone(precision: str | None, model: ElasticLM) -> None:
     state = committed(model, [1, 2, 3, 4])
     before = [store.clone() for layer in range(4) for store in state.cache.read(layer)]

@@ -65,6 +65,7 @@ DRAFTS: dict[str, ForModel] = {
     "narrow in int8": nested("ffn=0.125,heads=0.5", "int8"),
     "whole target in int8": nested("full", "int8"),
     "last layer in int4": nested("layers=1", "int4"),
+    "last layer in q4_0": nested("layers=1", "q4_0"),
     "last layer in bf16": nested("ffn=0.5,layers=1", "bf16"),
     "two tokens": nested("ffn=0.5,layers=0", vocabulary=[2, 0]),
     "two tokens of the target": nested("full", vocabulary=[2, 0]),
@@ -255,7 +256,7 @@ PROCESSORS = [params for params in SAMPLINGS.values() if not params.is_greedy]
 
 @pytest.mark.portable
 @pytest.mark.parametrize("gamma", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4", "q4_0"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_distribution_holds_for_every_member_precision_processor_and_end_of_text(
     kind: str, precision: str | None, gamma: int, make_model: MakeModel

@@ -15,7 +15,7 @@ EXIT = Granularity.parse("ffn=0.5,layers=0-1")
 FP32_SUMS = 1e-5
 
 
-@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8", "int4", "q4_0"])
 @torch.inference_mode()
 def test_logits_are_the_members_own_for_these_tokens_and_minus_infinity_elsewhere(
     precision: str | None, tiny_model: ElasticLM
