@@ -29,8 +29,8 @@ HEALING: Mapping[str, Any] = {
 own, and a weak pull at what they share, leave the full model as good as it was (docs/LOG.md)."""
 LR_TIMES_WIDTH = 0.0576
 """A learning rate suits a width inversely (2203.03466): 1e-4 for SmolLM2's 576, to which 5e-4 did harm."""
-RANK = 64
-"""Rank of a draft's additions, for models at least four times as wide."""
+RANK = 48
+"""Rank of a draft's additions, for models at least twelve times as wide."""
 DRAFTING: Mapping[str, Any] = {
     "optim.lr": 2e-3,
     "loss.divergence": "total_variation",
@@ -61,7 +61,7 @@ def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
     implied = {**HEALING, "optim.lr": min(HEALING["optim.lr"], LR_TIMES_WIDTH / config.hidden_size)}
     implied |= DRAFTING if is_owned else {}
     if is_owned:
-        implied["owned.rank"] = min(RANK, max(1, config.hidden_size // 4))
+        implied["owned.rank"] = min(RANK, max(1, config.hidden_size // 12))
     implied |= {f"model.{name}": value for name, value in shape_of(config).items()}
     family_file = Path(start).expanduser() / FAMILY_FILE
     owners = read_owners(family_file)
@@ -78,17 +78,19 @@ def implied_by_start(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draft_of(num_layers: int) -> str:
-    """Return the granularity of a draft: the first layers, a fifteenth of all, and the last ones, a fifth.
+    """Return the granularity of a draft: the first fifteenth of the layers, and the last seven fifteenths.
 
     The last layers read what the full model's deep layers wrote into the cache that they share, so that they
-    know of the text what the first ones cannot (docs/LOG.md).
+    know of the text what the first ones cannot. So many are worth their time in 4 bits (docs/LOG.md).
 
-    >>> draft_of(30), draft_of(16), draft_of(5), draft_of(2)
-    ('layers=0:1:24:25:26:27:28:29', 'layers=0:13:14:15', 'layers=0:4', 'ffn=0.5')
+    >>> draft_of(30) == f"layers=0:1:{':'.join(map(str, range(16, 30)))}"
+    True
+    >>> draft_of(16), draft_of(5), draft_of(2)
+    ('layers=0:9:10:11:12:13:14:15', 'layers=0:3:4', 'ffn=0.5')
     """
     if num_layers < 3:
         return "ffn=0.5"
-    first, last = max(1, num_layers // 15), max(1, num_layers // 5)
+    first, last = max(1, num_layers // 15), max(1, num_layers * 7 // 15)
     return f"layers={':'.join(map(str, [*range(first), *range(num_layers - last, num_layers)]))}"
 
 
