@@ -205,7 +205,7 @@ class DecodeStep:
         outputs = None
         if head is not None and head.map not in self._heads:
             weight_OI: Tensor = head.map.weight
-            weight_OI = weight_OI if self._to_blocks is None else self._to_blocks(weight_OI)
+            weight_OI = weight_OI if self._to_blocks is None else in_8_bits(weight_OI)
             self._heads[head.map] = make_panels(weight_OI, dtype=self._dtype)
             self._forget(head.map.weight)
         if head is not None and head.ids_N is not None:
@@ -309,7 +309,8 @@ def make_decode_step(
 ) -> DecodeStep | None:
     """Return a compiled pass for the model in a dtype of weights, int8 and int4 among them, or None.
 
-    Without a dtype each weight keeps its own, or its blocks, or is made blocks of; all layers have the same.
+    Without a dtype each weight keeps its own, or its blocks; all layers have the same. Or `to_blocks` makes
+    blocks of them, and the head is in blocks of 8 bits: its rounding changes likelihoods most.
 
     Only torch's kernels run on a GPU, in fp16 and fp64, where nothing could be compiled, and for
     configurations that decode_step.c does not know.

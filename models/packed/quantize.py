@@ -4,7 +4,8 @@
     int8             8-bit weights, one scale a row, and 8-bit activations, one scale a token; as a target
                      it keeps its keys and values in bf16, which are finer still
     int4             4-bit weights, one scale a row, and 8-bit activations: for drafts
-    q4_0             4-bit weights in blocks of 32 with a scale each, as llama.cpp's Q4_0: for drafts, too
+    q4_0             4-bit weights in blocks of 32 with a scale each, as llama.cpp's Q4_0, and the head in 8
+                     bits, as its Q8_0: for drafts, too
     file             weights as they are stored: those of a GGUF file in its blocks of 32, which nothing
                      rounds again, with 8-bit activations, one scale a block and token; as a target its
                      keys and values are in bf16, too
@@ -31,7 +32,7 @@ from models.elastic.linear import LowRank, NestedLinear
 from models.elastic.model import ElasticLM
 from models.elastic.norm import RMSNorm
 from models.elastic.request import Head, Request
-from models.kernels.blocks import BLOCK, BlockTensor, block_product, in_4_bits
+from models.kernels.blocks import BLOCK, BlockTensor, block_product, in_4_bits, in_8_bits
 from models.kernels.build import kernels_name
 from models.kernels.codes import FOUR_BITS, int8_product, quantize
 from models.packed.decode_step import make_decode_step
@@ -89,10 +90,11 @@ class PackedLM(ElasticLM):
         self.rotary, self.is_mapped = source.rotary, source.is_mapped
         self.train(source.training)
         if self.decode_step is None or dtype != source.dtype or isinstance(source, PackedLM):
+            head = self.lm_head
             for module in list(self.modules()):
                 for name, child in list(module.named_children()):
                     if isinstance(child, nn.Linear):
-                        setattr(module, name, QuantizedLinear(child, precision))
+                        setattr(module, name, QuantizedLinear(child, precision, is_head=child is head))
 
         self.is_compiled = self.decode_step is not None
 
@@ -203,11 +205,11 @@ def packed_bytes(model: ElasticLM) -> int:
 class QuantizedLinear(NestedLinear):
     """A linear map that computes with copies of its weight's prefixes in another precision."""
 
-    def __init__(self, source: nn.Linear, precision: str) -> None:
+    def __init__(self, source: nn.Linear, precision: str, *, is_head: bool = False) -> None:
         super().__init__(source.in_features, source.out_features, bias=False, device="meta")
         self.weight = source.weight  # the very tensors, under the same names
         self.register_parameter("bias", source.bias)
-        self.precision = precision
+        self.precision, self.is_head = precision, is_head
         self.num_bytes = 0
         self._products: dict[tuple[int, int, LowRank | None], Callable[[Tensor], Tensor]] = {}
 
@@ -226,7 +228,7 @@ class QuantizedLinear(NestedLinear):
             self.num_bytes += weight_OI.numel() + 4 * len(weight_OI)  # a byte a weight, four a scale
             return int8_product(weight_OI, bias_O)
         if self.precision == Q4_0:
-            weight_OI = in_4_bits(weight_OI)
+            weight_OI = in_8_bits(weight_OI) if self.is_head else in_4_bits(weight_OI)
         if isinstance(weight_OI, BlockTensor) and self.precision in (Q4_0, FILE):
             self.num_bytes += 4 * weight_OI.numel()
             return block_product(weight_OI, bias_O)
