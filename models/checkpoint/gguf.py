@@ -181,6 +181,8 @@ def architecture_of(model: Model) -> str:
     view = _view(model)
     config, plan = view.model.config, view.plan
     shape = widest(config, plan)
+    if config.post_norms:
+        raise UsageError("GGUF files of Gemma 3 are read, and not written; take --format hf")
     if shape.no_rope_layers is not None:
         return _smollm3(shape, plan)
     if plan.is_uniform:

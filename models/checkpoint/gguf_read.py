@@ -5,7 +5,7 @@ dequantizes is read. Llama's rotary rows, which the file interleaves, are put ba
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ from models.kernels.blocks import KINDS, BlockTensor
 
 _NAMES = {theirs: ours for ours, theirs in ENDS.items()} | {
     f"{theirs}.{kind}": f"{ours}.{kind}" for ours, theirs in PARTS.items() for kind in ("weight", "bias")
+}
+_NAMES_OF_GEMMA3 = _NAMES | {
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
 }
 _FUSED = re.compile(r"blk\.(\d{1,5})\.attn_qkv\.weight")
 """Queries, keys and values as one matrix, as openelm has them."""
@@ -169,18 +174,22 @@ def _tensors(
     """Yield names and tensors in a dtype, or in blocks and otherwise in bf16."""
     config = shape.config
     interleaved = not (config.qk_norm or config.attention_bias)
+    names = _NAMES_OF_GEMMA3 if config.post_norms else _NAMES
     for tensor in reader.tensors:
         if tensor.name == FREQUENCY_DIVISORS:
             continue
         weight = _in_blocks(tensor) if dtype is None else None
         if weight is None:
             vectors = torch.bfloat16 if len(tensor.shape) > 1 else torch.float32
-            weight = torch.from_numpy(np.array(dequantized(tensor))).to(dtype or vectors)
+            numbers = np.array(dequantized(tensor))
+            if config.norm_offset and tensor.name.endswith("norm.weight"):
+                numbers -= 1  # the file has the gains themselves
+            weight = torch.from_numpy(numbers).to(dtype or vectors)
         if (fused := _FUSED.fullmatch(tensor.name)) and int(fused[1]) < config.num_hidden_layers:
             parts = weight.split(shape.rows(int(fused[1])))
             yield from zip((f"model.layers.{fused[1]}.{part}.weight" for part in FUSED), parts, strict=True)
             continue
-        name = _name(path, tensor.name)
+        name = _name(path, tensor.name, names)
         if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = in_halves(weight, config.head_dim)
         yield name, weight
@@ -194,16 +203,16 @@ def _in_blocks(tensor: Any) -> Tensor | None:
     return BlockTensor(torch.from_numpy(tensor.data).unflatten(1, (-1, size)), tensor.tensor_type.name)
 
 
-def _name(path: Path, theirs: str) -> str:
-    if theirs in _NAMES:
-        return _NAMES[theirs]
+def _name(path: Path, theirs: str, names: Mapping[str, str]) -> str:
+    if theirs in names:
+        return names[theirs]
     block, _, rest = theirs.partition(".")
     layer, _, part = rest.partition(".")
-    if block != "blk" or part not in _NAMES:
+    if block != "blk" or part not in names:
         raise NestlingError(
             f"{path} has the tensor {theirs}, which no supported architecture has: take another file"
         )
-    return f"model.layers.{layer}.{_NAMES[part]}"
+    return f"model.layers.{layer}.{names[part]}"
 
 
 def in_halves(weight_OI: Tensor, head_dim: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.base.errors import NestlingError
+from models.checkpoint.gemma3 import STYLE, layer_types_of
 from models.checkpoint.gguf import ENDS, FREQUENCY_DIVISORS, smollm3_layers
 from models.checkpoint.gguf_tokenizer import ENDS as END_KEYS
 from models.checkpoint.weights import HEAD
@@ -22,7 +23,9 @@ from models.elastic.rope_scaling import RopeScaling, yarn_attention_factor
 
 UNEQUAL = ("deci", "openelm")
 """Architectures that size each layer by itself."""
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", *UNEQUAL)
+GEMMA3 = "gemma3"
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", GEMMA3, *UNEQUAL)
+_LAYERS_OF_27B = 62
 MOST_LAYERS = 2**14
 _CONTEXTS = [1024 * 2**power for power in range(8)]
 """Original contexts of models that were stretched as Llama 3 was."""
@@ -115,6 +118,9 @@ class _Keys:
         """Raise NestlingError for what the elastic class does not compute."""
         if self.integer("rope.dimension_count", head_dim) != head_dim:
             raise NestlingError("it rotates a part of each head only (rope.dimension_count): take another")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if self.number(name, 0.0):
+                raise NestlingError(f"it caps logits ({name}), which is not supported: take another")
         if self.integer("expert_count", 0):
             raise NestlingError("it is a mixture of experts; dense models are supported: take one")
 
@@ -169,9 +175,24 @@ def _read_shape(shape: _Keys, reader: Any) -> GgufShape:
         qk_norm="blk.0.attn_q_norm.weight" in shape.sizes,
         bos_token_id=_token(shape.fields, "bos"),
         eos_token_id=_ends(shape.fields),
+        **(_of_gemma3(shape, num_layers, hidden / heads[0]) if shape.kind == GEMMA3 else {}),
     )
     is_equal = all(len({*widths}) == 1 for widths in (heads, groups, ffn))
     return GgufShape(config=config, groups=tuple(groups), is_equal=is_equal)
+
+
+def _of_gemma3(shape: _Keys, num_layers: int, queries_of_27b: float) -> dict[str, Any]:
+    """Return what Gemma 3 has besides; what no key says is as in llama.cpp."""
+    pattern = shape.integer("attention.sliding_window_pattern", 6)
+    if pattern < 1:
+        raise damaged(f"{shape.kind}.attention.sliding_window_pattern", pattern, "at least 1")
+    return {
+        **{name: value for name, value in STYLE.items() if name != "qk_norm"},
+        "layer_types": layer_types_of({}, num_layers, pattern),
+        "sliding_window": shape.integer("attention.sliding_window"),
+        "rope_local_base_freq": shape.number("rope.freq_base_swa", 1e4),
+        "query_pre_attn_scalar": queries_of_27b if num_layers == _LAYERS_OF_27B else 0.0,
+    }
 
 
 def _widths(shape: _Keys, num_layers: int) -> tuple[list[int], list[int], list[int]]:

@@ -1,7 +1,8 @@
 """The shape of an elastic model and the `config.json` of a stock one, both ways; pure dictionaries.
 
-One elastic class holds what five stock architectures compute:
+One elastic class holds what six stock architectures compute:
 
+    layer_types, post_norms and the like  -> Gemma3ForCausalLM, see models/checkpoint/gemma3.py
     no_rope_layers                        -> SmolLM3ForCausalLM
     qk_norm                               -> Qwen3ForCausalLM
     attention_bias                        -> Qwen2ForCausalLM
@@ -16,6 +17,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from models.base.errors import NestlingError
+from models.checkpoint.gemma3 import (
+    DEFAULTS,
+    GEMMA3,
+    HINTS,
+    STYLE,
+    gemma3_to_hugging_face,
+    has_style,
+    layer_types_of,
+    ropes_of,
+    unsupported_of_gemma3,
+)
 from models.checkpoint.huggingface_rope import rope_from_hugging_face, rope_to_hugging_face
 from models.elastic.config import ElasticConfig
 
@@ -25,6 +37,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    GEMMA3: "Gemma3ForCausalLM",
 }
 # The release whose spelling `config_to_hugging_face` follows. Without it in the file, transformers
 # suspects the large vocabulary of any Mistral model of an old fault.
@@ -57,15 +70,16 @@ def config_to_hugging_face(
         "model_type": model_type,
         **{name: getattr(config, name) for name in _SAME},
         "eos_token_id": json_eos(config),
-        "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,
-        "rope_parameters": rope_to_hugging_face(config),
         # Readers older than rope_parameters would assume 10000 without this one.
         "rope_theta": config.rope_theta,
         "dtype": dtype,
         "transformers_version": SPELLING,
     }
+    if model_type == GEMMA3:
+        return fields | gemma3_to_hugging_face(config)
+    fields |= {"hidden_act": config.hidden_act, "rope_parameters": rope_to_hugging_face(config)}
     if model_type in _BIASES_OUTPUT:
         fields["attention_bias"] = False
     if model_type in _BIASES_MLP:
@@ -81,7 +95,7 @@ def config_to_hugging_face(
 
 
 def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
-    """Read a `config.json` of Llama, Mistral, Qwen2, Qwen3 or SmolLM3, RoPE spelled the old or the new way.
+    """Read a `config.json` of one of `ARCHITECTURES`, RoPE spelled the old or the new way.
 
     Fields that change only training (dropout) or storage are ignored.
 
@@ -90,20 +104,21 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
 
     >>> config_from_hugging_face({"model_type": "gpt2"})
     Traceback (most recent call last):
-    models.base.errors.NestlingError: model_type='gpt2' is not supported; llama, mistral, qwen2, qwen3
-    and smollm3 are
+    models.base.errors.NestlingError: model_type='gpt2' is not supported; llama, mistral, qwen2, qwen3,
+    smollm3 and gemma3_text are
     """
     model_type = str(fields.get("model_type"))
     if model_type not in ARCHITECTURES:
         *first, last = ARCHITECTURES
         raise NestlingError(
             f"model_type={fields.get('model_type')!r} is not supported; {', '.join(first)} and {last} are"
+            + HINTS.get(model_type, "")
         )
     fields = {**_DEFAULTS["all"], **_DEFAULTS[model_type], **fields}
-    sizes = {name: _integer(fields, name) for name in _SIZES}
+    sizes: dict[str, Any] = {name: _integer(fields, name) for name in _SIZES}
     for name, value, allowed in _unsupported(model_type, fields):
         raise NestlingError(f"{name}={value!r} is not supported for {model_type}; {allowed}")
-    theta, scaling = rope_from_hugging_face(fields)
+    theta, scaling = (rope_from_hugging_face if model_type != GEMMA3 else ropes_of)(fields)[:2]
     heads = sizes["num_attention_heads"]
     return ElasticConfig(
         **sizes,
@@ -116,9 +131,10 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ElasticConfig:
         initializer_range=_number(fields, "initializer_range"),
         tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
         attention_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", GEMMA3),
         bos_token_id=_token(fields, "bos_token_id"),
         eos_token_id=end_tokens(fields),
+        **(_of_gemma3(fields, sizes["num_hidden_layers"]) if model_type == GEMMA3 else {}),
     )
 
 
@@ -193,10 +209,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "eos_token_id": 128001,
         "no_rope_layer_interval": 4,
     },
+    GEMMA3: DEFAULTS,
 }
 
 
 def _model_type(config: ElasticConfig) -> str:
+    if has_style(config):
+        return GEMMA3
     if config.qk_norm and config.attention_bias:
         raise NestlingError(
             "model: qk_norm=true with attention_bias=true has no stock architecture "
@@ -224,6 +243,9 @@ def _unsupported(model_type: str, fields: Mapping[str, Any]) -> Iterable[tuple[s
         yield "architectures", architectures, f"only {ARCHITECTURES[model_type]} is"
     if fields.get("quantization_config"):
         yield "quantization_config", fields["quantization_config"], "save the weights unquantized"
+    if model_type == GEMMA3:
+        yield from unsupported_of_gemma3(fields)
+        return
     if fields["hidden_act"] not in ("silu", "swish"):
         yield "hidden_act", fields["hidden_act"], "only silu is"
     if model_type in _BIASES_OUTPUT and _flag(fields, "attention_bias"):
@@ -261,6 +283,17 @@ def _rotated(fields: Mapping[str, Any], num_layers: int) -> list[int]:
     if not isinstance(rotated, list) or not all(one in (0, 1) for one in rotated):
         raise NestlingError(f"no_rope_layers={rotated!r} is not a list of 0 and 1; give one for each layer")
     return rotated
+
+
+def _of_gemma3(fields: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    pattern, scalar = _integer(fields, "sliding_window_pattern"), _number(fields, "query_pre_attn_scalar")
+    return {
+        **{name: value for name, value in STYLE.items() if name != "qk_norm"},
+        "layer_types": layer_types_of(fields, num_layers, pattern),
+        "sliding_window": _integer(fields, "sliding_window", default=0),
+        "rope_local_base_freq": ropes_of(fields)[2],
+        "query_pre_attn_scalar": 0.0 if scalar == fields["head_dim"] else scalar,
+    }
 
 
 def _integer(fields: Mapping[str, Any], name: str, *, default: int | None = None) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from models.base.errors import NestlingError, UsageError
+from models.checkpoint.gemma3 import GEMMA3, WITH_IMAGES
 from models.checkpoint.huggingface_config import ARCHITECTURES, config_to_hugging_face
 from models.checkpoint.weights import HEAD
 from models.elastic.config import ElasticConfig
@@ -125,9 +126,15 @@ def _pad(name: str, tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
 def ragged_fields(config: ElasticConfig, plan: Plan, *, dtype: str) -> dict[str, Any]:
     """Return the config.json of unequal layers: the widest layer's numbers, and what others have instead."""
     fields = config_to_hugging_face(config, dtype=dtype)
-    if fields["model_type"] == "llama" and len({layer.groups for layer in plan.layers}) > 1:
-        # The Llama class checks the number of heads, of which there is no single one; Mistral's does not.
-        fields = config_to_hugging_face(config, dtype=dtype, model_type="mistral")
+    if len({layer.groups for layer in plan.layers}) > 1:
+        # Some classes check the number of heads, of which there is no single one; Mistral's does not.
+        if fields["model_type"] == GEMMA3:
+            raise UsageError(
+                "--form ragged: Gemma 3 in transformers has one number of heads for all layers; give all "
+                "layers one fraction of the heads, or take --form padded"
+            )
+        if fields["model_type"] == "llama":
+            fields = config_to_hugging_face(config, dtype=dtype, model_type="mistral")
     fields["architectures"] = [_class_name(fields["model_type"])]
     fields["auto_map"] = auto_map(fields["model_type"])
     overrides = (_overrides(config, layer) for layer in plan.layers)
@@ -170,7 +177,12 @@ def _class_name(model_type: str, suffix: str = "ForCausalLM") -> str:
 def modeling_source(model_type: str) -> str:
     """Return the modelling file: the stock classes, whose layers are built from `per_layer_config`."""
     stock = ARCHITECTURES[model_type].removesuffix("ForCausalLM")
-    return _SOURCE.format(stock=stock, model_type=model_type)
+    module, text, embedding = model_type, stock, "nn.Embedding({sizes})"
+    if model_type == GEMMA3:
+        module, text = WITH_IMAGES, "Gemma3Text"
+        embedding = "stock.Gemma3TextScaledWordEmbedding({sizes}, config.hidden_size**0.5)"
+    embedding = embedding.format(sizes="config.vocab_size, config.hidden_size, self.padding_idx")
+    return _SOURCE.format(stock=stock, module=module, text=text, embedding=embedding)
 
 
 _SOURCE = '''"""{stock} whose layers have widths of their own, as `per_layer_config` of config.json says.
@@ -180,14 +192,14 @@ All else is transformers': this file only builds each layer from its own configu
 """
 
 from torch import nn
-from transformers.models.{model_type} import modeling_{model_type} as stock
+from transformers.models.{module} import modeling_{module} as stock
 
 
-class Nestling{stock}Model(stock.{stock}Model):
+class Nestling{stock}Model(stock.{text}Model):
     def __init__(self, config):
         stock.{stock}PreTrainedModel.__init__(self, config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = {embedding}
         self.layers = nn.ModuleList(_layer(config, place) for place in range(config.num_hidden_layers))
         self.norm = stock.{stock}RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = stock.{stock}RotaryEmbedding(config=config)

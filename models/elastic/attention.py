@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.elastic import ops
-from models.elastic.cache import Memory, Reading, Readings
+from models.elastic.cache import Memory, Readings, read_window
 from models.elastic.config import ElasticConfig
 from models.elastic.linear import NestedLinear
 from models.elastic.norm import RMSNorm
@@ -22,6 +22,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.heads_per_group = config.heads_per_group
+        self.window = config.window(layer)
+        # Scores are divided by the root of head_dim; this makes it the root of what the model asks for.
+        scalar = config.query_pre_attn_scalar
+        self.query_scale = (config.head_dim / scalar) ** 0.5 if scalar else 1.0
         size, bias = config.hidden_size, config.attention_bias
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -29,8 +33,8 @@ class Attention(nn.Module):
         self.k_proj = NestedLinear(size, keys, bias=bias)
         self.v_proj = NestedLinear(size, keys, bias=bias)
         self.o_proj = NestedLinear(queries, size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
 
     def forward(
         self,
@@ -42,9 +46,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return what `groups` groups make of x; `memory` takes keys and values and says what to read."""
         q_BHTK, k_BGTK, v_BGTK = self._project(x_BTD, groups, rotary, owned)
-        reading: Reading | Readings = Reading(k_BGTK, v_BGTK, None)
-        if memory is not None:
-            reading = memory.extend(self.layer, k_BGTK, v_BGTK)
+        if self.query_scale != 1:
+            q_BHTK = q_BHTK * self.query_scale
+        if memory is None:
+            reading = read_window(k_BGTK, v_BGTK, k_BGTK.shape[2], self.window)
+        else:
+            reading = memory.extend(self.layer, k_BGTK, v_BGTK, self.window)
         if isinstance(reading, Readings):
             parts = zip(q_BHTK.split(reading.counts, dim=2), reading.each, strict=True)
             mixed_BHTK = torch.cat([ops.attention(part_BHTK, *one) for part_BHTK, one in parts], dim=2)

@@ -37,10 +37,47 @@ class Reading(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """The reading of each request of a pass, and its number of new tokens, in order."""
+    """The reading of each request of a pass, or of each block of its tokens, and their number, in order."""
 
     counts: list[int]
     each: list[Reading]
+
+
+def read_window(k_BGSK: Tensor, v_BGSK: Tensor, num_new: int, window: int | None) -> Reading | Readings:
+    """Return what the last `num_new` of S positions read, each itself and the earlier ones.
+
+    Args:
+        k_BGSK: keys.
+        v_BGSK: values.
+        num_new: T.
+        window: the positions that each reads, itself among them; None for all, with T == S.
+    """
+    num_read = k_BGSK.shape[2]
+    if window is None:
+        return Reading(k_BGSK, v_BGSK, None)
+    counts, each = [], []
+    for start, end, count in window_blocks(num_new, num_read, window):
+        mask_TS = None
+        if count > 1 and end - start > count:
+            seen_TS = torch.ones(count, end - start, dtype=torch.bool, device=k_BGSK.device)
+            own = end - start - count  # the column of the first new position
+            mask_TS = seen_TS.tril(own).triu(own - window + 1)
+        counts.append(count)
+        each.append(Reading(k_BGSK[:, :, start:end], v_BGSK[:, :, start:end], mask_TS))
+    return each[0] if len(each) == 1 else Readings(counts, each)
+
+
+def window_blocks(num_new: int, num_read: int, window: int) -> list[tuple[int, int, int]]:
+    """Return where the positions start and end that blocks of new ones read, and how many these are.
+
+    A block has at most as many as a window, so that long texts take time by their length, not its square.
+
+    >>> window_blocks(5, 7, 4)
+    [(0, 6, 4), (3, 7, 1)]
+    """
+    firsts = range(num_read - num_new, num_read, window)
+    ends = [min(first + window, num_read) for first in firsts]
+    return [(max(0, first - window + 1), end, end - first) for first, end in zip(firsts, ends, strict=True)]
 
 
 class Memory(Protocol):
@@ -50,8 +87,17 @@ class Memory(Protocol):
         """Return the positions of the new tokens in their texts."""
         ...
 
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading | Readings:
-        """Take the new keys and values of a layer, by its index in the full model; return what to read."""
+    def extend(
+        self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None = None
+    ) -> Reading | Readings:
+        """Take the new keys and values of a layer; return what to read.
+
+        Args:
+            layer: its index in the full model.
+            k_BGTK: keys.
+            v_BGTK: values.
+            window: the positions that each token reads, itself among them; None for all.
+        """
         ...
 
 
@@ -99,14 +145,22 @@ class KVCache:
         """See `Memory`; they follow the committed ones."""
         return slice(self.length, self.length + num_tokens)
 
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
-        """Write behind the committed positions; read everything up to and including the new ones."""
+    def extend(
+        self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None = None
+    ) -> Reading | Readings:
+        """Write behind the committed positions; read everything up to and including the new ones.
+
+        All positions are kept, also those that are out of a window: a draft is rewound, and a beginning
+        is shared.
+        """
         groups, num_tokens = k_BGTK.shape[1], k_BGTK.shape[2]
         end = self.length + num_tokens
         assert end <= self.num_positions, (end, self.num_positions)
         k_BGSK, v_BGSK = (store[:, :groups, :end] for store in self._stores[layer])
         k_BGSK[:, :, self.length :] = k_BGTK
         v_BGSK[:, :, self.length :] = v_BGTK
+        if window is not None and end > window:
+            return read_window(k_BGSK, v_BGSK, num_tokens, window)
         mask_TS = None if num_tokens == 1 or self.length == 0 else self._causal(num_tokens, k_BGSK)
         return Reading(k_BGSK, v_BGSK, mask_TS)
 
@@ -184,12 +238,16 @@ class Batch:
         assert sum(map(len, ranges)) == num_tokens, (self.counts, num_tokens)
         return torch.cat(ranges)
 
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Readings:
+    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None = None) -> Readings:
         """See `KVCache.extend`, for each request."""
         keys, values = k_BGTK.split(self.counts, dim=2), v_BGTK.split(self.counts, dim=2)
-        requests = zip(self.caches, keys, values, strict=True)
-        each = [cache.extend(layer, k_1GTK, v_1GTK) for cache, k_1GTK, v_1GTK in requests]
-        return Readings(self.counts, each)
+        all_counts, each = list[int](), list[Reading]()
+        for cache, count, k_1GTK, v_1GTK in zip(self.caches, self.counts, keys, values, strict=True):
+            reading = cache.extend(layer, k_1GTK, v_1GTK, window)
+            blocks = reading if isinstance(reading, Readings) else Readings([count], [reading])
+            all_counts += blocks.counts
+            each += blocks.each
+        return Readings(all_counts, each)
 
 
 class Recording:
@@ -202,10 +260,12 @@ class Recording:
         """See `Memory`."""
         return slice(num_tokens)
 
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
+    def extend(
+        self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None = None
+    ) -> Reading | Readings:
         """Keep them and read just them, causally."""
         self.layers[layer] = (k_BGTK.detach(), v_BGTK.detach())
-        return Reading(k_BGTK, v_BGTK, None)
+        return read_window(k_BGTK, v_BGTK, k_BGTK.shape[2], window)
 
     def rows(self, rows: slice) -> "Recording":
         """Return the recording of some rows of the batch."""
@@ -231,19 +291,20 @@ class SharedPrefix:
         own_TT = (positions >= starts_T[:, None]) & (positions <= positions[:, None])
         self.recording = recording
         self.mask_TS = torch.cat([recorded_TT, own_TT], dim=1)
+        self._distances_TS = (positions[:, None] - positions).repeat(1, 2)
 
     def positions(self, num_tokens: int) -> slice:
         """See `Memory`."""
         return slice(num_tokens)
 
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> Reading:
+    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None = None) -> Reading:
         """Read [recorded | own] keys and values, S = 2T, through the block mask."""
         groups = k_BGTK.shape[1]
         recorded_k, recorded_v = self.recording.layers[layer]
         return Reading(
             torch.cat([recorded_k[:, :groups].to(k_BGTK.dtype), k_BGTK], dim=2),
             torch.cat([recorded_v[:, :groups].to(v_BGTK.dtype), v_BGTK], dim=2),
-            self.mask_TS,
+            self.mask_TS if window is None else self.mask_TS & (self._distances_TS < window),
         )
 
 

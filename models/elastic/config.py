@@ -1,16 +1,21 @@
 """The shape of an elastic model, in Hugging Face's field names.
 
-One class covers Llama, Mistral, Qwen2 (`attention_bias`), Qwen3 (`qk_norm`) and SmolLM3 (`no_rope_layers`);
-models/checkpoint/huggingface.py maps to and from their configurations.
+One class covers Llama, Mistral, Qwen2 (`attention_bias`), Qwen3 (`qk_norm`), SmolLM3 (`no_rope_layers`) and
+the text models of Gemma 3 (`layer_types` to `scale_embeddings`); models/checkpoint/huggingface.py maps to and
+from their configurations.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from models.base.errors import NestlingError
 from models.elastic.rope_scaling import RopeScaling
 
+SLIDING, WHOLE = "sliding_attention", "full_attention"
+"""Hugging Face's kinds of layers: those that read a window of positions, and those that read all."""
+HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
 _MOST = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 2**24),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"), 2**14),
@@ -39,6 +44,16 @@ class ElasticConfig:
         tie_word_embeddings: whether the vocabulary head is the embedding matrix.
         attention_bias: bias on the q, k and v projections (Qwen2).
         qk_norm: RMSNorm on each query and key head (Qwen3).
+        layer_types: for each layer `full_attention`, or `sliding_attention` if it reads a window of the last
+            positions alone; None has no window anywhere.
+        sliding_window: the positions that such a layer reads, the new one among them; 0 without one.
+        rope_local_base_freq: base of the rotary frequencies of such a layer, which nothing stretches; 0
+            without one.
+        query_pre_attn_scalar: scores of attention are divided by its root; 0 means `head_dim`.
+        hidden_act: what the gates of the feed-forward part go through.
+        post_norms: RMSNorm of what attention and the feed-forward part add to the residual stream, too.
+        norm_offset: the gains of every RMSNorm are 1 more than what is stored.
+        scale_embeddings: embeddings are multiplied by the root of `hidden_size`.
         initializer_range: standard deviation of the initial weights.
         bos_token_id: token that starts a text, if any.
         eos_token_id: token that ends a text, if any; several as a tuple.
@@ -62,19 +77,20 @@ class ElasticConfig:
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     qk_norm: bool = False
+    layer_types: Sequence[str] | None = None
+    sliding_window: int = 0
+    rope_local_base_freq: float = 0.0
+    query_pre_attn_scalar: float = 0.0
+    hidden_act: HiddenAct = "silu"
+    post_norms: bool = False
+    norm_offset: bool = False
+    scale_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.eos_token_id, Sequence):
-            several = tuple(dict.fromkeys(self.eos_token_id))
-            one_or_none = several[0] if several else None
-            object.__setattr__(self, "eos_token_id", several if len(several) > 1 else one_or_none)
-        if self.no_rope_layers is not None:
-            rotated = tuple(int(one) for one in self.no_rope_layers[: self.num_hidden_layers])
-            is_stock = all(rotated) and len(rotated) == self.num_hidden_layers
-            object.__setattr__(self, "no_rope_layers", None if is_stock else rotated)
+        self._settle_lists()
         problems = [
             f"{name}={getattr(self, name)} must be at least 1"
             for name in (
@@ -103,6 +119,7 @@ class ElasticConfig:
                 f"no_rope_layers lists {len(self.no_rope_layers)} layers of "
                 f"num_hidden_layers={self.num_hidden_layers}; give a number for each"
             )
+        problems += self._problems_of_windows()
         if not problems and self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
             if self.hidden_size % self.num_attention_heads:
@@ -120,6 +137,47 @@ class ElasticConfig:
         if problems:
             raise NestlingError("model: " + "; ".join(problems))
 
+    def _settle_lists(self) -> None:
+        """Keep lists as tuples of a value for each layer, and None for those that say nothing."""
+        if isinstance(self.eos_token_id, Sequence):
+            several = tuple(dict.fromkeys(self.eos_token_id))
+            one_or_none = several[0] if several else None
+            object.__setattr__(self, "eos_token_id", several if len(several) > 1 else one_or_none)
+        if self.no_rope_layers is not None:
+            rotated = tuple(int(one) for one in self.no_rope_layers[: self.num_hidden_layers])
+            is_stock = all(rotated) and len(rotated) == self.num_hidden_layers
+            object.__setattr__(self, "no_rope_layers", None if is_stock else rotated)
+        if self.layer_types is not None:
+            kinds = tuple(self.layer_types[: self.num_hidden_layers])
+            is_whole = len(kinds) == self.num_hidden_layers and set(kinds) == {WHOLE}
+            object.__setattr__(self, "layer_types", None if is_whole else kinds)
+        if self.layer_types is None:
+            object.__setattr__(self, "sliding_window", 0)
+            object.__setattr__(self, "rope_local_base_freq", 0.0)
+
+    def _problems_of_windows(self) -> list[str]:
+        """Return what cannot be of the kinds of layers, and of what Gemma has besides."""
+        problems = []
+        kinds = self.layer_types
+        if kinds is not None and len(kinds) < self.num_hidden_layers:
+            problems.append(
+                f"layer_types lists {len(kinds)} layers of num_hidden_layers={self.num_hidden_layers}; "
+                "give a kind for each"
+            )
+        if kinds is not None and not {*kinds} <= {SLIDING, WHOLE}:
+            other = next(kind for kind in kinds if kind not in (SLIDING, WHOLE))
+            problems.append(f"layer_types has {other!r}; {SLIDING} and {WHOLE} are supported")
+        if kinds is not None and (self.sliding_window < 1 or not 0 < self.rope_local_base_freq < math.inf):
+            problems.append(
+                f"sliding_window={self.sliding_window} and rope_local_base_freq={self.rope_local_base_freq} "
+                f"must be above 0 where layer_types has {SLIDING}"
+            )
+        if not 0 <= self.query_pre_attn_scalar < math.inf:
+            problems.append(f"query_pre_attn_scalar={self.query_pre_attn_scalar} must be a number above 0")
+        if self.hidden_act not in get_args(HiddenAct):
+            problems.append(f"hidden_act={self.hidden_act!r} is not one of {', '.join(get_args(HiddenAct))}")
+        return problems
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token that ends a text."""
@@ -135,6 +193,11 @@ class ElasticConfig:
     def rotates(self, layer: int) -> bool:
         """Return whether a layer's queries and keys are rotated by their positions."""
         return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
+
+    def window(self, layer: int) -> int | None:
+        """Return how many of the last positions a layer reads, the new one among them; None for all."""
+        is_local = self.layer_types is not None and self.layer_types[layer] == SLIDING
+        return self.sliding_window if is_local else None
 
     @property
     def heads_per_group(self) -> int:

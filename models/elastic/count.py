@@ -26,6 +26,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from models.elastic.cache import window_blocks
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity, LayerPlan
 
@@ -63,13 +64,13 @@ def count_flops(
     """
     layers = granularity.resolve(config).layers
     matrices = sum(_matrix_weights(config, layer) for layer in layers)
-    queries = sum(_rows(config, layer, "q") for layer in layers)
     # Each head's scores, and the values that they mix.
-    attention = 2 * queries * (num_cached + num_tokens)
-    head = config.hidden_size * config.vocab_size
-    return 2 * (
-        num_tokens * (matrices + attention) + (num_tokens if num_scored is None else num_scored) * head
+    attention = sum(
+        2 * _rows(config, layer, "q") * _count_scores(config.window(layer.index), num_tokens, num_cached)
+        for layer in layers
     )
+    head = config.hidden_size * config.vocab_size
+    return 2 * (num_tokens * matrices + attention + (num_tokens if num_scored is None else num_scored) * head)
 
 
 def count_weight_bytes(config: ElasticConfig, granularity: Granularity = FULL, *, dtype_bytes: int) -> int:
@@ -228,6 +229,14 @@ def count_ends(config: ElasticConfig) -> int:
     return embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
 
 
+def _count_scores(window: int | None, num_tokens: int, num_cached: int) -> int:
+    """Return how many scores each head of a layer computes."""
+    num_read = num_cached + num_tokens
+    if window is None:
+        return num_tokens * num_read
+    return sum(count * (end - start) for start, end, count in window_blocks(num_tokens, num_read, window))
+
+
 def _matrix_weights(config: ElasticConfig, layer: LayerPlan) -> int:
     """Return the number of weights that multiply each token: all but norms and biases."""
     return sum(math.prod(shape) for shape in layer.shapes(config).values() if len(shape) == 2)
@@ -249,7 +258,7 @@ def _kept_numbers(config: ElasticConfig, granularity: Granularity, *, compiled: 
     kept = 2 * config.hidden_size  # a norm keeps its input and its output
     for layer in granularity.resolve(config).layers:
         queries, keys = (_rows(config, layer, name) for name in "qk")
-        kept += 2 * 2 * config.hidden_size  # both norms
+        kept += 2 * 2 * config.hidden_size * (2 if config.post_norms else 1)  # its norms
         kept += 2 * queries + 2 * keys + (queries + keys if config.qk_norm else 0)  # attention
         kept += (3 if compiled else 4) * layer.ffn  # gate, its SiLU unless recomputed, up, their product
     return kept

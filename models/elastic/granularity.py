@@ -73,7 +73,10 @@ class LayerPlan:
         shapes["self_attn.o_proj.weight"] = (size, queries)
         if config.qk_norm:
             shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
-        shapes["post_attention_layernorm.weight"] = (size,)
+        norms = ["post_attention_layernorm"]
+        if config.post_norms:
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        shapes |= {f"{name}.weight": (size,) for name in norms}
         shapes |= {f"mlp.{name}_proj.weight": (self.ffn, size) for name in ("gate", "up")}
         return shapes | {"mlp.down_proj.weight": (size, self.ffn)}
 

@@ -1,4 +1,4 @@
-"""The parts of a block that are not attention or a norm: rotary positions, SwiGLU.
+"""The parts of a block that are not attention or a norm: rotary positions, SwiGLU or GeGLU.
 
 D model, F ffn, K head dim, T positions.
 """
@@ -14,11 +14,12 @@ from models.elastic.rope import rope_frequencies
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward (https://arxiv.org/abs/2002.05202) over a prefix of its neurons."""
+    """SwiGLU or GeGLU feed-forward (https://arxiv.org/abs/2002.05202) over a prefix of its neurons."""
 
     def __init__(self, config: ElasticConfig) -> None:
         super().__init__()
         size, hidden = config.hidden_size, config.intermediate_size
+        self.activate = ops.swiglu if config.hidden_act == "silu" else ops.geglu
         self.gate_proj = NestedLinear(size, hidden, bias=False)
         self.up_proj = NestedLinear(size, hidden, bias=False)
         self.down_proj = NestedLinear(hidden, size, bias=False)
@@ -26,7 +27,7 @@ class MLP(nn.Module):
     def forward(self, x_BTD: Tensor, ffn: int, owned: OwnedMLP) -> Tensor:
         """Return what the first `ffn` neurons make of x, with what a member adds to their weights."""
         gate_BTF = self.gate_proj(x_BTD, ffn, owned.gate_proj)
-        y_BTF = ops.swiglu(gate_BTF, self.up_proj(x_BTD, ffn, owned.up_proj))
+        y_BTF = self.activate(gate_BTF, self.up_proj(x_BTD, ffn, owned.up_proj))
         y_BTD: Tensor = self.down_proj(y_BTF, None, owned.down_proj)
         return y_BTD
 
@@ -36,14 +37,23 @@ FIRST_POSITIONS = 1024
 
 
 class Rotary(nn.Module):
-    """Rotary position table (https://arxiv.org/abs/2104.09864), half-split layout as in Hugging Face."""
+    """Rotary position table (https://arxiv.org/abs/2104.09864), half-split layout as in Hugging Face.
+
+    Args:
+        config: the model's shape.
+        is_local: make the table of layers that read a window, which one of the others has as its `local`.
+    """
 
     cos_TK: Tensor
     sin_TK: Tensor
 
-    def __init__(self, config: ElasticConfig) -> None:
+    def __init__(self, config: ElasticConfig, *, is_local: bool = False) -> None:
         super().__init__()
         self._config = config
+        self._theta = config.rope_local_base_freq if is_local else config.rope_theta
+        self._scaling = None if is_local else config.rope_scaling
+        has_local = config.layer_types is not None and not is_local
+        self.local = Rotary(config, is_local=True) if has_local else None
         with torch.device("cpu"):  # also of a model without memory, where torch would import its compiler
             tables = self._make(FIRST_POSITIONS)
         for name, table_TK in zip(("cos_TK", "sin_TK"), tables, strict=True):
@@ -67,8 +77,8 @@ class Rotary(nn.Module):
 
     def _make(self, num_positions: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         config = self._config
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+        frequencies = rope_frequencies(config.head_dim, self._theta, self._scaling)
+        scale = self._scaling.attention_factor if self._scaling else 1.0
         count = min(num_positions, config.max_position_embeddings)
         angles_TK = torch.outer(torch.arange(count, dtype=torch.float32), frequencies).repeat(1, 2)
         sign_K = torch.full((config.head_dim,), scale)

@@ -2,6 +2,8 @@
 
     tokens -> embedding -> [ x + attention(norm(x));  x + mlp(norm(x)) ] per layer -> norm -> head
 
+In Gemma's layers what is added goes through a norm, too.
+
 A member runs the layers that its granularity keeps, over prefixes of their heads and neurons; the
 embedding and the vocabulary head are everyone's, and so are the norms unless the member has its own
 (models/elastic/owned.py). The state dict has Hugging Face's names,
@@ -10,7 +12,7 @@ so extraction is slicing. Source: MatFormer, https://arxiv.org/abs/2310.07707.
 B batch, T positions, D model, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -30,13 +32,20 @@ from models.elastic.request import Head, Request
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer.
+
+    Hugging Face's name for the norm before the feed-forward part is `post_attention_layernorm`; where there
+    are norms of what is added as well, that is the one after attention.
+    """
 
     def __init__(self, config: ElasticConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        size, post_norms = config.hidden_size, config.post_norms
+        self.input_layernorm = RMSNorm(size, config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(size, config)
+        self.pre_feedforward_layernorm = RMSNorm(size, config) if post_norms else None
+        self.post_feedforward_layernorm = RMSNorm(size, config) if post_norms else None
         self.mlp = MLP(config)
 
     def forward(
@@ -49,11 +58,22 @@ class Block(nn.Module):
     ) -> Tensor:
         """Add attention, then the feed-forward part, to the residual stream."""
         before_attention = owned.input_layernorm or self.input_layernorm
-        before_mlp = owned.post_attention_layernorm or self.post_attention_layernorm
-        x_BTD = before_attention.residual(
-            x_BTD, lambda y_BTD: self.self_attn(y_BTD, plan.groups, rotary, memory, owned.self_attn)
-        )
-        return before_mlp.residual(x_BTD, lambda y_BTD: self.mlp(y_BTD, plan.ffn, owned.mlp))
+        after_attention = owned.post_attention_layernorm or self.post_attention_layernorm
+        before_mlp = owned.pre_feedforward_layernorm or self.pre_feedforward_layernorm
+        after_mlp = owned.post_feedforward_layernorm or self.post_feedforward_layernorm
+
+        def attend(y_BTD: Tensor) -> Tensor:
+            mixed_BTD: Tensor = self.self_attn(y_BTD, plan.groups, rotary, memory, owned.self_attn)
+            return mixed_BTD
+
+        def feed(y_BTD: Tensor) -> Tensor:
+            fed_BTD: Tensor = self.mlp(y_BTD, plan.ffn, owned.mlp)
+            return fed_BTD
+
+        if before_mlp is None or after_mlp is None:
+            return after_attention.residual(before_attention.residual(x_BTD, attend), feed)
+        x_BTD = before_attention.residual(x_BTD, lambda y_BTD: after_attention(attend(y_BTD)))
+        return before_mlp.residual(x_BTD, lambda y_BTD: after_mlp(feed(y_BTD)))
 
 
 class Embedding(nn.Embedding):
@@ -75,7 +95,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
 
 class ElasticLM(nn.Module):
@@ -103,7 +123,7 @@ class ElasticLM(nn.Module):
             if is_owned(name):
                 continue
             if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0.0 if self.config.norm_offset else 1.0)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
@@ -234,8 +254,14 @@ class ElasticLM(nn.Module):
         A member that is a prefix of the layers at full width is an early exit of the full model's pass:
         `head(states(tokens, exits=(k,))[0], member)` are its logits.
         """
-        x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight).to(self.compute_dtype)
-        return self._run_layers(x_BTD, granularity, memory, exits)
+        return self._run_layers(self._embed(tokens_BT), granularity, memory, exits)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Return what enters the first layer [..., D]."""
+        x_D = F.embedding(tokens, self.model.embed_tokens.weight)
+        if self.config.scale_embeddings:  # by a number that is rounded to their dtype, as in Gemma's training
+            x_D = x_D * torch.tensor(self.config.hidden_size**0.5, dtype=x_D.dtype)
+        return x_D.to(self.compute_dtype)
 
     def _run_layers(
         self, x_BTD: Tensor, granularity: Granularity, memory: Memory | None, exits: Sequence[int] = ()
@@ -243,22 +269,35 @@ class ElasticLM(nn.Module):
         plan: Plan = granularity.resolve(self.config)
         num_tokens = x_BTD.shape[1]
         positions = slice(num_tokens) if memory is None else memory.positions(num_tokens)
-        rotary = self.rotary(positions, x_BTD.dtype)
-        still = rotary if self.config.no_rope_layers is None else without_rotation(rotary)
+        angles = self._angles(positions, x_BTD.dtype)
         parts, found = self.parts(granularity), dict[int, Tensor]()
         for count, layer_plan in enumerate(plan.layers, start=1):
             block = cast(Block, self.model.layers[layer_plan.index])
             own = NOTHING if parts is None else parts.layer(layer_plan.index)
-            angles = rotary if self.config.rotates(layer_plan.index) else still
-            x_BTD = block(x_BTD, layer_plan, angles, memory, own)
+            x_BTD = block(x_BTD, layer_plan, angles(layer_plan.index), memory, own)
             if count in exits:
                 found[count] = x_BTD
         return [*(found[count] for count in exits), x_BTD]
 
+    def _angles(
+        self, positions: slice | Tensor, dtype: torch.dtype
+    ) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Return a function from a layer to the cosines and signed sines by which it rotates."""
+        rotary: tuple[Tensor, Tensor] = self.rotary(positions, dtype)
+        local = self.rotary.local
+        near: tuple[Tensor, Tensor] = rotary if local is None else local(positions, dtype)
+        still = rotary if self.config.no_rope_layers is None else without_rotation(rotary)
+
+        def of(layer: int) -> tuple[Tensor, Tensor]:
+            if not self.config.rotates(layer):
+                return still
+            return rotary if self.config.window(layer) is None else near
+
+        return of
+
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return what enters the first layer [T, D], in fp32, where the layers are elsewhere."""
-        ids_T = torch.tensor(ids, device=self.device)
-        return F.embedding(ids_T, self.model.embed_tokens.weight).to(self.compute_dtype).float()
+        return self._embed(torch.tensor(ids, device=self.device)).float()
 
     def run_layers(self, x_TD: Tensor, cache: KVCache, num_last: int) -> Tensor:
         """Return what leaves the last layer [num_last, D], in fp32, where `x_TD` enters the first one.

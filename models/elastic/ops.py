@@ -39,22 +39,32 @@ def compiled_dtype(x: Tensor) -> torch.dtype | None:
     return dtype if fits and library("train_ops") is not None else None
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, wide: bool = False) -> Tensor:
     """Return RMSNorm over the last dimension (https://arxiv.org/abs/1910.07467), with statistics in fp32.
 
     Its dtype is that of x; trained under autocast on a CPU, that of the products that read it.
+
+    Args:
+        x: what is normalised.
+        weight_D: the gains.
+        eps: epsilon.
+        wide: multiply by the gains in fp32 as well, and round afterwards (Gemma).
     """
     dtype = compiled_dtype(x)
     if dtype is not None:
         return train_ops.rms_norm(x, weight_D, eps, dtype)[0]
+    if wide:
+        return F.rms_norm(x.to(weight_D.dtype), weight_D.shape, weight_D, eps).to(x.dtype)
     return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
 
 
-def pre_norm_residual(x: Tensor, weight_D: Tensor, eps: float, branch: Callable[[Tensor], Tensor]) -> Tensor:
+def pre_norm_residual(
+    x: Tensor, weight_D: Tensor, eps: float, branch: Callable[[Tensor], Tensor], *, wide: bool = False
+) -> Tensor:
     """Return `x + branch(rms_norm(x))`."""
     dtype = compiled_dtype(x)
     if dtype is None:
-        return x + branch(rms_norm(x, weight_D, eps))
+        return x + branch(rms_norm(x, weight_D, eps, wide=wide))
     # The norm returns x as well: its backward pass adds x's two gradients in the walk that it makes anyway.
     # Left to autograd, that sum takes 1 to 2 % of a training step.
     normed, x = train_ops.rms_norm(x, weight_D, eps, dtype)
@@ -145,6 +155,11 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return `silu(gate) * up` (https://arxiv.org/abs/2002.05202)."""
     return F.silu(gate) * up if compiled_dtype(gate) is None else train_ops.swiglu(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return `gelu(gate) * up` (https://arxiv.org/abs/2002.05202), with the tanh approximation of GELU."""
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class OwnedLayer(nn.Module):
         super().__init__()
         self.input_layernorm: RMSNorm | None = None
         self.post_attention_layernorm: RMSNorm | None = None
+        self.pre_feedforward_layernorm: RMSNorm | None = None
+        self.post_feedforward_layernorm: RMSNorm | None = None
         self.self_attn = OwnedAttention()
         self.mlp = OwnedMLP()
 
@@ -61,7 +63,7 @@ class OwnedLayer(nn.Module):
         for name, shape in plan.shapes(config).items():
             one: nn.Module
             if ownership.norms and name.endswith("norm.weight"):
-                one = RMSNorm(shape[0], config.rms_norm_eps)
+                one = RMSNorm(shape[0], config)
             elif ownership.rank and len(shape) == 2:
                 one = LowRank(*shape, rank=ownership.rank, alpha=ownership.scaled_by)
             else:
@@ -75,6 +77,8 @@ class OwnedLayer(nn.Module):
         layer = OwnedLayer()
         layer.input_layernorm = self.input_layernorm
         layer.post_attention_layernorm = self.post_attention_layernorm
+        layer.pre_feedforward_layernorm = self.pre_feedforward_layernorm
+        layer.post_feedforward_layernorm = self.post_feedforward_layernorm
         layer.self_attn.q_norm, layer.self_attn.k_norm = self.self_attn.q_norm, self.self_attn.k_norm
         return layer
 
@@ -137,7 +141,7 @@ class Owned(nn.Module, Parts):
         self.layers = nn.ModuleDict(
             {str(one.index): OwnedLayer.make(config, one, ownership) for one in layers}
         )
-        final = RMSNorm(config.hidden_size, config.rms_norm_eps) if ownership.norms else None
+        final = RMSNorm(config.hidden_size, config) if ownership.norms else None
         self.norm: RMSNorm | None = final
 
     def layer(self, index: int) -> OwnedLayer:

@@ -161,10 +161,12 @@ def widest(config: ElasticConfig, plan: Plan) -> ElasticConfig:
     """Return the shape of as many layers as run, each as wide as the widest."""
     groups = max(layer.groups for layer in plan.layers)
     rotated = config.no_rope_layers and [config.no_rope_layers[layer.index] for layer in plan.layers]
+    kinds = config.layer_types and [config.layer_types[layer.index] for layer in plan.layers]
     return dataclasses.replace(
         config,
         num_hidden_layers=len(plan.layers),
         no_rope_layers=rotated,
+        layer_types=kinds,
         intermediate_size=max(layer.ffn for layer in plan.layers),
         num_key_value_heads=groups,
         num_attention_heads=groups * config.heads_per_group,

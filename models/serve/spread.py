@@ -169,7 +169,7 @@ class SpreadLM(ElasticLM):
         self.is_compiled = member.is_compiled
         self._member, self._routes = [member], routes  # in a list, so that torch does not look into it
         self.model.embed_tokens, self.lm_head = member.model.embed_tokens, member.lm_head
-        self.model.norm = RMSNorm(member.config.hidden_size, member.config.rms_norm_eps)
+        self.model.norm = RMSNorm(member.config.hidden_size, member.config)
         with torch.no_grad():
             self.model.norm.weight.copy_(_norm(facts))
         self.model.norm.to(member.device, member.model.norm.weight.dtype)
@@ -206,6 +206,7 @@ def _config(config: ElasticConfig, facts: Facts) -> ElasticConfig:
         config,
         num_hidden_layers=facts.num_layers,
         no_rope_layers=None,
+        layer_types=None,
         max_position_embeddings=facts.context,
         eos_token_id=facts.eos_token_ids,
     )

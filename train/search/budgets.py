@@ -161,7 +161,7 @@ def holds_unequal(engine: str | None, config: ElasticConfig) -> tuple[bool, bool
         case "sglang":
             return True, False
         case "llama.cpp":
-            known = config.no_rope_layers is None and not config.attention_bias
+            known = config.no_rope_layers is None and not (config.attention_bias or config.post_norms)
             held = known and (not config.qk_norm or config.tie_word_embeddings)
             return held, held
         case "padded" | "mlx":

@@ -17,6 +17,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.granularity import DEFAULT_FAMILY, FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
+from tests.models.checkpoint.test_gemma3 import GEMMA3
 
 MEMBERS = [
     *DEFAULT_FAMILY,
@@ -32,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
     "smollm3": {"no_rope_layers": (1, 0, 1, 0)},
+    "gemma3_text": GEMMA3,
     # 3 of 6 groups of one head: 3 heads do not divide a hidden size of 32, nor do the 6.
     "odd heads": {"num_attention_heads": 6, "num_key_value_heads": 6, "tie_word_embeddings": False},
 }

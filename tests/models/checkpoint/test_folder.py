@@ -26,6 +26,7 @@ from models.checkpoint.weights import check_tensors, weights_of
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import DEFAULT_FAMILY, FULL, Granularity
 from models.elastic.model import ElasticLM
+from tests.models.checkpoint.test_gemma3 import GEMMA3
 
 FAMILY = {"S": Granularity(ffn=(0.25,)), "draft": Granularity(layers=(0, 1)), "XL": FULL}
 MEMBER = Member(name="S", granularity="ffn=0.25", parameters=9, loss=1.5, alpha=0.8)
@@ -35,6 +36,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
     "mistral": {"num_attention_heads": 6},
     "smollm3": {"no_rope_layers": (1, 0, 1, 1)},
+    "gemma3_text": GEMMA3,
 }
 PROVENANCE = {"commit": "abc", "data": {"hash": "123"}}
 

@@ -19,6 +19,7 @@ from models.checkpoint.huggingface_config import ARCHITECTURES
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
 from models.elastic.rope_scaling import RopeScaling
+from tests.models.checkpoint.test_gemma3 import GEMMA3
 
 SUM_ORDER = 1e-5
 """fp32 logits relative to the largest: stock attention and norms add in another order."""
@@ -38,6 +39,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True, "head_dim": 16},
     "mistral": {"num_attention_heads": 6, "rope_theta": 500000.0},
     "smollm3": {"no_rope_layers": (1, 0, 0, 1)},
+    "gemma3_text": GEMMA3,
+    "gemma3_text, positions stretched": {
+        **GEMMA3,
+        "rope_scaling": SCALINGS["linear"],
+        "query_pre_attn_scalar": 12.0,
+    },
+    "gemma3_text, no window": {**GEMMA3, "layer_types": None},
     "one group a head": {"num_key_value_heads": 4},
     **{name: {"rope_scaling": scaling} for name, scaling in SCALINGS.items()},
 }
@@ -68,7 +76,8 @@ def assert_logits_equal(ours_BTV: Tensor, theirs_BTV: Tensor) -> None:
 def test_the_full_model_equals_its_stock_architecture(tiny_config: ElasticConfig, name: str) -> None:
     ours = shaped(tiny_config, name)
     theirs = to_hugging_face(ours)
-    assert theirs.config.model_type == (name if name in ARCHITECTURES else "llama")
+    model_type, *_ = name.split(",")
+    assert theirs.config.model_type == (model_type if model_type in ARCHITECTURES else "llama")
     assert_logits_equal(ours(tokens()), theirs(tokens()).logits)
 
 
@@ -138,7 +147,7 @@ def test_a_field_left_out_means_what_transformers_assumes(model_type: str) -> No
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 32,
-        "sliding_window": None,
+        **({} if model_type == "gemma3_text" else {"sliding_window": None}),
     }
     assert config_from_hugging_face(fields) == config_from_hugging_face(
         AutoConfig.for_model(**fields).to_dict()

@@ -12,8 +12,8 @@ from models.elastic.norm import RMSNorm
 
 
 @pytest.fixture
-def norm() -> RMSNorm:
-    norm = RMSNorm(12, 1e-5)
+def norm(tiny_config: ElasticConfig) -> RMSNorm:
+    norm = RMSNorm(12, tiny_config)
     torch.nn.init.normal_(norm.weight)
     return norm
 

@@ -21,6 +21,7 @@ from models.elastic.request import Request
 from models.elastic.view import View
 from models.packed import decode_step
 from models.packed.quantize import pack, prepare
+from tests.models.checkpoint.test_gemma3 import GEMMA3
 
 FAMILY = {
     "S": Granularity.parse("ffn=0.25"),
@@ -48,12 +49,15 @@ def owning(model: ElasticLM, ownership: Ownership = BOTH) -> ElasticLM:
     return model
 
 
-@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "gemma3_text"])
 def model(request: pytest.FixtureRequest, tiny_config: ElasticConfig) -> ElasticLM:
-    fields: dict[str, Any] = {"qwen2": {"attention_bias": True}, "qwen3": {"qk_norm": True}}.get(
-        request.param, {}
-    )
-    made = ElasticLM(dataclasses.replace(tiny_config, **fields))
+    kinds: dict[str, dict[str, Any]] = {
+        "llama": {},
+        "qwen2": {"attention_bias": True},
+        "qwen3": {"qk_norm": True},
+        "gemma3_text": GEMMA3,
+    }
+    made = ElasticLM(dataclasses.replace(tiny_config, **kinds[request.param]))
     made.init_weights(torch.Generator().manual_seed(0))
     for name, parameter in made.named_parameters():
         if name.endswith("bias"):

@@ -14,11 +14,13 @@ from models.elastic.granularity import Granularity
 from models.elastic.model import Block, ElasticLM
 from models.measure.importance import measure_importance
 from models.measure.order import RULES, check_same, drop_layers, order_model
+from tests.models.checkpoint.test_gemma3 import GEMMA3
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
+    "gemma3_text": GEMMA3,
     "untied": {"tie_word_embeddings": False},
 }
 
