@@ -115,8 +115,8 @@ def estimate_training_bytes(
 ) -> TrainingBytes:
     """Estimate the memory of a step with AdamW and fp32 weights; no checkpointing of activations.
 
-    What autograd keeps per token and layer is counted; temporaries, fragmentation and the libraries
-    are not, and nothing is assumed to be freed before the step ends.
+    What autograd keeps per token and layer is counted; temporaries, fragmentation, the libraries and copies
+    of keys that blocks of a window keep are not, and nothing is assumed to be freed before the step ends.
 
     Args:
         config: the full model's shape.
@@ -258,7 +258,8 @@ def _kept_numbers(config: ElasticConfig, granularity: Granularity, *, compiled: 
     kept = 2 * config.hidden_size  # a norm keeps its input and its output
     for layer in granularity.resolve(config).layers:
         queries, keys = (_rows(config, layer, name) for name in "qk")
-        kept += 2 * 2 * config.hidden_size * (2 if config.post_norms else 1)  # its norms
+        kept += (6 if config.post_norms else 4) * config.hidden_size  # its norms; of those after, the input
         kept += 2 * queries + 2 * keys + (queries + keys if config.qk_norm else 0)  # attention
-        kept += (3 if compiled else 4) * layer.ffn  # gate, its SiLU unless recomputed, up, their product
+        recomputes = compiled and config.hidden_act == "silu"
+        kept += (3 if recomputes else 4) * layer.ffn  # gate, what it becomes unless recomputed, up, product
     return kept

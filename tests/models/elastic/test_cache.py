@@ -1,3 +1,6 @@
+import dataclasses
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -5,9 +8,20 @@ from models.elastic.cache import Batch, KVCache, Recording, SharedPrefix, block_
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.view import cut_layers
+from tests.models.checkpoint.test_gemma3 import GEMMA3
 
 SUM_ORDER = 2e-5
 """fp32 logits of order 1 through other kernels: sums in another order."""
+
+
+@pytest.fixture(params=["llama", "gemma3_text"])
+def tiny_model(request: pytest.FixtureRequest, tiny_config: ElasticConfig) -> ElasticLM:
+    """The same weights in every test; the second one reads a window of 5 in three layers of four."""
+    fields = GEMMA3 if request.param == "gemma3_text" else {}
+    model = ElasticLM(dataclasses.replace(tiny_config, **fields))
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model.eval()
 
 
 def fill(model: ElasticLM, tokens_BT: Tensor, num_positions: int = 40) -> KVCache:
@@ -112,3 +126,15 @@ def test_requests_of_a_batch_share_a_pass_and_nothing_else(tiny_model: ElasticLM
         new.append(tokens_BT[:, length:])
     logits_BTV = tiny_model(torch.cat(new, dim=1), memory=Batch(caches, counts))
     torch.testing.assert_close(logits_BTV, torch.cat(expected, dim=1), atol=SUM_ORDER, rtol=0)
+
+
+@torch.no_grad()
+def test_layers_on_two_machines_are_those_of_one(tiny_model: ElasticLM) -> None:
+    """The embedding is scaled where the ids are, and each part knows the kinds of its own layers."""
+    ids = torch.randint(0, 64, (20,), generator=torch.Generator().manual_seed(3)).tolist()
+    x_TD = tiny_model.embed(ids)
+    for first, last in ((0, 0), (1, 3)):
+        part = cut_layers(tiny_model, first, last)
+        x_TD = part.run_layers(x_TD, part.new_cache(20), 20)
+    logits_TV = tiny_model.score(x_TD, tiny_model.model.norm)
+    torch.testing.assert_close(logits_TV, tiny_model(torch.tensor([ids]))[0], atol=SUM_ORDER, rtol=0)
