@@ -164,10 +164,12 @@ def members(draw: st.DrawFn) -> tuple[str, Granularity]:
     num_groups = KINDS[kind].get("num_key_value_heads", 2)
     layers = tuple(sorted(draw(st.sets(st.integers(0, 3), min_size=1))))
     ffn = st.integers(1, 32).map(lambda width: width / 32)
-    heads = st.integers(1, num_groups).map(lambda groups: groups / num_groups)
-    return kind, Granularity(
-        ffn=tuple(draw(ffn) for _ in layers), heads=tuple(draw(heads) for _ in layers), layers=layers
-    )
+    groups = st.integers(1, num_groups).map(lambda count: count / num_groups)
+    if kind == "gemma3_text":  # whose class wants one number of heads
+        heads = (draw(groups),) * len(layers)
+    else:
+        heads = tuple(draw(groups) for _ in layers)
+    return kind, Granularity(ffn=tuple(draw(ffn) for _ in layers), heads=heads, layers=layers)
 
 
 @pytest.mark.parametrize("num_members", [12, pytest.param(500, marks=pytest.mark.slow)])
