@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from models.base.dtypes import DTYPES
 from models.base.errors import UsageError
 from models.base.numbers import size
 from models.checkpoint.folder import ModelFolder, load_model
@@ -24,11 +25,13 @@ from models.decode.tune.predict import MAX_GAMMA, choose_draft, known_acceptance
 from models.decode.tune.tuned import find_draft
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.view import View
-from models.packed.quantize import pack, packed_bytes, prepare, split_precision
+from models.packed.quantize import Q4_0, PackedLM, pack, packed_bytes, prepare, split_precision
 
 DEFAULT_GAMMA = 4
 AUTO = "auto"
 DEFAULT_VERIFIER = "block"
+LARGE = 50_000_000
+"""Parameters from which on reading them takes most of a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +217,7 @@ def _predicted(folder: ModelFolder, gamma: int | None, params: SamplingParams, v
     """Return the member that should be fastest, by its known acceptance and the costs of now."""
     acceptance = known_acceptance(folder.members, params, verifier)
     if not acceptance:
-        return _plain("no member of this folder was ever measured", verifier)
+        return _plain(f"no member of this folder was ever measured{_hint(folder)}", verifier)
     drafts = {name: View(folder.model, folder.family[name]) for name in acceptance}
     costs = measure_costs(folder.model, drafts, params, verifier)
     plan = choose_draft(acceptance, costs, verifier=verifier)
@@ -222,6 +225,14 @@ def _predicted(folder: ModelFolder, gamma: int | None, params: SamplingParams, v
         return _plain("plain decoding is faster here", verifier)
     drafting = nested_drafting(folder, plan.spec, plan.gamma if gamma is None else gamma, str(plan.speed))
     return dataclasses.replace(drafting, verifier=verifier, costs=costs)
+
+
+def _hint(folder: ModelFolder) -> str:
+    """Name a draft that needs no training, where the model's weights are too many for near caches."""
+    model = folder.model
+    is_large = sum(parameter.numel() for parameter in model.parameters()) >= LARGE
+    pays = is_large and isinstance(model, PackedLM) and model.is_compiled and model.precision in DTYPES
+    return f"; in 4 bits it drafts for itself: --draft full@{Q4_0}" if pays else ""
 
 
 def _plain(note: str = "", verifier: str = DEFAULT_VERIFIER) -> Drafting:

@@ -13,6 +13,7 @@ from models.checkpoint.folder import load_model, save_model
 from models.decode.decoder import Decoder
 from models.elastic.config import ElasticConfig
 from models.elastic.model import ElasticLM
+from models.kernels.build import library
 from train.cli import main
 
 PROMPT = "def main(arguments):\n"
@@ -173,6 +174,19 @@ def test_a_folder_without_measurements_decodes_plainly_and_says_why(
     bare = other_model(model, tmp_path / "bare")
     assert main(["generate", str(bare), "--prompt", "x", "--max-new-tokens", "3"]) == 0
     assert "draft none (no member of this folder was ever measured)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(library() is None, reason="needs a C compiler")
+def test_a_large_folder_without_measurements_is_told_a_draft_that_needs_none(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.decode.tune.resolve.LARGE", 1)
+    bare = other_model(model, tmp_path / "bare")
+    words = ["generate", str(bare), "--prompt", "x", "--max-new-tokens", "3"]
+    assert main(words) == 0
+    assert "--draft full@q4_0" in capsys.readouterr().err
+    assert main([*words, "--draft", "full@q4_0"]) == 0
+    assert "draft full@q4_0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
