@@ -28,12 +28,14 @@ class Reading(NamedTuple):
     """Keys and values [B, G, S, K] to attend to, and which of them each new position sees.
 
     A mask, of bools or of numbers to add, has a row for each new position, or one for each query head of
-    a group and each position. None means causal where S == T, and everything where T == 1.
+    a group and each position. None means causal where S == T, and everything where T == 1. Keys and values
+    that another pass recorded, and that get no gradients, come first in the mask's columns.
     """
 
     k_BGSK: Tensor
     v_BGSK: Tensor
     mask_TS: Tensor | None
+    recorded: tuple[Tensor, Tensor] | None = None
 
 
 class Readings(NamedTuple):
@@ -300,12 +302,9 @@ class SharedPrefix:
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None = None) -> Reading:
         """Read [recorded | own] keys and values, S = 2T, through the block mask."""
         groups = k_BGTK.shape[1]
-        recorded_k, recorded_v = self.recording.layers[layer]
-        return Reading(
-            torch.cat([recorded_k[:, :groups].to(k_BGTK.dtype), k_BGTK], dim=2),
-            torch.cat([recorded_v[:, :groups].to(v_BGTK.dtype), v_BGTK], dim=2),
-            self.mask_TS if window is None else self.mask_TS & (self._distances_TS < window),
-        )
+        recorded_k, recorded_v = (x[:, :groups].to(k_BGTK.dtype) for x in self.recording.layers[layer])
+        mask_TS = self.mask_TS if window is None else self.mask_TS & (self._distances_TS < window)
+        return Reading(k_BGTK, v_BGTK, mask_TS, (recorded_k, recorded_v))
 
 
 def block_starts(num_positions: int, block: int, shift: int) -> Tensor:

@@ -1,11 +1,15 @@
 """A linear map whose prefixes are linear maps of their own, and low-rank additions to a prefix."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from models.elastic.compiled import compiled_dtype
+from models.kernels.train_merge import Prefix, merge
 
 
 class LowRank(nn.Module):
@@ -24,10 +28,15 @@ class LowRank(nn.Module):
         self.lora_B = nn.Linear(rank, rows, bias=False)
         self.scale = alpha / rank
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, float]:
+        """B [O, R], A [R, I], and the scale of their product."""
+        return self.lora_B.weight, self.lora_A.weight, self.scale
+
     def add_to(self, weight_OI: Tensor) -> Tensor:
         """Return the prefix with the addition merged into it."""
         merged_OI: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
-            weight_OI, self.lora_B.weight, self.lora_A.weight, self.scale
+            weight_OI, *self.parts
         )
         return merged_OI
 
@@ -61,7 +70,7 @@ class NestedLinear(nn.Linear):
 
     def forward(self, x: Tensor, rows: int | None = None, addition: LowRank | None = None) -> Tensor:
         """Map x [..., I], I a prefix of the inputs, to the first `rows` outputs, or all if None."""
-        return F.linear(x, *self.prefix(rows, x.shape[-1], addition))
+        return F.linear(x, *stack((self,), (rows,), x, (addition,)))
 
     def prefix(
         self, rows: int | None, columns: int, addition: LowRank | None = None
@@ -73,3 +82,34 @@ class NestedLinear(nn.Linear):
         if rows is not None and rows != weight.shape[0]:
             weight, bias = weight[:rows], None if bias is None else bias[:rows]
         return weight if addition is None else addition.add_to(weight), bias
+
+
+def stack(
+    maps: Sequence[NestedLinear], rows: Sequence[int | None], x: Tensor, additions: Sequence[LowRank | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a product with x: those of several maps, the one below the other.
+
+    Args:
+        maps: maps of the same x.
+        rows: the outputs of each, its first ones; None: all.
+        x: [..., I], I a prefix of the inputs.
+        additions: what a member adds to each.
+    """
+    dtype, columns = compiled_dtype(x), x.shape[-1]
+    each = list(zip(maps, rows, additions, strict=True))
+    prefixes = [one.prefix(count, columns) for one, count, _ in each]
+    biases = [bias for _, bias in prefixes if bias is not None]
+    is_part = any(
+        addition is not None or weight is not one.weight
+        for (one, _, addition), (weight, _) in zip(each, prefixes, strict=True)
+    )
+    if dtype is not None and is_part and all(one.weight.dtype == torch.float32 for one in maps):
+        parts = [
+            Prefix(one.weight, len(weight), *(() if addition is None else addition.parts))
+            for (one, _, addition), (weight, _) in zip(each, prefixes, strict=True)
+        ]
+        merged = merge(parts, columns, dtype)
+    else:
+        weights = [one.prefix(count, columns, addition)[0] for one, count, addition in each]
+        merged = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return merged, torch.cat(biases) if len(biases) > 1 else next(iter(biases), None)

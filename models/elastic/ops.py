@@ -19,24 +19,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models.base.labels import IGNORE_INDEX
-from models.elastic.linear import LowRank, NestedLinear
+from models.elastic.compiled import compiled_dtype
+from models.elastic.linear import LowRank, NestedLinear, stack
 from models.kernels import train_losses, train_ops
-from models.kernels.build import library
 from models.kernels.pack import TYPES
 
-_COMPILED = (torch.float32, torch.bfloat16)
 TINY = torch.finfo(torch.float32).tiny
 LOG_TINY = math.log(TINY)
 """Logarithms of probabilities below it count as it."""
-
-
-def compiled_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype of products that read x if compiled functions train through x here, else None."""
-    if not (torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu"):
-        return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    fits = x.dtype in _COMPILED and dtype in _COMPILED
-    return dtype if fits and library("train_ops") is not None else None
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, wide: bool = False) -> Tensor:
@@ -75,13 +65,11 @@ def fused_linear(
     x: Tensor, maps: Sequence[NestedLinear], rows: Sequence[int], additions: Sequence[LowRank | None]
 ) -> Tensor:
     """Return the first `rows` outputs of each of several maps of the same input, concatenated."""
-    each = list(zip(maps, rows, additions, strict=True))
     if compiled_dtype(x) is None:
+        each = zip(maps, rows, additions, strict=True)
         return torch.cat([one(x, count, addition) for one, count, addition in each], -1)
     # One large product takes less time than several, and less memory than concatenating their results.
-    prefixes = [one.prefix(count, x.shape[-1], addition) for one, count, addition in each]
-    biases = [bias for _, bias in prefixes if bias is not None]
-    return F.linear(x, torch.cat([weight for weight, _ in prefixes]), torch.cat(biases) if biases else None)
+    return F.linear(x, *stack(maps, rows, x, additions))
 
 
 def rope(qkv_BTNK: Tensor, heads: int, groups: int, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -112,7 +100,13 @@ def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
     return torch.addcmul(x_BTHK * cos_T1K, swapped_BTHK, sin_T1K)
 
 
-def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | None) -> Tensor:
+def attention(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    mask_TS: Tensor | None,
+    recorded: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Return softmax attention [B, H, T, K] of each query head over its group's keys.
 
     It is computed in the dtype of keys and values, which may be wider than that of the queries.
@@ -124,8 +118,13 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | 
         k_BGSK: keys.
         v_BGSK: values.
         mask_TS: see `models.elastic.cache.Reading`.
+        recorded: see there.
     """
     q_BHTK = q_BHTK.to(k_BGSK.dtype)
+    if recorded is not None:
+        if compiled_dtype(q_BHTK) is not None:
+            return train_ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_TS, recorded)
+        k_BGSK, v_BGSK = (torch.cat(pair, dim=2) for pair in zip(recorded, (k_BGSK, v_BGSK), strict=True))
     num_rows, heads, num_tokens, head_dim = q_BHTK.shape
     groups = k_BGSK.shape[1]
     causal = mask_TS is None and num_tokens == k_BGSK.shape[2]

@@ -19,10 +19,11 @@ typedef struct {
 } Heads;
 
 typedef struct {
-    int32_t type, rows, groups, heads_per_group, num_queries, num_keys, size;
+    int32_t type, rows, groups, heads_per_group, num_queries, num_keys, num_recorded, size;
     const float *bias; /* of query 0 and each key, in whole panels: 0, or minus infinity for those not read */
     int64_t bias_step; /* from one query to the next */
     Heads queries, keys, values, mixed;
+    Heads recorded_keys, recorded_values; /* the first keys and values, which get no gradients */
     float *log_sums;                                        /* [rows][heads][queries] */
     Heads mixed_grad, queries_grad, keys_grad, values_grad; /* of the backward pass alone */
 } Attention;
@@ -105,11 +106,13 @@ static void lay_out(const Attention *of, Heads heads, int row, int head, int fir
     }
 }
 
-/* The same of a group's keys or values, and 0 behind the last of them up to a whole panel. */
-INLINE void lay_out_keys(const Attention *of, const Workspace *space, Heads heads, int row, int group,
-                         float *to) {
+/* The same of a group's keys or values, recorded ones first, and 0 behind the last up to a whole panel. */
+INLINE void lay_out_keys(const Attention *of, const Workspace *space, Heads recorded, Heads heads, int row,
+                         int group, float *to) {
     size_t end = (size_t)of->num_keys * space->width, whole_end = (size_t)space->keys * space->width;
-    lay_out(of, heads, row, group, 0, of->num_keys, space->width, 1, to);
+    int num_recorded = of->num_recorded, width = space->width;
+    lay_out(of, recorded, row, group, 0, num_recorded, width, 1, to);
+    lay_out(of, heads, row, group, 0, of->num_keys - num_recorded, width, 1, to + num_recorded * width);
     memset(to + end, 0, 4 * (whole_end - end));
 }
 
@@ -167,13 +170,14 @@ INLINE void sum_keys(const Workspace *space, int count, const float *weights, co
                  (size_t)space->width, run > space->runs);
 }
 
-/* [keys][width] += each key's sum of what the queries have, by their weights. */
-INLINE void sum_queries(const Workspace *space, int count, const float *weights, const float *of_queries,
-                        float *sums) {
+/* [keys][width] += each key's sum of what the queries have, by their weights; not where all are recorded. */
+INLINE void sum_queries(const Attention *of, const Workspace *space, int count, const float *weights,
+                        const float *of_queries, float *sums) {
     for (const Run *run = space->runs; run < space->runs + space->num_runs; run++)
-        multiply(run->last - run->first, space->width, count, weights + run->first, 1, (size_t)space->keys,
-                 of_queries, (size_t)space->width, sums + (size_t)run->first * space->width,
-                 (size_t)space->width, 1);
+        if (run->last > of->num_recorded)
+            multiply(run->last - run->first, space->width, count, weights + run->first, 1,
+                     (size_t)space->keys, of_queries, (size_t)space->width,
+                     sums + (size_t)run->first * space->width, (size_t)space->width, 1);
 }
 
 /* scores [keys] = e^(scores + bias - shift); gives their sum. */
@@ -191,8 +195,8 @@ INLINE float exponentials_of(const Workspace *space, const float *bias, float sh
 static void attend_to(const Attention *of, Workspace *space, int row, int group) {
     float scale = 1.0f / sqrtf((float)of->size);
     int heads = of->groups * of->heads_per_group, width = space->width;
-    lay_out_keys(of, space, of->keys, row, group, space->key);
-    lay_out_keys(of, space, of->values, row, group, space->value);
+    lay_out_keys(of, space, of->recorded_keys, of->keys, row, group, space->key);
+    lay_out_keys(of, space, of->recorded_values, of->values, row, group, space->value);
     transpose(space->key, space->keys, width, space->transposed_key, space->keys);
     for (int first = 0; first < of->num_queries; first += PASSING) {
         int count = of->num_queries - first < PASSING ? of->num_queries - first : PASSING;
@@ -227,8 +231,8 @@ static void attend_back(const Attention *of, Workspace *space, int row, int grou
     float scale = 1.0f / sqrtf((float)of->size);
     int heads = of->groups * of->heads_per_group, width = space->width;
     size_t each = (size_t)space->keys * width;
-    lay_out_keys(of, space, of->keys, row, group, space->key);
-    lay_out_keys(of, space, of->values, row, group, space->value);
+    lay_out_keys(of, space, of->recorded_keys, of->keys, row, group, space->key);
+    lay_out_keys(of, space, of->recorded_values, of->values, row, group, space->value);
     transpose(space->key, space->keys, width, space->transposed_key, space->keys);
     transpose(space->value, space->keys, width, space->transposed_value, space->keys);
     memset(space->key_grad, 0, 4 * each);
@@ -256,14 +260,15 @@ static void attend_back(const Attention *of, Workspace *space, int row, int grou
                     for (int s = run->first; s < run->last; s += LANES)
                         store(load(scores + s) * (load(grads + s) - mean), grads + s);
             }
-            sum_queries(space, count, space->scores, space->grad, space->value_grad);
-            sum_queries(space, count, space->scores_grad, space->query, space->key_grad);
+            sum_queries(of, space, count, space->scores, space->grad, space->value_grad);
+            sum_queries(of, space, count, space->scores_grad, space->query, space->key_grad);
             sum_keys(space, count, space->scores_grad, space->key, space->made);
             store_heads(of, space->made, of->queries_grad, row, head, first, count, width, scale);
         }
     }
-    store_heads(of, space->key_grad, of->keys_grad, row, group, 0, of->num_keys, width, 1);
-    store_heads(of, space->value_grad, of->values_grad, row, group, 0, of->num_keys, width, 1);
+    int first = of->num_recorded * width, count = of->num_keys - of->num_recorded;
+    store_heads(of, space->key_grad + first, of->keys_grad, row, group, 0, count, width, 1);
+    store_heads(of, space->value_grad + first, of->values_grad, row, group, 0, count, width, 1);
 }
 
 /* A space in `memory`, or, without, the size of one. */

@@ -59,7 +59,6 @@ class _Side(ctypes.Structure):
         ("type", ctypes.c_int32),
         ("logits", ctypes.c_void_p),
         ("row", ctypes.c_int64),
-        ("log_sums", ctypes.c_void_p),
     )
 
 
@@ -69,7 +68,7 @@ class _PairCall(ctypes.Structure):
         *((name, _Side) for name in ("target", "draft")),
         *((name, ctypes.c_int64) for name in ("rows", "size")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("values", "sums", "value_grads", "draft_grad")),
+        *((name, ctypes.c_void_p) for name in ("values", "slopes", "value_grads", "draft_grad")),
     )
 
 
@@ -98,31 +97,20 @@ class _CrossEntropy(torch.autograd.Function):
 class _Pair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: int, target_NV: Tensor, draft_NV: Tensor, temperature: float) -> Tensor:
-        value_N, *sums = (torch.empty(len(draft_NV), dtype=torch.float32) for _ in range(4))
-        ctx.kind, ctx.temperature = kind, temperature
-        ctx.save_for_backward(target_NV, draft_NV, *sums)
-        call = _Pair.call(kind, temperature, target_NV, draft_NV, *sums)
-        call.values = value_N.data_ptr()
-        run("nestling_pair", call)
+        value_N = torch.empty(len(draft_NV), dtype=torch.float32)
+        slope_NV = draft_NV.new_empty(draft_NV.shape)
+        ctx.save_for_backward(slope_NV)
+        sides = (_Side(TYPES[x_NV.dtype], x_NV.data_ptr(), x_NV.stride(0)) for x_NV in (target_NV, draft_NV))
+        places = pointers(value_N, slope_NV)
+        run("nestling_pair", _PairCall(kind, *sides, *slope_NV.shape, 1 / temperature, *places))
         return value_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[None, None, Tensor, None]:
-        grad_N, grad_NV = grad_N.contiguous(), ctx.saved_tensors[1].new_empty(ctx.saved_tensors[1].shape)
-        call = _Pair.call(ctx.kind, ctx.temperature, *ctx.saved_tensors)
-        call.value_grads, call.draft_grad = pointers(grad_N, grad_NV)
+        (slope_NV,) = ctx.saved_tensors
+        grad_N, grad_NV = grad_N.contiguous(), torch.empty_like(slope_NV)
+        call = _PairCall(draft=_Side(TYPES[slope_NV.dtype]), rows=len(slope_NV), size=slope_NV.shape[1])
+        call.slopes, call.value_grads, call.draft_grad = pointers(slope_NV, grad_N, grad_NV)
         run("nestling_pair", call, backward=True)
         return None, None, grad_NV, None
-
-    @staticmethod
-    def call(
-        kind: int, temperature: float, target_NV: Tensor, draft_NV: Tensor, of_target_N: Tensor,
-        of_draft_N: Tensor, sums_N: Tensor,
-    ) -> _PairCall:  # fmt: skip
-        sides = ((target_NV, of_target_N), (draft_NV, of_draft_N))
-        target, draft = (
-            _Side(TYPES[x_NV.dtype], x_NV.data_ptr(), x_NV.stride(0), logs_N.data_ptr())
-            for x_NV, logs_N in sides
-        )
-        return _PairCall(kind, target, draft, *draft_NV.shape, 1 / temperature, sums=sums_N.data_ptr())

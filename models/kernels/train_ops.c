@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #include "train_attention.h"
+#include "train_merge.h"
 
 /* Sums over all rows, such as a weight's gradient, add up those of this many parts of the rows. */
 enum { SLICES = 64 };
@@ -235,8 +236,7 @@ int nestling_cross_entropy(const Entropy *of, int backward, int num_threads) {
 typedef struct {
     int32_t type;
     const void *logits;
-    int64_t row;     /* from one row to the next */
-    float *log_sums; /* [rows] */
+    int64_t row; /* from one row to the next */
 } Side;
 
 enum { OVERLAP, FORWARD_KL };
@@ -246,7 +246,8 @@ typedef struct {
     Side target, draft;
     int64_t rows, size;
     float scale;              /* of the logits: 1 / temperature */
-    float *values, *sums;     /* [rows]; sums: of q where q < p, or of p where the logarithm of q counts */
+    float *values;            /* [rows] */
+    void *slopes;             /* [rows][size]: gradients of the values, of the draft's type */
     const float *value_grads; /* of the backward pass, as the rest */
     void *draft_grad;
 } Pair;
@@ -257,8 +258,8 @@ static const float LOG_TINY = -87.3365447f;
 /* Values where x < y, else 0. */
 INLINE lanes where_less(lanes x, lanes y, lanes values) { return (lanes)((words)values & (words)(x < y)); }
 
-/* p [size], to be divided by its sum, and the logarithm that takes scaled logits to p. */
-INLINE float softmax_of(int type, Side side, int64_t row, int64_t size, float scale, float *p) {
+/* p [size], to be divided by its sum; gives the logarithm that takes scaled logits to that of p. */
+INLINE float softmax_of(int type, Side side, int64_t row, int64_t size, float scale, float *p, float *sum) {
     size_t at = (size_t)(row * side.row);
     float most = largest_value(type, side.logits, at, size) * scale;
     lanes sums = {0};
@@ -268,76 +269,60 @@ INLINE float softmax_of(int type, Side side, int64_t row, int64_t size, float sc
         store(some, p + i);
         sums += some;
     }
-    side.log_sums[row] = most + logf(total(sums));
-    return 1.0f / total(sums);
-}
-
-INLINE float any_softmax_of(Side side, int64_t row, int64_t size, float scale, float *p) {
-    return side.type == BF16 ? softmax_of(BF16, side, row, size, scale, p)
-                             : softmax_of(FP32, side, row, size, scale, p);
+    *sum = total(sums);
+    return most + logf(*sum);
 }
 
 /* The logarithms of a side's probabilities; past the end of the row they do not matter. */
-INLINE lanes logarithms(int type, Side side, int64_t row, int64_t i, int64_t left, float scale) {
-    return load_values(type, side.logits, (size_t)(row * side.row + i), left, 0) * scale - side.log_sums[row];
+INLINE lanes logarithms(int type, Side side, int64_t row, int64_t i, int64_t left, float scale,
+                        float log_sum) {
+    return load_values(type, side.logits, (size_t)(row * side.row + i), left, 0) * scale - log_sum;
 }
 
-static void overlap_of_row(const Pair *of, int64_t row, float *p, float *q) {
-    float of_p = any_softmax_of(of->target, row, of->size, of->scale, p),
-          of_q = any_softmax_of(of->draft, row, of->size, of->scale, q);
-    lanes sums = {0}, all = {0}, less = {0};
+INLINE void pair_of_row(int target_type, int draft_type, const Pair *of, int64_t row, float *p, float *q) {
+    float sum_p, sum_q, log_sum_p = softmax_of(target_type, of->target, row, of->size, of->scale, p, &sum_p),
+                        log_sum_q = softmax_of(draft_type, of->draft, row, of->size, of->scale, q, &sum_q);
+    float of_p = 1.0f / sum_p, of_q = 1.0f / sum_q;
+    lanes sums = {0}, all = {0}, kept = {0}, tiny = spread(LOG_TINY);
+    /* From here on p is that part of p which pulls a logit of q: in an overlap q itself where it is less. */
     for (int64_t i = 0; i < of->size; i += LANES) {
-        lanes ours = load(q + i) * of_q, theirs = load(p + i) * of_p;
-        sums += smaller(theirs, ours);
-        all += theirs;
-        less += where_less(ours, theirs, ours);
+        lanes ours = load(q + i) * of_q, theirs = load(p + i) * of_p, pull;
+        if (of->kind == OVERLAP) {
+            pull = where_less(ours, theirs, ours);
+            sums += smaller(theirs, ours);
+            all += theirs;
+        } else {
+            int64_t left = of->size - i;
+            lanes log_p = logarithms(target_type, of->target, row, i, left, of->scale, log_sum_p),
+                  log_q = logarithms(draft_type, of->draft, row, i, left, of->scale, log_sum_q);
+            pull = where_less(tiny, log_q, theirs);
+            sums += theirs * (larger(log_p, tiny) - larger(log_q, tiny));
+        }
+        kept += pull;
+        store(pull, p + i);
     }
-    of->values[row] = total(sums) / total(all);
-    of->sums[row] = total(less);
-}
-
-INLINE void kl_of_row(int target_type, int draft_type, const Pair *of, int64_t row, float *p, float *q) {
-    float of_p = any_softmax_of(of->target, row, of->size, of->scale, p);
-    any_softmax_of(of->draft, row, of->size, of->scale, q);
-    lanes sums = {0}, kept = {0}, tiny = spread(LOG_TINY);
-    for (int64_t i = 0; i < of->size; i += LANES) {
-        lanes some = load(p + i) * of_p;
-        lanes log_p = logarithms(target_type, of->target, row, i, of->size - i, of->scale),
-              log_q = logarithms(draft_type, of->draft, row, i, of->size - i, of->scale);
-        sums += some * (larger(log_p, tiny) - larger(log_q, tiny));
-        kept += where_less(tiny, log_q, some);
-    }
+    float sum = total(kept), sign = of->kind == OVERLAP ? of->scale : -of->scale;
+    for (int64_t i = 0; i < of->size; i += LANES)
+        store_values(draft_type, (load(p + i) - load(q + i) * (of_q * sum)) * sign, of->slopes,
+                     (size_t)(row * of->size + i), of->size - i);
+    float value = of->kind == OVERLAP ? total(sums) / total(all) : total(sums);
     /* Rounding can reach below 0; what is not a number stays none. */
-    float value = total(sums) + 0 * of->draft.log_sums[row];
+    value += 0 * log_sum_q;
     of->values[row] = value < 0 ? 0 : value;
-    of->sums[row] = total(kept);
 }
 
-INLINE void pair_of_row_back(int target_type, int draft_type, const Pair *of, int64_t row) {
-    float sum = of->sums[row], grad = of->value_grads[row] * of->scale;
+INLINE void pair_of_row_back(int type, const Pair *of, int64_t row) {
     for (int64_t i = 0; i < of->size; i += LANES) {
-        int64_t left = of->size - i;
-        lanes log_q = logarithms(draft_type, of->draft, row, i, left, of->scale), q = exponential(log_q),
-              p = exponential(logarithms(target_type, of->target, row, i, left, of->scale));
-        lanes slope = of->kind == OVERLAP ? where_less(q, p, q) - q * sum
-                                          : q * sum - where_less(spread(LOG_TINY), log_q, p);
-        store_values(draft_type, slope * grad, of->draft_grad, (size_t)(row * of->size + i), left);
+        size_t at = (size_t)(row * of->size + i);
+        lanes slope = load_values(type, of->slopes, at, of->size - i, 0);
+        store_values(type, slope * of->value_grads[row], of->draft_grad, at, of->size - i);
     }
-}
-
-INLINE void pair_of_row(int target_type, int draft_type, const Pair *of, int backward, int64_t row, float *p,
-                        float *q) {
-    if (backward)
-        pair_of_row_back(target_type, draft_type, of, row);
-    else if (of->kind == OVERLAP)
-        overlap_of_row(of, row, p, q);
-    else
-        kl_of_row(target_type, draft_type, of, row, p, q);
 }
 
 /* OVERLAP: sum of min(p, q) / sum of p, so that it is 1 at p = q whatever is rounded; the gradient of the
    draft's logits is value_grad * scale * q * ([q < p] - sum of q where q < p).
-   FORWARD_KL: sum of p (log p - log q); the gradient is value_grad * scale * (q - p). */
+   FORWARD_KL: sum of p (log p - log q); the gradient is value_grad * scale * (q - p). What of it does not
+   depend on value_grad is made with the value, from the same exponentials. */
 int nestling_pair(const Pair *of, int backward, int num_threads) {
     size_t line = padded((size_t)of->size);
     float *memory = aligned_alloc(64, 8 * line * (size_t)num_threads);
@@ -345,12 +330,14 @@ int nestling_pair(const Pair *of, int backward, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int64_t row = 0; row < of->rows; row++) {
         float *p = memory + 2 * line * (size_t)omp_get_thread_num();
-        if (of->target.type == BF16 && of->draft.type == BF16)
-            pair_of_row(BF16, BF16, of, backward, row, p, p + line);
+        if (backward)
+            pair_of_row_back(of->draft.type, of, row);
+        else if (of->target.type == BF16 && of->draft.type == BF16)
+            pair_of_row(BF16, BF16, of, row, p, p + line);
         else if (of->target.type == FP32 && of->draft.type == FP32)
-            pair_of_row(FP32, FP32, of, backward, row, p, p + line);
+            pair_of_row(FP32, FP32, of, row, p, p + line);
         else
-            pair_of_row(of->target.type, of->draft.type, of, backward, row, p, p + line);
+            pair_of_row(of->target.type, of->draft.type, of, row, p, p + line);
     }
     free(memory);
     return 0;

@@ -47,7 +47,13 @@ def rope(
     return rotated
 
 
-def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | None) -> Tensor:
+def attention(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    mask_TS: Tensor | None,
+    recorded: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Return softmax attention [B, H, T, K] of each query head over its group's keys.
 
     Args:
@@ -55,11 +61,12 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | 
         k_BGSK: keys, in the same dtype.
         v_BGSK: values.
         mask_TS: the keys that each query reads, one at least; None is causal, with S == T.
+        recorded: keys and values that the mask names before the others, which get no gradients.
     """
-    assert q_BHTK.dtype == k_BGSK.dtype == v_BGSK.dtype, (q_BHTK.dtype, k_BGSK.dtype, v_BGSK.dtype)
-    mixed_BHTK: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        *map(_contiguous_heads, (q_BHTK, k_BGSK, v_BGSK)), mask_TS
-    )
+    recorded = (k_BGSK[:, :, :0], v_BGSK[:, :, :0]) if recorded is None else recorded
+    heads = (q_BHTK, k_BGSK, v_BGSK, *(x_BGSK.detach() for x_BGSK in recorded))
+    assert len({x.dtype for x in heads}) == 1, [x.dtype for x in heads]
+    mixed_BHTK: Tensor = _Attention.apply(*map(_contiguous_heads, heads), mask_TS)  # type: ignore[no-untyped-call]
     return mixed_BHTK
 
 
@@ -84,11 +91,21 @@ class _AttentionCall(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_int32)
-            for name in ("type", "rows", "groups", "heads_per_group", "num_queries", "num_keys", "size")
+            for name in (
+                "type",
+                "rows",
+                "groups",
+                "heads_per_group",
+                "num_queries",
+                "num_keys",
+                "num_recorded",
+                "size",
+            )
         ),
         ("bias", ctypes.c_void_p),
         ("bias_step", ctypes.c_int64),
         *((name, _Heads) for name in ("queries", "keys", "values", "mixed")),
+        *((name, _Heads) for name in ("recorded_keys", "recorded_values")),
         ("log_sums", ctypes.c_void_p),
         *((name, _Heads) for name in ("mixed_grad", "queries_grad", "keys_grad", "values_grad")),
     )
@@ -200,41 +217,44 @@ class _Rope(torch.autograd.Function):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, recorded_k: Tensor, recorded_v: Tensor,
+        mask_TS: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         mixed_BHTK, log_sums_BHT = _new_heads(q_BHTK), q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
         bias = _causal_bias(k_BGSK.shape[2]) if mask_TS is None else _bias(mask_TS)
-        ctx.causal, saved = mask_TS is None, (q_BHTK, k_BGSK, v_BGSK, mixed_BHTK, log_sums_BHT, bias)
-        ctx.save_for_backward(*saved)
-        run("nestling_attention", _Attention.call(ctx.causal, *saved))
+        tensors = (q_BHTK, k_BGSK, v_BGSK, mixed_BHTK, recorded_k, recorded_v, log_sums_BHT, bias)
+        ctx.causal = mask_TS is None
+        ctx.save_for_backward(*tensors)
+        run("nestling_attention", _Attention.call(ctx.causal, *tensors))
         return mixed_BHTK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor | None, ...]:
         grad_BHTK = _contiguous_heads(grad_BHTK)
         dq_BHTK, dk_BGSK, dv_BGSK = map(_new_heads, ctx.saved_tensors[:3])
         call = _Attention.call(ctx.causal, *ctx.saved_tensors)
         call.mixed_grad, call.queries_grad = _heads(grad_BHTK), _heads(dq_BHTK)
         call.keys_grad, call.values_grad = _heads(dk_BGSK), _heads(dv_BGSK)
         run("nestling_attention", call, backward=True)
-        return dq_BHTK, dk_BGSK, dv_BGSK, None
+        return dq_BHTK, dk_BGSK, dv_BGSK, None, None, None
 
     @staticmethod
-    def call(
-        causal: bool, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mixed_BHTK: Tensor,
-        log_sums_BHT: Tensor, bias: Tensor,
-    ) -> _AttentionCall:  # fmt: skip
+    def call(causal: bool, q_BHTK: Tensor, k_BGSK: Tensor, *tensors: Tensor) -> _AttentionCall:
+        *others, log_sums_BHT, bias = tensors  # values, results, recorded keys and values
         rows, heads, num_queries, size = q_BHTK.shape
-        groups, num_keys = k_BGSK.shape[1:3]
+        groups, num_keys, num_recorded = *k_BGSK.shape[1:3], others[-1].shape[2]
         # The causal bias is one row of zeros and infinities: an earlier query starts further right in it.
         start, step = (len(bias) // 2 - 1, -1) if causal else (0, bias.shape[1])
         return _AttentionCall(
-            TYPES[q_BHTK.dtype], rows, groups, heads // groups, num_queries, num_keys, size,
-            bias.data_ptr() + start * bias.element_size(), step,
-            *map(_heads, (q_BHTK, k_BGSK, v_BGSK, mixed_BHTK)), log_sums_BHT.data_ptr(),
+            TYPES[q_BHTK.dtype], rows, groups, heads // groups, num_queries, num_recorded + num_keys,
+            num_recorded, size, bias.data_ptr() + start * bias.element_size(), step,
+            *map(_heads, (q_BHTK, k_BGSK, *others)), log_sums_BHT.data_ptr(),
         )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)  # the layers of a pass read by one mask
 def _bias(mask_TS: Tensor) -> Tensor:
     """Return 0 for the keys that are read, minus infinity for others, padded to whole panels.
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from models.elastic.compiled import compiled_dtype
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
-from models.elastic.ops import compiled_dtype, rotate
+from models.elastic.ops import rotate
 from models.kernels.build import library
 
 

@@ -13,6 +13,7 @@ from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.ops import rotate
 from models.kernels.train_losses import cross_entropy, forward_kl, overlap
+from models.kernels.train_merge import Prefix, merge
 from models.kernels.train_ops import attention, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -92,6 +93,27 @@ def test_attention(kind: str, num_positions: int, groups: int, size: int, dtype:
     check_against(
         plain_attention(mask_TS), lambda q, k, v: attention(q, k, v, mask_TS), *tensors, dtype=dtype
     )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_positions", [7, 64, 100])
+def test_attention_to_recorded_keys_is_that_to_all_keys(num_positions: int, dtype: torch.dtype) -> None:
+    """In one array or in two; the recorded keys and values, which learn nothing, get no gradients."""
+    mask_TS = make_mask("shared", num_positions)
+    q, k, v = make_heads(mask_TS, num_positions, 2, 16, dtype)
+    first_k, own_k, first_v, own_v = (
+        part.detach().requires_grad_() for x in (k, v) for part in x.split(num_positions, dim=2)
+    )
+
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, torch.cat([first_k.detach(), k], 2), torch.cat([first_v.detach(), v], 2), mask_TS)
+
+    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, mask_TS, (first_k, first_v))
+
+    pairs = zip(with_gradients(apart, q, own_k, own_v), with_gradients(whole, q, own_k, own_v), strict=True)
+    assert all(torch.equal(ours, expected) for ours, expected in pairs)
+    assert first_k.grad is None
 
 
 def test_attention_to_large_scores_is_exact() -> None:
@@ -300,3 +322,32 @@ def test_what_is_not_finite_is_not_hidden(name: str, value: float) -> None:
     result, *grads = with_gradients(function, *tensors)
     assert not result.isfinite().all()
     assert not grads[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("whole", "prefix", "rank"),
+    [((64, 40), (64, 40), 16), ((37, 70), (33, 41), 3), ((5, 5), (2, 3), 1), ((130, 96), (100, 96), 20)],
+)
+def test_prefixes_with_additions_are_merged(
+    whole: tuple[int, int], prefix: tuple[int, int], rank: int, dtype: torch.dtype
+) -> None:
+    """One below the other, the second without an addition; gradients are 0 behind the prefixes."""
+    rows, columns = prefix
+    shapes = [whole, (rows, rank), (rank, columns), (9, whole[1])]
+    tensors = [make(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes)]
+
+    def expected(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, other_OI: Tensor) -> Tensor:
+        return torch.cat([weight_OI[:rows, :columns] + 0.5 * b_OR @ a_RI, other_OI[:4, :columns]])
+
+    def ours(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, other_OI: Tensor) -> Tensor:
+        return merge([Prefix(weight_OI, rows, b_OR, a_RI, 0.5), Prefix(other_OI, 4)], columns, dtype)
+
+    check_against(expected, ours, *tensors, dtype=dtype)
+
+
+def test_a_frozen_matrix_gets_no_gradient() -> None:
+    weight_OI, b_OR, a_RI = (make(*shape, dtype=torch.float32) for shape in ((8, 6), (8, 2), (2, 6)))
+    merge([Prefix(weight_OI.detach(), 8, b_OR, a_RI)], 6, torch.float32).sum().backward()
+    assert weight_OI.grad is None
+    torch.testing.assert_close(b_OR.grad, a_RI.detach().sum(1).expand(8, 2))
