@@ -40,8 +40,16 @@ class Load:
         >>> Load(0.0, 10.0).is_busy(Load(1.0, 12.0))
         True
         """
-        total = later.total - self.total
-        return total > 0 and (later.others - self.others) / total > BUSY_FRACTION
+        return later.others_since(self) > BUSY_FRACTION
+
+    def others_since(self, earlier: "Load") -> float:
+        """Return the fraction of the time of all cores that others took since an earlier moment.
+
+        >>> Load(1.0, 12.0).others_since(Load(0.0, 10.0))
+        0.5
+        """
+        total = self.total - earlier.total
+        return (self.others - earlier.others) / total if total > 0 else 0.0
 
 
 def busy_now(seconds: float = 0.1) -> bool:

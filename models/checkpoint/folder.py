@@ -113,7 +113,7 @@ def load_model(
     """
     path = one_path("path", path)
     if is_gguf(path):
-        return _load_gguf(path, dtype, in_blocks)
+        return _load_gguf(path, dtype, in_blocks, mapped)
     config = read_config(path)
     tensors, fields = read_weights(path), read_json(path / "config.json")
     with naming(path):
@@ -134,13 +134,14 @@ def load_model(
     )
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None, in_blocks: bool) -> ModelFolder:
-    file = read_gguf(path, dtype=dtype, in_blocks=in_blocks)
+def _load_gguf(path: Path, dtype: torch.dtype | None, in_blocks: bool, mapped: bool) -> ModelFolder:
+    file = read_gguf(path, dtype=dtype, in_blocks=in_blocks, mapped=mapped)
+    mapped = mapped or file.in_blocks
     if file.tokenizer is not None:
         _check_vocabulary(file.tokenizer, file.config, str(path))
     with naming(path):
         kept = None if file.in_blocks else dtype
-        model = model_from(file.config, file.tensors, dtype=kept, mapped=file.in_blocks).eval()
+        model = model_from(file.config, file.tensors, dtype=kept, mapped=mapped, copy=False).eval()
     return ModelFolder(
         path=path,
         model=model,

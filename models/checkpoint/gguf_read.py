@@ -116,7 +116,9 @@ def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
         )
 
 
-def read_gguf(path: Path, *, dtype: torch.dtype | None = None, in_blocks: bool = False) -> GgufModel:
+def read_gguf(
+    path: Path, *, dtype: torch.dtype | None = None, in_blocks: bool = False, mapped: bool = False
+) -> GgufModel:
     """Open a file.
 
     Args:
@@ -124,16 +126,17 @@ def read_gguf(path: Path, *, dtype: torch.dtype | None = None, in_blocks: bool =
         dtype: dtype of the tensors; None gives fp32, which holds every quantization exactly.
         in_blocks: keep matrices in the file's blocks where those of all layers are of `KINDS`. An embedding
             or head that is not becomes bf16 then, and vectors fp32.
+        mapped: leave fp32 numbers where the file is mapped; nobody may change them.
 
     Raises:
         UsageError: if there is no file.
         NestlingError: naming what is damaged, or of a kind that cannot be held.
     """
     with naming_damage(path):
-        return _read(path, open_gguf(path), dtype or torch.float32, in_blocks)
+        return _read(path, open_gguf(path), dtype or torch.float32, in_blocks, mapped)
 
 
-def _read(path: Path, reader: Any, dtype: torch.dtype, in_blocks: bool) -> GgufModel:
+def _read(path: Path, reader: Any, dtype: torch.dtype, in_blocks: bool, mapped: bool) -> GgufModel:
     keys = _keys(reader)
     shape = _shape(path, reader)
     in_blocks = (in_blocks and shape.is_equal) and all(
@@ -142,7 +145,7 @@ def _read(path: Path, reader: Any, dtype: torch.dtype, in_blocks: bool) -> GgufM
         if _is_in_layer(tensor)
     )
     kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
-    tensors = dict(_tensors(path, reader, shape, None if in_blocks else dtype))
+    tensors = dict(_tensors(path, reader, shape, None if in_blocks else dtype, mapped))
     return GgufModel(
         config=shape.config,
         tensors=tensors if shape.is_equal else pad(tensors, shape.config),
@@ -169,7 +172,7 @@ def _is_in_layer(tensor: Any) -> bool:
 
 
 def _tensors(
-    path: Path, reader: Any, shape: GgufShape, dtype: torch.dtype | None
+    path: Path, reader: Any, shape: GgufShape, dtype: torch.dtype | None, mapped: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors in a dtype, or in blocks and otherwise in bf16."""
     config = shape.config
@@ -181,8 +184,11 @@ def _tensors(
         weight = _in_blocks(tensor) if dtype is None else None
         if weight is None:
             vectors = torch.bfloat16 if len(tensor.shape) > 1 else torch.float32
-            numbers = np.array(dequantized(tensor))
-            if config.norm_offset and tensor.name.endswith("norm.weight"):
+            numbers = dequantized(tensor)
+            has_gains = config.norm_offset and tensor.name.endswith("norm.weight")
+            if has_gains or (not mapped and np.may_share_memory(numbers, tensor.data)):
+                numbers = np.array(numbers)
+            if has_gains:
                 numbers -= 1  # the file has the gains themselves
             weight = torch.from_numpy(numbers).to(dtype or vectors)
         if (fused := _FUSED.fullmatch(tensor.name)) and int(fused[1]) < config.num_hidden_layers:

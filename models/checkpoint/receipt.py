@@ -222,7 +222,7 @@ def _open_folder(folder: Path) -> _Opened:
 
 
 def _open_file(path: Path) -> _Opened:
-    opened = load_model(path, dtype=torch.float32, mapped=True)
+    opened = load_model(path, dtype=torch.float32, in_blocks=True, mapped=True)
     return (
         opened.model,
         lambda text: opened.tokenizer.encode(text).ids if opened.tokenizer else [],

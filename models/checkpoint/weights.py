@@ -52,14 +52,16 @@ def model_from(
     *,
     dtype: torch.dtype | None = None,
     mapped: bool = False,
+    copy: bool = True,
 ) -> ElasticLM:
-    """Return an elastic model that holds copies of `tensors`.
+    """Return an elastic model that holds `tensors`.
 
     Args:
         config: shape of the model.
         tensors: weights by Hugging Face name; a tied head may be there if it equals the embedding.
         dtype: dtype of the model; None keeps the embedding's, or each tensor's own where some are in blocks.
         mapped: take tensors of this dtype as they are, read where files are mapped; nobody may change them.
+        copy: copy all others; False where they are nobody else's.
 
     Raises:
         NestlingError: naming tensors that are missing, unknown, of another shape or not numbers.
@@ -73,7 +75,8 @@ def model_from(
     else:
         dtype = dtype or tensors[EMBEDDING].dtype
         copies = {
-            name: tensor.detach().to(dtype, copy=not mapped).contiguous() for name, tensor in tensors.items()
+            name: tensor.detach().to(dtype, copy=copy and not mapped).contiguous()
+            for name, tensor in tensors.items()
         }
     model.is_mapped = mapped
     model.load_state_dict(copies, assign=True, strict=False)

@@ -66,13 +66,14 @@ class BlockTensor(Tensor):
 
     def dequantize(self) -> Tensor:
         """Return the weights in fp32, as llama.cpp's own conversion does."""
-        scales, codes = self.scales, self.blocks_OBY[..., 2 * self.scales.shape[-1] :]
+        scales = self.scales
+        codes = self.blocks_OBY[..., 2 * scales.shape[-1] :]
         if self.kind == "Q8_0":
             codes_OBK = codes.contiguous().view(torch.int8).float()
         else:
             codes_OBK = torch.cat([codes & 15, codes >> 4], -1).float() - (8 if self.kind == "Q4_0" else 0)
-        weight_OBK = codes_OBK * scales[..., :1]
-        return (weight_OBK + scales[..., 1:] if self.kind == "Q4_1" else weight_OBK).flatten(1)
+        weight_OBK = codes_OBK.mul_(scales[..., :1])  # in place: it may be a whole vocabulary's
+        return (weight_OBK.add_(scales[..., 1:]) if self.kind == "Q4_1" else weight_OBK).flatten(1)
 
     @classmethod
     def __torch_function__(

@@ -1,80 +1,82 @@
-"""The time of a decoded token of every member of a model on this machine, from a few timed passes.
+"""The time of a decoded token of every member of a model on this machine, from a few timed ones.
 
-The time of a pass is taken as a constant and a part for each layer, which depends on its widths. Uniform
-members of two depths give both; members with unequal layers then show how far off that is.
+Time is no sum over layers: what a small member reads stays in the processor's caches, and the same layer may
+take half as long there (30M parameters in bf16: two layers of eight 0.23 ms, the other six 1.1 ms). So it is
+taken as a function of how many layers run and of the parameters that they read. Uniform members of a few
+depths and widths are decoded with; between them time rises in proportion. Members with unequal layers then
+show how far off that is.
 """
 
 import dataclasses
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
 from models.base.errors import NestlingError
 from models.base.stopwatch import Clock, alternate
-from models.decode.tune.timing import PLAIN_PASSES, filled_cache, plain_passes
+from models.decode.sampling.params import SamplingParams
+from models.decode.tune.timing import PLAIN_PASSES, PlainDecoding, rising
 from models.elastic.config import ElasticConfig
-from models.elastic.granularity import Granularity, LayerPlan
+from models.elastic.count import count_layer_parameters
+from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
 
-FORMAT = 1
-Widths = tuple[int, int]
-"""Neurons and key/value groups of a layer."""
+FORMAT = 2
+NUM_PROMPT = 16
+"""Tokens before those that are timed."""
+NUM_DEPTHS = 8
+"""Depths that are timed, at most, besides one layer."""
+NUM_WIDTHS = 5
+"""Widths that are timed, at most, spread evenly over the parameters of a layer."""
+Curve = Mapping[int, float]
+"""Parameters of a layer -> seconds of a decoded token, where all layers are such."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """Seconds of a decoded token: `ends` for embedding and head, and a part for each layer by its widths.
+    """Seconds of a decoded token of uniform members.
 
     Args:
         machine: processor that it was measured on.
         dtype: dtype of the weights.
-        shape: hidden size, neurons, groups and vocabulary of the full model.
-        ends: seconds without any layer.
-        layers: widths of a layer -> its seconds.
+        shape: hidden size, neurons, groups, vocabulary and layers of the full model.
+        depths: number of layers, one and all among them -> times of members of so many.
         residual: largest error on members that the table was not made of, as a fraction.
+
+    Raises:
+        ValueError: if members are missing.
     """
 
     machine: str
     dtype: str
     shape: tuple[int, ...]
-    ends: float
-    layers: Mapping[Widths, float]
+    depths: Mapping[int, Curve]
     residual: float
+
+    def __post_init__(self) -> None:
+        if not all(self.depths.values()) or not {1, self.shape[-1]} <= set(self.depths):
+            raise ValueError("members of one layer or of all are missing")
 
     def seconds(self, config: ElasticConfig, member: Granularity) -> float:
         """Return the seconds of a decoded token of a member."""
-        return self.ends + sum(self.layer(layer) for layer in member.resolve(config).layers)
-
-    def layer(self, layer: LayerPlan) -> float:
-        """Return the seconds of a layer; between two widths they rise in proportion.
-
-        Raises:
-            NestlingError: if the table has no layer with these groups.
-        """
-        if (layer.ffn, layer.groups) in self.layers:
-            return self.layers[layer.ffn, layer.groups]
-        known = sorted(
-            (ffn, seconds) for (ffn, groups), seconds in self.layers.items() if groups == layer.groups
-        )
-        if not known:
-            raise NestlingError(
-                f"the table of latencies has no layer of {layer.groups} groups; measure again"
-            )
-        if len(known) == 1:
-            return known[0][1]
-        above = next((place for place, (ffn, _) in enumerate(known) if ffn > layer.ffn), len(known) - 1)
-        (low, first), (high, second) = known[max(above, 1) - 1], known[max(above, 1)]
-        return first + (second - first) * (layer.ffn - low) / (high - low)
+        layers = member.resolve(config).layers
+        size, depths = count_layer_parameters(config, layers) / len(layers), sorted(self.depths)
+        return float(np.interp(len(layers), depths, [_interpolate(self.depths[one], size) for one in depths]))
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as what JSON can hold; `from_json` reads it back."""
-        layers = [{"ffn": ffn, "groups": groups, "seconds": s} for (ffn, groups), s in self.layers.items()]
-        fields = {"machine": self.machine, "dtype": self.dtype, "shape": list(self.shape), "ends": self.ends}
-        return {"format": FORMAT, **fields, "layers": layers, "residual": self.residual}
+        members = [
+            {"layers": depth, "layer_parameters": size, "seconds": seconds}
+            for depth, curve in self.depths.items()
+            for size, seconds in curve.items()
+        ]
+        fields = {"machine": self.machine, "dtype": self.dtype, "shape": list(self.shape)}
+        return {"format": FORMAT, **fields, "members": members, "residual": self.residual}
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "LatencyTable":
@@ -84,15 +86,16 @@ class LatencyTable:
             NestlingError: if it is no whole table.
         """
         try:
-            layers = {
-                (int(one["ffn"]), int(one["groups"])): float(one["seconds"]) for one in fields["layers"]
-            }
+            depths: dict[int, dict[int, float]] = {}
+            for one in fields["members"]:
+                depths.setdefault(int(one["layers"]), {})[int(one["layer_parameters"])] = float(
+                    one["seconds"]
+                )
             return LatencyTable(
                 machine=str(fields["machine"]),
                 dtype=str(fields["dtype"]),
                 shape=tuple(map(int, fields["shape"])),
-                ends=float(fields["ends"]),
-                layers=layers,
+                depths=depths,
                 residual=float(fields["residual"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -101,9 +104,15 @@ class LatencyTable:
             ) from None
 
 
+def _interpolate(curve: Curve, size: float) -> float:
+    sizes = sorted(curve)
+    return float(np.interp(size, sizes, [curve[one] for one in sizes]))
+
+
 def shape_of(config: ElasticConfig) -> tuple[int, ...]:
     """Return what a table of latencies is for."""
-    return config.hidden_size, config.intermediate_size, config.num_key_value_heads, config.vocab_size
+    widths = config.hidden_size, config.intermediate_size, config.num_key_value_heads
+    return *widths, config.vocab_size, config.num_hidden_layers
 
 
 def measure_latency(
@@ -116,7 +125,7 @@ def measure_latency(
     budget: float = 3.0,
     clock: Clock = time.perf_counter,
 ) -> LatencyTable:
-    """Time uniform members of this model, packed as it decodes, and make the table.
+    """Decode with uniform members of this model, packed as it decodes, and make the table.
 
     Args:
         model: the model, packed.
@@ -127,26 +136,48 @@ def measure_latency(
         budget: seconds.
         clock: returns the time in seconds; on a busy machine that of the thread, which then must be one.
     """
-    config = model.config
-    half = tuple(range(max(1, config.num_hidden_layers // 2)))
-    members = [Granularity(ffn=(ffn,), heads=(heads,)) for ffn, heads in options]
-    shallow = Granularity(layers=half)
-    cache = filled_cache(model, 1)
-    timed = list(dict.fromkeys([*members, shallow, *checks]))
-    cells = {one: plain_passes(View(model, one), cache) for one in timed}
-    with torch.inference_mode():
-        runs = alternate(cells, budget=budget, clock=clock, before=cells).median
-    seconds = {one: run / PLAIN_PASSES for one, run in runs.items()}
-    full = seconds[Granularity()]
-    depth = config.num_hidden_layers
-    per_layer = (full - seconds[shallow]) / max(1, depth - len(half))
-    ends = max(0.0, full - depth * per_layer)
-    layers = {}
-    for member in members:
-        layer = member.resolve(config).layers[0]
-        layers[layer.ffn, layer.groups] = max(0.0, (seconds[member] - ends) / depth)
-    table = LatencyTable(
-        machine=machine, dtype=dtype, shape=shape_of(config), ends=ends, layers=layers, residual=0.0
-    )
+    config, num = model.config, model.config.num_hidden_layers
+    members = {}
+    for depth in sorted({1, *(math.ceil(num * part / NUM_DEPTHS) for part in range(1, NUM_DEPTHS + 1))}):
+        layers = None if depth == num else tuple(range(depth))
+        for size, (ffn, heads) in _spread(config, options):
+            members[depth, size] = Granularity(ffn=(ffn,), heads=(heads,), layers=layers)
+    seconds = time_decoding(model, [*members.values(), *checks], budget=budget, clock=clock)
+    depths: dict[int, dict[int, float]] = {depth: {} for depth, _ in members}
+    for (depth, size), member in members.items():
+        depths[depth][size] = seconds[member]
+    # One busy moment shall not make a wider member faster than a narrower one.
+    even = {depth: dict(zip(one, rising(one.values()), strict=True)) for depth, one in depths.items()}
+    table = LatencyTable(machine=machine, dtype=dtype, shape=shape_of(config), depths=even, residual=0.0)
     errors = [abs(table.seconds(config, one) / seconds[one] - 1) for one in checks]
     return dataclasses.replace(table, residual=max(errors, default=0.0))
+
+
+def _spread(
+    config: ElasticConfig, options: Sequence[tuple[float, float]]
+) -> list[tuple[int, tuple[float, float]]]:
+    """Return a few options by the parameters of a layer, the smallest and the largest among them."""
+    sizes = {
+        count_layer_parameters(config, Granularity(ffn=(ffn,), heads=(heads,)).resolve(config).layers[:1]): (
+            ffn,
+            heads,
+        )
+        for ffn, heads in options
+    }
+    wanted = np.linspace(min(sizes), max(sizes), NUM_WIDTHS)
+    nearest = {min(sizes, key=lambda size: abs(size - one)) for one in wanted}
+    return sorted((size, sizes[size]) for size in nearest)
+
+
+def time_decoding(
+    model: ElasticLM, members: Iterable[Granularity], *, budget: float, clock: Clock
+) -> dict[Granularity, float]:
+    """Return the seconds of a decoded token of each member, greedily and without a draft."""
+    decodings = {
+        one: PlainDecoding(View(model, one), SamplingParams(), num_prompt=NUM_PROMPT)
+        for one in dict.fromkeys(members)
+    }
+    works = {one: decoding.go_on for one, decoding in decodings.items()}
+    before = {one: decoding.begin for one, decoding in decodings.items()}
+    runs = alternate(works, budget=budget, clock=clock, before=before).median
+    return {one: run / PLAIN_PASSES for one, run in runs.items()}

@@ -1,7 +1,6 @@
 """The member that loses least within a budget: what `search --budget` and `extract --budget` share."""
 
 import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from models.base.errors import NestlingError, UsageError
+from models.base.errors import UsageError
 from models.base.progress import progress_bar
 from train.commands.common import check_at_least, check_data, check_file
 from train.commands.console import make_console
@@ -111,6 +110,7 @@ def choose(path: Path, request: Request, *, console: "Console | None" = None) ->
     budgets = request.check()
     from models.checkpoint.gguf import BLOCK, BLOCKS
     from models.measure.token_losses import TokenLosses, losses_path
+    from train.commands.latency import time_member
     from train.search.budgets import holds_unequal
     from train.search.members import MemberSearch
     from train.search.space import Space
@@ -126,6 +126,10 @@ def choose(path: Path, request: Request, *, console: "Console | None" = None) ->
         costs, table = _costs(folder, budgets, space, _weight_bytes(path), request)
         search = MemberSearch(losses, folder.family, space, budgets, costs, bar.show)
         result = search.run(request.evaluations)
+        seconds = None
+        if table is not None and request.latency_table is None and result.best is not None:
+            bar.show("decoding with the chosen member", 0, 1)
+            seconds = time_member(folder, result.best.member, table.dtype)
     kind = budgets[0].kind
     settings = {
         "model": str(path),
@@ -134,6 +138,7 @@ def choose(path: Path, request: Request, *, console: "Console | None" = None) ->
         "for": request.engine,
     }
     settings |= {"budgets": [one.text for one in budgets], "latency": table and table.to_json()}
+    settings |= {"measured_latency": seconds}
     return Chosen(result=result, kind=kind, fields={**search_fields_of(result, kind), **settings})
 
 
@@ -177,12 +182,16 @@ def show(chosen: Chosen, console: "Console") -> None:
     if (table := chosen.fields["latency"]) is not None:
         where = f"{table['machine']}, {table['dtype']}"
         console.print(f"latencies are of {where}; off by {table['residual']:.0%} when checked", markup=False)
+    if (seconds := chosen.fields["measured_latency"]) is not None and chosen.result.best is not None:
+        error = chosen.result.best.costs["latency"] / seconds - 1
+        console.print(f"measured in place: {seconds * 1e3:.3g} ms a token; the table is off by {error:+.0%}")
 
 
 def _costs(
     folder: "ModelFolder", budgets: "Sequence[Budget]", space: "Space", weight_bytes: int, request: Request
 ) -> "tuple[Mapping[str, Cost], LatencyTable | None]":
     """Return what members cost in each kind of the budgets, and the table of latencies if one counts."""
+    from train.commands.latency import latency_table
     from train.search.budgets import cost_of
 
     config, table = folder.model.config, None
@@ -190,7 +199,7 @@ def _costs(
     costs: dict[str, Cost] = {}
     for kind in [one.kind for one in budgets]:
         if kind == "latency":
-            table = _latency_table(folder, space, request.latency_table)
+            table = latency_table(folder, space, request.latency_table)
             costs[kind] = functools.partial(table.seconds, config)
         elif kind == "bytes" and request.gguf_dtype is not None:
             costs[kind] = functools.partial(_file_bytes, folder, request.gguf_dtype)
@@ -215,42 +224,3 @@ def _packed_bytes(folder: "ModelFolder", dtype: str, weight_bytes: int, member: 
     from models.elastic.view import View
 
     return count_compressed_bytes(lay_out(View(folder.model, member)), dtype, weight_bytes)
-
-
-def _latency_table(folder: "ModelFolder", space: "Space", path: Path | None) -> "LatencyTable":
-    import torch
-
-    from models.base.files import naming, read_json
-    from models.base.processor import busy_now, processor_name
-    from models.elastic.granularity import Granularity
-    from models.machine.card import machine_card, resolve_dtype
-    from models.measure.latency import LatencyTable, measure_latency, shape_of
-    from models.packed.quantize import pack
-
-    if path is not None:
-        with naming(path):
-            fields = read_json(path)
-            table = LatencyTable.from_json(fields.get("latency") or fields)
-            if table.shape != shape_of(folder.model.config):
-                raise NestlingError(f"it is of a model of another shape, {table.shape}; measure again")
-            return table
-    dtype = resolve_dtype("auto", machine_card(), purpose="decoding")
-    busy, threads = busy_now(), torch.get_num_threads()
-    num = space.num_layers
-    half = num // 2
-    checks = [
-        Granularity(ffn=(space.ffn[0],) * half + (1.0,) * (num - half)),
-        Granularity(ffn=(space.ffn[len(space.ffn) // 2],) * half + (space.ffn[0],) * (num - half)),
-    ]
-    torch.set_num_threads(1 if busy else threads)  # threads wait for each other where others are at work
-    try:
-        return measure_latency(
-            pack(folder.model, dtype),
-            [(ffn, heads) for ffn in space.ffn for heads in space.heads],
-            checks if half else [],
-            machine=processor_name()[0] + (", busy" if busy else ""),
-            dtype=dtype,
-            clock=time.thread_time if busy else time.perf_counter,
-        )
-    finally:
-        torch.set_num_threads(threads)

@@ -175,7 +175,10 @@ def _prove(
     Raises:
         NestlingError: if it should be equal and is not, which is a bug of ours.
     """
-    view, opened = in_fp32(folder.model, granularity), load_model(path, dtype=torch.float32, mapped=True)
+    view, opened = (
+        in_fp32(folder.model, granularity),
+        load_model(path, dtype=torch.float32, in_blocks=True, mapped=True),
+    )
     theirs = View(opened.model, FULL)
     num_new_tokens = min(NUM_NEW_TOKENS, folder.model.config.max_position_embeddings // 2)
     prompts_BT = fixed_prompts(folder.model.config, num_new_tokens)

@@ -220,6 +220,8 @@ def _engine_of(engine: str | None, format_: str, form: str | None) -> str | None
 
 def _check_holds(engine: str | None, member: "Granularity", folder: "ModelFolder", form: str | None) -> None:
     """Raise UsageError if an engine does not hold a member whose layers are unequal."""
+    if engine is None:  # then the form says what it does not hold
+        return
     from train.search.budgets import holds_unequal
 
     layers = member.resolve(folder.model.config).layers

@@ -36,6 +36,7 @@ from train.run.callbacks.progress import ProgressBar
 from train.run.callbacks.samples import Samples
 from train.run.callbacks.signals import Signals
 from train.run.callbacks.skip_steps import Stability
+from train.run.callbacks.threads import Threads
 from train.run.distributed import check_agreed, make_fabric, make_strategy, side_by_side
 from train.run.fsdp import gather_model
 from train.run.identity import Identity, identify
@@ -275,7 +276,7 @@ def make_callbacks(
         row_T = batches[0][0][0]
         prompt_ids = row_T[: min(24, 3 * len(row_T) // 4)].tolist()  # a short context needs room to answer
         callbacks.append(Samples(log, module.members, prompt_ids, data.tokenizer, every=every))
-    callbacks.append(Stability(every=settings.log_every_n_steps))
+    callbacks += [Stability(every=settings.log_every_n_steps), Threads()]
     callbacks.append(ProgressBar(console, metrics, max_steps=settings.max_steps))
     callbacks.append(
         Checkpoint(

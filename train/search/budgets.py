@@ -157,12 +157,13 @@ def holds_unequal(engine: str | None, config: ElasticConfig) -> tuple[bool, bool
     """
     match engine:
         case None | "hf" | "vllm":
-            return True, True
+            return True, not config.post_norms  # Gemma 3's class wants one number of heads
         case "sglang":
             return True, False
         case "llama.cpp":
             known = config.no_rope_layers is None and not (config.attention_bias or config.post_norms)
-            held = known and (not config.qk_norm or config.tie_word_embeddings)
+            is_openelm = config.tie_word_embeddings and config.rope_scaling is None
+            held = known and (not config.qk_norm or is_openelm)
             return held, held
         case "padded" | "mlx":
             return False, False

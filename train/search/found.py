@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.elastic.granularity import Granularity
+from models.measure.token_losses import Difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,21 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Margin:
+    """How much more the chosen member loses than the best other one of an origin within the budgets."""
+
+    other: Found
+    difference: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What a search found.
 
     Args:
         found: measured members, the cheapest first.
         best: the member that loses least within the budgets; None without one.
+        margins: its distance to the best trained, uniform and heuristic member within them.
         rank_correlation: Spearman's, of predicted and measured losses of members with unequal layers.
         prediction_error: mean distance of the two, in nats per token.
         last_error: likewise of members of the last round, for which the proxy had been corrected.
@@ -52,6 +62,7 @@ class Result:
 
     found: Sequence[Found]
     best: Found | None
+    margins: Sequence[Margin]
     rank_correlation: float | None
     prediction_error: float
     last_error: float

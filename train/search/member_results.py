@@ -14,6 +14,7 @@ LEGEND = (
     "to the full model's; to line: above the lower hull of the trained members"
 )
 RUNNERS_UP = 3
+ORIGINS = {"trained": "trained one", "uniform": "uniform one", "heuristic": "one of the paper's heuristic"}
 
 
 def member_table(result: Result, kind: str) -> Table:
@@ -35,6 +36,10 @@ def describe(result: Result) -> Iterator[str]:
     if result.best is None:
         return
     yield f"chosen: {result.best.member}, loss {result.best.loss:.4f}, {_costs(result.best)}"
+    for margin in result.margins:
+        other, difference = margin.other, margin.difference
+        apart = f"{difference.mean:+.4f} +- {difference.error:.4f} nats"
+        yield f"  {apart} beside the best {ORIGINS[other.origin]}, {other.name or other.member}"
     for one in runners_up(result):
         yield f"  then {one.member} ({one.origin}), loss {one.loss:.4f}, {_costs(one)}"
 
@@ -65,6 +70,10 @@ def search_fields(result: Result, kind: str) -> dict[str, Any]:
     return {
         "best": None if result.best is None else member_fields(result.best),
         "runners_up": [member_fields(one) for one in runners_up(result)] if result.best else [],
+        "margins": [
+            {**member_fields(one.other), "difference": one.difference.mean, "error": one.difference.error}
+            for one in result.margins
+        ],
         "frontier": [str(one.member) for one in result.frontier(kind)],
         "members": [member_fields(one) for one in result.found],
         "rank_correlation": result.rank_correlation,

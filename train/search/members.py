@@ -16,10 +16,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 
 from models.base.errors import UsageError
+from models.elastic.count import count_parameters
 from models.elastic.granularity import FULL, Granularity
 from models.measure.token_losses import Report, TokenLosses
 from train.search.budgets import Budget, Cost, show_cost
-from train.search.found import Found, Result, mean_distance, spearman
+from train.search.found import Found, Margin, Result, mean_distance, spearman
 from train.search.knapsack import knapsack_frontier
 from train.search.proxy import Proxy, find_layer_sets, measure_proxy
 from train.search.space import Choice, Option, Space
@@ -181,36 +182,38 @@ class MemberSearch:
     def _points(
         self, proxy: Proxy, layers: tuple[int, ...], options: Sequence[Option], weights: Mapping[str, float]
     ) -> list[tuple[float, float, Choice]]:
-        ends, by_option = self._parts(options, weights)
+        """Return the frontier of one set of layers: costs, predicted losses, and members."""
+        if not (self.space.unequal_ffn or self.space.unequal_heads):
+            choice = self.space.uniform(layers, options[0])
+            return [(self._uniform_cost(choice, weights), proxy.predict(choice), choice)]
+        uniform = [self._uniform_cost(self.space.uniform(layers, one), weights) for one in options]
+        # Latency is no sum over layers, but rises with their parameters.
+        sums = [self._parameters(layers, one) for one in options] if set(weights) == {"latency"} else uniform
         losses = [
             [proxy.factors[layers] * proxy.sensitivities[layer][one] for one in options] for layer in layers
         ]
-        if not (self.space.unequal_ffn or self.space.unequal_heads):
-            choice = self.space.uniform(layers, options[0])
-            return [(ends + len(layers) * by_option[0], proxy.predict(choice), choice)]
-        exact = len(weights) == 1 and self.kind in ("params", "flops")
-        points = knapsack_frontier([by_option] * len(layers), losses, exact=exact)
+        least = min(sums)
+        exact = set(weights) <= {"params", "flops", "latency"} and len(weights) == 1
+        added = [(one - least) / len(layers) for one in sums]
+        points = knapsack_frontier([added] * len(layers), losses, exact=exact)
+        known = sorted(zip(sums, uniform, strict=True))
+        costs = np.interp([least + one.cost for one in points], *np.array(known).T)
         base = proxy.full + proxy.offsets[layers]
         return [
-            (ends + one.cost, base + one.loss, Choice(layers, tuple(options[place] for place in one.choice)))
-            for one in points
+            (float(cost), base + one.loss, Choice(layers, tuple(options[place] for place in one.choice)))
+            for cost, one in zip(costs, points, strict=True)
         ]
 
-    def _parts(self, options: Sequence[Option], weights: Mapping[str, float]) -> tuple[float, list[float]]:
-        """Return what the ends of a model cost, and a layer of each option; several budgets are mixed."""
-        ends, layers = 0.0, [0.0] * len(options)
-        for kind, weight in weights.items():
-            scale = weight if len(weights) == 1 else weight / self.limits[kind]
-            one, full = self._one_layer(kind, self.space.full), self.costs[kind](FULL)
-            base = one - (full - one) / max(1, self.space.num_layers - 1)
-            ends += scale * base
-            ones = (self._one_layer(kind, option) for option in options)
-            layers = [total + scale * (cost - base) for total, cost in zip(layers, ones, strict=True)]
-        return ends, layers
+    def _parameters(self, layers: tuple[int, ...], option: Option) -> int:
+        member = self.space.uniform(layers, option).member(self.space.num_layers)
+        return count_parameters(self.losses.model.config, member)
 
-    def _one_layer(self, kind: str, option: Option) -> float:
-        """Return what the model of the first layer alone costs."""
-        return self.costs[kind](Granularity(ffn=(option.ffn,), heads=(option.heads,), layers=(0,)))
+    def _uniform_cost(self, choice: Choice, weights: Mapping[str, float]) -> float:
+        """Return what a member costs; several budgets are mixed."""
+        costs = self._cost(choice)
+        if len(weights) == 1:
+            return costs[next(iter(weights))]
+        return sum(weight * costs[kind] / self.limits[kind] for kind, weight in weights.items())
 
     def _heuristics(self) -> list[Choice]:
         """Return the paper's heuristic at each target."""
@@ -268,18 +271,29 @@ class MemberSearch:
             if same is None or same.name is None:
                 known[str(member)] = self._found(self.space.choice_of(member), "trained", name)
         rows = sorted(known.values(), key=lambda one: (one.costs[self.kind], one.loss))
-        fitting = [one for one in rows if one.fits]
+        fitting = [one for one in rows if one.fits] if self.limits else []
+        best = min(fitting, key=lambda one: one.loss, default=None)
         unequal = [one for one in self.predicted if len({*one.options}) > 1]
         pairs = {one: (self.predicted[one], self._loss(one)) for one in unequal}
         return Result(
             found=rows,
-            best=min(fitting, key=lambda one: one.loss) if self.limits and fitting else None,
+            best=best,
+            margins=[] if best is None else self._margins(best, fitting),
             rank_correlation=spearman(list(pairs.values())),
             prediction_error=mean_distance(pairs.values()),
             last_error=mean_distance(pair for one, pair in pairs.items() if one in last),
             num_evaluated=len(rows),
             num_measured=self.losses.num_measured - before,
         )
+
+    def _margins(self, best: Found, fitting: Sequence[Found]) -> list[Margin]:
+        found = []
+        for origin in ("trained", "uniform", "heuristic"):
+            others = [one for one in fitting if one.origin == origin and one is not best]
+            if others:
+                other = min(others, key=lambda one: one.loss)
+                found.append(Margin(other=other, difference=self.losses.compare(best.member, other.member)))
+        return found
 
     def _found(self, choice: Choice, origin: str, name: str | None = None) -> Found:
         member = choice.member(self.space.num_layers)

@@ -31,7 +31,7 @@ from models.decode.sampling.samplers import Proposal, make_sampler
 from models.elastic.cache import KVCache
 from models.elastic.model import ElasticLM
 from models.elastic.request import Request
-from models.elastic.view import Scorer
+from models.elastic.view import Model, Scorer
 
 PLAIN_PASSES = 8
 """Plain passes in a row that are timed, after as many that are not."""
@@ -126,7 +126,7 @@ def time_hosts(
     cells: dict[Any, Work] = {"pass": plain_passes(target, cache)}
     before = dict(cells)
     for params, verifier in kinds:
-        plain = _PlainDecoding(target, params, verifier)
+        plain = PlainDecoding(target, params, verifier)
         cells[params, verifier], before[params, verifier] = plain.go_on, plain.begin
         for gamma in gammas:
             cells[params, verifier, gamma] = _verification(target, params, verifier, gamma)
@@ -189,22 +189,38 @@ def _proposal(
     return work
 
 
-class _PlainDecoding:
-    """The engine itself, some tokens into a text."""
+class PlainDecoding:
+    """The engine itself without a draft, some tokens into a text.
 
-    def __init__(self, target: ElasticLM, params: SamplingParams, verifier: str) -> None:
-        self.target = target
+    Args:
+        target: the model, or a member in place.
+        params: settings of sampling.
+        verifier: see `make_sampler`.
+        num_prompt: tokens of the text before.
+    """
+
+    def __init__(
+        self,
+        target: Model,
+        params: SamplingParams,
+        verifier: str = "block",
+        *,
+        num_prompt: int = NUM_POSITIONS,
+    ) -> None:
+        self.target, self.num_prompt = target, num_prompt
         self.config = GenerationConfig(params=params, verifier=verifier, eos_token_ids=())
         self.tokens: Iterator[Token] = iter(())
 
     def begin(self) -> None:
-        context = self.target.config.max_position_embeddings
-        prompt_ids = [0] * max(1, min(NUM_POSITIONS, context - 2 * PLAIN_PASSES - 1))
+        """Read the prompt anew, and decode until the caches are as decoding leaves them."""
+        context = self.target.full.config.max_position_embeddings
+        prompt_ids = [0] * max(1, min(self.num_prompt, context - 2 * PLAIN_PASSES - 1))
         self.tokens = stream(self.target, prompt_ids, self.config)
         for _ in range(1 + PLAIN_PASSES):
             next(self.tokens, None)
 
     def go_on(self) -> None:
+        """Decode `PLAIN_PASSES` tokens."""
         for _ in range(PLAIN_PASSES):
             next(self.tokens, None)
 

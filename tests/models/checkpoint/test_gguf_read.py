@@ -245,9 +245,7 @@ def test_a_file_that_is_cut_or_of_another_kind_is_refused(tiny_config: ElasticCo
         with pytest.raises(NestlingError, match=r"m\.gguf"):
             load_model(path)
     path.write_bytes(content.replace(b"llama", b"mamba"))
-    with pytest.raises(
-        NestlingError, match="architecture 'mamba'; llama, qwen2, qwen3, smollm3, deci, openelm are supported"
-    ):
+    with pytest.raises(NestlingError, match=r"architecture 'mamba'; llama, qwen2, .*, openelm are supported"):
         load_model(path)
     path.write_text("no model")
     assert not is_gguf(path)

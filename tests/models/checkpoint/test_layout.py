@@ -158,30 +158,38 @@ def test_what_a_comparison_refuses_leaves_nothing(tmp_path: Path) -> None:
 
 
 @st.composite
-def granularities(draw: st.DrawFn) -> Granularity:
+def members(draw: st.DrawFn) -> tuple[str, Granularity]:
+    """Draw a kind of model, and any member of it."""
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    num_groups = KINDS[kind].get("num_key_value_heads", 2)
     layers = tuple(sorted(draw(st.sets(st.integers(0, 3), min_size=1))))
-    ffn = st.sampled_from([0.03125, 0.125, 0.25, 0.5, 0.75, 1.0])
-    return Granularity(
-        ffn=tuple(draw(ffn) for _ in layers),
-        heads=tuple(draw(st.sampled_from([0.5, 1.0])) for _ in layers),
-        layers=layers,
-    )
+    ffn = st.integers(1, 32).map(lambda width: width / 32)
+    groups = st.integers(1, num_groups).map(lambda count: count / num_groups)
+    if kind == "gemma3_text":  # whose class wants one number of heads
+        heads = (draw(groups),) * len(layers)
+    else:
+        heads = tuple(draw(groups) for _ in layers)
+    return kind, Granularity(ffn=tuple(draw(ffn) for _ in layers), heads=heads, layers=layers)
 
 
-@pytest.mark.parametrize("num_cases", [12, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_members", [12, pytest.param(500, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_any_granularity_agrees_in_place_extracted_and_in_transformers(
-    num_cases: int, tmp_path: Path
+    num_members: int, tmp_path: Path
 ) -> None:
-    folder, tokens_BT = make_folder(tmp_path / "model"), torch.arange(20).reshape(2, 10)
+    folders = {kind: make_folder(tmp_path / kind, **fields) for kind, fields in KINDS.items()}
+    tokens_BT = torch.arange(20).reshape(2, 10)
 
-    @settings(max_examples=num_cases, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(granularities(), st.sampled_from([None, "padded"]))
-    def check(granularity: Granularity, form: str | None) -> None:
-        out = extract(folder, granularity, tmp_path / "out", form=form)
-        assert verify_extraction(folder, granularity, out, num_new_tokens=4).holds
-        view_BTV, opened_BTV = View(folder.model, granularity)(tokens_BT), load_model(out).model(tokens_BT)
-        atol = LOGITS_TOLERANCE * float(view_BTV.abs().max())
-        torch.testing.assert_close(opened_BTV, view_BTV, atol=atol, rtol=0)
+    @settings(max_examples=num_members, suppress_health_check=[HealthCheck.too_slow])
+    @given(members())
+    def check(member: tuple[str, Granularity]) -> None:
+        kind, granularity = member
+        folder, view = folders[kind], View(folders[kind].model, granularity)
+        view_BTV = view(tokens_BT)
+        for form in ("stock",) if view.plan.is_uniform else ("ragged", "padded"):
+            out = extract(folder, granularity, tmp_path / "out", form=form)
+            assert verify_extraction(folder, granularity, out, num_new_tokens=4).holds
+            atol = LOGITS_TOLERANCE * float(view_BTV.abs().max())
+            torch.testing.assert_close(load_model(out).model(tokens_BT), view_BTV, atol=atol, rtol=0)
 
     check()

@@ -106,14 +106,21 @@ def test_a_table_of_latencies_is_measured_and_can_be_given(
     command = ["search", str(model), "--data", str(text), *MEMBERS, "--json", str(path)]
     assert main([*command, "--budget", "latency"]) == 0
     assert "latencies are of" in " ".join(capsys.readouterr().out.split())
-    table = json.loads(path.read_text())["latency"]
-    assert len(table["layers"]) >= 3
+    fields = json.loads(path.read_text())
+    table = fields["latency"]
+    assert fields["measured_latency"] is None  # without an amount none is chosen
     slow = tmp_path / "phone.json"
-    slow.write_text(json.dumps(table | {"machine": "a phone", "ends": 1.0}))
+    members = [one | {"seconds": one["seconds"] + 1.0} for one in table["members"]]
+    slow.write_text(json.dumps(table | {"machine": "a phone", "members": members}))
     assert main([*command, "--budget", "latency=1500ms", "--latency-table", str(slow)]) == 0
     assert "a phone" in capsys.readouterr().out
-    assert json.loads(path.read_text())["best"]["costs"]["latency"] >= 1.0
-    slow.write_text(json.dumps(table | {"shape": [1, 2, 3, 4]}))
+    fields = json.loads(path.read_text())
+    assert fields["best"]["costs"]["latency"] >= 1.0
+    assert fields["measured_latency"] is None  # it is not this machine's
+    assert main([*command, "--budget", "latency=0.9"]) == 0
+    assert "ms a token; the table is off by" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(path.read_text())["measured_latency"] > 0
+    slow.write_text(json.dumps(table | {"shape": [1, 2, 3, 4, max(one["layers"] for one in members)]}))
     line = fails(*command, "--budget", "latency=0.5", "--latency-table", slow, code=1)
     assert "of another shape" in line
     slow.write_text("{}")

@@ -7,6 +7,8 @@ import pytest
 from models.base.errors import UsageError
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
+from models.elastic.rope_scaling import RopeScaling
+from tests.models.checkpoint.test_gemma3 import GEMMA3
 from train.search.budgets import cost_of, holds_unequal, parse_budget, parse_budgets
 
 
@@ -47,5 +49,11 @@ def test_engines_hold_what_their_sources_say(tiny_config: ElasticConfig) -> None
     assert holds_unequal("llama.cpp", tiny_config) == (True, True)
     without_positions = dataclasses.replace(tiny_config, no_rope_layers=(1, 1, 1, 0))
     assert holds_unequal("llama.cpp", without_positions) == (False, False)
+    stretched = RopeScaling(rope_type="linear", factor=2.0)
+    qwen3 = dataclasses.replace(tiny_config, qk_norm=True, tie_word_embeddings=True)
+    assert holds_unequal("llama.cpp", qwen3) == (True, True)
+    assert holds_unequal("llama.cpp", dataclasses.replace(qwen3, rope_scaling=stretched)) == (False, False)
+    gemma3 = dataclasses.replace(tiny_config, **GEMMA3)
+    assert holds_unequal("hf", gemma3) == (True, False)
     with pytest.raises(UsageError, match="--for ollama"):
         holds_unequal("ollama", tiny_config)
