@@ -99,11 +99,12 @@ def stack(
     each = list(zip(maps, rows, additions, strict=True))
     prefixes = [one.prefix(count, columns) for one, count, _ in each]
     biases = [bias for _, bias in prefixes if bias is not None]
-    is_part = any(
-        addition is not None or weight is not one.weight
+    # A prefix alone is a view, which only a product in another dtype copies.
+    copies = any(
+        addition is not None or (weight is not one.weight and weight.dtype != dtype)
         for (one, _, addition), (weight, _) in zip(each, prefixes, strict=True)
     )
-    if dtype is not None and is_part and all(one.weight.dtype == torch.float32 for one in maps):
+    if dtype is not None and copies and all(one.weight.dtype == torch.float32 for one in maps):
         parts = [
             Prefix(one.weight, len(weight), *(() if addition is None else addition.parts))
             for (one, _, addition), (weight, _) in zip(each, prefixes, strict=True)
