@@ -24,9 +24,10 @@ PAGE = Path(__file__).with_name("pretrained.md")
 RESULTS = PAGE.parent / "results" / "pretrained" / "runs.json"
 BEGIN, END = "<!-- ladder:begin -->\n", "<!-- ladder:end -->"
 DECODING = RESULTS.with_name("decoding.json")
-DECODING_TITLE = """SmolLM2-135M-Instruct with its draft D in place, greedily, on the first turns of MT-Bench
-by the chat template, 128 new tokens, bf16, one thread, prefill included; tokens a second of the processor's
-time, and the median over prompts of how many times as fast it is (by docs/pretrained_decode.py):"""
+DECODING_TITLE = """SmolLM2-135M-Instruct with a draft in place, greedily, on the first turns of MT-Bench by
+the chat template, 128 new tokens, prefill included; the median over prompts of how many times as fast it is
+(by docs/pretrained_decode.py). Rows of one thread have processor time, beside other programs (Zen 4);
+those of two threads the clock's, on a machine that did nothing else (Zen 5):"""
 UNTRAINED = 1e-20
 """A learning rate below this changes no weight: such a run has the members as they came."""
 
@@ -98,13 +99,16 @@ def extrapolate(trained: Sequence[Point], member: str, tokens: float) -> float:
 
 def decoding_table(points: Sequence[Point]) -> str:
     """Return what docs/pretrained_decode.py measured as Markdown, under a title."""
-    header = ["tokens", "head", "drafted a round", "prompts", "tau", "accepted", "plain", "drafted", "times"]
+    header = ["draft", "tokens", "target", "threads", "head", "drafted a round", "prompts"]
+    header += ["tau", "accepted", "plain tokens/s", "drafted", "times"]
     rows = [header, ["---"] * len(header)]
     for one in points:
         speeds = [f"{one[name]:.0f}" for name in ("plain_tokens_per_second", "tokens_per_second")]
         head = f"{one['vocabulary']:,} tokens" if one["vocabulary"] else "whole"
         shown = [f"{one['tau']:.2f}", f"{one['alpha']:.3f}", *speeds, f"{one['speedup']:.2f}"]
-        rows.append([_tokens(one["tokens"]), head, str(one["gamma"]), str(one["prompts"]), *shown])
+        name = f"{one['layers']} layers {one['draft']}"
+        about = [name, _tokens(one["tokens"]), one["dtype"], str(one["threads"]), head, str(one["gamma"])]
+        rows.append([*about, str(one["prompts"]), *shown])
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{DECODING_TITLE}\n\n{lines}\n"
 

@@ -5,9 +5,9 @@ python docs/pretrained_decode.py MODEL --tokens N --prompts FILE [--answers FILE
 MODEL is the folder that a run with model.train=owned wrote, N the tokens that its draft learned from. Prompts
 are the first turns of FILE, by the model's own chat template. A vocabulary above 0 trims the draft's head to
 the tokens that are most frequent in the conversations of --answers, which the draft was trained on. Plain and
-drafted decoding alternate, prompt by prompt, in one process; times are of the processor, which other programs
-disturb less than they do the clock. Results are added to docs/results/pretrained/decoding.json;
-`python docs/pretrained.py` writes the page.
+drafted decoding alternate, prompt by prompt, in one process; times are the clock's, or with --processor-time
+those of the processor, which other programs disturb less. Results are added to
+docs/results/pretrained/decoding.json; `python docs/pretrained.py` writes the page.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +28,9 @@ from models.decode.engine.engine import stream
 from models.decode.engine.report import Report
 from models.decode.tune.draft_plan import DraftSpec
 from models.decode.tune.resolve import nested_drafting
+from models.elastic.granularity import Granularity
 from models.machine.provenance import make_card
+from models.packed.quantize import split_precision
 
 RESULTS = Path(__file__).parent / "results" / "pretrained" / "decoding.json"
 
@@ -46,18 +48,23 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=80)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--processor-time", action="store_true")
     given = parser.parse_args()
     decoder = open_decoder(given.model, draft="none", dtype=given.dtype)
     lines = given.prompts.read_text().splitlines()[: given.num_prompts]
+    config = decoder.folder.model.config
     prompts = [
         list(decoder.encode_chat([{"role": "user", "content": json.loads(line)["turns"][0]}]))
         for line in lines
     ]
     few = frequent(decoder, given.answers, given.vocabulary) if given.vocabulary else None
     draft = nested_drafting(decoder.folder, DraftSpec.parse(given.draft, few), max(given.gamma)).draft
+    member = Granularity.parse(split_precision(given.draft)[0], decoder.folder.family)
+    layers = len(member.resolve(config).layers)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    for point in measure(decoder, draft, prompts, given.gamma, given.new_tokens):
-        point |= {"tokens": given.tokens, "draft": given.draft, "dtype": given.dtype}
+    clock = time.process_time if given.processor_time else time.perf_counter
+    for point in measure(decoder, draft, prompts, given.gamma, given.new_tokens, clock):
+        point |= {"tokens": given.tokens, "layers": layers, "draft": given.draft, "dtype": given.dtype}
         point |= {"vocabulary": given.vocabulary, "threads": torch.get_num_threads()}
         card = make_card(dtypes={"model": given.dtype})
         results.append({**point, "card": {**card, "command": without_paths(card["command"])}})
@@ -86,16 +93,21 @@ def frequent(decoder: Decoder, answers: Path, count: int) -> tuple[int, ...]:
 
 
 def measure(
-    decoder: Decoder, draft: Draft, prompts: Sequence[list[int]], gammas: Sequence[int], num_tokens: int
+    decoder: Decoder,
+    draft: Draft,
+    prompts: Sequence[list[int]],
+    gammas: Sequence[int],
+    num_tokens: int,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """Return tau, alpha, and the time of plain decoding over that of drafted, for each gamma."""
     target = decoder.folder.model
 
     def run(prompt: list[int], gamma: int) -> tuple[Report, list[int], float]:
-        start = time.process_time()
+        start = clock()
         told = stream(target, prompt, draft=draft if gamma else None, gamma=gamma, max_new_tokens=num_tokens)
         ids = [token.id for token in told]
-        return told.report, ids, time.process_time() - start
+        return told.report, ids, clock() - start
 
     for gamma in (0, *gammas):  # weights are packed in the first pass
         run(prompts[0][:8], gamma)
