@@ -52,7 +52,7 @@ def test_the_frontier_is_that_of_every_choice(problem: tuple[Numbers, Numbers]) 
 def test_a_thousand_random_problems_of_real_losses() -> None:
     random = np.random.default_rng(0)
     for _ in range(1000):
-        layers, options = int(random.integers(1, 5)), int(random.integers(1, 4))
+        layers, options = int(random.integers(1, 7)), int(random.integers(1, 4))
         costs = random.integers(1, 9, (layers, options)).astype(float).tolist()
         losses = random.random((layers, options)).tolist()
         found = [(one.cost, one.loss) for one in knapsack_frontier(costs, losses)]
