@@ -45,6 +45,13 @@ COMPUTED = frozenset(
 """Fields of a configuration that decode_step.c computes, whatever their value."""
 UNRELATED = frozenset({"initializer_range", "bos_token_id", "eos_token_id"})
 """Fields that do not change what a pass computes."""
+LEFT_TO_TORCH = frozenset(
+    {
+        *("layer_types", "sliding_window", "rope_local_base_freq", "query_pre_attn_scalar"),
+        *("hidden_act", "post_norms", "norm_offset", "scale_embeddings"),
+    }
+)
+"""Fields of Gemma 3, whose models run on torch's kernels."""
 
 
 class DecodeStep:

@@ -21,6 +21,7 @@ from models.kernels.codes import FOUR_BITS, quantize
 from models.kernels.sample import Draws
 from models.packed.decode_step import (
     COMPUTED,
+    LEFT_TO_TORCH,
     UNRELATED,
     DecodeStep,
     make_decode_step,
@@ -213,7 +214,23 @@ def test_a_configuration_that_it_does_not_know_is_left_to_torch(tiny_config: Ela
 
 
 def test_every_field_of_a_configuration_is_known_to_it() -> None:
-    assert {field.name for field in dataclasses.fields(ElasticConfig)} == COMPUTED | UNRELATED
+    every = {field.name for field in dataclasses.fields(ElasticConfig)}
+    assert every == COMPUTED | UNRELATED | LEFT_TO_TORCH
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("post_norms", True), ("norm_offset", True), ("scale_embeddings", True)),
+        *(("hidden_act", "gelu_pytorch_tanh"), ("query_pre_attn_scalar", 5.0)),
+    ],
+)
+def test_what_it_does_not_compute_is_left_to_torch(
+    field: str, value: object, tiny_config: ElasticConfig
+) -> None:
+    assert supports(tiny_config)
+    assert field in LEFT_TO_TORCH
+    assert not supports(dataclasses.replace(tiny_config, **{field: value}))
 
 
 @torch.inference_mode()
