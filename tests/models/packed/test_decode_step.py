@@ -226,7 +226,7 @@ def test_every_field_of_a_configuration_is_known_to_it() -> None:
     ],
 )
 def test_what_it_does_not_compute_is_left_to_torch(
-    field: str, value: object, tiny_config: ElasticConfig
+    field: str, value: Any, tiny_config: ElasticConfig
 ) -> None:
     assert supports(tiny_config)
     assert field in LEFT_TO_TORCH
