@@ -4,7 +4,7 @@ A block is a scale (fp16), in Q4_1 a value that is added to each weight (fp16), 
 https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h. The tensor is one of fp32 to torch,
 and dequantized by whatever operation reads it; rows that are looked up or cut out stay in blocks.
 
-O outputs, I inputs, B blocks of a row, Y bytes of a block.
+O outputs, I inputs, B blocks of a row, Y bytes of a block, S scales that are tried.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -164,25 +164,18 @@ def in_4_bits(weight_OI: Tensor) -> BlockTensor:
     weight_OI = weight_OI.detach().float()
     weight_OBK = F.pad(weight_OI, (0, -weight_OI.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     most_OB1 = weight_OBK.gather(-1, weight_OBK.abs().argmax(-1, keepdim=True))
-    scale_OB1, codes_OBK = _rounded_to_4_bits(weight_OBK, most_OB1 / SPANS[0])
-    for span in SPANS[1:]:
-        other_OB1, other_OBK = _rounded_to_4_bits(weight_OBK, most_OB1 / span)
-        errors = [
-            (codes * scale.float() - weight_OBK).square().sum(-1, keepdim=True)
-            for scale, codes in ((scale_OB1, codes_OBK), (other_OB1, other_OBK))
-        ]
-        better_OB1 = errors[1] < errors[0]
-        scale_OB1 = torch.where(better_OB1, other_OB1, scale_OB1)
-        codes_OBK = torch.where(better_OB1, other_OBK, codes_OBK)
+    scales_SOB1 = torch.stack([(most_OB1 / span).half() for span in SPANS])
+    rounded = (_four_bits(weight_OBK, scale_OB1) * scale_OB1.float() for scale_OB1 in scales_SOB1)
+    errors_SOB1 = torch.stack([(one - weight_OBK).square().sum(-1, keepdim=True) for one in rounded])
+    scale_OB1 = scales_SOB1.gather(0, errors_SOB1.argmin(0, keepdim=True))[0]
+    codes_OBK = _four_bits(weight_OBK, scale_OB1)
     lower_OBK, upper_OBK = (codes_OBK + 8).to(torch.uint8).split(BLOCK // 2, -1)
     return BlockTensor(torch.cat([scale_OB1.view(torch.uint8), lower_OBK | upper_OBK << 4], -1), "Q4_0")
 
 
-def _rounded_to_4_bits(weight_OBK: Tensor, scale_OB1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales in fp16, and codes from -8 to 7."""
-    scale_OB1 = scale_OB1.half()
-    codes_OBK = torch.where(scale_OB1 != 0, weight_OBK / scale_OB1.float(), 0.0).round().clamp(-8, 7)
-    return scale_OB1, codes_OBK
+def _four_bits(weight_OBK: Tensor, scale_OB1: Tensor) -> Tensor:
+    """Return codes from -8 to 7."""
+    return torch.where(scale_OB1 != 0, weight_OBK / scale_OB1.float(), 0.0).round().clamp(-8, 7)
 
 
 def block_product(weight_OI: BlockTensor, bias_O: Tensor | None = None) -> Callable[[Tensor], Tensor]:

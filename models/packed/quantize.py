@@ -43,6 +43,7 @@ Q4_0 = "q4_0"
 FILE = "file"
 PRECISIONS = (*DTYPES, INT8, INT4, Q4_0)
 _CODES = {INT8: torch.int8, INT4: FOUR_BITS}
+_QUANTIZED = (*_CODES, Q4_0)
 
 
 def split_precision(text: str) -> tuple[str, str | None]:
@@ -79,7 +80,7 @@ class PackedLM(ElasticLM):
     def __init__(self, source: ElasticLM, precision: str) -> None:
         with torch.device("meta"):  # without memory: every tensor is the source's
             super().__init__(source.config)
-        if precision in (*_CODES, Q4_0):
+        if precision in _QUANTIZED:
             _check_codes(precision, source.device)
         dtype = DTYPES.get(precision)
         self.precision = precision
@@ -111,7 +112,7 @@ class PackedLM(ElasticLM):
     @property
     def cache_dtype(self) -> torch.dtype:
         """See `ElasticLM.cache_dtype`; of a draft in place it is the target's that counts."""
-        return torch.bfloat16 if self.precision in (*_CODES, Q4_0, FILE) else super().cache_dtype
+        return torch.bfloat16 if self.precision in (*_QUANTIZED, FILE) else super().cache_dtype
 
     def run(
         self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.decode.engine import engine
 from models.decode.engine.draft import Draft, Prior
 from models.decode.engine.scheduler import Steps
 from models.decode.engine.state import State
@@ -157,3 +158,17 @@ def planted_bug(request: pytest.FixtureRequest) -> Bug:
 def rebuilt_verifier() -> Verifier:
     """The verifier that the bugs are planted in, without a bug."""
     return buggy_verifier()
+
+
+@pytest.fixture
+def commits(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """A clock that counts what the engine commits."""
+    num_commits, real = 0, engine.commit
+
+    def counting(request: Any, verification: Verification, logits_TV: Tensor) -> list[engine.Token]:
+        nonlocal num_commits
+        num_commits += 1
+        return real(request, verification, logits_TV)
+
+    monkeypatch.setattr("models.decode.engine.engine.commit", counting)
+    return lambda: float(num_commits)

@@ -23,6 +23,7 @@ from models.decode.tune.controller import Controller
 from models.decode.tune.draft_plan import DraftPlan, DraftSpec
 from models.decode.tune.predict import MAX_GAMMA, choose_draft, known_acceptance, measure_costs
 from models.decode.tune.tuned import find_draft
+from models.elastic.count import count_parameters
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.view import View
 from models.packed.quantize import Q4_0, PackedLM, pack, packed_bytes, prepare, split_precision
@@ -230,7 +231,7 @@ def _predicted(folder: ModelFolder, gamma: int | None, params: SamplingParams, v
 def _hint(folder: ModelFolder) -> str:
     """Name a draft that needs no training, where the model's weights are too many for near caches."""
     model = folder.model
-    is_large = sum(parameter.numel() for parameter in model.parameters()) >= LARGE
+    is_large = count_parameters(model.config) >= LARGE
     pays = is_large and isinstance(model, PackedLM) and model.is_compiled and model.precision in DTYPES
     return f"; in 4 bits it drafts for itself: --draft full@{Q4_0}" if pays else ""
 

@@ -3,15 +3,12 @@
 import itertools
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from models.base.errors import NestlingError
-from models.decode.engine import engine
-from models.decode.sampling.samplers import Verification
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_layer_parameters
 from models.elastic.granularity import FULL, Granularity
@@ -89,20 +86,11 @@ def test_a_busy_moment_makes_no_wide_member_faster_than_a_narrow_one(
 
 
 def test_a_token_is_timed_alone_by_decoding(
-    tiny_model: ElasticLM, tiny_config: ElasticConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_model: ElasticLM, tiny_config: ElasticConfig, commits: Callable[[], float]
 ) -> None:
     """By a clock that counts what is committed: one for each token, also of unequal layers."""
-    num_commits = 0
-    real = engine.commit
-
-    def counting(request: Any, verification: Verification, logits_TV: Tensor) -> list[engine.Token]:
-        nonlocal num_commits
-        num_commits += 1
-        return real(request, verification, logits_TV)
-
-    monkeypatch.setattr("models.decode.engine.engine.commit", counting)
     unequal = Granularity(ffn=(1.0, *[0.5] * (tiny_config.num_hidden_layers - 1)))
-    found = time_decoding(tiny_model, [FULL, unequal], budget=0, clock=lambda: float(num_commits))
+    found = time_decoding(tiny_model, [FULL, unequal], budget=0, clock=commits)
     assert found == {FULL: 1.0, unequal: 1.0}
 
 

@@ -1,15 +1,12 @@
 """Timings of a round's parts, by a clock that counts the work itself."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
-from models.decode.engine import engine
 from models.decode.engine.costs import DraftCosts, HostCosts
 from models.decode.sampling.params import SamplingParams
-from models.decode.sampling.samplers import Verification
 from models.decode.tune.timing import time_drafts, time_hosts, time_target
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
@@ -69,20 +66,11 @@ def test_the_hosts_part_is_timed_for_each_distribution_and_verifier(
 
 
 def test_what_the_engine_does_besides_is_part_of_every_round(
-    tiny_model: ElasticLM, monkeypatch: pytest.MonkeyPatch
+    tiny_model: ElasticLM, commits: Callable[[], float]
 ) -> None:
     """By a clock that counts what is committed, and no pass or verification."""
-    num_commits = 0
-    real = engine.commit
-
-    def counting(request: Any, verification: Verification, logits_TV: Tensor) -> list[engine.Token]:
-        nonlocal num_commits
-        num_commits += 1
-        return real(request, verification, logits_TV)
-
-    monkeypatch.setattr("models.decode.engine.engine.commit", counting)
     kind = (SamplingParams(), "block")
-    host = time_hosts(tiny_model, [kind], budget=0, clock=lambda: float(num_commits))[kind]
+    host = time_hosts(tiny_model, [kind], budget=0, clock=commits)[kind]
     assert [host(gamma) for gamma in (0, 4)] == [1, 1]
 
 
