@@ -34,7 +34,7 @@ PAGE = Path(__file__).with_name("scaling.md")
 BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->"
 PROCESSES, ROWS, TOKENS = 2, 8, 64
 MEMBERS = {"S": Granularity.parse("ffn=0.25"), "D": Granularity.parse("layers=0-1"), "XL": FULL}
-PLAN = StepPlan(full=True, exits=("D",), slots=(Slot("S", range(2)),))
+PLAN = StepPlan(full=1.0, exits=("D",), slots=(Slot("S", range(2)),))
 CONFIG = ElasticConfig(
     vocab_size=1024,
     hidden_size=128,

@@ -24,7 +24,7 @@ def first_plans(recipe: Recipe, config: ElasticConfig) -> list[StepPlan]:
             seed=recipe.seed,
             step=step,
             num_rows=num_rows,
-            trains_full=recipe.model.train == "joint",
+            full=recipe.full_weight(step),
         )
         for step in range(NUM_PLANS)
     ]
@@ -49,7 +49,7 @@ def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: TeacherS
     """
     if teacher is None or recipe.distill.cache is not None:
         return 0.0
-    taught = statistics.fmean(plan.full for plan in first_plans(recipe, config))
+    taught = statistics.fmean(plan.full > 0 for plan in first_plans(recipe, config))
     return taught * recipe.trainer.rows_per_step * teacher.flops(recipe.data.sequence_length)
 
 

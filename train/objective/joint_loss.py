@@ -115,11 +115,13 @@ def _students_of_full_pass(
     full = next(name for name, granularity in members.items() if granularity == FULL)
     depth_of = {name: len(members[name].layers or ()) for name in plan.exits}
     depths = tuple(sorted(set(depth_of.values())))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and plan.full):
+    # An exit has no pass of its own: the layers below it learn from it in this one.
+    trains = plan.full > 0 or (bool(plan.exits) and model.model.embed_tokens.weight.requires_grad)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         *states, last_BTD = model.states(batch.tokens_BT, FULL, recording, exits=depths)
     by_depth = dict(zip(depths, states, strict=True))
     positions = range(batch.tokens_BT.numel())
-    students = [_Student(full, model.norm(last_BTD.flatten(0, 1)), positions, float(plan.full))]
+    students = [_Student(full, model.norm(last_BTD.flatten(0, 1)), positions, plan.full)]
     assert batch.tokens_BT.shape[1] % plan.exit_stride == 0, (batch.tokens_BT.shape, plan.exit_stride)
     strided = slice(plan.exit_offset, None, plan.exit_stride)  # the same positions of each row
     for name, depth in depth_of.items():

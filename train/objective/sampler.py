@@ -46,7 +46,7 @@ class StepPlan:
     """The students of one optimizer step.
 
     Args:
-        full: True if the full model's own loss is trained.
+        full: Factor of the full model's own loss; 0: it does not train.
         exits: Members that train from the full pass's states.
         slots: Members that run a pass of their own.
         exit_stride: Distance between the positions at which exits train; it divides the row.
@@ -54,7 +54,7 @@ class StepPlan:
         exit_weight: Factor of an exit's summed loss.
     """
 
-    full: bool
+    full: float
     exits: tuple[str, ...]
     slots: tuple[Slot, ...]
     exit_stride: int = 1
@@ -70,11 +70,11 @@ def plan_step(
     step: int,
     num_rows: int,
     weight: float = 1.0,
-    trains_full: bool = True,
+    full: float = 1.0,
 ) -> StepPlan:
     """Plan a step for the members, the full model among them; all losses but its own get the weight.
 
-    A full model that does not train teaches its members all the same.
+    A full model whose own loss has the factor 0 teaches its members all the same.
 
     >>> from models.elastic.config import ElasticConfig
     >>> from models.elastic.granularity import Granularity
@@ -98,16 +98,16 @@ def plan_step(
     (('D',), 4, 2.0)
     """
     rng = random.Random(f"members {seed} {step}")  # text seeds it alike in every process
-    full = next(name for name, plan in members.items() if plan.is_full)
+    widest = next(name for name, plan in members.items() if plan.is_full)
     others = [name for name, plan in members.items() if not plan.is_full]
     everyone = range(num_rows)
     if config.kind == "random":
-        names = [*others, full] if trains_full else others
+        names = [*others, widest] if full else others
         weights = [(config.probabilities or {}).get(name, 0.0) for name in names]
         chosen = rng.choices(names, weights if any(weights) else None)[0]  # None: all alike
-        if chosen == full:
-            return StepPlan(full=True, exits=(), slots=())
-        return StepPlan(full=False, exits=(), slots=(_slot(chosen, everyone, num_rows, config, rng, weight),))
+        if chosen == widest:
+            return StepPlan(full=full, exits=(), slots=())
+        return StepPlan(full=0.0, exits=(), slots=(_slot(chosen, everyone, num_rows, config, rng, weight),))
     if config.kind == "sandwich":
         # the smallest first: it trains in every step
         others.sort(key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
@@ -126,7 +126,7 @@ def plan_step(
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
     every = config.exit_stride if config.kind == "rows" else 1
     return StepPlan(
-        full=trains_full,
+        full=full,
         exits=exits,
         slots=slots,
         exit_stride=every,

@@ -24,20 +24,23 @@ HEALING: Mapping[str, Any] = {
     "loss.narrow_gradient": 0.3,
     "loss.exit_gradient": 0.3,
     "owned.norms": True,
+    "owned.lr": 2e-3,
+    "sampler.row_fraction": 1.0,
 }
 """A trained model needs neither a high learning rate nor text before its members learn from it; what members
-own, and a weak pull at what they share, leave the full model as good as it was (docs/LOG.md)."""
+own, which learns fast, and a weak pull at what they share, leave the full model as good as it was
+(docs/LOG.md)."""
 LR_TIMES_WIDTH = 0.0576
 """A learning rate suits a width inversely (2203.03466): 1e-4 for SmolLM2's 576, to which 5e-4 did harm."""
 RANK = 48
 """Rank of a draft's additions, for models at least twelve times as wide."""
 DRAFTING: Mapping[str, Any] = {
     "optim.lr": 2e-3,
+    "owned.lr": None,
     "loss.divergence": "total_variation",
     "loss.weight": 0.9,
     "loss.text_weight": 0.1,
     "loss.trust": 0.0,
-    "sampler.row_fraction": 1.0,
     "sampler.exit_stride": 1,
     "sampler.shared_cache": 1.0,
 }

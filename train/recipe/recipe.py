@@ -122,6 +122,18 @@ class Recipe:
             raise UsageError(str(error)) from None
 
     @property
+    def is_held(self) -> bool:
+        """Return whether a frozen copy of the model that the run began from holds the full model."""
+        return self.model.from_ is not None and self.loss.teacher is None and self.loss.trust > 0
+
+    def full_weight(self, step: int) -> float:
+        """Return the factor of the full model's own loss in a step; 0: it only teaches."""
+        if self.model.train == "owned":
+            return 0.0
+        every = self.loss.trust_every if self.is_held else 1
+        return float(every) if step % every == 0 else 0.0
+
+    @property
     def granularities(self) -> dict[str, Granularity]:
         """Every member by name, in the recipe's order; the full model comes last."""
         family = {name: Granularity.parse(text, {}) for name, text in self.family.items()}
@@ -274,7 +286,7 @@ def _written_problems(recipe: Recipe) -> list[str]:
         return []
     shown = f"distill.written_fraction={config.written_fraction:g}"
     problems = []
-    if recipe.loss.teacher is None and (recipe.model.from_ is None or not recipe.loss.trust):
+    if recipe.loss.teacher is None and not recipe.is_held:
         problems.append(f"{shown}: nobody scores what is written; set loss.teacher")
     if config.cache is not None:
         problems.append(f"{shown}: distill.cache knows the text alone; leave one of them out")

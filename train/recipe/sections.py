@@ -118,6 +118,8 @@ class OwnedConfig:
     """Rank of each narrow member's own low-rank addition to each of its matrices (LoRA); 0: none."""
     alpha: NonNegative = 0.0
     """Additions are scaled by alpha / rank, as LoRA's; 0: by 1."""
+    lr: Positive | None = None
+    """Peak learning rate of what members own; null: optim.lr."""
 
     @property
     def ownership(self) -> Ownership:
@@ -181,6 +183,9 @@ class LossConfig:
     trust: Fraction = 0.9
     """With model.from and without loss.teacher, the fraction of the full model's loss that holds it to the
     frozen original (KL); the rest is cross-entropy. 0: no original is kept."""
+    trust_every: Count = 1
+    """Steps from one in which the full model is held to its original to the next; its loss counts as many
+    times. In the steps between, it only teaches, which costs a third."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)

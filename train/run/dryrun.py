@@ -208,7 +208,7 @@ def family_costs(recipe: Recipe, config: ElasticConfig) -> Table:
 def estimate_table(estimate: Estimate, recipe: Recipe, config: ElasticConfig) -> Table:
     """Return the estimate in words."""
     memory, tokenizer, taught = estimate.memory, recipe.data.tokenizer, recipe.loss.teacher is not None
-    held = recipe.model.from_ is not None and recipe.loss.trust > 0
+    held = recipe.is_held
     state = memory.weights + memory.gradients + memory.optimizer
     owner = "that model" if recipe.model.from_ else "the teacher" if taught else ""
     decides = "" if tokenizer == "bpe" else f" (that of {tokenizer} decides in the run)"

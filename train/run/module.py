@@ -64,8 +64,7 @@ class JointModule(pl.LightningModule):
         self.guard = Guard(recipe.optim.skip_sigma, guard)
         # In a tuple, and so no submodule: nothing that is optimised, clipped, saved or sharded.
         self.teachers = () if teacher is None else (teacher,)
-        is_held = recipe.loss.teacher is None and recipe.loss.trust > 0
-        self.full_config = held_config(recipe.loss.trust) if is_held else None
+        self.full_config = held_config(recipe.loss.trust) if recipe.is_held else None
         self.losses: dict[str, Tensor] = {}
         self.gradient_norm = torch.zeros(())
         self.batch_ended: float | None = None
@@ -103,7 +102,7 @@ class JointModule(pl.LightningModule):
             step=batch.step,
             num_rows=batch.num_rows,
             weight=fade(batch.step, recipe.loss, recipe.trainer.max_steps),
-            trains_full=recipe.model.train == "joint",
+            full=recipe.full_weight(batch.step),
         )
         loss = joint_loss(
             self.model,
@@ -135,7 +134,8 @@ class JointModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that is a function of the absolute step."""
-        optimizer = make_optimizer(self.model, self.recipe.optim)
+        recipe = self.recipe
+        optimizer = make_optimizer(self.model, recipe.optim, owned_lr=recipe.owned.lr)
         schedule = LambdaLR(
             optimizer,
             lambda done: learning_rate_factor(

@@ -1,8 +1,11 @@
-"""AdamW in two groups, and the learning rate as a pure function of the absolute step.
+"""AdamW in groups, and the learning rate as a pure function of the absolute step.
 
 Decay belongs to matrices. A norm's gain or a bias would be pulled towards 0, which is not where it does
 nothing. An embedding's row meets a gradient only when its token occurs, but decay at every step, so
 that rare tokens would shrink the most; a tied vocabulary head is that same matrix.
+
+What members own may learn faster than what everybody shares: low-rank additions, one of whose factors is
+zero at first, want about ten times the learning rate of whole matrices (LoRA+, 2402.12354, section 4).
 """
 
 import math
@@ -12,21 +15,29 @@ from torch.optim import AdamW
 
 from train.recipe.sections import OptimConfig
 
+OWNED = "owned"
+"""The submodule of an elastic model that has what members own."""
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+
+def make_optimizer(model: nn.Module, config: OptimConfig, *, owned_lr: float | None = None) -> AdamW:
     """Return AdamW over the parameters that require a gradient, in the model's order, a tied one once.
 
     The first group decays (matrices), the second does not (1-D parameters, embeddings); a group may be
-    empty. The learning rate of both is the peak: `learning_rate_factor` scales it.
+    empty. Their learning rate is the peak: `learning_rate_factor` scales it. What members own makes two more
+    such groups if it has a learning rate of its own.
     """
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decays = [parameter.dim() > 1 and id(parameter) not in embeddings for parameter in parameters]
-    groups = [
-        {"params": [p for p, yes in zip(parameters, decays, strict=True) if yes is wanted], **extra}
-        for wanted, extra in ((True, {"weight_decay": config.weight_decay}), (False, {"weight_decay": 0.0}))
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(config.lr, True): [], (config.lr, False): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr = owned_lr if owned_lr is not None and name.startswith(f"{OWNED}.") else config.lr
+            decays = parameter.dim() > 1 and id(parameter) not in embeddings
+            groups.setdefault((lr, decays), []).append(parameter)
+    described = [
+        {"params": params, "lr": lr, "weight_decay": config.weight_decay * decays}
+        for (lr, decays), params in groups.items()
     ]
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.fused)
+    return AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.fused)
 
 
 def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> float:

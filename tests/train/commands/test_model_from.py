@@ -1,5 +1,6 @@
 """Runs that begin from given weights."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,30 @@ def test_the_trust_term_holds_the_full_model_to_its_original(given: Path, train:
         return sum(float((after[name] - before[name]).norm()) for name in before)
 
     assert moved(1.0) < 0.1 * moved(0.0), "KL alone is 0 at the start, and its gradient but for rounding"
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        ([], [1, 1, 1, 1]),
+        (["loss.trust_every=3"], [3, 0, 0, 3]),
+        (["loss.trust_every=3", "loss.trust=0"], [1, 1, 1, 1]),
+        (["model.train=owned"], [0, 0, 0, 0]),
+    ],
+)
+def test_the_full_model_is_held_in_the_steps_that_trust_every_names(
+    given: Path, words: list[str], weights: list[float]
+) -> None:
+    recipe = load_recipe(overrides=[f"model.from={given}", "data.sequence_length=32", *words])
+    assert [recipe.full_weight(step) for step in range(4)] == weights
+
+
+def test_in_the_steps_between_the_full_model_only_teaches(given: Path, train: Train) -> None:
+    words = ["loss.trust_every=2", "family={H: ffn=0.5}", "trainer.log_every_n_steps=1"]
+    run = train(given, *words).path.parent
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    terms = [{name for name in line if name.startswith("loss/")} for line in lines if line["kind"] == "train"]
+    assert terms[:3] == [{"loss/XL", "loss/H"}, {"loss/H"}, {"loss/XL", "loss/H"}]
 
 
 def test_the_recipe_of_a_run_without_a_start_says_null(text: Path) -> None:

@@ -23,7 +23,7 @@ def test_transformers_says_what_our_own_class_says(
 ) -> None:
     """Chunks of 7 positions begin and end amid rows of 12."""
     monkeypatch.setattr(objective, "rows_per_chunk", lambda *_: 7)
-    plan = StepPlan(full=True, exits=(), slots=())
+    plan = StepPlan(full=1.0, exits=(), slots=())
 
     def loss(of: Teacher) -> torch.Tensor:
         config = LossConfig(ramp_start=0, ramp_steps=0)

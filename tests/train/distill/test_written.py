@@ -92,7 +92,7 @@ def test_cross_entropy_reads_no_word_that_a_model_wrote(
     written_BT = torch.zeros_like(batch.labels_BT, dtype=torch.bool)
     written_BT[2, 3:] = True
     mixed = batch._replace(written_BT=written_BT)
-    plan = StepPlan(full=True, exits=(), slots=())
+    plan = StepPlan(full=1.0, exits=(), slots=())
 
     def loss(of: Batch, config: LossConfig) -> float:
         says = ElasticTeacher(teacher)

@@ -134,7 +134,7 @@ def test_the_full_model_learns_from_its_teacher_as_if_by_whole_logits(
         divergence=divergence, temperature=1.5, weight=0.7, ramp_start=0, ramp_steps=2, exit_gradient=1.0
     )
     batch = make_batch()._replace(step=step)
-    plan = StepPlan(full=True, exits=("D",), slots=())
+    plan = StepPlan(full=1.0, exits=("D",), slots=())
     ours = gradients(tiny_model, [batch], plan, config, teacher)
 
     tiny_model.zero_grad()
@@ -161,7 +161,7 @@ def test_a_teacher_gets_no_gradient_and_scores_a_chunk_at_a_time(
     teacher.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[0]))
     for part in (*teacher.model.layers, teacher.lm_head):
         part.register_forward_hook(lambda *call: kept.append(call[2].requires_grad))
-    gradients(tiny_model, [make_batch()], StepPlan(full=True, exits=(), slots=()), teacher=teacher)
+    gradients(tiny_model, [make_batch()], StepPlan(full=1.0, exits=(), slots=()), teacher=teacher)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not any(kept), "nothing is kept for a backward pass"
     assert (max(seen), sum(seen)) == (10, make_batch().num_valid), "positions without a label are not scored"
@@ -169,8 +169,8 @@ def test_a_teacher_gets_no_gradient_and_scores_a_chunk_at_a_time(
 
 def test_a_teacher_that_has_nothing_to_say_runs_no_pass(tiny_model: ElasticLM, teacher: ElasticLM) -> None:
     """Before the ramp, and in a step that does not train the full model."""
-    batch, everyone = make_batch(), StepPlan(full=True, exits=("D",), slots=())
-    alone = StepPlan(full=False, exits=(), slots=(Slot("S", range(8)),))
+    batch, everyone = make_batch(), StepPlan(full=1.0, exits=("D",), slots=())
+    alone = StepPlan(full=0.0, exits=(), slots=(Slot("S", range(8)),))
     teacher.lm_head.register_forward_hook(lambda *_: pytest.fail("it ran"))
     later = LossConfig(ramp_start=batch.step)
     for plan, config in ((everyone, later), (alone, RAMPED)):
@@ -183,20 +183,34 @@ def test_a_teacher_that_has_nothing_to_say_runs_no_pass(tiny_model: ElasticLM, t
 def test_an_exit_trains_like_a_pass_of_its_own(tiny_model: ElasticLM) -> None:
     """The full pass's states after k layers are the member's own: same gradients, for the price of a head."""
     batch = make_batch()
-    from_states = gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), slots=()))
-    own_pass = gradients(tiny_model, [batch], StepPlan(full=True, exits=(), slots=(Slot("D", range(8)),)))
+    from_states = gradients(tiny_model, [batch], StepPlan(full=1.0, exits=("D",), slots=()))
+    own_pass = gradients(tiny_model, [batch], StepPlan(full=1.0, exits=(), slots=(Slot("D", range(8)),)))
     assert_same(from_states, own_pass)
+
+
+def test_the_full_model_s_own_loss_counts_by_its_factor(tiny_model: ElasticLM, teacher: ElasticLM) -> None:
+    batch = make_batch()
+    once = gradients(tiny_model, [batch], StepPlan(full=1.0, exits=(), slots=()), teacher=teacher)
+    thrice = gradients(tiny_model, [batch], StepPlan(full=3.0, exits=(), slots=()), teacher=teacher)
+    assert_same(thrice, {name: 3 * gradient for name, gradient in once.items()})
+
+
+def test_layers_learn_from_an_exit_where_the_full_model_only_teaches(tiny_model: ElasticLM) -> None:
+    found = gradients(tiny_model, [make_batch()], StepPlan(full=0.0, exits=("D",), slots=()))
+    below, above = (found[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in (1, 2))
+    assert below.abs().max() > 0
+    assert not above.any()
 
 
 def test_an_exit_learns_at_its_positions_only(tiny_model: ElasticLM) -> None:
     """One position of four, in every row: as if no other had a label."""
     batch = make_batch()
-    some = StepPlan(full=False, exits=("D",), slots=(), exit_stride=4, exit_offset=2, exit_weight=3.0)
+    some = StepPlan(full=0.0, exits=("D",), slots=(), exit_stride=4, exit_offset=2, exit_weight=3.0)
     labels_N = torch.full_like(batch.labels_BT.flatten(), -100)
     labels_N[2::4] = batch.labels_BT.flatten()[2::4]
     only = batch._replace(labels_BT=labels_N.view_as(batch.labels_BT))
     ours = joint_loss(tiny_model, MEMBERS, batch, some, RAMPED, block=3).terms
-    everywhere = StepPlan(full=False, exits=("D",), slots=())
+    everywhere = StepPlan(full=0.0, exits=("D",), slots=())
     theirs = joint_loss(tiny_model, MEMBERS, only, everywhere, RAMPED, block=3).terms
     assert set(ours) == {"D"}
     torch.testing.assert_close(ours["D"], 3 * theirs["D"])
@@ -208,7 +222,7 @@ def test_the_size_of_a_chunk_of_logits_changes_nothing(
 ) -> None:
     batch = make_batch()
     slots = (Slot("S", range(1, 3)), Slot("L", range(3, 8), 2.0, shift=1))
-    plan = StepPlan(full=True, exits=("D",), slots=slots, exit_stride=4, exit_offset=3)
+    plan = StepPlan(full=1.0, exits=("D",), slots=slots, exit_stride=4, exit_offset=3)
     whole = gradients(tiny_model, [batch], plan)
     monkeypatch.setattr(objective, "rows_per_chunk", lambda *_: rows)
     assert_same(gradients(tiny_model, [batch], plan), whole)
@@ -226,7 +240,7 @@ def test_no_logits_of_all_positions_are_ever_held(
 
     monkeypatch.setattr(objective, "F", SimpleNamespace(linear=linear))
     batch = make_batch()
-    gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), slots=(Slot("S", range(2)),)))
+    gradients(tiny_model, [batch], StepPlan(full=1.0, exits=("D",), slots=(Slot("S", range(2)),)))
     assert max(seen) == 3 * 10  # those of a chunk, of all three students at once
 
 
@@ -234,8 +248,8 @@ def test_the_teacher_is_not_taught(tiny_model: ElasticLM) -> None:
     """A member's loss moves only the member's weights: here the layers that the exit does not run."""
     late = "model.layers.3.mlp.up_proj.weight"
     batch = make_batch()
-    alone = gradients(tiny_model, [batch], StepPlan(full=True, exits=(), slots=()))
-    joint = gradients(tiny_model, [batch], StepPlan(full=True, exits=("D",), slots=()))
+    alone = gradients(tiny_model, [batch], StepPlan(full=1.0, exits=(), slots=()))
+    joint = gradients(tiny_model, [batch], StepPlan(full=1.0, exits=("D",), slots=()))
     assert torch.equal(alone[late], joint[late])
     early = "model.layers.0.mlp.up_proj.weight"
     assert not torch.allclose(alone[early], joint[early])
@@ -244,7 +258,7 @@ def test_the_teacher_is_not_taught(tiny_model: ElasticLM) -> None:
 def test_terms_are_weighted_sums_over_the_valid_tokens_of_the_step(tiny_model: ElasticLM) -> None:
     """A member on every row: its term is the plain mean of its per-token loss over valid tokens."""
     batch = make_batch()
-    plan = StepPlan(full=True, exits=("D",), slots=(Slot("S", range(8)), Slot("L", range(3), 8 / 3)))
+    plan = StepPlan(full=1.0, exits=("D",), slots=(Slot("S", range(8)), Slot("L", range(3), 8 / 3)))
     losses = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=3).terms
     labels_N, valid_N = batch.labels_BT.flatten(), batch.labels_BT.flatten() != -100
     target_NV = tiny_model(batch.tokens_BT).flatten(0, 1)
@@ -260,22 +274,22 @@ def test_terms_are_weighted_sums_over_the_valid_tokens_of_the_step(tiny_model: E
 
 def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -> None:
     batch = make_batch()
-    own = gradients(tiny_model, [batch], StepPlan(full=False, exits=(), slots=(Slot("S", range(8)),)))
+    own = gradients(tiny_model, [batch], StepPlan(full=0.0, exits=(), slots=(Slot("S", range(8)),)))
     shared = gradients(
-        tiny_model, [batch], StepPlan(full=False, exits=(), slots=(Slot("S", range(8), shift=1),))
+        tiny_model, [batch], StepPlan(full=0.0, exits=(), slots=(Slot("S", range(8), shift=1),))
     )
     assert not torch.allclose(
         own["model.layers.2.mlp.up_proj.weight"], shared["model.layers.2.mlp.up_proj.weight"]
     )
     # With blocks as long as the text nothing is read from the full pass, and both are one.
-    plan = StepPlan(full=False, exits=(), slots=(Slot("S", range(8), shift=0),))
+    plan = StepPlan(full=0.0, exits=(), slots=(Slot("S", range(8), shift=0),))
     tiny_model.zero_grad()
     loss = joint_loss(tiny_model, MEMBERS, batch, plan, RAMPED, block=99).terms["S"]
     plain = joint_loss(
         tiny_model,
         MEMBERS,
         batch,
-        StepPlan(full=False, exits=(), slots=(Slot("S", range(8)),)),
+        StepPlan(full=0.0, exits=(), slots=(Slot("S", range(8)),)),
         RAMPED,
         block=3,
     ).terms["S"]
@@ -319,7 +333,7 @@ def test_members_pull_at_shared_weights_by_a_factor(
     model = ElasticLM(dataclasses.replace(tiny_config, tie_word_embeddings=False))
     model.init_weights(torch.Generator().manual_seed(0))
     own(model, MEMBERS, Ownership(norms=True))
-    plan = StepPlan(full=True, exits=("D",), slots=(Slot("S", range(4)), Slot("L", range(4, 8))))
+    plan = StepPlan(full=1.0, exits=("D",), slots=(Slot("S", range(4)), Slot("L", range(4, 8))))
 
     def changed(keys: set[str], value: float) -> LossConfig:
         settings: dict[str, Any] = dict.fromkeys(keys, value)

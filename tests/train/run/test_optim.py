@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.elastic.config import ElasticConfig
+from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
+from models.elastic.ownership import Ownership
+from models.elastic.owning import own
 from train.recipe.sections import OptimConfig
 from train.run.optim import learning_rate_factor, make_optimizer
 
@@ -54,6 +57,19 @@ def test_frozen_parameters_are_left_out(tiny_model: ElasticLM) -> None:
     tiny_model.model.embed_tokens.weight.requires_grad_(False)
     _, others = make_optimizer(tiny_model, CONFIG).param_groups
     assert "model.embed_tokens.weight" not in names(tiny_model, others["params"])
+
+
+def test_what_members_own_may_have_a_rate_of_its_own(tiny_model: ElasticLM) -> None:
+    own(tiny_model, {"S": Granularity(ffn=(0.5,))}, Ownership(norms=True, rank=2))
+    groups = make_optimizer(tiny_model, CONFIG, owned_lr=0.8).param_groups
+    rates = {name: group["lr"] for group in groups for name in names(tiny_model, group["params"])}
+    decays = {name: group["weight_decay"] for group in groups for name in names(tiny_model, group["params"])}
+    assert rates == {
+        name: 0.8 if name.startswith("owned.") else 0.1 for name, _ in tiny_model.named_parameters()
+    }
+    assert {decays[name] for name in rates if "lora" in name} == {0.5}
+    assert {decays[name] for name in rates if "norm" in name} == {0.0}
+    assert [group["lr"] for group in make_optimizer(tiny_model, CONFIG).param_groups] == [0.1, 0.1]
 
 
 @pytest.mark.parametrize("fused", [True, False])

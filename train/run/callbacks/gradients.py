@@ -88,13 +88,13 @@ def compare_gradients(
         own gradient is not 0.
     """
     full = next(name for name, granularity in members.items() if granularity == FULL)
-    theirs = _gradient(model, members, batch, StepPlan(full=True, exits=(), slots=()), config)
+    theirs = _gradient(model, members, batch, StepPlan(full=1.0, exits=(), slots=()), config)
     found = {f"gradient/{full}/norm": math.sqrt(_inner(theirs, theirs))}
     for name in members:
         if name == full:
             continue
         # A layer prefix, too, has a pass of its own here: as an exit it would need the full model's graph.
-        plan = StepPlan(full=False, exits=(), slots=(Slot(name, range(batch.num_rows)),))
+        plan = StepPlan(full=0.0, exits=(), slots=(Slot(name, range(batch.num_rows)),))
         ours = _gradient(model, members, batch, plan, config)
         norm = math.sqrt(_inner(ours, ours))
         on_its_weights = math.sqrt(_inner(theirs, (b * (a != 0) for a, b in zip(ours, theirs, strict=True))))
