@@ -131,7 +131,7 @@ class Recipe:
         if self.model.train == "owned":
             return 0.0
         every = self.loss.trust_every if self.is_held else 1
-        return float(every) if step % every == 0 else 0.0
+        return float(every) if (step + 1) % every == 0 else 0.0  # those that are logged are among them
 
     @property
     def granularities(self) -> dict[str, Granularity]:

@@ -306,6 +306,8 @@ def finish(
     members: list[Member] = []
     batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
     if batches:
+        if not console.is_terminal:
+            console.print("measuring the family")
         with console.status("measuring the family"):
             block = measured_block(module.recipe)
             members = evaluate_family(module.model, module.members, batches, shared_block=block)

@@ -147,7 +147,7 @@ def test_the_trust_term_holds_the_full_model_to_its_original(given: Path, train:
     ("words", "weights"),
     [
         ([], [1, 1, 1, 1]),
-        (["loss.trust_every=3"], [3, 0, 0, 3]),
+        (["loss.trust_every=3"], [0, 0, 3, 0]),
         (["loss.trust_every=3", "loss.trust=0"], [1, 1, 1, 1]),
         (["model.train=owned"], [0, 0, 0, 0]),
     ],
@@ -164,7 +164,7 @@ def test_in_the_steps_between_the_full_model_only_teaches(given: Path, train: Tr
     run = train(given, *words).path.parent
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     terms = [{name for name in line if name.startswith("loss/")} for line in lines if line["kind"] == "train"]
-    assert terms[:3] == [{"loss/XL", "loss/H"}, {"loss/H"}, {"loss/XL", "loss/H"}]
+    assert terms[:3] == [{"loss/H"}, {"loss/XL", "loss/H"}, {"loss/H"}]
 
 
 def test_the_recipe_of_a_run_without_a_start_says_null(text: Path) -> None:

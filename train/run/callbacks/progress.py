@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.base.numbers import duration
+from train.recipe.recipe import FULL_NAME
 from train.run.callbacks.metrics import Metrics
 from train.run.callbacks.step import StepCallback
 from train.run.module import JointModule
 
+OWN_LOSS = f"loss/{FULL_NAME}"
 SILENT_SECONDS = 60.0
 """The longest time without a line, in a file or a pipe."""
 
@@ -45,11 +47,15 @@ class ProgressBar(StepCallback):
         self._first = pl_module.first_step
         self._began = self._printed = perf_counter()
         self._tenth = -1
+        self._losses: dict[str, float] = {}
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Advance."""
         latest = self.metrics.latest
-        loss = next((value for key, value in latest.items() if key.startswith("loss/")), None)
+        losses = {key: value for key, value in latest.items() if key.startswith("loss/")}
+        # The full model may train in some steps alone: then its last loss stays, not another member's.
+        self._losses |= losses
+        loss = self._losses.get(OWN_LOSS, next(iter(losses.values()), None))
         status = ""
         if loss is not None:
             status = f"loss {loss:.3f} · {latest['tokens_per_second']:,.0f} tokens/s"

@@ -20,9 +20,12 @@ def test_the_first_line_has_a_loss_and_others_follow_by_tenths_or_by_the_clock(
     stream, metrics = io.StringIO(), SimpleNamespace(latest={})
     bar: Any = ProgressBar(Console(file=stream, width=100), metrics, max_steps=30)  # type: ignore[arg-type]
     bar._first, bar._began, bar._printed, bar._tenth = 0, 0.0, perf_counter(), -1
+    bar._losses = {}
     for step in range(1, 13):
         if step == 5:
             metrics.latest = {"loss/XL": 2.0, "tokens_per_second": 100.0}
+        if step == 9:  # a step in which the full model only teaches
+            metrics.latest = {"loss/H": 3.0, "tokens_per_second": 100.0}
         bar.on_step(None, SimpleNamespace(step=step))
     lines = stream.getvalue().splitlines()
     assert [int(line.split()[1].partition("/")[0]) for line in lines] == steps
