@@ -55,6 +55,9 @@ def write_folder(path: str | Path, *, marker: str = "nestling.json") -> Iterator
             assert (partial / marker).is_file(), f"{partial} lacks {marker}: it could not be replaced later"
             _sync_tree(partial)
             _publish(partial, final)
+    except NestlingError as error:
+        error.args = (str(error).replace(str(partial), str(path)),)  # what a user finds is named
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -145,14 +148,20 @@ def write_file(path: str | Path) -> Iterator[Path]:
 
 
 def clear_interrupted(path: Path) -> None:
-    """Remove what writers of `path` that were killed have left beside it; those that live hold a lock."""
+    """Clear away what writers of `path` that were killed have left beside it; those that live hold a lock.
+
+    What one was about to replace is put back, unless its successor stands there.
+    """
     final = Path(os.path.realpath(path))
-    for left in final.parent.glob(f".{glob.escape(final.name[:50])}*.partial"):
+    for left in filter(_is_left_over, final.parent.glob(f".{glob.escape(final.name[:50])}*")):
         if left.name[1:].rsplit(".", 2)[0] not in (final.name, final.name[:50]):
             continue
         try:
             with _held(left):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                if left.suffix == ".replaced" and not final.exists():
+                    left.rename(final)
+                else:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
         except OSError:  # held, or not ours to remove
             continue
 

@@ -34,6 +34,7 @@ from models.checkpoint.huggingface_config import (
 )
 from models.checkpoint.layout import PER_LAYER, Layout, pad, stock_architectures
 from models.checkpoint.owned_file import read_owned, write_owned
+from models.checkpoint.tensor_file import write_tensor_file
 from models.checkpoint.tokenizer import open_tokenizer
 from models.checkpoint.weights import (
     WEIGHTS,
@@ -41,7 +42,6 @@ from models.checkpoint.weights import (
     model_from,
     read_weights,
     weights_of,
-    write_tensors,
 )
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import DEFAULT_FAMILY, FULL, Granularity
@@ -231,7 +231,7 @@ def save_model(
         _check_vocabulary(tokenizer, model.config, "the tokenizer")
     with write_folder(path, marker=FAMILY_FILE) as folder:
         write_json(folder / "config.json", fields)
-        write_tensors(folder / WEIGHTS, weights_of(model) if layout is None else layout.stored)
+        write_tensor_file(folder / WEIGHTS, weights_of(model) if layout is None else layout.stored)
         for name, text in () if layout is None else layout.files.items():
             write_text(folder / name, text)
         owned = write_owned(folder, model)

@@ -14,7 +14,8 @@ import torch
 
 from models.base.errors import NestlingError, UsageError
 from models.base.files import hash_files, naming, read_json
-from models.checkpoint.weights import OWNED_WEIGHTS, check_tensors, read_tensors, write_tensors
+from models.checkpoint.tensor_file import write_tensor_file
+from models.checkpoint.weights import OWNED_WEIGHTS, check_tensors, read_tensors
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.ownership import Owner, Ownership
@@ -34,11 +35,11 @@ def write_owned(folder: Path, model: ElasticLM) -> dict[str, Any] | None:
     """Write the file, and return what `nestling.json` says of it; None and no file if nothing is owned.
 
     Raises:
-        NestlingError: if the disk refuses.
+        OSError: if the disk refuses.
     """
     if not model.members:
         return None
-    write_tensors(folder / OWNED_WEIGHTS, dict(owned_weights(model)))
+    write_tensor_file(folder / OWNED_WEIGHTS, dict(owned_weights(model)))
     members = {
         one.name: {
             "granularity": str(one.granularity),

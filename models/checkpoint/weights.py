@@ -18,7 +18,6 @@ from models.base.file_hashes import known_hash
 from models.base.files import hash_files, read_json
 from models.base.mapped import Regions, file_regions, forget_pages
 from models.base.paths import utf8_path
-from models.checkpoint.tensor_file import write_tensor_file
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.model import ElasticLM
@@ -84,27 +83,6 @@ def model_from(
         model.lm_head.weight = model.model.embed_tokens.weight
     model.rotary = Rotary(config).to(copies[EMBEDDING].device)  # its tables are computed, not stored
     return model
-
-
-def write_weights(folder: Path, model: ElasticLM) -> None:
-    """Write `model.safetensors`.
-
-    Raises:
-        NestlingError: if the disk refuses.
-    """
-    write_tensors(folder / WEIGHTS, weights_of(model))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        NestlingError: if the disk refuses.
-    """
-    try:
-        write_tensor_file(path, tensors)
-    except OSError as error:
-        raise NestlingError(f"cannot write {path}: {error.strerror}; free some space") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from models.base.errors import NestlingError, UsageError
 from models.base.files import hash_files, read_json, remove_folder, write_folder, write_json
 from models.base.paths import utf8_path
-from models.checkpoint.weights import OWNED_WEIGHTS, WEIGHTS, weights_of, write_tensors, write_weights
+from models.checkpoint.tensor_file import write_tensor_file
+from models.checkpoint.weights import OWNED_WEIGHTS, WEIGHTS, weights_of
 from models.elastic.model import ElasticLM
 from models.elastic.owning import owned_weights
 from train.recipe.recipe import Recipe
@@ -140,9 +141,9 @@ def save_state(
     if weights is None:
         return path
     with write_folder(path, marker=MANIFEST) as folder:
-        write_weights(folder, weights)
+        write_tensor_file(folder / WEIGHTS, weights_of(weights))
         if weights.members:
-            write_tensors(folder / OWNED_WEIGHTS, dict(owned_weights(weights)))
+            write_tensor_file(folder / OWNED_WEIGHTS, dict(owned_weights(weights)))
         try:
             save_file(moments, folder / OPTIMIZER)
             if replay:

@@ -11,6 +11,7 @@ import pytest
 from models.base.errors import NestlingError, UsageError
 from models.base.files import (
     check_replaceable,
+    clear_interrupted,
     default_cache_dir,
     make_folder,
     read_json,
@@ -325,3 +326,26 @@ def test_a_file_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: pyte
 def test_a_byte_order_mark_in_a_json_file_is_as_if_it_were_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_what_a_killed_writer_was_about_to_replace_is_put_back_or_goes(
+    published: bool, tmp_path: Path
+) -> None:
+    final, aside = tmp_path / "model", tmp_path / ".model.0a0a0a0a.replaced"
+    aside.mkdir()
+    fill(aside, "old")
+    if published:
+        final.mkdir()
+        fill(final, "new")
+    clear_interrupted(final)
+    assert read_json(final / MARKER) == {"text": "new" if published else "old"}
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_an_error_names_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    with (
+        pytest.raises(NestlingError, match=f"^{tmp_path / 'model' / 'a.json'} is missing"),
+        write_folder(tmp_path / "model") as partial,
+    ):
+        read_json(partial / "a.json")

@@ -19,7 +19,8 @@ from models.checkpoint.compressed import (
 from models.checkpoint.extract import extract, verify_extraction
 from models.checkpoint.folder import load_model
 from models.checkpoint.layout import lay_out
-from models.checkpoint.weights import read_tensors, write_tensors
+from models.checkpoint.tensor_file import write_tensor_file
+from models.checkpoint.weights import read_tensors
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.view import View
@@ -95,7 +96,7 @@ def test_a_part_that_is_missing_and_another_scheme_are_named(
     # copies: the file that they are mapped from is written over
     tensors = {name: one.clone() for name, one in read_tensors(out / "model.safetensors").items()}
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
-    write_tensors(out / "model.safetensors", tensors)
+    write_tensor_file(out / "model.safetensors", tensors)
     with pytest.raises(NestlingError, match=r"model\.layers\.1\.mlp\.up_proj lacks one of weight_packed"):
         load_model(out)
     fields = json.loads((out / "config.json").read_text())
