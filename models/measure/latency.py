@@ -49,7 +49,7 @@ class LatencyTable:
         residual: largest error on members that the table was not made of, as a fraction.
 
     Raises:
-        ValueError: if members are missing.
+        ValueError: if members are missing, or a time is none.
     """
 
     machine: str
@@ -61,6 +61,9 @@ class LatencyTable:
     def __post_init__(self) -> None:
         if not all(self.depths.values()) or not {1, self.shape[-1]} <= set(self.depths):
             raise ValueError("members of one layer or of all are missing")
+        seconds = [one for curve in self.depths.values() for one in curve.values()]
+        if not all(0 < one < math.inf for one in seconds) or not 0 <= self.residual < math.inf:
+            raise ValueError("a time is not above 0")
 
     def seconds(self, config: ElasticConfig, member: Granularity) -> float:
         """Return the seconds of a decoded token of a member."""
@@ -86,6 +89,8 @@ class LatencyTable:
             NestlingError: if it is no whole table.
         """
         try:
+            if fields["format"] != FORMAT:
+                raise ValueError("another release's")
             depths: dict[int, dict[int, float]] = {}
             for one in fields["members"]:
                 depths.setdefault(int(one["layers"]), {})[int(one["layer_parameters"])] = float(

@@ -89,6 +89,11 @@ class Request:
             raise UsageError(f"--for {self.engine} is not known; choose from {', '.join(ENGINES)}")
         if self.latency_table is not None:
             check_file("--latency-table", self.latency_table)
+            if all(one.kind != "latency" for one in budgets):
+                raise UsageError(
+                    f"--latency-table {self.latency_table} counts in --budget latency=...; give one, or "
+                    "leave it out"
+                )
         return budgets
 
 

@@ -65,8 +65,8 @@ def parse_budget(text: str) -> Budget:
 
     >>> parse_budget("params=0.5")
     Budget(kind='params', text='params=0.5', most=0.5, is_fraction=True)
-    >>> parse_budget("latency=12ms").most, parse_budget("params=3.5M").most, parse_budget("bytes").most
-    (0.012, 3500000.0, None)
+    >>> parse_budget("latency=12ms").most, parse_budget("params=3.5M").most, parse_budget("bytes=50%").most
+    (0.012, 3500000.0, 0.5)
     """
     kind, equals, amount = (part.strip() for part in text.partition("="))
     if kind not in UNITS:
@@ -76,10 +76,14 @@ def parse_budget(text: str) -> Budget:
     if not equals:
         return Budget(kind=kind, text=text)
     units = UNITS[kind]
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", amount)
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*|%)", amount)
     if found is None or float(found[1]) == 0:
         raise UsageError(f"--budget {text}: {amount!r} is no amount above 0; write {kind}={_example(kind)}")
     number, unit = float(found[1]), found[2]
+    if unit == "%":
+        if number > 100:
+            raise UsageError(f"--budget {text}: {amount} is more than the full model; give 100% or less")
+        number, unit = number / 100, ""
     if not unit and number <= 1:
         return Budget(kind=kind, text=text, most=number, is_fraction=True)
     if unit not in units:

@@ -100,6 +100,24 @@ def test_it_reads_back_what_it_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.shape == shape_of(CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"format": 1}, "another release"),
+        ({"residual": float("nan")}, "not above 0"),
+        (
+            {"members": [{"layers": layers, "layer_parameters": 8, "seconds": -1.0} for layers in (1, 12)]},
+            "not above 0",
+        ),
+    ],
+)
+def test_a_table_of_another_release_or_of_no_times_is_none(
+    changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NestlingError, match=named):
+        LatencyTable.from_json(table_of_a_cache(monkeypatch).to_json() | changes)
+
+
 def test_a_table_that_lacks_members_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = table_of_a_cache(monkeypatch).to_json()
     for missing in (1, 12):

@@ -139,6 +139,7 @@ def test_a_table_of_latencies_is_measured_and_can_be_given(
         (["--draft", "--for", "vllm"], "--for vllm goes with --budget"),
         (["--budget", "params=0.5", "--for", "ollama"], "--for ollama"),
         (["--budget", "latency=0.5", "--latency-table", "nowhere.json"], "nowhere.json"),
+        (["--budget", "params=0.5", "--latency-table", __file__], "counts in --budget latency"),
         (["--budget", "params=0.5", "--evaluations", "0"], "--evaluations must be at least 1, got 0"),
     ],
 )

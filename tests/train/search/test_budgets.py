@@ -22,6 +22,7 @@ from train.search.budgets import cost_of, holds_unequal, parse_budget, parse_bud
         ("params=0", "'0' is no amount"),
         ("params=", "'' is no amount"),
         ("bytes=3k", "unknown unit 'k'"),
+        ("params=101%", "101% is more than the full model"),
     ],
 )
 def test_what_is_no_budget_is_named(text: str, named: str) -> None:
