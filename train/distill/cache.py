@@ -49,6 +49,7 @@ SHARD_BYTES = 2**26
 """A shard holds at most this much: what a kill can cost."""
 NAMES = {
     "teacher": "loss.teacher",
+    "config": "config.json of loss.teacher",
     "tokenizer": "data.tokenizer",
     "text": "data.source",
     "sequence_length": "data.sequence_length",
@@ -165,6 +166,8 @@ class CachedTeacher:
             return None
         theirs = read_json(self.folder / FILE)
         for name, now in made_from.items():
+            if name == "config" and name not in theirs:  # an earlier release did not keep it
+                continue
             if theirs.get(name) != now:
                 before = _short(theirs.get(name))
                 told = f" ({theirs.get('path')})" if name == "teacher" else ""

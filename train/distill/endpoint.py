@@ -63,7 +63,9 @@ class Endpoint:
             NestlingError: if there is none after `TRIES` tries, or the server refuses.
         """
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            if not (key.isascii() and key.isprintable()):  # an error of http.client would show the key
+                raise NestlingError("OPENAI_API_KEY has characters that no header takes; set it to a key")
             headers["Authorization"] = f"Bearer {key}"
         body = None if question is None else json.dumps(question).encode()
         reason = ""

@@ -12,13 +12,14 @@ optimised, clipped, saved nor sharded; a run that goes on knows it again by a ha
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from rich.console import Console
 
 from models.base.dtypes import DTYPES
 from models.base.errors import NestlingError, UsageError
-from models.base.files import read_json
+from models.base.files import hash_files, read_json
 from models.base.paths import is_url
 from models.checkpoint.folder import load_model, read_config
 from models.checkpoint.gguf_read import is_gguf
@@ -130,13 +131,26 @@ def open_teacher(recipe: Recipe, dtype: str, console: Console | None = None) -> 
         return load()
     form = make_form(recipe, shape.vocab_size, weights)
     device = _device(recipe) or default_device(recipe)
-    return make_cached_teacher(recipe, form, record, lambda: ModelSource(load(), form, device))
+    config = {"config": hash_files(path / "config.json")} if path.is_dir() else {}
+    return make_cached_teacher(recipe, form, record, lambda: ModelSource(load(), form, device), config)
 
 
 def make_cached_teacher(
-    recipe: Recipe, form: Form, record: Mapping[str, str], open_source: Callable[[], Source]
+    recipe: Recipe,
+    form: Form,
+    record: Mapping[str, str],
+    open_source: Callable[[], Source],
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> CachedTeacher:
-    """Return the teacher of a recipe with a cache; `prepare` makes or opens it."""
+    """Return the teacher of a recipe with a cache; `prepare` makes or opens it.
+
+    Args:
+        recipe: its `distill` and `loss`.
+        form: how the cache keeps what the teacher says.
+        record: see `Teacher`; that of the teacher itself.
+        open_source: opens the teacher.
+        more: what the cache depends on besides, by the names of `NAMES`.
+    """
     config, loss = recipe.distill, recipe.loss
     assert config.cache is not None
     kept: dict[str, object] = {"k": config.k, "temperature": loss.temperature}
@@ -146,7 +160,7 @@ def make_cached_teacher(
         _path(config.cache),
         form,
         {**record, "cache": config.form},
-        {"form": config.form, **kept},
+        {"form": config.form, **kept, **more},
         open_source,
         batch_size=recipe.trainer.batch_size,
     )

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,6 +217,12 @@ def test_a_cache_of_another_teacher_is_refused_by_name(
         UsageError, match=rf"another loss\.teacher: \w{{12}} \({teacher_folder}\), now \w{{12}}"
     ):
         make(make_recipe(other, text, kept))
+    alike = tmp_path / "alike"
+    shutil.copytree(teacher_folder, alike)
+    fields = json.loads((alike / "config.json").read_text())
+    (alike / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.1}))
+    with pytest.raises(UsageError, match=r"another config\.json of loss\.teacher: \w{12}, now \w{12}"):
+        make(make_recipe(alike, text, kept))
 
 
 def test_every_logit_is_kept_in_one_dtype(teacher_folder: Path, text: Path, tmp_path: Path) -> None:

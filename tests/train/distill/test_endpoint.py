@@ -300,9 +300,13 @@ def test_an_endpoint_sends_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((request.get_header("Authorization"), timeout))
         raise OSError("no")
 
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("OPENAI_API_KEY", "k\r\n")
     monkeypatch.setattr(module, "PAUSE", 0.0)
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(NestlingError):
         Endpoint("http://nowhere", 5.0).ask("models")
     assert seen == [("Bearer k", 5.0)] * 3
+    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
+    with pytest.raises(NestlingError, match="OPENAI_API_KEY has characters") as error:
+        Endpoint("http://nowhere", 5.0).ask("models")
+    assert "ret" not in str(error.value)
