@@ -7,6 +7,7 @@ sampling (vLLM with probabilistic drafting, transformers), or where the draft's 
 target draws (SGLang, llama.cpp, MLX-LM). Greedily all of them keep it where it is the target's likeliest.
 """
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,9 +62,13 @@ def draft_settings(num_tokens: int) -> dict[str, Any]:
 
 def _vllm(target: Path, draft: Path, num_tokens: int, ragged: bool) -> Line:
     # Greedy drafting is the default, which needs another rule and keeps fewer tokens when sampling.
-    config = (
-        f'{{"method": "draft_model", "model": "{draft}", "num_speculative_tokens": {num_tokens}, '
-        '"draft_sample_method": "probabilistic"}'
+    config = json.dumps(
+        {
+            "method": "draft_model",
+            "model": str(draft),
+            "num_speculative_tokens": num_tokens,
+            "draft_sample_method": "probabilistic",
+        }
     )
     trust = " --trust-remote-code" if ragged else ""
     note = "unequal layers run on its Transformers backend" if ragged else None

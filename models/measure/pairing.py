@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.base.stopwatch import Work, alternate
+from models.base.stopwatch import Clock, Work, alternate
 from models.decode.tune.predict import MAX_GAMMA, speedup
 from models.decode.tune.timing import PLAIN_PASSES, filled_cache, one_pass, plain_passes, rising
 from models.elastic.granularity import Granularity
@@ -111,20 +111,23 @@ def _compare(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     return torch.stack(values).double().cpu()
 
 
-def measure_pair_costs(model: ElasticLM, target: Granularity, draft: Granularity) -> PairCosts:
+def measure_pair_costs(
+    model: ElasticLM, target: Granularity, draft: Granularity, clock: Clock = time.perf_counter
+) -> PairCosts:
     """Time both on this machine.
 
     Args:
         model: the family, packed as it decodes.
         target: a member of it.
         draft: another one.
+        clock: returns the time in seconds; on a busy machine that of the thread, which then must be one.
     """
     cache = filled_cache(model, MAX_GAMMA + 1)
     counts = range(2, cache.num_positions - cache.length + 1)
     cells: dict[str | int, Work] = {name: one_pass(View(model, target), cache, name) for name in counts}
     cells["target"] = plain_passes(View(model, target), cache)
     cells["draft"] = plain_passes(View(model, draft), filled_cache(model, 1))
-    seconds = alternate(cells, budget=BUDGET, clock=time.perf_counter, before=cells).median
+    seconds = alternate(cells, budget=BUDGET, clock=clock, before=cells).median
     one = seconds["target"] / PLAIN_PASSES
     costs = rising(max(1.0, seconds[count] / one) for count in counts)
     v = {1: 1.0} | dict(zip(counts, costs, strict=True))

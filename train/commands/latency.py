@@ -24,7 +24,7 @@ SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class _Timing:
+class Timing:
     """The clock that counts, and whether others keep the machine busy."""
 
     clock: Clock
@@ -32,12 +32,12 @@ class _Timing:
 
 
 @contextlib.contextmanager
-def _timing() -> Iterator[_Timing]:
+def timing() -> Iterator[Timing]:
     """Choose a clock; on a busy machine one thread and its own time, as threads wait for each other there."""
     busy, threads = busy_now(), torch.get_num_threads()
     torch.set_num_threads(1 if busy else threads)
     try:
-        yield _Timing(time.thread_time if busy else time.perf_counter, busy)
+        yield Timing(time.thread_time if busy else time.perf_counter, busy)
     finally:
         torch.set_num_threads(threads)
 
@@ -62,19 +62,19 @@ def latency_table(folder: ModelFolder, space: Space, path: Path | None) -> Laten
         Granularity(ffn=(middle,) * half + (low,) * (num - half)),
         Granularity(ffn=(1.0,) + (middle,) * (num - half - 1), layers=tuple(range(num - half))),
     ]
-    with _timing() as timing:
+    with timing() as how:
         return measure_latency(
             pack(folder.model, dtype),
             [(ffn, heads) for ffn in space.ffn for heads in space.heads],
             checks if half else [],
-            machine=processor_name()[0] + (", busy" if timing.busy else ""),
+            machine=processor_name()[0] + (", busy" if how.busy else ""),
             dtype=dtype,
-            clock=timing.clock,
+            clock=how.clock,
         )
 
 
 def time_member(folder: ModelFolder, member: Granularity, dtype: str) -> float:
     """Return the seconds of a decoded token of a member in place."""
-    with _timing() as timing:
+    with timing() as how:
         packed = pack(folder.model, dtype, member)
-        return time_decoding(packed, [member], budget=SECONDS, clock=timing.clock)[member]
+        return time_decoding(packed, [member], budget=SECONDS, clock=how.clock)[member]

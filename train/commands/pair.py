@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.base.errors import UsageError
+from models.base.errors import NestlingError, UsageError
 from models.base.files import write_folder, write_json
 from models.base.numbers import si
 from train.commands.export import prove_member
@@ -27,12 +27,21 @@ LEAST_SPEEDUP = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A draft and its target, and what is known of how they run together."""
+    """A draft and its target, and what is known of how they run together.
+
+    Args:
+        target: the member whose text it is.
+        draft: the one that drafts.
+        kept: by rule the chance that a drafted token is kept.
+        costs: what a drafted token and a target's pass take.
+        busy: whether others kept the machine busy while those were timed, on one thread then.
+    """
 
     target: "Granularity"
     draft: "Granularity"
     kept: "Mapping[str, Estimate]"
     costs: "PairCosts"
+    busy: bool = False
 
     def best(self, rule: str) -> tuple[int, float]:
         """Return the number of tokens to draft, and the speed over plain decoding.
@@ -63,9 +72,10 @@ def parse_pair(text: str, folder: "ModelFolder") -> tuple["Granularity", "Granul
             problem = problem or error
             continue
         if sizes[0] >= sizes[1]:
+            remedy = "name a smaller draft" if sizes[0] == sizes[1] else f"write {halves[1]}:{halves[0]}"
             raise UsageError(
                 f"--pair {text}: the draft has {si(sizes[0])} parameters and the target {si(sizes[1])}; "
-                f"a draft is smaller, as in --pair {halves[1]}:{halves[0]}"
+                f"a draft is smaller, {remedy}"
             )
         return draft, target
     if problem is not None:
@@ -79,12 +89,15 @@ def measure_pair(folder: "ModelFolder", draft: "Granularity", target: "Granulari
     from models.machine.card import machine_card, resolve_dtype
     from models.measure.pairing import RULES, compare_models, measure_pair_costs
     from models.packed.quantize import pack
+    from train.commands.latency import timing
 
     found = compare_models(View(folder.model, target), View(folder.model, draft), batches)
     kept = {rule: found[rule] for rule in RULES}
     dtype = resolve_dtype("auto", machine_card(), purpose="decoding")
-    costs = measure_pair_costs(pack(folder.model, dtype), target, draft)
-    return Pair(target=target, draft=draft, kept=kept, costs=costs)
+    packed = pack(folder.model, dtype)
+    with timing() as how:
+        costs = measure_pair_costs(packed, target, draft, how.clock)
+    return Pair(target=target, draft=draft, kept=kept, costs=costs, busy=how.busy)
 
 
 def measure_written(target: Path, draft: Path) -> "tuple[dict[str, Estimate], int]":
@@ -105,6 +118,11 @@ def measure_written(target: Path, draft: Path) -> "tuple[dict[str, Estimate], in
     ours, theirs = (
         View(load_model(path, dtype=torch.float32, mapped=True).model, FULL) for path in (target, draft)
     )
+    sizes = [view.model.config.vocab_size for view in (theirs, ours)]
+    if sizes[0] != sizes[1]:
+        raise NestlingError(
+            f"{draft} has {sizes[0]} tokens and its target {sizes[1]}, which is no pair; extract it again"
+        )
     probe = read_receipt(target)["probe"]
     ids_BT = torch.tensor(probe["ids"])
     found = compare_models(ours, theirs, own_text(ids_BT, probe["num_prompt"]))
@@ -188,6 +206,7 @@ def _fields(
         "c": pair.costs.c,
         "v": {str(count): cost for count, cost in pair.costs.v.items()},
         "break_even": pair.costs.break_even(),
+        "busy": pair.busy,
         "engines": {engine: _engine(pair, RULES[engine], line) for engine, line in lines.items()},
         "card": make_card(dtypes={"model": str(folder.model.dtype).removeprefix("torch.")}),
     }
@@ -219,6 +238,8 @@ def tell_pair(fields: Mapping[str, Any], out: Path, console: "Console") -> None:
         for rule, value in fields["alpha"].items()
     )
     console.print(f"kept of a drafted token: {kept}; it costs {fields['c']:.2f} of a target's", markup=False)
+    if fields["busy"]:
+        console.print("other programs kept the machine busy: costs are of one thread's own time")
     for engine, one in fields["engines"].items():
         sampled, greedy = one["predicted_speedup"], one["predicted_greedy_speedup"]
         speed = f"{sampled:.2f} times as fast as plain when sampling, {greedy:.2f} greedily"

@@ -8,7 +8,7 @@ from models.base.errors import NestlingError
 from models.base.files import naming, read_json
 from train.commands.common import write_results
 from train.commands.console import make_console
-from train.commands.pair import MEMBERS, PAIR_FILE, measure_written
+from train.commands.pair import FORMAT, MEMBERS, PAIR_FILE, measure_written
 
 if TYPE_CHECKING:
     from models.checkpoint.receipt import Check
@@ -82,6 +82,8 @@ def repeat_pair(place: Path) -> "list[Check]":
 
     fields = read_json(place / PAIR_FILE)
     with naming(place / PAIR_FILE):
+        if fields.get("format", FORMAT) != FORMAT:
+            raise NestlingError("it is no pair that this release reads; extract the pair again")
         try:
             paths = {name: place / Path(fields[name]["path"]).name for name in MEMBERS}
             stated = {name: str(fields[name]["sha256"]) for name in MEMBERS}

@@ -37,7 +37,8 @@ def test_the_line_for_transformers_writes_what_the_target_writes(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = extract_pair("--pair", pair)
-    assert "tokens a round" in " ".join(capsys.readouterr().out.split()) or "no draft on this machine"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "tokens a round" in said or "no draft on this machine" in said
     fields = json.loads((out / "pair.json").read_text())
     settings = json.loads((out / "draft" / "generation_config.json").read_text())
     engine = fields["engines"]["transformers"]
@@ -45,14 +46,14 @@ def test_the_line_for_transformers_writes_what_the_target_writes(
     assert settings["num_assistant_tokens_schedule"] == "constant"
     python, flag, code = shlex.split(engine["command"])
     assert (python, flag) == ("python", "-c")
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         exec(code, {})
     target: Any = AutoModelForCausalLM.from_pretrained(out / "target")
     tokenizer: Any = AutoTokenizer.from_pretrained(out / "target")
     asked = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
     plain = tokenizer.decode(target.generate(**asked, max_new_tokens=64, do_sample=False)[0])
-    assert said.getvalue() == plain + "\n"
+    assert printed.getvalue() == plain + "\n"
 
 
 def test_it_says_how_the_two_run_together(extract_pair: Callable[..., Path]) -> None:
@@ -80,6 +81,8 @@ def test_unequal_layers_are_told_to_engines_that_need_it() -> None:
     for line in plain.values():
         assert line.command is not None
         assert "a b" in " ".join(shlex.split(line.command))
+    words = shlex.split(str(plain["vllm"].command))
+    assert json.loads(words[-1])["model"] == 'd"'
 
 
 def test_a_draft_that_costs_as_much_as_the_target_never_pays() -> None:
@@ -95,8 +98,8 @@ def test_a_draft_that_costs_as_much_as_the_target_never_pays() -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--pair", "XL:D"], "a draft is smaller, as in --pair D:XL"),
-        (["--pair", "D:D"], "a draft is smaller"),
+        (["--pair", "XL:D"], "a draft is smaller, write D:XL"),
+        (["--pair", "D:D"], "a draft is smaller, name a smaller draft"),
         (["--pair", "D"], "names one member"),
         (["--pair", "D:Q"], "'Q'"),
         (["--pair", "D:XL", "--granularity", "S"], "exclude each other"),

@@ -120,5 +120,7 @@ def test_a_pair_is_repeated_anywhere_and_a_member_of_another_one_is_found(
     pair["draft"]["sha256"] = "0" * 64
     (elsewhere / "pair.json").write_text(json.dumps(pair))
     assert "weights that pair.json names" in fails("verify", elsewhere, code=1)
+    (elsewhere / "pair.json").write_text(json.dumps(pair | {"format": 2}))
+    assert "pair.json: it is no pair that this release reads" in fails("verify", elsewhere, code=1)
     (elsewhere / "pair.json").write_text("{}")
     assert "pair.json: it lacks what a pair has" in fails("verify", elsewhere, code=1)
