@@ -20,10 +20,12 @@ from train.commands.distill import distill
 from train.commands.evaluate import evaluate
 from train.commands.extract import extract
 from train.commands.failure import (
+    Terminated,
     describe_defect,
     describe_environment,
     fail,
     replace_what_cannot_be_encoded,
+    unwinding_when_terminated,
 )
 from train.commands.generate import generate
 from train.commands.import_model import import_model
@@ -39,7 +41,7 @@ from train.commands.train import PASS_ON, train
 from train.commands.train_help import TrainCommand
 from train.commands.verify import verify
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 app = typer.Typer(
     help="One training run, a whole family of nested language models, and a draft for free.",
@@ -87,16 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = typer.main.get_command(app)
     try:
         _refuse_blank(arguments)
-        code = run(arguments, prog_name="nestling", standalone_mode=False)
+        with unwinding_when_terminated():
+            code = run(arguments, prog_name="nestling", standalone_mode=False)
     except NestlingError as error:
         return fail(str(error), error.exit_code)
     except typer.TyperException as error:
         return fail(_wrong_flag(error, arguments), error.exit_code)
+    except Terminated:
+        code = TERMINATED
     except BaseException as error:  # the outermost handler: no user meets a traceback
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         return fail(describe_environment(error) or describe_defect(error, arguments), 1)
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         print("nestling: stopped", file=sys.stderr)
     return code or 0
 

@@ -21,6 +21,7 @@ from models.checkpoint.huggingface_config import (
     config_to_hugging_face,
 )
 from models.checkpoint.layout import MODELING, auto_map, modeling_source
+from models.checkpoint.tokenizer import SETTINGS
 from models.checkpoint.weights import EMBEDDING, HEAD, dtype_name, model_from, weights_of
 from models.elastic.model import ElasticLM
 
@@ -70,7 +71,8 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
     A modelling file is run only if it is the one that we write.
 
     Raises:
-        NestlingError: if transformers found weights missing or unexpected, or the code is not ours.
+        NestlingError: if transformers does not open it, or found weights missing or unexpected, or the code
+            is not ours.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -82,6 +84,8 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
         quiet = contextlib.redirect_stderr(io.StringIO())  # its bars of progress, which nothing turns off
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    verbosity = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call] # its report of what does not fit is long
     try:
         with utf8_path(path) as spelled, quiet:
             opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,7 +97,12 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
             )
             if is_packed:  # the first pass unpacks
                 opened[0](torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    except (NestlingError, MemoryError):
+        raise
+    except Exception as error:  # safetensors, transformers and torch each raise their own kinds
+        raise _does_not_open(path, error) from error
     finally:
+        logging.set_verbosity(verbosity)
         if shows_progress:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     stock, report = opened
@@ -130,11 +139,25 @@ def has_own_code(folder: Path) -> bool:
 
 
 def load_stock_tokenizer(path: str | Path) -> Any:
-    """Open the tokenizer of a model folder with transformers alone, as other projects do."""
+    """Open the tokenizer of a model folder with transformers alone, as other projects do.
+
+    Raises:
+        NestlingError: if transformers does not open it.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers each raise their own kinds
+        raise _does_not_open(Path(path) / SETTINGS, error) from error
     return tokenizer
+
+
+def _does_not_open(path: str | Path, error: Exception) -> NestlingError:
+    reason = " ".join(str(error).split())[:120]
+    return NestlingError(
+        f"{path} does not open in transformers ({type(error).__name__}: {reason}); restore it"
+    )
 
 
 def compile_config() -> Any:

@@ -26,6 +26,7 @@ RECEIPT = "receipt.json"
 FORMAT = 1
 NUM_LOGITS = 16
 """Logits of the last position that a probe keeps, of each text."""
+TOKENS = "tokens of texts"
 TEXTS = (
     "Once upon a time, there was a little girl.",
     "def area(x):  # 12\n\treturn x**2\n",
@@ -188,7 +189,7 @@ def repeat_receipt(place: Path, tolerance: float) -> list[Check]:
     if probe.text_ids:
         pairs = zip(TEXTS, probe.text_ids, strict=True)
         other = sum(encode(text) != expected for text, expected in pairs)
-        checks.append(Check(check="tokens of texts", compared=len(TEXTS), value=other, bound=0))
+        checks.append(Check(check=TOKENS, compared=len(TEXTS), value=other, bound=0))
     return checks
 
 

@@ -1,5 +1,6 @@
 """Cut a member out as a folder, and prove it: in transformers it is equal to the member in place."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from models.checkpoint.extract import (
 from models.checkpoint.folder import GENERATION, ModelFolder, load_model
 from models.checkpoint.huggingface import load_stock_tokenizer
 from models.checkpoint.layout import PADDED, RAGGED, Layout
-from models.checkpoint.receipt import RECEIPT, TEXTS, Check, write_receipt
+from models.checkpoint.receipt import RECEIPT, TEXTS, TOKENS, Check, write_receipt
 from models.checkpoint.weights import hash_weights
 from models.elastic.count import count_parameters
 from models.elastic.granularity import FULL, Granularity
@@ -120,9 +121,10 @@ def prove_member(
         checks = parity_checks(parity)
         if probe.text_ids:
             tokenizer = load_stock_tokenizer(partial)
-            found = [tokenizer(text)["input_ids"] for text in TEXTS]
+            found = [list(tokenizer(text)["input_ids"]) for text in TEXTS]
             other = sum(ours != theirs for ours, theirs in zip(found, probe.text_ids, strict=True))
-            checks.append(Check(check="tokens of texts", compared=len(TEXTS), value=other, bound=0))
+            checks.append(Check(check=TOKENS, compared=len(TEXTS), value=other, bound=0))
+            probe = dataclasses.replace(probe, text_ids=found)  # it is run again in transformers
         if not parity.holds:
             raise NestlingError(
                 f"{out} would differ from the member in place (greedy ids equal: {parity.ids_equal}, logits "
@@ -215,6 +217,11 @@ def _tell(
     )
     if written.rounding is not None:
         tell_rounding(written.rounding, console)
+    if any(one.check == TOKENS and not one.holds for one in written.checks):
+        console.print(
+            "transformers cuts texts into other tokens than tokenizer.json does, as the model's "
+            "tokenizer_config.json asks it to"
+        )
     if written.checks:
         console.print(f"what was compared stands in its {RECEIPT}; nestling verify on it compares again")
     if written.form == RAGGED:

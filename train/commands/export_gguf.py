@@ -36,7 +36,7 @@ from models.checkpoint.gguf import (
     write_gguf,
 )
 from models.checkpoint.gguf_tokenizer import differs_on, missing_bytes, tokenizer_keys
-from models.checkpoint.receipt import TEXTS, Check, Probe, make_probe, receipt_path, write_receipt
+from models.checkpoint.receipt import TEXTS, TOKENS, Check, Probe, make_probe, receipt_path, write_receipt
 from models.checkpoint.weights import dtype_name, hash_weights
 from models.elastic.count import count_parameters
 from models.elastic.granularity import FULL, Granularity
@@ -192,7 +192,7 @@ def _prove(
     if folder.tokenizer is not None and probe.text_ids:
         ids = [folder.tokenizer.encode(one).ids for one in TEXTS]
         other = sum(one != found for one, found in zip(ids, probe.text_ids, strict=True))
-        checks.append(Check(check="tokens of texts", compared=len(TEXTS), value=other, bound=0))
+        checks.append(Check(check=TOKENS, compared=len(TEXTS), value=other, bound=0))
     if any(not one.holds for one in checks):
         told = ", ".join(f"{one.check}: {one.value:g}" for one in checks if not one.holds)
         raise NestlingError(f"{path} would differ from the member in place ({told}); please report this")

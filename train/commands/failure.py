@@ -4,11 +4,14 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from models.base.files import write_text
 
@@ -24,11 +27,35 @@ REMEDIES = {
 """What to do about an error of the operating system."""
 
 
+class Terminated(BaseException):
+    """A SIGTERM came; as KeyboardInterrupt, it is no error that a command handles."""
+
+
 def fail(message: str, code: int) -> int:
     """Print the message, and return the exit code."""
     for line in message.splitlines():
         print(f"nestling: error: {line}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def unwinding_when_terminated() -> Iterator[None]:
+    """Raise Terminated in the block at a SIGTERM, so that what is half-written goes, as with Ctrl-C.
+
+    Training and servers have handlers of their own inside it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def describe_environment(error: BaseException) -> str | None:

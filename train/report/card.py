@@ -3,6 +3,7 @@
 The picture is drawn without a library: a card is written at every extraction.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,7 @@ def model_card(subject: Subject) -> str:
         said += (
             f" Its matrices are in {subject.dtype}, as compressed-tensors (`pip install compressed-tensors`)."
         )
+    place = json.dumps(subject.title, ensure_ascii=False)  # a title may have quotes
     lines = [
         "---",
         "library_name: transformers",
@@ -85,8 +87,8 @@ def model_card(subject: Subject) -> str:
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{subject.title}"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{subject.title}")',
+        f"model = AutoModelForCausalLM.from_pretrained({place}{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place})",
         "```",
         "",
         "What was proved when it was written is in `receipt.json`; `nestling verify` on it repeats that.",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -224,17 +225,37 @@ def test_a_kill_in_the_middle_leaves_nothing_that_the_next_one_does_not_clear(
 
 
 @pytest.mark.parametrize("format_", ["hf", "gguf"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_in_the_middle_leaves_nothing(
-    format_: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, code: int, format_: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr("train.commands.export.compare_with_stock", interrupt)
     monkeypatch.setattr("train.commands.export_gguf.check_gguf", interrupt)
+    before = signal.getsignal(number)
     command = ["extract", str(model), "--granularity", "S", "--out", str(tmp_path / "S"), "--format", format_]
-    assert main(command) == 130
+    assert main(command) == code
+    assert signal.getsignal(number) == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_that_transformers_cuts_otherwise_are_told_and_a_tokenizer_it_refuses_is_named(
+    model: Path, tmp_path: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "model", tmp_path / "S"
+    shutil.copytree(model, other)
+    path = other / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "additional_special_tokens": ["girl"]}))
+    command = ["extract", str(other), "--granularity", "S", "--out", str(out)]
+    assert main(command) == 0
+    assert "cuts texts into other tokens" in " ".join(capsys.readouterr().out.split())
+    assert main(["verify", str(out)]) == 0
+    path.write_text(json.dumps({**settings, "tokenizer_class": "GemmaTokenizer"}))
+    line = fails(*command, "--force", code=1)
+    assert f"{out / 'tokenizer_config.json'} does not open in transformers" in line
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fails: Fails) -> None:
