@@ -84,7 +84,7 @@ def load_stock(path: str | Path) -> "PreTrainedModel":
         quiet = contextlib.redirect_stderr(io.StringIO())  # its bars of progress, which nothing turns off
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    verbosity = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call] # its report of what does not fit is long
     try:
         with utf8_path(path) as spelled, quiet:

@@ -57,19 +57,22 @@ def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "loss": one["loss"],
                 "low": one["loss"] - error,
                 "high": one["loss"] + error,
-                "command": command_for(model, one["granularity"]),
+                "command": command_for(model, one["granularity"], found.get("for")),
             }
         )
     return sorted(rows, key=lambda row: row["cost"])
 
 
-def command_for(model: str, granularity: str) -> str:
-    """Return the line that extracts a member.
+def command_for(model: str, granularity: str, engine: str | None = None) -> str:
+    """Return the line that extracts a member, for the engine that the search was for.
 
     >>> command_for("checkpoints/a/model", "ffn=0.5")
     'nestling extract checkpoints/a/model --granularity ffn=0.5 --out member'
+    >>> command_for("a model", "ffn=0.5", "llama.cpp")
+    "nestling extract 'a model' --granularity ffn=0.5 --format gguf --out member.gguf"
     """
-    return f"nestling extract {shlex.quote(model)} --granularity {shlex.quote(granularity)} --out member"
+    out = "--format gguf --out member.gguf" if engine == "llama.cpp" else "--out member"
+    return f"nestling extract {shlex.quote(model)} --granularity {shlex.quote(granularity)} {out}"
 
 
 def frontier_chart(rows: Sequence[Mapping[str, Any]], kind: str) -> alt.LayerChart:
