@@ -148,6 +148,7 @@ def load_stock_tokenizer(path: str | Path) -> Any:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer("\N{GRINNING FACE}")  # a class that does not fit shows at a text, where a token is unknown
     except Exception as error:  # transformers and tokenizers each raise their own kinds
         raise _does_not_open(Path(path) / SETTINGS, error) from error
     return tokenizer
