@@ -182,9 +182,10 @@ class Granularity:
         if text == "full":
             return FULL
         if "=" not in text:
+            names = ", ".join(dict.fromkeys([*family, "full"]))
             raise UsageError(
                 f"granularity: {text!r} is not a member of the family; choose from "
-                f"{', '.join([*family, 'full'])}, or write it out as in ffn=0.25,heads=0.5,layers=0:3:5"
+                f"{names}, or write it out as in ffn=0.25,heads=0.5,layers=0:3:5"
             )
         axes: dict[str, str] = {}
         for part in text.split(","):

@@ -5,8 +5,9 @@ windows, the same stop strings. The harness is an extra and imported only when i
 https://github.com/EleutherAI/lm-evaluation-harness
 """
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,15 @@ def find_tasks(texts: Sequence[str]) -> tuple[list[str], Any]:
         named = re.search(r"^task:\s*(\S+)", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
         if named is None:
             raise UsageError(f"--tasks {text} is no task: it needs a line such as task: my_task")
-        names.append(named[1])
+        names.append(named[1].strip("'\""))
         folders.append(path.resolve().parent)
     if not is_installed():
         raise NestlingError(MISSING)
     from lm_eval.tasks import TaskManager
 
     only_files = all(text.endswith((".yaml", ".yml")) for text in texts)
-    manager = TaskManager(include_path=folders or None, include_defaults=not only_files)
+    with _naming(texts):
+        manager = TaskManager(include_path=folders or None, include_defaults=not only_files)
     for name in names:
         if name not in manager.all_tasks:
             raise UsageError(
@@ -83,15 +85,31 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
 
-    found = simple_evaluate(
-        model=harness_model(view, tokenizer),
-        tasks=list(names),
-        task_manager=manager,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
+    with _naming(names):
+        found = simple_evaluate(
+            model=harness_model(view, tokenizer),
+            tasks=list(names),
+            task_manager=manager,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
     return {name: _scores(found["results"][name]) for name in names if name in found["results"]}
+
+
+@contextlib.contextmanager
+def _naming(tasks: Sequence[str]) -> Iterator[None]:
+    """Name the tasks whose file or documents the harness does not take."""
+    try:
+        yield
+    except (NestlingError, MemoryError):
+        raise
+    except Exception as error:  # the harness, datasets, Jinja and YAML each raise their own kinds
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise NestlingError(
+            f"--tasks {', '.join(tasks)}: lm-evaluation-harness cannot run it ({reason}); mend its file or "
+            "its documents"
+        ) from error
 
 
 def _scores(measured: Mapping[str, Any]) -> dict[str, float]:

@@ -89,12 +89,12 @@ def extract(
     """
     check_json(json, MODEL=model, out=out)
     check_apart({"--out": out}, {"MODEL": model})
-    _check_one(granularity, budget, pair)
+    _check_one(granularity, budget, pair, latency_table)
     form = _form_of(form, engine, format_)
     dtype = _check_format(format_, dtype, out)
     _check_out(out, force, format_, pair)
     if pair:
-        _extract_pair(model, pair, out, (data, text_field), (form, format_, dtype), json)
+        _extract_pair(model, pair, out, (data, text_field), (engine, form, format_, dtype), json)
         return
     from models.checkpoint.folder import load_model
     from models.elastic.granularity import Granularity
@@ -184,7 +184,7 @@ def _extract_pair(
     text: str,
     out: Path,
     source: tuple[str | None, str | None],
-    kind: tuple[str | None, str, str | None],
+    kind: tuple[str | None, str | None, str, str | None],
     json: Path | None,
 ) -> None:
     from models.checkpoint.folder import load_model
@@ -200,10 +200,12 @@ def _extract_pair(
     console = make_console()
     folder, batches = open_text(model, data, text_field, PAIR_TOKENS)
     draft, target = parse_pair(text, folder)
+    engine, form, format_, dtype = kind
+    for member in (draft, target):
+        _check_holds(engine, member, folder, form)
     with console.status("measuring how they run together"):
         measured = measure_pair(folder, draft, target, batches)
     folder = load_model(model, mapped=True)  # as it is on disk, which the measuring was not
-    form, format_, dtype = kind
     fields = write_pair(folder, measured, out, console, form=form, format_=format_, dtype=dtype)
     tell_pair(fields, out, console)
     write_results(
@@ -257,7 +259,9 @@ def _form_of(form: str | None, engine: str | None, format_: str) -> str | None:
     return form or ("padded" if engine in ("padded", "mlx") else None)
 
 
-def _check_one(granularity: str | None, budget: list[str] | None, pair: str | None) -> None:
+def _check_one(
+    granularity: str | None, budget: list[str] | None, pair: str | None, latency_table: Path | None
+) -> None:
     flags = {"--granularity": granularity, "--budget": next(iter(budget or ()), None), "--pair": pair}
     given = [f"{name} {value}" for name, value in flags.items() if value]
     if len(given) > 1:
@@ -267,6 +271,8 @@ def _check_one(granularity: str | None, budget: list[str] | None, pair: str | No
             "--granularity is missing: name a member, or give --budget or --pair "
             "(see nestling extract --help)"
         )
+    if latency_table is not None and not budget:
+        raise UsageError(f"--latency-table {latency_table} counts in --budget latency=...; leave it out")
     for text in budget or []:
         if "=" not in text:
             raise UsageError(

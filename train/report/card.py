@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.base.numbers import fixed, optional, percent, si
+from models.base.numbers import fixed, percent, si
 from models.base.table import Columns, Table
 from models.checkpoint.family import Member
 
@@ -60,6 +60,7 @@ def model_card(subject: Subject) -> str:
     """Return the text of README.md."""
     trust = ", trust_remote_code=True" if subject.form == "ragged" else ""
     budget = "" if subject.budget is None else f" It loses least within `{subject.budget}`."
+    loss = "" if subject.loss is None else f" Loss: {subject.loss:.4f} nats per token."
     alpha = (
         ""
         if subject.alpha is None
@@ -82,7 +83,7 @@ def model_card(subject: Subject) -> str:
         "---",
         f"# {subject.title}",
         "",
-        said + budget + f" Loss: {optional(subject.loss, fixed(4))} nats per token." + alpha,
+        said + budget + loss + alpha,
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -103,7 +104,8 @@ def model_card(subject: Subject) -> str:
             Table.of(rows, _COLUMNS, labels=["name", "granularity"]).to_markdown(),
             "",
         ]
-    lines += ["## Provenance", "", *(f"- {name}: `{value}`" for name, value in _origin(subject.provenance))]
+    if origin := [f"- {name}: `{value}`" for name, value in _origin(subject.provenance)]:
+        lines += ["## Provenance", "", *origin]
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
 from models.elastic.view import View
 from models.measure import harness
-from models.measure.harness import find_tasks, is_installed, score_rows
+from models.measure.harness import find_tasks, is_installed, run_tasks, score_rows
 
 CHOICE = """task: words
 dataset_path: json
@@ -97,6 +97,33 @@ def test_a_task_that_is_not_there_is_named(tmp_path: Path) -> None:
         find_tasks([str(tmp_path / "nowhere.yaml")])
     with pytest.raises(UsageError, match="needs a line such as"):
         find_tasks([str(tmp_path / "empty.yaml")])
+
+
+@needs_harness
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("text", ['task: "words"\n', CHOICE])
+def test_a_task_that_the_harness_cannot_run_is_named(
+    text: str, byte_level_family: Path, tmp_path: Path
+) -> None:
+    from models.checkpoint.folder import load_model
+
+    folder, empty, path = load_model(byte_level_family), tmp_path / "rows.jsonl", tmp_path / "words.yaml"
+    assert folder.tokenizer is not None
+    empty.write_text("")
+    path.write_text(text.format(file=empty))
+    names, manager = find_tasks([str(path)])
+    with pytest.raises(NestlingError, match="--tasks words: lm-evaluation-harness cannot run it"):
+        run_tasks(View(folder.model, FULL), folder.tokenizer, names, manager)
+
+
+def test_what_the_harness_raises_is_one_line_and_our_own_errors_stay() -> None:
+    with (
+        pytest.raises(NestlingError, match=r"^--tasks a, b: .*\(StopIteration\); mend"),
+        harness._naming(["a", "b"]),
+    ):
+        raise StopIteration
+    with pytest.raises(UsageError, match="^ours$"), harness._naming(["a"]):
+        raise UsageError("ours")
 
 
 @needs_harness

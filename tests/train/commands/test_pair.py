@@ -103,6 +103,14 @@ def test_a_draft_that_costs_as_much_as_the_target_never_pays() -> None:
         (["--pair", "D"], "names one member"),
         (["--pair", "D:Q"], "'Q'"),
         (["--pair", "D:XL", "--granularity", "S"], "exclude each other"),
+        (
+            ["--pair", "heads=0.5:1:1:XL", "--for", "sglang"],
+            "does not hold the unequal layers of heads",
+        ),
+        (
+            ["--pair", "D:XL", "--latency-table", "t.json"],
+            "--latency-table t.json counts in --budget",
+        ),
     ],
 )
 def test_what_is_no_pair_is_named(
