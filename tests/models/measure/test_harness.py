@@ -122,7 +122,7 @@ def test_what_the_harness_raises_is_one_line_and_our_own_errors_stay() -> None:
         harness._naming(["a", "b"]),
     ):
         raise StopIteration
-    with pytest.raises(UsageError, match="^ours$"), harness._naming(["a"]):
+    with pytest.raises(UsageError, match=r"^ours$"), harness._naming(["a"]):
         raise UsageError("ours")
 
 
