@@ -283,8 +283,7 @@ def _sampler_problems(recipe: Recipe) -> list[str]:
 def _written_problems(recipe: Recipe) -> list[str]:
     config, num_rows = recipe.distill, recipe.trainer.rows_per_step
     if not config.written_fraction:
-        told = f"distill.writer={config.writer}: has no effect without distill.written_fraction; set both"
-        return [] if config.writer == DistillConfig.writer else [told]
+        return []
     shown = f"distill.written_fraction={config.written_fraction:g}"
     problems = []
     if recipe.loss.teacher is None and not recipe.is_held:
