@@ -69,42 +69,50 @@ def _preset(members: str, *overrides: str, change: str = "", name: str = "") -> 
 
 ACCEPTANCE = "loss.divergence=neg_log_alpha"
 NARROW_ONLY = "loss.exit_gradient=0.3"
-# What `even` and `light` were at first.
-_gentle = partial(
-    _preset, "even", "loss.narrow_gradient=0.3", "owned.rank=8", "sampler.turns_power=0", name="gentle"
+FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
+SLOW = "owned.lr=2e-3"
+"""What members own learns as fast as all else, as it did before it had a learning rate."""
+# What `even`, `light` and `draft` were before that, and at first.
+_even = partial(
+    _preset, "even", SLOW, "loss.narrow_gradient=0.7", "sampler.turns_power=1", name="former even"
 )
-_lighter = partial(_preset, "light", "loss.narrow_gradient=0.3", "sampler.turns_power=0", name="lighter")
+_light = partial(_preset, "light", SLOW, "sampler.row_fraction=0.125", name="former light")
+_draft = partial(_preset, "draft", SLOW, name="former draft")
+_gentle = partial(_even, "loss.narrow_gradient=0.3", "owned.rank=8", "sampler.turns_power=0", name="gentle")
+_lighter = partial(_light, "loss.narrow_gradient=0.3", "sampler.turns_power=0", name="lighter")
+D_ALONE = ("family.S=null", "family.L=null")
 
 PRESETS = (
-    _preset("even"),
+    _preset("even", "loss.narrow_gradient=0.4"),  # as the dial of tokens sets it for a short run
     _preset("light"),
-    Arm("draft", (*_preset("draft").overrides, "family.S=null", "family.L=null")),
-    _preset("even", "loss.narrow_gradient=1", NARROW_ONLY, "owned.rank=8", change="gradients 1, 0.3, rank 8"),
-    _preset(
-        "even", "loss.narrow_gradient=0.5", NARROW_ONLY, "owned.rank=8", change="gradients 0.5, 0.3, rank 8"
-    ),
-    _preset(
-        "even", "loss.narrow_gradient=0.5", NARROW_ONLY, "owned.rank=32", change="gradients 0.5, 0.3, rank 32"
-    ),
+    Arm("draft", (*_preset("draft").overrides, *D_ALONE)),
+    _even(),
+    _even("owned.lr=8e-3", change="owned.lr 8e-3"),
+    _even("owned.lr=2e-2", change="owned.lr 2e-2"),
+    _even("owned.lr=4e-3", "loss.narrow_gradient=0.3", change="owned.lr 4e-3, gradients 0.3, 1"),
+    _even(*FAST, change="owned.lr 8e-3, gradients 0.3, 1"),
+    _even(*FAST, NARROW_ONLY, change="owned.lr 8e-3, gradients 0.3"),
+    _even(*FAST, "sampler.turns_power=0", change="owned.lr 8e-3, gradients 0.3, 1, turns_power 0"),
+    _even(*FAST, "owned.rank=32", change="owned.lr 8e-3, gradients 0.3, 1, rank 32"),
+    _even(*FAST, "loss.narrow_gradient=0.15", change="owned.lr 8e-3, gradients 0.15, 1"),
+    _even("loss.narrow_gradient=1", NARROW_ONLY, "owned.rank=8", change="gradients 1, 0.3, rank 8"),
+    _even("loss.narrow_gradient=0.5", NARROW_ONLY, "owned.rank=8", change="gradients 0.5, 0.3, rank 8"),
+    _even("loss.narrow_gradient=0.5", NARROW_ONLY, "owned.rank=32", change="gradients 0.5, 0.3, rank 32"),
+    _even("loss.narrow_gradient=1", change="narrow_gradient 1"),
+    _even("sampler.turns_power=0", change="turns_power 0"),
+    _even("owned.rank=0", change="norms alone"),
+    _even("owned.norms=false", "owned.rank=0", change="nothing owned"),
+    _even("loss.divergence=cross_entropy", change="cross_entropy"),
+    _even(ACCEPTANCE, change="neg_log_alpha"),
     _preset("even", "loss.narrow_gradient=1", change="narrow_gradient 1"),
-    _preset("even", "sampler.turns_power=0", change="turns_power 0"),
-    _preset("even", "owned.rank=0", change="norms alone"),
-    _preset("even", "owned.norms=false", "owned.rank=0", change="nothing owned"),
-    _preset("even", "loss.divergence=cross_entropy", change="cross_entropy"),
-    _preset("even", ACCEPTANCE, change="neg_log_alpha"),
-    _preset("even", "owned.lr=8e-3", change="owned.lr 8e-3"),
-    _preset("even", "owned.lr=2e-2", change="owned.lr 2e-2"),
-    _preset(
-        "even",
-        "owned.lr=8e-3",
-        "loss.narrow_gradient=0.3",
-        NARROW_ONLY,
-        change="owned.lr 8e-3, gradients 0.3",
-    ),
-    _preset("light", "loss.narrow_gradient=1", change="narrow_gradient 1"),
-    Arm("draft, with S and L", _preset("draft").overrides),
-    Arm("draft, exit_stride 2, with S and L", (*_preset("draft").overrides, "sampler.exit_stride=2")),
-    Arm("draft, exit_gradient 0.5, with S and L", (*_preset("draft").overrides, "loss.exit_gradient=0.5")),
+    _preset("even", "loss.narrow_gradient=2", change="narrow_gradient 2"),
+    _light(),
+    _light("loss.narrow_gradient=1", change="narrow_gradient 1"),
+    _light("sampler.row_fraction=0.08", change="row_fraction 0.08"),
+    _draft(*D_ALONE),
+    _draft(change="with S and L"),
+    _draft("sampler.exit_stride=2", change="exit_stride 2, with S and L"),
+    _draft("loss.exit_gradient=0.5", change="exit_gradient 0.5, with S and L"),
     _gentle(),
     _gentle(NARROW_ONLY, change="exit_gradient 0.3"),
     _gentle(ACCEPTANCE, NARROW_ONLY, change="neg_log_alpha, exit_gradient 0.3"),

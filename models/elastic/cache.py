@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.elastic.config import ElasticConfig
+from models.elastic.count import window_blocks
 
 
 class Reading(NamedTuple):
@@ -67,19 +68,6 @@ def read_window(k_BGSK: Tensor, v_BGSK: Tensor, num_new: int, window: int | None
         counts.append(count)
         each.append(Reading(k_BGSK[:, :, start:end], v_BGSK[:, :, start:end], mask_TS))
     return each[0] if len(each) == 1 else Readings(counts, each)
-
-
-def window_blocks(num_new: int, num_read: int, window: int) -> list[tuple[int, int, int]]:
-    """Return where the positions start and end that blocks of new ones read, and how many these are.
-
-    A block has at most as many as a window, so that long texts take time by their length, not its square.
-
-    >>> window_blocks(5, 7, 4)
-    [(0, 6, 4), (3, 7, 1)]
-    """
-    firsts = range(num_read - num_new, num_read, window)
-    ends = [min(first + window, num_read) for first in firsts]
-    return [(max(0, first - window + 1), end, end - first) for first, end in zip(firsts, ends, strict=True)]
 
 
 class Memory(Protocol):

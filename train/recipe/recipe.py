@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from models.base.errors import NestlingError, UsageError
 from models.decode.engine.drafters import DRAFTERS
 from models.elastic.config import ElasticConfig
+from models.elastic.count import count_parameters
 from models.elastic.granularity import FULL, Granularity
 from train.recipe.dials import DIALS, MEMBERS, overrides_of, schedule_of, split_dials
 from train.recipe.overrides import load, pair_overrides, save
@@ -38,6 +39,8 @@ from train.recipe.sections import (
 )
 from train.recipe.settings import CHECKED, SettingHelp, help_rows, show
 
+OWNED_LR_FACTOR = 3.0
+"""Learning rate of what members own / that of what they share, unless it is set (docs/LOG.md)."""
 FULL_NAME = "XL"
 """The full model's name in every family."""
 NO_NAMES = frozenset({"auto", "full", "adversarial", "none", *DRAFTERS})
@@ -58,6 +61,11 @@ BEFORE: Mapping[str, Any] = {
     "sampler.turns_power": 0.0,
 }
 """What a run of a release without these settings did; there a saved recipe does not have them."""
+
+
+def _before(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a recipe of an earlier release means, where all had one learning rate."""
+    return {**BEFORE, "owned.lr": (tables.get("optim") or {}).get("lr")}
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -126,6 +134,13 @@ class Recipe:
         """Return whether a frozen copy of the model that the run began from holds the full model."""
         return self.model.from_ is not None and self.loss.teacher is None and self.loss.trust > 0
 
+    @property
+    def owned_lr(self) -> float:
+        """Return the peak learning rate of what members own."""
+        if self.owned.lr is not None:
+            return self.owned.lr
+        return self.optim.lr if self.model.train == "owned" else OWNED_LR_FACTOR * self.optim.lr
+
     def full_weight(self, step: int) -> float:
         """Return the factor of the full model's own loss in a step; 0: it only teaches."""
         if self.model.train == "owned":
@@ -156,7 +171,8 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     words = [*overrides_of(dials), *words]
     recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
     if "tokens" in dials:  # whose number of steps depends on what the others say
-        schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data)
+        num_parameters = count_parameters(recipe.elastic_config())
+        schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data, num_parameters)
         if recipe.model.from_ is not None:  # whose members learn from the full model from the first step on
             schedule = [word for word in schedule if not word.startswith("loss.")]
         words = [*schedule, *words]
@@ -170,7 +186,7 @@ def load_saved_recipe(path: Path) -> Recipe:
     Raises:
         UsageError: one line for each thing that is wrong.
     """
-    return load(Recipe, [path], [], renamed=RENAMED, saved=True, implied=lambda _: BEFORE)
+    return load(Recipe, [path], [], renamed=RENAMED, saved=True, implied=_before)
 
 
 def with_members(recipe: Recipe, members: str) -> Recipe:
@@ -283,7 +299,8 @@ def _sampler_problems(recipe: Recipe) -> list[str]:
 def _written_problems(recipe: Recipe) -> list[str]:
     config, num_rows = recipe.distill, recipe.trainer.rows_per_step
     if not config.written_fraction:
-        return []
+        told = f"distill.writer={config.writer}: has no effect without distill.written_fraction; set both"
+        return [] if config.writer == DistillConfig.writer else [told]
     shown = f"distill.written_fraction={config.written_fraction:g}"
     problems = []
     if recipe.loss.teacher is None and not recipe.is_held:

@@ -98,7 +98,7 @@ class SamplerConfig:
     """Drafted tokens of a block in shared-cache training."""
     turns: Annotated[dict[str, Count] | None, BeforeValidator(without_nulls)] = None
     """Rows of each member by name (kind rows), relative to those of the others; null: by `turns_power`."""
-    turns_power: Annotated[float, Field(ge=0, le=2)] = 1.0
+    turns_power: Annotated[float, Field(ge=0, le=2)] = 0.5
     """Members get rows (kind rows) by the parameters of their layers to the power of minus this: with 0 all
     have as many, with 1 one of half the size has twice as many, as it costs half as much and needs more."""
     probabilities: Annotated[dict[str, NonNegative] | None, BeforeValidator(without_nulls)] = None
@@ -119,7 +119,8 @@ class OwnedConfig:
     alpha: NonNegative = 0.0
     """Additions are scaled by alpha / rank, as LoRA's; 0: by 1."""
     lr: Positive | None = None
-    """Peak learning rate of what members own; null: optim.lr."""
+    """Peak learning rate of what members own; null: three times optim.lr, or optim.lr where nothing else
+    trains."""
 
     @property
     def ownership(self) -> Ownership:
@@ -170,7 +171,7 @@ class LossConfig:
     """Fraction of that weight that is left at the end; 1: all of it."""
     text_weight: Fraction = 0.0
     """Fraction of the cross-entropy that stays when the ramp is over."""
-    narrow_gradient: Positive = 0.7
+    narrow_gradient: Positive = 0.5
     """Factor of the gradients that members with a pass of their own send into the layers, which they share
     with the full model. What they own learns at the full rate, whatever this is."""
     exit_gradient: Positive = 1.0

@@ -134,8 +134,7 @@ class JointModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that is a function of the absolute step."""
-        recipe = self.recipe
-        optimizer = make_optimizer(self.model, recipe.optim, owned_lr=recipe.owned.lr)
+        optimizer = make_optimizer(self.model, self.recipe.optim, owned_lr=self.recipe.owned_lr)
         schedule = LambdaLR(
             optimizer,
             lambda done: learning_rate_factor(

@@ -130,6 +130,10 @@ def test_a_run_that_goes_on_amid_a_window_equals_one_that_was_not_stopped(
         (["distill.cache=somewhere"], "distill.cache knows the text alone"),
         (["distill.written_fraction=0.1"], "less than one of 4 rows a step; set it to 0.25"),
         (["distill.prompt_tokens=16"], "leaves nothing of data.sequence_length=16"),
+        (
+            ["distill.writer=D", "distill.written_fraction=0"],
+            "has no effect without distill.written_fr",
+        ),
         (["distill.writer=Z"], "neither student, teacher nor a member"),
     ],
 )

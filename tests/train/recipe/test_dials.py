@@ -37,6 +37,15 @@ def test_tokens_set_the_schedule_by_what_a_step_holds() -> None:
     assert load_recipe(overrides=["tokens=1"]).trainer.max_steps == 1
 
 
+def test_members_pull_harder_in_a_longer_run_unless_their_pull_is_said() -> None:
+    def pull(*words: str) -> float:
+        return load_recipe(overrides=["size=8M", *words]).loss.narrow_gradient
+
+    assert [pull(f"tokens={tokens}") for tokens in ("1M", "20M", "160M")] == [0.4, 0.7, 1.0]
+    assert pull("tokens=160M", "members=light") == pull("tokens=1M", "members=light") == 0.7
+    assert pull("tokens=160M", "loss.narrow_gradient=0.2") == 0.2
+
+
 def test_dials_win_over_files_and_keys_win_over_dials_wherever_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: {hidden_size: 64, qk_norm: true}\n")

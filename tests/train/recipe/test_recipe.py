@@ -377,3 +377,13 @@ def test_a_run_saved_before_members_owned_weights_goes_on_without_them(tmp_path:
     assert (saved.seed, saved.owned.norms, saved.owned.rank, saved.loss.narrow_gradient) == (3, False, 0, 1.0)
     save_recipe(Recipe(), path)
     assert load_saved_recipe(path) == Recipe()
+
+
+def test_what_members_own_learns_faster_unless_nothing_else_trains_or_the_run_is_older(
+    tmp_path: Path,
+) -> None:
+    assert Recipe().owned_lr == pytest.approx(3 * Recipe().optim.lr)
+    assert load_recipe(overrides=["owned.lr=0.5"]).owned_lr == 0.5
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optim: {lr: 0.25}\n")
+    assert load_saved_recipe(path).owned_lr == 0.25
