@@ -21,8 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from models.elastic.config import ElasticConfig
-from models.elastic.count import window_blocks
+from models.elastic.config import ElasticConfig, window_blocks
 
 
 class Reading(NamedTuple):

@@ -203,3 +203,16 @@ class ElasticConfig:
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
+
+
+def window_blocks(num_new: int, num_read: int, window: int) -> list[tuple[int, int, int]]:
+    """Return where the positions start and end that blocks of new ones read, and how many these are.
+
+    A block has at most as many as a window, so that long texts take time by their length, not its square.
+
+    >>> window_blocks(5, 7, 4)
+    [(0, 6, 4), (3, 7, 1)]
+    """
+    firsts = range(num_read - num_new, num_read, window)
+    ends = [min(first + window, num_read) for first in firsts]
+    return [(max(0, first - window + 1), end, end - first) for first, end in zip(firsts, ends, strict=True)]

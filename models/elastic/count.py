@@ -4,7 +4,7 @@ Operations are those of the matrix products, 2 per multiply-add, as `torch.utils
 them: projections, feed-forward, vocabulary head, and both products of attention over the whole
 rectangle of new and read positions. Norms, rotations, softmax and the embedding look-up are left out.
 
->>> from models.elastic.config import ElasticConfig
+>>> from models.elastic.config import ElasticConfig, window_blocks
 >>> from models.elastic.granularity import Granularity
 >>> config = ElasticConfig(
 ...     vocab_size=1000,
@@ -262,16 +262,3 @@ def _kept_numbers(config: ElasticConfig, granularity: Granularity, *, compiled: 
         recomputes = compiled and config.hidden_act == "silu"
         kept += (3 if recomputes else 4) * layer.ffn  # gate, what it becomes unless recomputed, up, product
     return kept
-
-
-def window_blocks(num_new: int, num_read: int, window: int) -> list[tuple[int, int, int]]:
-    """Return where the positions start and end that blocks of new ones read, and how many these are.
-
-    A block has at most as many as a window, so that long texts take time by their length, not its square.
-
-    >>> window_blocks(5, 7, 4)
-    [(0, 6, 4), (3, 7, 1)]
-    """
-    firsts = range(num_read - num_new, num_read, window)
-    ends = [min(first + window, num_read) for first in firsts]
-    return [(max(0, first - window + 1), end, end - first) for first, end in zip(firsts, ends, strict=True)]
