@@ -4,7 +4,7 @@ Operations are those of the matrix products, 2 per multiply-add, as `torch.utils
 them: projections, feed-forward, vocabulary head, and both products of attention over the whole
 rectangle of new and read positions. Norms, rotations, softmax and the embedding look-up are left out.
 
->>> from models.elastic.config import ElasticConfig, window_blocks
+>>> from models.elastic.config import ElasticConfig
 >>> from models.elastic.granularity import Granularity
 >>> config = ElasticConfig(
 ...     vocab_size=1000,
@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from models.elastic.config import ElasticConfig
+from models.elastic.config import ElasticConfig, window_blocks
 from models.elastic.granularity import FULL, Granularity, LayerPlan
 
 
