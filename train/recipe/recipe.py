@@ -196,7 +196,7 @@ def with_members(recipe: Recipe, members: str) -> Recipe:
         UsageError: if the model is too small for such members.
 
     >>> with_members(Recipe(), "light").sampler.row_fraction
-    0.125
+    0.08
     >>> "E" in with_members(with_members(Recipe(), "draft"), "even").family
     False
     """
