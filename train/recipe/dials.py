@@ -130,15 +130,14 @@ def overrides_of(dials: Mapping[str, str]) -> Iterator[str]:
         yield from (f"{key}={show(value)}" for key, value in MEMBERS[dials["members"]].items())
 
 
-def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig, num_parameters: int) -> list[str]:
+def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[str]:
     """Return what `tokens` sets: a run of this length in the proportions of the default one.
 
-    >>> schedule_of("8.192M", TrainerConfig(), DataConfig(), 7_000_000)[:3]
-    ['loss.narrow_gradient=0.5', 'trainer.max_steps=2000', 'trainer.val_check_interval=250']
+    >>> schedule_of("8.192M", TrainerConfig(), DataConfig())[:2]
+    ['trainer.max_steps=2000', 'trainer.val_check_interval=250']
     """
     steps = max(1, round(_count(tokens) / (trainer.rows_per_step * data.sequence_length)))
     return [
-        f"loss.narrow_gradient={narrow_gradient_of(_count(tokens) / num_parameters)}",
         f"trainer.max_steps={steps}",
         f"trainer.val_check_interval={max(1, steps // 8)}",
         f"trainer.checkpoint_every={max(1, steps // 4)}",
@@ -148,15 +147,15 @@ def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig, num_param
     ]
 
 
-def narrow_gradient_of(tokens_per_parameter: float) -> float:
+def narrow_gradient_of(tokens: str, num_parameters: int) -> float:
     """Return how hard narrow members pull at what they share: in a longer run it costs the full model less.
 
     Measured at 0.8 and at 5 tokens a parameter (docs/LOG.md).
 
-    >>> [narrow_gradient_of(ratio) for ratio in (0.5, 1.2, 2.5, 5.0, 20.0)]
+    >>> [narrow_gradient_of(tokens, 10_000_000) for tokens in ("5M", "12M", "25M", "50M", "200M")]
     [0.4, 0.5, 0.7, 1.0, 1.0]
     """
-    return round(min(1.0, max(0.4, 0.4 + 0.6 * math.log(tokens_per_parameter, 5))), 1)
+    return round(min(1.0, max(0.4, 0.4 + 0.6 * math.log(_count(tokens) / num_parameters, 5))), 1)
 
 
 def _count(text: str) -> float:

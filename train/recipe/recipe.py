@@ -21,7 +21,7 @@ from models.decode.engine.drafters import DRAFTERS
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_parameters
 from models.elastic.granularity import FULL, Granularity
-from train.recipe.dials import DIALS, MEMBERS, overrides_of, schedule_of, split_dials
+from train.recipe.dials import DIALS, MEMBERS, narrow_gradient_of, overrides_of, schedule_of, split_dials
 from train.recipe.overrides import load, pair_overrides, save
 from train.recipe.pretrained import implied_by_start
 from train.recipe.sections import (
@@ -171,9 +171,11 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     words = [*overrides_of(dials), *words]
     recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
     if "tokens" in dials:  # whose number of steps depends on what the others say
-        num_parameters = count_parameters(recipe.elastic_config())
-        schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data, num_parameters)
-        if recipe.model.from_ is not None:  # whose members learn from the full model from the first step on
+        schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data)
+        if recipe.model.from_ is None:
+            pull = narrow_gradient_of(dials["tokens"], count_parameters(recipe.elastic_config()))
+            schedule.append(f"loss.narrow_gradient={pull}")
+        else:  # whose members learn from the full model from the first step on
             schedule = [word for word in schedule if not word.startswith("loss.")]
         words = [*schedule, *words]
         recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS, implied=implied_by_start)

@@ -147,14 +147,14 @@ def check_taught(recipe: Recipe) -> TeacherShape | None:
         UsageError, NestlingError: as `check_start` and `check_teacher`.
     """
     start, teacher = check_start(recipe), check_teacher(recipe)
-    if teacher is not None or start is None or not recipe.loss.trust:
+    if start is None or not recipe.is_held:
         return teacher
     return TeacherShape.of(read_start_config(recipe.model.from_ or ""))
 
 
 def open_original(recipe: Recipe, start: Start | None, dtype: str) -> ElasticTeacher | None:
     """Return the frozen original that the full model is held to; None without one."""
-    if start is None or not recipe.loss.trust:
+    if start is None or not recipe.is_held:
         return None
     model = load_model(Path(start.path).expanduser(), dtype=DTYPES[dtype]).model
     return ElasticTeacher(model, {"path": start.path, "sha256": start.sha256})
