@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from study_arms import ALONE, ARMS, CORPORA, ROOT, SEEDS, SHORT, Arm, Run, recipe_of, work
+from study_arms import ALONE, ARMS, CORPORA, ROOT, SEEDS, SHORT, SHORT_CORPORA, Arm, Run, recipe_of, work
 from study_page import RESULTS, files, read_runs
 from study_time import time_arms
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "study", help="keeps the runs")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if out of date")
     parser.add_argument("--arm", action="append", choices=[arm.name for arm in ARMS], help="default: all")
-    parser.add_argument("--corpus", action="append", choices=list(CORPORA), help="default: all")
+    parser.add_argument("--corpus", action="append", choices=list(CORPORA), help="default: the small ones")
     parser.add_argument("--steps", type=int, default=SHORT, help=f"length of a run; default: {SHORT}")
     parser.add_argument(
         "--time", type=int, metavar="ROUNDS", help="measure the time of a step; train nothing"
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.data is not None:
         torch.set_num_threads(1)
         names = options.arm or [arm.name for arm in ARMS]
-        corpora = options.corpus or list(CORPORA)
+        corpora = options.corpus or SHORT_CORPORA
         try:
             if options.time:
                 times = time_arms(names, corpora[0], options.data, options.out, rounds=options.time)

@@ -12,7 +12,12 @@ from train.recipe.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study.yaml"
-CORPORA = {"tinystories": "txt.xz", "dialogues": "jsonl.xz"}
+CORPORA = {"tinystories": "txt.xz", "dialogues": "jsonl.xz", "pd_books": "txt.xz"}
+"""The ending of each corpus's files."""
+
+SHORT_CORPORA = ("tinystories", "dialogues")
+"""Those of short runs; a run of 20 tokens a parameter would read them six times."""
+
 SEEDS = range(3)
 SHORT = 450
 """Steps of the recipe."""
@@ -70,6 +75,9 @@ def _preset(members: str, *overrides: str, change: str = "", name: str = "") -> 
 ACCEPTANCE = "loss.divergence=neg_log_alpha"
 NARROW_ONLY = "loss.exit_gradient=0.3"
 FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
+LONG = ("loss.narrow_gradient=1",)
+"""As the dial of tokens sets it for a long run."""
+ALL_ROWS = "sampler.row_fraction=1"
 SLOW = "owned.lr=2e-3"
 """What members own learns as fast as all else, as it did before it had a learning rate."""
 # What `even`, `light` and `draft` were before that, and at first.
@@ -104,8 +112,10 @@ PRESETS = (
     _even("owned.norms=false", "owned.rank=0", change="nothing owned"),
     _even("loss.divergence=cross_entropy", change="cross_entropy"),
     _even(ACCEPTANCE, change="neg_log_alpha"),
-    _preset("even", "loss.narrow_gradient=1", change="narrow_gradient 1"),
+    _preset("even", *LONG, change="narrow_gradient 1"),
     _preset("even", "loss.narrow_gradient=2", change="narrow_gradient 2"),
+    _preset("even", *LONG, ALL_ROWS, change="narrow_gradient 1, all rows"),
+    _preset("even", *LONG, ALL_ROWS, "owned.rank=32", change="narrow_gradient 1, all rows, rank 32"),
     _light(),
     _light("loss.narrow_gradient=1", change="narrow_gradient 1"),
     _light("sampler.row_fraction=0.08", change="row_fraction 0.08"),

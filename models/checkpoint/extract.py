@@ -54,6 +54,18 @@ class Parity:
         return self.ids_equal and self.difference <= LOGITS_TOLERANCE
 
 
+def count_extracted_bytes(
+    folder: ModelFolder, granularity: Granularity, *, form: str | None = None, dtype: str | None = None
+) -> int:
+    """Return the bytes of an extraction's weights, before anything is written; arguments as of `extract`."""
+    return _count_bytes(folder, lay_out(View(folder.model, granularity), form), dtype)
+
+
+def _count_bytes(folder: ModelFolder, layout: Layout, dtype: str | None) -> int:
+    itemsize = folder.model.dtype.itemsize
+    return layout.parameters * itemsize if dtype is None else count_compressed_bytes(layout, dtype, itemsize)
+
+
 def extract(
     folder: ModelFolder,
     granularity: Granularity,
@@ -84,11 +96,8 @@ def extract(
     out = Path(out)
     layout = lay_out(View(folder.model, granularity), form)
     _check_out(folder, out)
-    if dtype is None:
-        check_room(out, layout.parameters * folder.model.dtype.itemsize)
-    else:
-        check_room(out, count_compressed_bytes(layout, dtype, folder.model.dtype.itemsize))
-        layout = compress(layout, dtype)
+    check_room(out, _count_bytes(folder, layout, dtype))
+    layout = layout if dtype is None else compress(layout, dtype)
     known = _measured(folder, granularity)
     member = Member(
         name="full",

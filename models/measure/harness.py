@@ -113,11 +113,15 @@ def _naming(tasks: Sequence[str]) -> Iterator[None]:
 
 
 def _scores(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a task's results; `acc,none` is called acc."""
+    """Return the scores among a task's results, which name their filter; `acc,none` is called acc.
+
+    >>> _scores({"alias": "t", "sample_len": 9, "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1})
+    {'acc': 0.5, 'em,strict': 1.0}
+    """
     return {
         name.removesuffix(",none"): float(value)
         for name, value in measured.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and "stderr" not in name
+        if "," in name and isinstance(value, int | float) and "stderr" not in name
     }
 
 

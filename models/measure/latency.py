@@ -104,8 +104,9 @@ class LatencyTable:
                 residual=float(fields["residual"]),
             )
         except (KeyError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise NestlingError(
-                f"it is no table of latencies ({error!r}); let this machine measure one"
+                f"it is no table of latencies ({reason}); let this machine measure one"
             ) from None
 
 

@@ -75,6 +75,22 @@ class GgufFile:
     checks: list[Check]
 
 
+def count_gguf_bytes(folder: ModelFolder, granularity: Granularity, dtype: str | None = None) -> int:
+    """Return the bytes of a member's tensors in a file; arguments as of `extract_gguf`.
+
+    Raises:
+        UsageError: if the granularity or the dtype does not fit.
+    """
+    member = View(folder.model, granularity)
+    dtype = dtype or _STORED[dtype_name(folder.model)]
+    if not holds(folder.model.config, dtype, member.plan):
+        raise UsageError(
+            f"--dtype {dtype} packs 32 numbers at a time, and a width of {granularity} is no multiple of 32; "
+            "choose fp16 or another granularity"
+        )
+    return count_file_bytes(member, dtype)
+
+
 def extract_gguf(
     folder: ModelFolder,
     granularity: Granularity,
@@ -100,14 +116,9 @@ def extract_gguf(
             back otherwise.
     """
     check_file_replaceable(out)
+    check_room(out, count_gguf_bytes(folder, granularity, dtype))
     member = View(folder.model, granularity)
     dtype = dtype or _STORED[dtype_name(folder.model)]
-    if not holds(folder.model.config, dtype, member.plan):
-        raise UsageError(
-            f"--dtype {dtype} packs 32 numbers at a time, and a width of {granularity} is no multiple of 32; "
-            "choose fp16 or another granularity"
-        )
-    check_room(out, count_file_bytes(member, dtype))
     metadata = _metadata(folder, granularity, out)
     with console.status("writing the file and comparing it"), write_file(out) as partial:
         write_gguf(member, partial, dtype=dtype, metadata=metadata)

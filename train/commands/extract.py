@@ -189,7 +189,7 @@ def _extract_pair(
 ) -> None:
     from models.checkpoint.folder import load_model
     from train.commands.choose import open_text
-    from train.commands.pair import measure_pair, parse_pair, tell_pair, write_pair
+    from train.commands.pair import check_pair_room, measure_pair, parse_pair, tell_pair, write_pair
 
     data, text_field = source
     if data is None:
@@ -203,10 +203,12 @@ def _extract_pair(
     engine, form, format_, dtype = kind
     for member in (draft, target):
         _check_holds(engine, member, folder, form)
+    stored = load_model(model, mapped=True)  # as it is on disk, which what is measured is not
+    check_pair_room(stored, (draft, target), out, form=form, format_=format_, dtype=dtype)
     with console.status("measuring how they run together"):
         measured = measure_pair(folder, draft, target, batches)
-    folder = load_model(model, mapped=True)  # as it is on disk, which the measuring was not
-    fields = write_pair(folder, measured, out, console, form=form, format_=format_, dtype=dtype)
+    del folder
+    fields = write_pair(stored, measured, out, console, form=form, format_=format_, dtype=dtype)
     tell_pair(fields, out, console)
     write_results(
         json, {"out": str(out), "pair": fields}, dtypes={"weights": fields["card"]["dtypes"]["model"]}

@@ -1,13 +1,13 @@
 """`nestling extract --pair`: a draft and its target, cut out to run together in other engines."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.base.errors import NestlingError, UsageError
-from models.base.files import write_folder, write_json
+from models.base.files import check_room, write_folder, write_json
 from models.base.numbers import si
 from train.commands.export import prove_member
 
@@ -127,6 +127,31 @@ def measure_written(target: Path, draft: Path) -> "tuple[dict[str, Estimate], in
     ids_BT = torch.tensor(probe["ids"])
     found = compare_models(ours, theirs, own_text(ids_BT, probe["num_prompt"]))
     return {rule: found[rule] for rule in RULES}, len(ids_BT) * (ids_BT.shape[1] - probe["num_prompt"])
+
+
+def check_pair_room(
+    folder: "ModelFolder",
+    members: "Sequence[Granularity]",
+    out: Path,
+    *,
+    form: str | None,
+    format_: str,
+    dtype: str | None,
+) -> None:
+    """Refuse a disk that cannot hold both members, before anything is measured.
+
+    Raises:
+        UsageError: if a form or a format does not hold one of them.
+        NestlingError: if there is no room.
+    """
+    from models.checkpoint.extract import count_extracted_bytes
+    from train.commands.export_gguf import count_gguf_bytes
+
+    if format_ == "gguf":
+        counts = [count_gguf_bytes(folder, member, dtype) for member in members]
+    else:
+        counts = [count_extracted_bytes(folder, member, form=form, dtype=dtype) for member in members]
+    check_room(out, sum(counts))
 
 
 def write_pair(

@@ -46,6 +46,8 @@ FULL_NAME = "XL"
 NO_NAMES = frozenset({"auto", "full", "adversarial", "none", *DRAFTERS})
 """Names of drafts and granularities that no member may take."""
 MODELS = ("model.from", "loss.teacher")
+NO_SHAPE = ("from_", "train", "blend")
+"""What section model tells besides the model's shape."""
 RENAMED = {
     "sampler.share": "sampler.row_fraction",
     "sampler.rows_per_turn": "sampler.min_rows",
@@ -54,6 +56,7 @@ RENAMED = {
 }
 """The new key of each setting that an earlier release called otherwise."""
 BEFORE: Mapping[str, Any] = {
+    "model.blend": 1.0,
     "owned.norms": False,
     "owned.rank": 0,
     "loss.narrow_gradient": 1.0,
@@ -121,7 +124,7 @@ class Recipe:
         Raises:
             UsageError: if the sizes do not fit together.
         """
-        fields = {name: value for name, value in asdict(self.model).items() if name not in ("from_", "train")}
+        fields = {name: value for name, value in asdict(self.model).items() if name not in NO_SHAPE}
         fields["max_position_embeddings"] = fields["max_position_embeddings"] or self.data.sequence_length
         vocab_size = self.data.vocab_size if vocab_size is None else vocab_size
         try:

@@ -45,6 +45,9 @@ class ModelConfig:
     train: Literal["joint", "owned"] = "joint"
     """joint: all weights train; owned: only what members own (section owned), and the full model's tensors
     stay as model.from has them, bit for bit."""
+    blend: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    """Fraction of what changed in the weights that all share since model.from which is left when a run with
+    loss.trust ends; auto: as much, from half to all, as leaves the full model as good as it was."""
     hidden_size: Count = 256
     """Width of the residual stream."""
     intermediate_size: Count = 1024

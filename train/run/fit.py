@@ -28,6 +28,7 @@ from train.distill.written import WrittenRows
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
 from train.recipe.settings import as_table
+from train.run.blend import blend
 from train.run.callbacks.checkpoint import Checkpoint
 from train.run.callbacks.consistency import Consistency
 from train.run.callbacks.gradients import Gradients
@@ -304,7 +305,9 @@ def finish(
     if start is not None and module.recipe.model.train == "owned":
         check_unchanged(module.model, start)
     members: list[Member] = []
-    batches = data.validation_batches(4 * module.recipe.trainer.limit_val_batches)
+    limit = module.recipe.trainer.limit_val_batches
+    fraction = blend(module.model, module.recipe, data.validation_batches(limit), console)
+    batches = data.validation_batches(4 * limit)
     if batches:
         if not console.is_terminal:
             console.print("measuring the family")
@@ -317,7 +320,7 @@ def finish(
         tokenizer=start.tokenizer if start else data.tokenizer,
         family=module.members,
         members=members,
-        provenance=make_provenance(module, data, teacher, start),
+        provenance=make_provenance(module, data, teacher, start) | {"blend": fraction},
         chat_template=start.chat_template if start else data.chat.template if data.chat else None,
         like=Path(start.path).expanduser() if start else None,
     )

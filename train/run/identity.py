@@ -26,6 +26,7 @@ DATA_FILE = "data.json"
 FREE_TO_CHANGE = (
     "trainer",
     "tracking",
+    "model.blend",
     "data.cache_dir",
     "data.num_workers",
     "distill.device",

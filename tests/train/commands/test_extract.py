@@ -181,16 +181,26 @@ def test_a_budget_that_chooses_nothing_is_named(
 
 
 @pytest.mark.parametrize("format_", ["hf", "gguf"])
+@pytest.mark.parametrize(("what", "sizes"), [("S", ("418 KiB", "417 KiB")), ("D:XL", ("1.42 MiB",))])
 def test_a_disk_without_room_is_said_first(
-    format_: str, model: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+    format_: str,
+    what: str,
+    sizes: tuple[str, str],
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    fails: Fails,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("models.base.files.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("train.commands.pair.measure_pair", None)  # which would come later
     out = tmp_path / "new" / "S"
-    line = fails("extract", model, "--granularity", "S", "--out", out, "--format", format_, code=1)
-    assert "418 KiB" in line or "417 KiB" in line
+    member = ["--granularity", what] if ":" not in what else ["--pair", what, "--data", text]
+    line = fails("extract", model, *member, "--out", out, "--format", format_, code=1)
+    assert any(one in line for one in sizes), line
     assert "1000 B are free" in line
-    assert list(tmp_path.iterdir()) == []
+    assert not out.parent.exists()
 
 
 KILLED = """

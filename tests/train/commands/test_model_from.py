@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from models.base.errors import UsageError
@@ -20,6 +21,7 @@ from models.elastic.owning import owned_weights
 from train.cli import main
 from train.data.tokenizer import train_bpe
 from train.recipe.recipe import load_recipe, load_saved_recipe
+from train.run.blend import blend
 from train.run.start import check_start, hash_tensors
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -166,6 +168,46 @@ def test_in_the_steps_between_the_full_model_only_teaches(given: Path, train: Tr
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     terms = [{name for name in line if name.startswith("loss/")} for line in lines if line["kind"] == "train"]
     assert terms[:3] == [{"loss/H"}, {"loss/XL", "loss/H"}, {"loss/H"}]
+
+
+def test_the_end_of_a_run_goes_a_part_of_the_way_back_to_the_original(
+    given: Path, train: Train, tmp_path: Path
+) -> None:
+    words = ["optim.lr=1e-2", "loss.trust_every=2", "family={H: ffn=0.5}"]
+    whole = train(given, *words, "model.blend=1", out=tmp_path / "run")
+    half = train(given, *words, "model.blend=0.5", out=tmp_path / "run")  # the same run, ended otherwise
+    before, after = weights_of(load_model(given, dtype=torch.float32).model), weights_of(whole.model)
+    for name, tensor in weights_of(half.model).items():
+        assert not torch.equal(after[name], before[name])
+        torch.testing.assert_close(tensor, (before[name] + after[name]) / 2)
+    owned = dict(owned_weights(whole.model))
+    assert all(torch.equal(tensor, owned[name]) for name, tensor in owned_weights(half.model))
+    assert (whole.provenance["blend"], half.provenance["blend"]) == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "moved", "kept"),
+    [([], 0.0, 1.0), ([], 1.0, 0.5), (["loss.trust=0"], 1.0, 1.0), (["model.train=owned"], 1.0, 1.0)],
+    ids=["as good", "worse", "not held", "frozen"],
+)
+def test_the_full_model_goes_back_if_it_became_worse(
+    given: Path, words: list[str], moved: float, kept: float
+) -> None:
+    recipe = load_recipe(overrides=[f"model.from={given}", "data.sequence_length=32", *words])
+    model, original = (load_model(given, dtype=torch.float32).model for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(moved * torch.randn(weight.shape, generator=generator))
+        tokens_BT = torch.randint(280, (4, 32), generator=generator)
+        probs_NV = original(tokens_BT).flatten(0, 1).softmax(-1)
+        labels_BT = torch.multinomial(probs_NV, 1, generator=generator).view_as(tokens_BT)  # its own words
+    name = "model.embed_tokens.weight"
+    worse, start = weights_of(model)[name].clone(), weights_of(original)[name]
+    console = Console(record=True, width=200)
+    assert blend(model, recipe, [(tokens_BT, labels_BT)], console) == kept
+    torch.testing.assert_close(weights_of(model)[name], start + kept * (worse - start))
+    assert ("with 0.5 of what changed" in console.export_text()) == (kept == 0.5)
 
 
 def test_the_recipe_of_a_run_without_a_start_says_null(text: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_table_of_latencies_is_measured_and_can_be_given(
     line = fails(*command, "--budget", "latency=0.5", "--latency-table", slow, code=1)
     assert "of another shape" in line
     slow.write_text("{}")
-    assert "no table of latencies" in fails(
+    assert "no table of latencies (it has no 'format')" in fails(
         *command, "--budget", "latency=0.5", "--latency-table", slow, code=1
     )
 
