@@ -18,7 +18,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Endpoint:
 
     Args:
         url: as in `http://localhost:8000/v1`.
-        timeout: seconds to wait for an answer.
+        timeout: seconds to wait for a whole answer.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -74,8 +74,9 @@ class Endpoint:
                 time.sleep(PAUSE)
             try:
                 request = urllib.request.Request(f"{self.url}/{path}", body, headers)
+                end = time.monotonic() + self.timeout
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return json.load(answer)
+                    return json.loads(b"".join(_parts(answer, end)))
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {_first_line(error)}"
                 if error.code < 500 and error.code != 429:
@@ -235,6 +236,14 @@ def numbered_tokens(logprobs: Mapping[str, Any]) -> list[int | None]:
     tokens = logprobs.get("tokens")
     found = [NUMBERED.fullmatch(str(token)) for token in tokens] if isinstance(tokens, list) else []
     return [int(one[1]) if one else None for one in found]
+
+
+def _parts(answer: http.client.HTTPResponse, end: float) -> Iterator[bytes]:
+    """Yield an answer as it comes in, until a time at which it must be whole."""
+    while part := answer.read1(2**16):
+        yield part
+        if time.monotonic() > end:  # a socket's own limit is for each part, and a server may drip
+            raise TimeoutError("its answer takes longer than distill.timeout")
 
 
 def _is_log_probability(value: object) -> bool:

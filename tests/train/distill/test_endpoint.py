@@ -1,5 +1,6 @@
 """A served teacher: a tiny server that tells what a model of ours says, as vLLM would, and its failures."""
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -238,6 +239,22 @@ def test_an_error_that_breaks_off_is_told_in_a_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("urllib.request.urlopen", fail)
     with pytest.raises(NestlingError, match=r"does not answer .500 Internal Server Error"):
         Endpoint("http://nowhere", 5.0).ask("models")
+
+
+def test_an_answer_that_drips_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drips(BytesIO):
+        def read1(self, *_: Any) -> bytes:
+            return b" "
+
+    seconds = itertools.count()
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Drips())
+    monkeypatch.setattr("time.monotonic", lambda: float(next(seconds)))
+    with pytest.raises(
+        NestlingError, match=r"does not answer .its answer takes longer than distill\.timeout"
+    ):
+        Endpoint("http://nowhere", 5.0).ask("models")
+    assert next(seconds) == module.TRIES * 7, "the start and six parts of each try"
 
 
 def test_tokens_may_be_told_as_texts(server: Server, teacher_folder: Path, text: Path) -> None:
