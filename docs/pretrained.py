@@ -44,23 +44,30 @@ def read_points(run: Path) -> Iterator[Point]:
         rows = trainer["max_steps"] * trainer["batch_size"] * trainer["accumulate_grad_batches"]
         yield {
             "tokens": rows * recipe["data"]["sequence_length"] * is_trained,
-            "minutes": max((line.get("seconds", 0.0) for line in lines), default=0.0) / 60 * is_trained,
+            "minutes": max(clock(lines), default=0.0) / 60 * is_trained,
             "members": {one["name"]: _measured(one) for one in content["members"]},
             "weights": hash_weights(run / "model"),
             "card": _without_paths(content["provenance"]["card"]),
         }
         return
-    seconds = earlier = latest = 0.0
-    for line in read_metrics(run / "metrics.jsonl"):
-        now = line.get("seconds", latest)
-        earlier += latest if now < latest else 0.0  # the clock of a run that goes on begins at 0
-        latest, seconds = now, earlier + now
+    lines = read_metrics(run / "metrics.jsonl")
+    for line, seconds in zip(lines, clock(lines), strict=True):
         if line.get("kind") == "valid":
             names = [key.split("/")[1] for key in line if key.endswith("/alpha")]
             measured = {
                 name: {kind: line[f"valid/{name}/{kind}"] for kind in ("loss", "alpha")} for name in names
             }
             yield {"tokens": line["tokens"], "minutes": seconds / 60, "members": measured}
+
+
+def clock(lines: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+    """Yield the seconds that a run had trained at each of its lines; a run that goes on counts from 0 again."""
+    earlier = latest = 0.0
+    for line in lines:
+        now = line.get("seconds", latest)
+        earlier += latest if now < latest else 0.0
+        latest = now
+        yield earlier + now
 
 
 def _without_paths(card: Mapping[str, Any]) -> dict[str, Any]:
