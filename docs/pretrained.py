@@ -61,7 +61,7 @@ def read_points(run: Path) -> Iterator[Point]:
 
 
 def clock(lines: Sequence[Mapping[str, Any]]) -> Iterator[float]:
-    """Yield the seconds that a run had trained at each of its lines; a run that goes on counts from 0 again."""
+    """Yield the seconds that a run had trained at each of its lines; one that goes on counts from 0 again."""
     earlier = latest = 0.0
     for line in lines:
         now = line.get("seconds", latest)

@@ -77,12 +77,13 @@ NARROW_ONLY = "loss.exit_gradient=0.3"
 FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
 LONG = ("loss.narrow_gradient=1",)
 """As the dial of tokens sets it for a long run."""
+UNMIXED = "sampler.mixed_fraction=0"
 ALL_ROWS = "sampler.row_fraction=1"
 SLOW = "owned.lr=2e-3"
 """What members own learns as fast as all else, as it did before it had a learning rate."""
 # What `even`, `light` and `draft` were before that, and at first.
 _even = partial(
-    _preset, "even", SLOW, "loss.narrow_gradient=0.7", "sampler.turns_power=1", name="former even"
+    _preset, "even", SLOW, UNMIXED, "loss.narrow_gradient=0.7", "sampler.turns_power=1", name="former even"
 )
 _light = partial(_preset, "light", SLOW, "sampler.row_fraction=0.125", name="former light")
 _draft = partial(_preset, "draft", SLOW, name="former draft")
@@ -92,6 +93,8 @@ D_ALONE = ("family.S=null", "family.L=null")
 
 PRESETS = (
     _preset("even", "loss.narrow_gradient=0.4"),  # as the dial of tokens sets it for a short run
+    _preset("even", "loss.narrow_gradient=0.4", UNMIXED, change="unmixed"),
+    _preset("even", *LONG, change="narrow_gradient 1"),
     _preset("light"),
     Arm("draft", (*_preset("draft").overrides, *D_ALONE)),
     _even(),
@@ -112,10 +115,9 @@ PRESETS = (
     _even("owned.norms=false", "owned.rank=0", change="nothing owned"),
     _even("loss.divergence=cross_entropy", change="cross_entropy"),
     _even(ACCEPTANCE, change="neg_log_alpha"),
-    _preset("even", *LONG, change="narrow_gradient 1"),
-    _preset("even", "loss.narrow_gradient=2", change="narrow_gradient 2"),
-    _preset("even", *LONG, ALL_ROWS, change="narrow_gradient 1, all rows"),
-    _preset("even", *LONG, ALL_ROWS, "owned.rank=32", change="narrow_gradient 1, all rows, rank 32"),
+    _preset("even", *LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
+    _preset("even", "loss.narrow_gradient=2", UNMIXED, change="narrow_gradient 2, unmixed"),
+    _preset("even", *LONG, ALL_ROWS, UNMIXED, change="narrow_gradient 1, all rows, unmixed"),
     _light(),
     _light("loss.narrow_gradient=1", change="narrow_gradient 1"),
     _light("sampler.row_fraction=0.08", change="row_fraction 0.08"),

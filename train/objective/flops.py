@@ -4,6 +4,7 @@ import statistics
 
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_flops
+from models.elastic.granularity import Granularity
 from train.objective.sampler import StepPlan, plan_step, resolve_turns
 from train.objective.teacher import TeacherShape
 from train.recipe.recipe import FULL_NAME, Recipe
@@ -58,11 +59,12 @@ def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:
     members, length = recipe.granularities, recipe.data.sequence_length
     num_rows = recipe.trainer.rows_per_step
 
-    def forward(name: str) -> int:
-        return count_flops(config, members[name], num_tokens=length)
+    def forward(granularity: Granularity) -> int:
+        return count_flops(config, granularity, num_tokens=length)
 
     # An exit costs the vocabulary head; the pass under it is the full model's own.
     head = 2 * config.hidden_size * config.vocab_size * length
-    full = num_rows * forward(FULL_NAME) * (3 if plan.full else 1)
+    full = num_rows * forward(members[FULL_NAME]) * (3 if plan.full else 1)
     exits = 3 * num_rows * head * len(plan.exits) // plan.exit_stride
-    return full + exits + sum(3 * len(slot.rows) * forward(slot.name) for slot in plan.slots)
+    own = {slot: slot.granularity(members, config.num_hidden_layers) for slot in plan.slots}
+    return full + exits + sum(3 * len(slot.rows) * forward(one) for slot, one in own.items())

@@ -96,7 +96,8 @@ def joint_loss(
     recording = Recording() if any(slot.shift is not None for slot in slots) else None
     students = _students_of_full_pass(model, members, batch, plan, recording, config)
     for slot in slots:
-        students.append(_student_of_slot(model, members[slot.name], batch, slot, recording, block, config))
+        granularity = slot.granularity(members, model.config.num_hidden_layers)
+        students.append(_student_of_slot(model, granularity, batch, slot, recording, block, config))
     own = (full_config or config) if plan.full else None
     taught = own is not None and ramp(batch.step, own) > 0
     targets = teacher.targets(batch) if teacher is not None and taught else None

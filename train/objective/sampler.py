@@ -14,13 +14,26 @@ LayerSkip, https://arxiv.org/abs/2404.16710).
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_layer_parameters
 from models.elastic.granularity import Granularity, Plan
 from train.recipe.sections import SamplerConfig
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What makes another member of a slot's.
+
+    Args:
+        larger: The member that gives some of its layers.
+        places: Which of the layers that run these are.
+    """
+
+    larger: str
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,12 +46,22 @@ class Slot:
         weight: Factor of its summed loss.
         shift: None to read its own keys and values; else it trains on the shared cache, in blocks
             whose first one is this many positions short.
+        mixture: None for the member itself.
     """
 
     name: str
     rows: range
     weight: float = 1.0
     shift: int | None = None
+    mixture: Mixture | None = None
+
+    def granularity(self, members: Mapping[str, Granularity], num_layers: int) -> Granularity:
+        """Return what trains here, in a family and a model of so many layers."""
+        own = members[self.name]
+        if self.mixture is None:
+            return own
+        num_run = num_layers if own.layers is None else len(own.layers)
+        return mix(own, members[self.mixture.larger], self.mixture.places, num_run)
 
 
 @dataclass(frozen=True)
@@ -93,7 +116,7 @@ def plan_step(
     ... )
     >>> plan = plan_step(plans, config, seed=0, step=0, num_rows=8)
     >>> plan.slots
-    (Slot(name='S', rows=range(0, 4), weight=1.4142135623730951, shift=None),)
+    (Slot(name='S', rows=range(0, 4), weight=1.4142135623730951, shift=None, mixture=None),)
     >>> plan.exits, plan.exit_stride, plan.exit_weight
     (('D',), 4, 2.0)
     """
@@ -124,6 +147,8 @@ def plan_step(
         counts = _count_slots(cycle, config.row_fraction * num_rows / size, seed, step)
         rows_of = _divide(counts, size, num_rows)
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
+    if config.kind == "rows" and config.mixed_fraction:
+        slots = tuple(_mix(slot, members, config.mixed_fraction, rng) for slot in slots)
     every = config.exit_stride if config.kind == "rows" else 1
     return StepPlan(
         full=full,
@@ -133,6 +158,27 @@ def plan_step(
         exit_offset=rng.randrange(every),
         exit_weight=weight * every**config.weight_power,  # N/n of `_slot` is the stride here
     )
+
+
+def mix(member: Granularity, other: Granularity, places: Collection[int], num_layers: int) -> Granularity:
+    """Return a member with some of its layers as wide as those of another (Mix'n'Match, 2310.07707, 3.3).
+
+    Args:
+        member: The member.
+        other: One that runs the same layers.
+        places: Which of the layers that run are the other's.
+        num_layers: How many run.
+
+    >>> str(mix(Granularity.parse("ffn=0.25"), Granularity.parse("full"), [1, 2], 3))
+    'ffn=0.25:1:1'
+    """
+
+    def mixed(ours: tuple[float, ...], theirs: tuple[float, ...]) -> tuple[float, ...]:
+        ours, theirs = (one * num_layers if len(one) == 1 else one for one in (ours, theirs))
+        return tuple((theirs if place in places else ours)[place] for place in range(num_layers))
+
+    ffn, heads = mixed(member.ffn, other.ffn), mixed(member.heads, other.heads)
+    return Granularity(ffn=ffn, heads=heads, layers=member.layers)
 
 
 def resolve_turns(
@@ -214,3 +260,25 @@ def _slot(
     shift = rng.randrange(config.block)
     weight *= (num_rows / len(rows)) ** config.weight_power
     return Slot(name, rows, weight, shift if shared else None)
+
+
+def _mix(slot: Slot, members: Mapping[str, Plan], fraction: float, rng: random.Random) -> Slot:
+    """Return the slot, or now and then that of a mixture of its member and the next larger one.
+
+    Half of the mixtures are wide in their last layers, as the best members of a budget often are, the others
+    anywhere.
+    """
+    plan = members[slot.name]
+    larger = [name for name, one in members.items() if one != plan and _is_wider(one, plan)]
+    num_layers = len(plan.layers)
+    if not larger or num_layers < 2 or rng.random() >= fraction:
+        return slot
+    nearest = min(larger, key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
+    count = rng.randrange(1, num_layers)
+    last = range(num_layers - count, num_layers)
+    places = last if rng.random() < 0.5 else sorted(rng.sample(range(num_layers), count))
+    return replace(slot, mixture=Mixture(nearest, tuple(places)))
+
+
+def _is_wider(plan: Plan, other: Plan) -> bool:
+    return len(plan.layers) == len(other.layers) and plan.contains(other)

@@ -62,6 +62,7 @@ BEFORE: Mapping[str, Any] = {
     "loss.narrow_gradient": 1.0,
     "loss.exit_gradient": 1.0,
     "sampler.turns_power": 0.0,
+    "sampler.mixed_fraction": 0.0,
 }
 """What a run of a release without these settings did; there a saved recipe does not have them."""
 

@@ -104,6 +104,9 @@ class SamplerConfig:
     turns_power: Annotated[float, Field(ge=0, le=2)] = 0.5
     """Members get rows (kind rows) by the parameters of their layers to the power of minus this: with 0 all
     have as many, with 1 one of half the size has twice as many, as it costs half as much and needs more."""
+    mixed_fraction: Fraction = 0.25
+    """Fraction of such a member's turns (kind rows) in which some of its layers, drawn anew, are as wide as
+    those of the next larger member: for members of any size, which `nestling search` finds."""
     probabilities: Annotated[dict[str, NonNegative] | None, BeforeValidator(without_nulls)] = None
     """Weight of each member by name (kind random); null: all alike."""
     num_random: Natural = 1

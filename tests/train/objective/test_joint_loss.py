@@ -11,13 +11,13 @@ from models.elastic.cache import Recording
 from models.elastic.config import ElasticConfig
 from models.elastic.granularity import FULL, Granularity
 from models.elastic.model import ElasticLM
-from models.elastic.ownership import Ownership
+from models.elastic.ownership import Ownership, is_owned
 from models.elastic.owning import own
 from train.data.batch import Batch
 from train.objective import joint_loss as objective
 from train.objective.joint_loss import joint_loss
 from train.objective.losses import DIVERGENCES, cross_entropy, member_loss
-from train.objective.sampler import Slot, StepPlan, plan_step
+from train.objective.sampler import Mixture, Slot, StepPlan, plan_step
 from train.objective.teacher import ElasticTeacher
 from train.recipe.sections import LossConfig, SamplerConfig
 
@@ -149,6 +149,23 @@ def test_the_full_model_learns_from_its_teacher_as_if_by_whole_logits(
         ((1 - share) * text + share * 0.7 * apart).backward()
     theirs = {name: one.grad for name, one in tiny_model.named_parameters() if one.grad is not None}
     assert_same(ours, theirs)
+
+
+def test_a_mixture_trains_as_the_member_that_it_is(tiny_model: ElasticLM) -> None:
+    """Layers 1 and 2 at full width, and there without what the smaller member owns."""
+    own(tiny_model, {"S": MEMBERS["S"]}, Ownership(norms=True, rank=2), torch.Generator().manual_seed(0))
+    slot = Slot("S", range(8), mixture=Mixture("XL", (1, 2)))
+    ours = gradients(tiny_model, [make_batch()], StepPlan(full=0.0, exits=(), slots=(slot,)))
+    named = Granularity.parse("ffn=0.125:1:1:0.125", {})
+    family = {**MEMBERS, "S": named}
+    tiny_model.zero_grad()
+    plan = StepPlan(full=0.0, exits=(), slots=(Slot("S", range(8)),))
+    joint_loss(tiny_model, family, make_batch(), plan, RAMPED, block=3).total.backward()
+    theirs = {name: one.grad for name, one in tiny_model.named_parameters() if one.grad is not None}
+    assert_same(ours, theirs)
+    moved = {name for name, gradient in ours.items() if gradient.abs().max() > 0}
+    layers = {name.split(".layers.")[1][0] for name in moved if is_owned(name) and ".layers." in name}
+    assert layers == {"0", "3"}
 
 
 def test_a_teacher_gets_no_gradient_and_scores_a_chunk_at_a_time(

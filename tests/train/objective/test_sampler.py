@@ -195,3 +195,41 @@ def test_slots_that_are_counted_by_cycles_are_those_of_one_by_one(
         cycle, index = divmod(number, len(names))
         takers.append(random.Random(f"turns 7 {cycle}").sample(names, len(names))[index])
     assert list(sampler._count_slots(names, slots, 7, step).items()) == list(Counter(takers).items())
+
+
+@given(seed=st.integers(0, 10**6), step=st.integers(0, 10**6))
+def test_mixtures_lie_between_a_member_and_the_next_larger_one(seed: int, step: int) -> None:
+    config = SamplerConfig(kind="rows", row_fraction=1.0, mixed_fraction=1.0)
+    family = {name: Granularity.parse(text) for name, text in TEXTS.items()}
+    made = plan_step(PLANS, config, seed=seed, step=step, num_rows=16)
+    assert made.slots
+    for slot in made.slots:
+        assert slot.mixture is not None
+        assert slot.mixture.larger == {"S": "M", "M": "L", "L": "XL"}[slot.name]
+        plan = slot.granularity(family, 4).resolve(SHAPE)
+        larger = PLANS[slot.mixture.larger]
+        assert plan not in (PLANS[slot.name], larger)
+        assert plan.contains(PLANS[slot.name])
+        assert larger.contains(plan)
+        assert [layer == larger.layers[place] for place, layer in enumerate(plan.layers)] == [
+            place in slot.mixture.places for place in range(4)
+        ]
+
+
+def test_a_fraction_of_the_turns_are_mixtures_and_plans_without_any_stay() -> None:
+    def slots(mixed: float) -> list[sampler.Slot]:
+        plans = [plan("rows", step, row_fraction=1.0, mixed_fraction=mixed) for step in range(200)]
+        return [slot for made in plans for slot in made.slots]
+
+    half = slots(0.5)
+    assert 0.4 < sum(slot.mixture is not None for slot in half) / len(half) < 0.6
+    assert [slot.rows for slot in half] == [slot.rows for slot in slots(0.0)]
+    assert {slot.mixture for slot in slots(0.0)} == {None}
+
+
+def test_a_member_without_a_larger_one_of_its_layers_is_not_mixed() -> None:
+    texts = {"A": "ffn=0.5,layers=1-2", "B": "ffn=0.5,layers=3", "XL": "full"}
+    plans = {name: Granularity.parse(text).resolve(SHAPE) for name, text in texts.items()}
+    config = SamplerConfig(kind="rows", row_fraction=1.0, mixed_fraction=1.0)
+    made = [plan_step(plans, config, seed=0, step=step, num_rows=16) for step in range(8)]
+    assert {slot.mixture for one in made for slot in one.slots} == {None}

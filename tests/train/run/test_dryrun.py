@@ -22,6 +22,7 @@ def card() -> MachineCard:
 def recipe(*overrides: str) -> Recipe:
     small = [f"trainer.batch_size={ROWS}", f"data.sequence_length={LENGTH}", "trainer.max_steps=10"]
     small += ["trainer.devices=1", "dtype=fp32", "model.num_hidden_layers=4", "family={S: ffn=0.25}"]
+    small += ["sampler.mixed_fraction=0"]
     return load_recipe(overrides=[*small, *overrides])
 
 
@@ -43,6 +44,14 @@ def test_every_member_on_every_row_costs_three_passes_each(card: MachineCard) ->
 def test_a_member_on_a_share_of_the_rows_costs_that_share(card: MachineCard) -> None:
     cost = step_flops(card, "sampler.kind=rows", "sampler.row_fraction=0.25")
     assert cost == 3 * (forward("full") + forward("ffn=0.25") / 4)
+
+
+def test_a_mixture_costs_what_lies_between_its_member_and_the_larger_one(card: MachineCard) -> None:
+    cost = step_flops(card, "sampler.row_fraction=1", "sampler.mixed_fraction=1")
+    small, full = forward("ffn=0.25"), forward("full")
+    assert small < cost / 3 - full < full
+    halfway = (small + full) / 2
+    assert cost / 3 - full == pytest.approx(halfway, rel=0.1), "on average half of the layers are wide"
 
 
 def test_a_prefix_of_the_layers_costs_a_head(card: MachineCard) -> None:
