@@ -115,6 +115,7 @@ PRESETS = (
     _even("owned.norms=false", "owned.rank=0", change="nothing owned"),
     _even("loss.divergence=cross_entropy", change="cross_entropy"),
     _even(ACCEPTANCE, change="neg_log_alpha"),
+    _preset("even", *LONG, "sampler.turns_power=1", change="narrow_gradient 1, turns_power 1"),
     _preset("even", *LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
     _preset("even", "loss.narrow_gradient=2", UNMIXED, change="narrow_gradient 2, unmixed"),
     _preset("even", *LONG, ALL_ROWS, UNMIXED, change="narrow_gradient 1, all rows, unmixed"),
