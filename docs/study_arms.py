@@ -75,7 +75,7 @@ def _preset(members: str, *overrides: str, change: str = "", name: str = "") -> 
 ACCEPTANCE = "loss.divergence=neg_log_alpha"
 NARROW_ONLY = "loss.exit_gradient=0.3"
 FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
-LONG = ("loss.narrow_gradient=1",)
+LONG = "loss.narrow_gradient=1"
 """As the dial of tokens sets it for a long run."""
 UNMIXED = "sampler.mixed_fraction=0"
 ALL_ROWS = "sampler.row_fraction=1"
@@ -94,7 +94,7 @@ D_ALONE = ("family.S=null", "family.L=null")
 PRESETS = (
     _preset("even", "loss.narrow_gradient=0.4"),  # as the dial of tokens sets it for a short run
     _preset("even", "loss.narrow_gradient=0.4", UNMIXED, change="unmixed"),
-    _preset("even", *LONG, change="narrow_gradient 1"),
+    _preset("even", LONG, change="narrow_gradient 1"),
     _preset("light"),
     Arm("draft", (*_preset("draft").overrides, *D_ALONE)),
     _even(),
@@ -106,19 +106,19 @@ PRESETS = (
     _even(*FAST, "sampler.turns_power=0", change="owned.lr 8e-3, gradients 0.3, 1, turns_power 0"),
     _even(*FAST, "owned.rank=32", change="owned.lr 8e-3, gradients 0.3, 1, rank 32"),
     _even(*FAST, "loss.narrow_gradient=0.15", change="owned.lr 8e-3, gradients 0.15, 1"),
-    _even("loss.narrow_gradient=1", NARROW_ONLY, "owned.rank=8", change="gradients 1, 0.3, rank 8"),
+    _even(LONG, NARROW_ONLY, "owned.rank=8", change="gradients 1, 0.3, rank 8"),
     _even("loss.narrow_gradient=0.5", NARROW_ONLY, "owned.rank=8", change="gradients 0.5, 0.3, rank 8"),
     _even("loss.narrow_gradient=0.5", NARROW_ONLY, "owned.rank=32", change="gradients 0.5, 0.3, rank 32"),
-    _even("loss.narrow_gradient=1", change="narrow_gradient 1"),
+    _even(LONG, change="narrow_gradient 1"),
     _even("sampler.turns_power=0", change="turns_power 0"),
     _even("owned.rank=0", change="norms alone"),
     _even("owned.norms=false", "owned.rank=0", change="nothing owned"),
     _even("loss.divergence=cross_entropy", change="cross_entropy"),
     _even(ACCEPTANCE, change="neg_log_alpha"),
-    _preset("even", *LONG, "sampler.turns_power=1", change="narrow_gradient 1, turns_power 1"),
-    _preset("even", *LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
+    _preset("even", LONG, "sampler.turns_power=1", change="narrow_gradient 1, turns_power 1"),
+    _preset("even", LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
     _preset("even", "loss.narrow_gradient=2", UNMIXED, change="narrow_gradient 2, unmixed"),
-    _preset("even", *LONG, ALL_ROWS, UNMIXED, change="narrow_gradient 1, all rows, unmixed"),
+    _preset("even", LONG, ALL_ROWS, UNMIXED, change="narrow_gradient 1, all rows, unmixed"),
     _light(),
     _light("loss.narrow_gradient=1", change="narrow_gradient 1"),
     _light("sampler.row_fraction=0.08", change="row_fraction 0.08"),

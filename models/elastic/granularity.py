@@ -268,8 +268,8 @@ def _resolve(granularity: Granularity, num_layers: int, ffn: int, groups: int) -
         )
         for index, ffn_fraction, heads_fraction in zip(
             indices,
-            _spread(granularity.ffn, len(indices)),
-            _spread(granularity.heads, len(indices)),
+            spread(granularity.ffn, len(indices)),
+            spread(granularity.heads, len(indices)),
             strict=True,
         )
     )
@@ -287,7 +287,8 @@ def _whole_groups(fraction: float, groups: int) -> int:
     return round(kept)
 
 
-def _spread(fractions: tuple[float, ...], count: int) -> tuple[float, ...]:
+def spread(fractions: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """Return the fraction of each of `count` layers."""
     return fractions * count if len(fractions) == 1 else fractions
 
 

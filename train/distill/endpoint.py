@@ -256,7 +256,7 @@ def _few(ids: Sequence[int | None]) -> str:
 
 def _first_line(error: urllib.error.HTTPError) -> str:
     try:
-        told = error.read(300)
+        told = error.read1(300)  # what has come of it: a server may drip
     except (OSError, http.client.HTTPException):
         told = b""  # the connection breaks within the answer, or nothing of it comes
     return " ".join(told.decode(errors="replace").split()) or error.reason

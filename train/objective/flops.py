@@ -66,5 +66,6 @@ def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:
     head = 2 * config.hidden_size * config.vocab_size * length
     full = num_rows * forward(members[FULL_NAME]) * (3 if plan.full else 1)
     exits = 3 * num_rows * head * len(plan.exits) // plan.exit_stride
-    own = {slot: slot.granularity(members, config.num_hidden_layers) for slot in plan.slots}
-    return full + exits + sum(3 * len(slot.rows) * forward(one) for slot, one in own.items())
+    num_layers = config.num_hidden_layers
+    own = sum(3 * len(slot.rows) * forward(slot.granularity(members, num_layers)) for slot in plan.slots)
+    return full + exits + own

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_layer_parameters
-from models.elastic.granularity import Granularity, Plan
+from models.elastic.granularity import Granularity, Plan, spread
 from train.recipe.sections import SamplerConfig
 
 
@@ -148,7 +148,7 @@ def plan_step(
         rows_of = _divide(counts, size, num_rows)
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
     if config.kind == "rows" and config.mixed_fraction:
-        slots = tuple(_mix(slot, members, config.mixed_fraction, rng) for slot in slots)
+        slots = tuple(_draw_mixture(slot, members, config.mixed_fraction, rng) for slot in slots)
     every = config.exit_stride if config.kind == "rows" else 1
     return StepPlan(
         full=full,
@@ -174,8 +174,8 @@ def mix(member: Granularity, other: Granularity, places: Collection[int], num_la
     """
 
     def mixed(ours: tuple[float, ...], theirs: tuple[float, ...]) -> tuple[float, ...]:
-        ours, theirs = (one * num_layers if len(one) == 1 else one for one in (ours, theirs))
-        return tuple((theirs if place in places else ours)[place] for place in range(num_layers))
+        pairs = zip(spread(ours, num_layers), spread(theirs, num_layers), strict=True)
+        return tuple(pair[place in places] for place, pair in enumerate(pairs))
 
     ffn, heads = mixed(member.ffn, other.ffn), mixed(member.heads, other.heads)
     return Granularity(ffn=ffn, heads=heads, layers=member.layers)
@@ -262,14 +262,14 @@ def _slot(
     return Slot(name, rows, weight, shift if shared else None)
 
 
-def _mix(slot: Slot, members: Mapping[str, Plan], fraction: float, rng: random.Random) -> Slot:
+def _draw_mixture(slot: Slot, members: Mapping[str, Plan], fraction: float, rng: random.Random) -> Slot:
     """Return the slot, or now and then that of a mixture of its member and the next larger one.
 
     Half of the mixtures are wide in their last layers, as the best members of a budget often are, the others
     anywhere.
     """
     plan = members[slot.name]
-    larger = [name for name, one in members.items() if one != plan and _is_wider(one, plan)]
+    larger = [name for name, one in members.items() if _is_wider(one, plan)]
     num_layers = len(plan.layers)
     if not larger or num_layers < 2 or rng.random() >= fraction:
         return slot
@@ -281,4 +281,4 @@ def _mix(slot: Slot, members: Mapping[str, Plan], fraction: float, rng: random.R
 
 
 def _is_wider(plan: Plan, other: Plan) -> bool:
-    return len(plan.layers) == len(other.layers) and plan.contains(other)
+    return plan != other and len(plan.layers) == len(other.layers) and plan.contains(other)

@@ -5,7 +5,7 @@ hold of `loss.trust` does little. Weights between the original and the trained o
 2109.01903, section 3) lose little of the full model and keep most of what members learned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -14,19 +14,19 @@ from torch import Tensor
 from models.checkpoint.weights import weights_of
 from models.elastic.granularity import FULL
 from models.elastic.model import ElasticLM
-from models.elastic.view import View
-from models.measure.consistency import compare_views
-from models.measure.perplexity import Batches
-from train.recipe.recipe import FULL_NAME, Recipe
+from models.measure.token_losses import TokenLosses
+from train.recipe.recipe import Recipe
 from train.run.start import load_start
 
-STEPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-"""Fractions that `model.blend=auto` tries: at half of the way members begin to lose."""
+STEP, LEAST = 0.1, 0.5
+"""Step and end of the way back that `model.blend=auto` goes: at half of it members begin to lose."""
 MAX_LOSS = 1.005
 """Loss of the full model / its original's that `auto` takes for equal."""
 
 
-def blend(model: ElasticLM, recipe: Recipe, batches: Batches, console: Console) -> float:
+def blend(
+    model: ElasticLM, recipe: Recipe, batches: Sequence[tuple[Tensor, Tensor]], console: Console
+) -> float:
     """Set all weights but the members' own to `original + fraction * (trained - original)`.
 
     Args:
@@ -36,28 +36,24 @@ def blend(model: ElasticLM, recipe: Recipe, batches: Batches, console: Console) 
         console: Is told the fraction that `auto` chose and what it does to the loss.
 
     Returns:
-        The fraction. 1 if the run holds its full model to no original, began from a part of one, or has no
-        text to choose by.
+        The fraction. 1 if the run holds its full model to no original, or `auto` has no text to choose by.
     """
-    if not recipe.is_held or recipe.model.train != "joint":
+    fraction = recipe.model.blend
+    if not recipe.is_held or recipe.model.train != "joint" or fraction == 1:
         return 1.0
-    original = load_start(recipe)
-    if recipe.model.blend != "auto":
-        _move(model, weights_of(original), recipe.model.blend)
-        return recipe.model.blend
+    if fraction != "auto":
+        _move(model, weights_of(load_start(recipe)), fraction)
+        return fraction
     if not batches:
         return 1.0
-    device = model.lm_head.weight.device
-    limit = MAX_LOSS * _loss(original.to(device).eval(), batches)
-    start = weights_of(original)
-    losses: dict[float, float] = {}
-    now = 1.0
-    for fraction in STEPS:
-        _move(model, start, fraction / now)
-        now = fraction
-        losses[fraction] = _loss(model, batches)
-        if losses[fraction] <= limit:
-            break
+    original = load_start(recipe).to(model.device).eval()
+    limit, start = MAX_LOSS * _loss(original, batches), weights_of(original)
+    losses, now = {1.0: _loss(model, batches)}, 1.0
+    while losses[now] > limit and now > LEAST:
+        less = round(now - STEP, 1)
+        _move(model, start, less / now)
+        now = less
+        losses[now] = _loss(model, batches)
     best = now if losses[now] <= limit else min(losses, key=losses.__getitem__)
     _move(model, start, best / now)
     told = f"; with {best:g} of what changed (model.blend) {losses[best]:.3f}" if best < 1 else ""
@@ -67,8 +63,8 @@ def blend(model: ElasticLM, recipe: Recipe, batches: Batches, console: Console) 
     return best
 
 
-def _loss(model: ElasticLM, batches: Batches) -> float:
-    return compare_views(model, {FULL_NAME: View(model, FULL)}, batches)[FULL_NAME]["loss"]
+def _loss(model: ElasticLM, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    return TokenLosses(model, batches).mean(FULL)
 
 
 @torch.no_grad()

@@ -306,8 +306,8 @@ def finish(
         check_unchanged(module.model, start)
     members: list[Member] = []
     limit = module.recipe.trainer.limit_val_batches
-    fraction = blend(module.model, module.recipe, data.validation_batches(limit), console)
     batches = data.validation_batches(4 * limit)
+    fraction = blend(module.model, module.recipe, batches[:limit], console)
     if batches:
         if not console.is_terminal:
             console.print("measuring the family")

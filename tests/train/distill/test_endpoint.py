@@ -232,6 +232,8 @@ def test_an_error_that_breaks_off_is_told_in_a_line(monkeypatch: pytest.MonkeyPa
         def read(self, *_: Any) -> bytes:
             raise TimeoutError("timed out")
 
+        read1 = read
+
     def fail(request: Any, timeout: float) -> Any:
         raise HTTPError(request.full_url, 500, "Internal Server Error", Message(), Hangs())
 
