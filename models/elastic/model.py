@@ -218,6 +218,7 @@ class ElasticLM(nn.Module):
         x_BTD = self.states(tokens_BT, granularity, memory)[-1]
         return self.head(x_BTD if num_last is None else x_BTD[:, -num_last:], granularity)
 
+    @torch.no_grad()
     def run(
         self, requests: Sequence[Request], granularity: Granularity = FULL, head: Head | None = None
     ) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import FIRST_POSITIONS, Rotary
 from models.elastic.norm import RMSNorm
+from models.kernels.build import library
 
 
 @pytest.fixture
@@ -33,6 +34,8 @@ def test_a_norm_trains_like_torchs(norm: RMSNorm) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_norm_under_autocast_gives_what_a_product_reads(norm: RMSNorm, dtype: torch.dtype) -> None:
     """One cast instead of one for each product, and the same numbers."""
+    if dtype == torch.float32 and library("train_ops") is None:
+        pytest.skip("needs a C compiler")
     x = torch.randn(2, 5, 12).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x)
