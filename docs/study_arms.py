@@ -77,13 +77,25 @@ NARROW_ONLY = "loss.exit_gradient=0.3"
 FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
 LONG = "loss.narrow_gradient=1"
 """As the dial of tokens sets it for a long run."""
+NO_HIDDEN = "loss.hidden_weight=0"
+HARD_HIDDEN = "loss.hidden_weight=12"
 UNMIXED = "sampler.mixed_fraction=0"
+QUARTER = "sampler.mixed_fraction=0.25"
+"""Twice the turns with mixtures, as by default before members learnt from hidden states."""
 ALL_ROWS = "sampler.row_fraction=1"
 SLOW = "owned.lr=2e-3"
 """What members own learns as fast as all else, as it did before it had a learning rate."""
+_logits = partial(_preset, "even", NO_HIDDEN, name="even by logits alone")
 # What `even`, `light` and `draft` were before that, and at first.
 _even = partial(
-    _preset, "even", SLOW, UNMIXED, "loss.narrow_gradient=0.7", "sampler.turns_power=1", name="former even"
+    _preset,
+    "even",
+    NO_HIDDEN,
+    SLOW,
+    UNMIXED,
+    "loss.narrow_gradient=0.7",
+    "sampler.turns_power=1",
+    name="former even",
 )
 _light = partial(_preset, "light", SLOW, "sampler.row_fraction=0.125", name="former light")
 _draft = partial(_preset, "draft", SLOW, name="former draft")
@@ -92,9 +104,23 @@ _lighter = partial(_light, "loss.narrow_gradient=0.3", "sampler.turns_power=0", 
 D_ALONE = ("family.S=null", "family.L=null")
 
 PRESETS = (
-    _preset("even", "loss.narrow_gradient=0.4"),  # as the dial of tokens sets it for a short run
-    _preset("even", "loss.narrow_gradient=0.4", UNMIXED, change="unmixed"),
+    _preset("even", "loss.narrow_gradient=0.2"),  # as the dial of tokens sets it for a short run
+    _preset("even", "loss.narrow_gradient=0.2", UNMIXED, change="unmixed"),
+    _preset("even", "loss.narrow_gradient=0.2", HARD_HIDDEN, change="hidden_weight 12"),
+    _preset("even", "loss.narrow_gradient=0.2", QUARTER, change="a quarter mixed"),
     _preset("even", LONG, change="narrow_gradient 1"),
+    _preset("even", LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
+    _preset("even", LONG, QUARTER, change="narrow_gradient 1, a quarter mixed"),
+    _preset(
+        "even",
+        "loss.narrow_gradient=0.7",
+        HARD_HIDDEN,
+        UNMIXED,
+        change="narrow_gradient 0.7, hidden_weight 12, unmixed",
+    ),
+    _logits("loss.narrow_gradient=0.4", QUARTER),
+    _logits("loss.narrow_gradient=0.4", UNMIXED, change="unmixed"),
+    _logits(LONG, QUARTER, change="narrow_gradient 1"),
     _preset("light"),
     Arm("draft", (*_preset("draft").overrides, *D_ALONE)),
     _even(),
@@ -115,10 +141,10 @@ PRESETS = (
     _even("owned.norms=false", "owned.rank=0", change="nothing owned"),
     _even("loss.divergence=cross_entropy", change="cross_entropy"),
     _even(ACCEPTANCE, change="neg_log_alpha"),
-    _preset("even", LONG, "sampler.turns_power=1", change="narrow_gradient 1, turns_power 1"),
-    _preset("even", LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
-    _preset("even", "loss.narrow_gradient=2", UNMIXED, change="narrow_gradient 2, unmixed"),
-    _preset("even", LONG, ALL_ROWS, UNMIXED, change="narrow_gradient 1, all rows, unmixed"),
+    _logits(LONG, QUARTER, "sampler.turns_power=1", change="narrow_gradient 1, turns_power 1"),
+    _logits(LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
+    _logits("loss.narrow_gradient=2", UNMIXED, change="narrow_gradient 2, unmixed"),
+    _logits(LONG, ALL_ROWS, UNMIXED, change="narrow_gradient 1, all rows, unmixed"),
     _light(),
     _light("loss.narrow_gradient=1", change="narrow_gradient 1"),
     _light("sampler.row_fraction=0.08", change="row_fraction 0.08"),

@@ -8,6 +8,7 @@
 
 The vocabulary head runs last, for all students together and a chunk of positions at a time: the full model's
 logits of a chunk, detached, teach the members in that chunk, and are freed (train/objective/chunked_loss.py).
+A narrow member may learn from the full model's hidden states as well, layer by layer, on its rows.
 The full model learns from the text, and from the logits of a separate, frozen teacher if the run has one.
 
 Losses are sums over tokens, divided once by the number of valid tokens of the whole optimizer step: splitting
@@ -34,7 +35,13 @@ from models.elastic.model import ElasticLM
 from models.elastic.ops import scale_gradient
 from train.data.batch import Batch
 from train.objective.chunked_loss import rows_per_chunk, sum_by_chunks
-from train.objective.losses import cross_entropy, member_loss, ramp, taught_loss
+from train.objective.losses import (
+    cross_entropy,
+    hidden_loss,
+    member_loss,
+    ramp,
+    taught_loss,
+)
 from train.objective.positions import Index, index_of, kept_of, within
 from train.objective.sampler import Slot, StepPlan
 from train.objective.teacher import Targets, Teacher
@@ -61,12 +68,15 @@ class _Student(NamedTuple):
         states_ND: What the vocabulary head reads of it.
         positions: The positions in the micro-batch.
         weight: Factor of its loss.
+        hidden_loss: How its hidden states differ from the full model's, summed over positions with a label
+            and weighted; None if that is not asked.
     """
 
     name: str
     states_ND: Tensor
     positions: Sequence[int]
     weight: float
+    hidden_loss: Tensor | None = None
 
 
 def joint_loss(
@@ -79,6 +89,7 @@ def joint_loss(
     block: int,
     teacher: Teacher | None = None,
     full_config: LossConfig | None = None,
+    hidden: float = 0.0,
 ) -> JointLoss:
     """Return the loss of one micro-batch.
 
@@ -91,17 +102,23 @@ def joint_loss(
         block: Positions of a block for members that train on the shared cache.
         teacher: Of the same vocabulary; the full model learns from it. None: from text alone.
         full_config: The full model's loss with a teacher, where it is not that of the members.
+        hidden: Weight of how narrow members' hidden states differ from the full model's.
     """
     slots = [slot for slot in plan.slots if _meet(slot.rows, batch.rows_everywhere)]
     recording = Recording() if any(slot.shift is not None for slot in slots) else None
-    students = _students_of_full_pass(model, members, batch, plan, recording, config)
+    students, states = _students_of_full_pass(
+        model, members, batch, plan, recording, config, keep_states=bool(slots and hidden)
+    )
     for slot in slots:
         granularity = slot.granularity(members, model.config.num_hidden_layers)
-        students.append(_student_of_slot(model, granularity, batch, slot, recording, block, config))
+        students.append(_student_of_slot(model, granularity, batch, slot, recording, block, config, states))
+    del states  # not kept for the backward pass
     own = (full_config or config) if plan.full else None
     taught = own is not None and ramp(batch.step, own) > 0
     targets = teacher.targets(batch) if teacher is not None and taught else None
-    return _score(model, students, batch, config, own, targets)
+    scored = _score(model, students, batch, config, own, targets)
+    apart = [student.hidden_loss for student in students if student.hidden_loss is not None]
+    return scored._replace(total=scored.total + hidden * sum(apart) / batch.num_valid)
 
 
 def _students_of_full_pass(
@@ -111,24 +128,34 @@ def _students_of_full_pass(
     plan: StepPlan,
     recording: Recording | None,
     config: LossConfig,
-) -> list[_Student]:
-    """Run the full model, and return it and the exits as students."""
+    *,
+    keep_states: bool,
+) -> tuple[list[_Student], list[Tensor]]:
+    """Run the full model, and return it and the exits as students.
+
+    The second result has, if they are to be kept, the full model's hidden states [N, D] behind each layer but
+    the last, and those that the vocabulary head reads; all detached.
+    """
     full = next(name for name, granularity in members.items() if granularity == FULL)
     depth_of = {name: len(members[name].layers or ()) for name in plan.exits}
-    depths = tuple(sorted(set(depth_of.values())))
+    every = range(1, model.config.num_hidden_layers)
+    depths = tuple(every) if keep_states else tuple(sorted(set(depth_of.values())))
     # An exit has no pass of its own: the layers below it learn from it in this one.
     trains = plan.full > 0 or (bool(plan.exits) and model.model.embed_tokens.weight.requires_grad)
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         *states, last_BTD = model.states(batch.tokens_BT, FULL, recording, exits=depths)
     by_depth = dict(zip(depths, states, strict=True))
     positions = range(batch.tokens_BT.numel())
-    students = [_Student(full, model.norm(last_BTD.flatten(0, 1)), positions, plan.full)]
+    last_ND = model.norm(last_BTD.flatten(0, 1))
+    students = [_Student(full, last_ND, positions, plan.full)]
     assert batch.tokens_BT.shape[1] % plan.exit_stride == 0, (batch.tokens_BT.shape, plan.exit_stride)
     strided = slice(plan.exit_offset, None, plan.exit_stride)  # the same positions of each row
     for name, depth in depth_of.items():
         states_ND = model.norm(by_depth[depth].flatten(0, 1)[strided], members[name])
         students.append(_member(name, states_ND, positions[strided], plan.exit_weight, config, is_exit=True))
-    return students
+    if not keep_states:
+        return students, []
+    return students, [*(states_BTD.detach().flatten(0, 1) for states_BTD in states), last_ND.detach()]
 
 
 def _student_of_slot(
@@ -139,8 +166,12 @@ def _student_of_slot(
     recording: Recording | None,
     block: int,
     config: LossConfig,
+    full_states: Sequence[Tensor],
 ) -> _Student:
     """Run a member on those rows of its slot that this process has.
+
+    Its hidden states are compared with `full_states`, if there are any: what leaves each of its layers with
+    what the full model gives to the layer that the member runs next, and what the vocabulary head reads.
 
     A process that has none of them runs one row with weight 0: processes that shard a model must all run the
     same layers, and they wait for the slowest one anyway.
@@ -152,14 +183,34 @@ def _student_of_slot(
     if slot.shift is not None and recording is not None:
         starts_T = block_starts(num_positions, block, slot.shift)
         memory = SharedPrefix(recording.rows(rows), starts_T.to(batch.tokens_BT.device))
-    states_BTD = model.states(batch.tokens_BT[rows], granularity, memory)[-1]
+    layers = granularity.resolve(model.config).layers
+    depths = range(1, len(layers)) if full_states else ()
+    *between, last_BTD = model.states(batch.tokens_BT[rows], granularity, memory, exits=depths)
     positions = range(rows.start * num_positions, rows.stop * num_positions)
-    states_ND = model.norm(states_BTD.flatten(0, 1), granularity)
-    return _member(slot.name, states_ND, positions, weight, config, is_exit=False)
+    states_ND = model.norm(last_BTD.flatten(0, 1), granularity)
+    student = _member(slot.name, states_ND, positions, weight, config, is_exit=False)
+    if not full_states:
+        return student
+    own = [*(states_BTD.flatten(0, 1) for states_BTD in between), states_ND]
+    theirs = [*(full_states[layer.index - 1] for layer in layers[1:]), full_states[-1]]
+    here = slice(positions.start, positions.stop)
+    *differences, last_P = (
+        hidden_loss(ours_PD, full_ND[here]) for ours_PD, full_ND in zip(own, theirs, strict=True)
+    )
+    loss_P = last_P + torch.stack(differences).mean(0) if differences else last_P
+    has_label_P = batch.labels_BT[rows].flatten() != IGNORE_INDEX
+    pull = scale_gradient((loss_P * has_label_P).sum(), config.narrow_gradient)
+    return student._replace(hidden_loss=weight * pull)
 
 
 def _member(
-    name: str, states_ND: Tensor, positions: range, weight: float, config: LossConfig, *, is_exit: bool
+    name: str,
+    states_ND: Tensor,
+    positions: range,
+    weight: float,
+    config: LossConfig,
+    *,
+    is_exit: bool,
 ) -> _Student:
     """Return a member as a student, its gradients scaled before they reach what it shares.
 

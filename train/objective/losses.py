@@ -7,8 +7,11 @@ Legend: N tokens, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.base.labels import IGNORE_INDEX
 from models.elastic import ops
@@ -23,10 +26,15 @@ __all__ = [
     "fade",
     "greedy_match",
     "held_config",
+    "hidden_loss",
+    "hidden_weight",
     "member_loss",
     "ramp",
     "taught_loss",
 ]
+
+MIN_SQUARE = 1e-6
+"""Squared length below which a hidden state counts as this long: one of zeros has no direction."""
 
 
 def member_loss(
@@ -112,6 +120,53 @@ def ramp(step: int, config: LossConfig) -> float:
     return min(1.0, max(0.0, (step - config.ramp_start) / config.ramp_steps))
 
 
+def hidden_weight(step: int, config: LossConfig, num_steps: int) -> float:
+    """Return the weight of the difference between hidden states at a step of `num_steps`.
+
+    It comes with the divergence and falls to 0 towards the end: at first hidden states say more than logits
+    about what a layer should do, later a small member has better uses for its width than to repeat them.
+
+    >>> config = LossConfig(hidden_weight=8.0, ramp_start=4, ramp_steps=4)
+    >>> [hidden_weight(step, config, 20) for step in (4, 5, 10, 15, 20)]
+    [0.0, 1.5, 4.0, 2.0, 0.0]
+    """
+    return config.hidden_weight * ramp(step, config) * (1 - step / num_steps)
+
+
+def hidden_loss(states_ND: Tensor, target_states_ND: Tensor) -> Tensor:
+    """Return how much hidden states differ in direction, loss_N: 1 minus their cosine.
+
+    (DistilBERT, https://arxiv.org/abs/1910.01108, section 3, has it for the last states.)
+
+    >>> hidden_loss(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
+    tensor([0., 1.])
+    """
+    loss_N: Tensor = _HiddenLoss.apply(states_ND, target_states_ND)  # type: ignore[no-untyped-call]
+    return loss_N
+
+
+class _HiddenLoss(torch.autograd.Function):
+    """The gradient is made with the value, so that neither side's states nor copies are kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, states_ND: Tensor, target_states_ND: Tensor) -> Tensor:
+        wide = ops.at_least_fp32(states_ND.dtype)
+        ours_ND, theirs_ND = states_ND.to(wide), target_states_ND.to(wide)
+        square_N = torch.linalg.vecdot(ours_ND, ours_ND).clamp_min(MIN_SQUARE)
+        scale_N = (square_N * torch.linalg.vecdot(theirs_ND, theirs_ND).clamp_min(MIN_SQUARE)).rsqrt()
+        cosine_N: Tensor = torch.linalg.vecdot(ours_ND, theirs_ND) * scale_N
+        if ctx.needs_input_grad[0]:
+            gradient_ND = (cosine_N / square_N)[:, None] * ours_ND - scale_N[:, None] * theirs_ND
+            ctx.save_for_backward(gradient_ND.to(states_ND.dtype))
+        return 1 - cosine_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_N[:, None].to(gradient_ND.dtype) * gradient_ND, None
+
+
 def fade(step: int, config: LossConfig, num_steps: int) -> float:
     """Return what is left of the weight of the members' losses at a step of `num_steps`.
 
@@ -131,7 +186,6 @@ def fade(step: int, config: LossConfig, num_steps: int) -> float:
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Return the negative log-likelihood of each label, in nats; 0 where the label is `IGNORE_INDEX`.
 
-    >>> import torch
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
     tensor([1.3863, 0.0000])
     """

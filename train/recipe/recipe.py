@@ -61,6 +61,7 @@ BEFORE: Mapping[str, Any] = {
     "owned.rank": 0,
     "loss.narrow_gradient": 1.0,
     "loss.exit_gradient": 1.0,
+    "loss.hidden_weight": 0.0,
     "sampler.turns_power": 0.0,
     "sampler.mixed_fraction": 0.0,
 }

@@ -104,7 +104,7 @@ class SamplerConfig:
     turns_power: Annotated[float, Field(ge=0, le=2)] = 0.5
     """Members get rows (kind rows) by the parameters of their layers to the power of minus this: with 0 all
     have as many, with 1 one of half the size has twice as many, as it costs half as much and needs more."""
-    mixed_fraction: Fraction = 0.25
+    mixed_fraction: Fraction = 0.125
     """Fraction of such a member's turns (kind rows) in which some of its layers, drawn anew, are as wide as
     those of the next larger member: for members of any size, which `nestling search` finds."""
     probabilities: Annotated[dict[str, NonNegative] | None, BeforeValidator(without_nulls)] = None
@@ -177,7 +177,11 @@ class LossConfig:
     """Fraction of that weight that is left at the end; 1: all of it."""
     text_weight: Fraction = 0.0
     """Fraction of the cross-entropy that stays when the ramp is over."""
-    narrow_gradient: Positive = 0.5
+    hidden_weight: NonNegative = 6.0
+    """Factor of how a narrow member's hidden states differ in direction from the full model's (1 minus the
+    cosine): the last ones, and those between layers on average. It comes with the divergence, and falls to 0
+    by the end of the run."""
+    narrow_gradient: Positive = 0.3
     """Factor of the gradients that members with a pass of their own send into the layers, which they share
     with the full model. What they own learns at the full rate, whatever this is."""
     exit_gradient: Positive = 1.0

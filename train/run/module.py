@@ -20,7 +20,7 @@ from models.elastic.model import ElasticLM
 from train.data.batch import Batch
 from train.distill.written import WrittenRows
 from train.objective.joint_loss import joint_loss
-from train.objective.losses import fade, held_config
+from train.objective.losses import fade, held_config, hidden_weight
 from train.objective.sampler import plan_step, resolve_turns
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
@@ -113,6 +113,7 @@ class JointModule(pl.LightningModule):
             block=recipe.sampler.block,
             teacher=next(iter(self.teachers), None),
             full_config=self.full_config,
+            hidden=hidden_weight(batch.step, recipe.loss, recipe.trainer.max_steps),
         )
         self._keep(loss.terms, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
         averaged_over = recipe.trainer.accumulate_grad_batches * self.trainer.world_size

@@ -80,11 +80,13 @@ def gradients(
     plan: StepPlan,
     config: LossConfig = RAMPED,
     teacher: ElasticLM | None = None,
+    hidden: float = 0.0,
 ) -> dict[str, Tensor]:
     model.zero_grad()
     for batch in batches:
         says = None if teacher is None else ElasticTeacher(teacher)
-        joint_loss(model, MEMBERS, batch, plan, config, block=3, teacher=says).total.backward()
+        loss = joint_loss(model, MEMBERS, batch, plan, config, block=3, teacher=says, hidden=hidden)
+        loss.total.backward()
     return {
         name: parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
         for name, parameter in model.named_parameters()
@@ -108,9 +110,9 @@ def teacher(tiny_config: ElasticConfig) -> ElasticLM:
 
 @pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
 @pytest.mark.parametrize("parts", [2, 4, 8])
-@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize(("taught", "hidden"), [(False, 0.0), (True, 0.0), (False, 1.5)])
 def test_micro_batches_of_any_number_give_the_gradient_of_the_whole_step(
-    tiny_model: ElasticLM, teacher: ElasticLM, kind: Any, parts: int, taught: bool
+    tiny_model: ElasticLM, teacher: ElasticLM, kind: Any, parts: int, taught: bool, hidden: float
 ) -> None:
     """Invariant 6: one divisor, the valid tokens of the step, though rows hold different numbers of them."""
     plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
@@ -119,8 +121,8 @@ def test_micro_batches_of_any_number_give_the_gradient_of_the_whole_step(
     for step in range(3):
         plan = plan_step(plans, config, seed=0, step=step, num_rows=8)
         by = teacher if taught else None
-        whole = gradients(tiny_model, [batch], plan, teacher=by)
-        assert_same(gradients(tiny_model, split(batch, parts), plan, teacher=by), whole)
+        whole = gradients(tiny_model, [batch], plan, teacher=by, hidden=hidden)
+        assert_same(gradients(tiny_model, split(batch, parts), plan, teacher=by, hidden=hidden), whole)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
@@ -166,6 +168,50 @@ def test_a_mixture_trains_as_the_member_that_it_is(tiny_model: ElasticLM) -> Non
     moved = {name for name, gradient in ours.items() if gradient.abs().max() > 0}
     layers = {name.split(".layers.")[1][0] for name in moved if is_owned(name) and ".layers." in name}
     assert layers == {"0", "3"}
+
+
+@pytest.mark.parametrize(
+    ("member", "shift", "depths"),
+    [("ffn=0.125", None, (1, 2, 3)), ("ffn=0.125", 1, (1, 2, 3)), ("ffn=0.5,layers=0:2-3", None, (2, 3))],
+)
+def test_hidden_states_learn_from_what_the_next_layer_reads_in_the_full_model(
+    tiny_model: ElasticLM, member: str, shift: int | None, depths: tuple[int, ...]
+) -> None:
+    """Here by cosines written plainly; a member that skips a layer learns to hand over what that makes."""
+    members = {"S": Granularity.parse(member), "XL": FULL}
+    batch = make_batch()
+    plan = StepPlan(full=0.0, exits=(), slots=(Slot("S", range(1, 7), 2.0, shift=shift),))
+    with_hidden, without = (
+        joint_loss(tiny_model, members, batch, plan, RAMPED, block=99, hidden=hidden).total
+        for hidden in (1.5, 0.0)
+    )
+    rows = slice(1, 7)
+    counts = range(1, len(depths) + 1)
+    *ours, our_last = tiny_model.states(batch.tokens_BT[rows], members["S"], exits=counts)
+    *theirs, their_last = tiny_model.states(batch.tokens_BT[rows], exits=depths)
+    pairs = [*zip(ours, theirs, strict=True), (tiny_model.norm(our_last), tiny_model.norm(their_last))]
+    valid = batch.labels_BT[rows] != -100
+    sums = [sum(1 - torch.cosine_similarity(*pair, dim=-1)[valid]) for pair in pairs]
+    expected = 1.5 * 2.0 * (sums[-1] + sum(sums[:-1]) / len(depths)) / batch.num_valid
+    torch.testing.assert_close(with_hidden - without, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_states_pull_at_what_is_shared_as_hard_as_told_and_leave_the_rest(
+    tiny_model: ElasticLM,
+) -> None:
+    batch, plan = make_batch(), StepPlan(full=1.0, exits=("D",), slots=(Slot("S", range(8)),))
+    kinder = dataclasses.replace(RAMPED, narrow_gradient=0.15)
+    hard, hard_without, kind, kind_without = (
+        gradients(tiny_model, [batch], plan, config, hidden=hidden)
+        for config in (RAMPED, kinder)
+        for hidden in (1.5, 0.0)
+    )
+    layer = "model.layers.1.mlp.down_proj.weight"
+    pull, kind_pull = hard[layer] - hard_without[layer], kind[layer] - kind_without[layer]
+    width = int(tiny_model.config.intermediate_size * 0.125)
+    assert pull[:, :width].abs().max() > 1e-4
+    assert not pull[:, width:].any(), "the full model's states are a target, and get no gradient"
+    torch.testing.assert_close(kind_pull, pull / 2, atol=1e-6, rtol=1e-3)
 
 
 def test_a_teacher_gets_no_gradient_and_scores_a_chunk_at_a_time(
@@ -323,15 +369,17 @@ def test_recording_keeps_the_rows_of_its_turn(tiny_model: ElasticLM) -> None:
 
 @pytest.mark.parametrize("kind", ["rows", "all", "random", "sandwich"])
 @pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("hidden", [0.0, 1.5])
 def test_processes_share_the_gradient_of_a_step_and_all_run_the_same_members(
-    tiny_model: ElasticLM, kind: Any, processes: int
+    tiny_model: ElasticLM, kind: Any, processes: int, hidden: float
 ) -> None:
     plans = {name: granularity.resolve(tiny_model.config) for name, granularity in MEMBERS.items()}
     batch = make_batch()
     plan = plan_step(plans, SamplerConfig(kind=kind, row_fraction=0.5), seed=0, step=5, num_rows=8)
     parts = share(batch, processes)
 
-    assert_same(gradients(tiny_model, parts, plan), gradients(tiny_model, [batch], plan))
+    whole = gradients(tiny_model, [batch], plan, hidden=hidden)
+    assert_same(gradients(tiny_model, parts, plan, hidden=hidden), whole)
     names = [list(joint_loss(tiny_model, MEMBERS, part, plan, RAMPED, block=3).terms) for part in parts]
     assert all(one == names[0] for one in names), "FSDP's processes would wait for each other for ever"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.base.labels import IGNORE_INDEX
-from train.objective.losses import DIVERGENCES, cross_entropy, divergence, member_loss, ramp
+from train.objective.losses import DIVERGENCES, cross_entropy, divergence, hidden_loss, member_loss, ramp
 from train.recipe.sections import LossConfig
 
 CONFIG = LossConfig(divergence="forward_kl", weight=2.0, ramp_start=10, ramp_steps=10)
@@ -127,3 +127,19 @@ def test_a_fraction_of_the_text_stays_when_the_ramp_is_over() -> None:
     for step, text, apart in ((0, 1.0, 0.0), (1, 0.625, 0.5), (2, 0.25, 1.0)):
         ours_N = member_loss(logits_NV, labels_N, target_NV, config, step)
         torch.testing.assert_close(ours_N, text * text_N + apart * apart_N)
+
+
+def test_hidden_states_are_compared_by_direction_with_the_gradient_of_a_cosine() -> None:
+    states_ND = torch.randn(5, 8, dtype=torch.double, requires_grad=True)
+    target_ND = torch.randn(5, 8, dtype=torch.double)
+    loss_N = hidden_loss(states_ND, target_ND)
+    torch.testing.assert_close(loss_N, 1 - torch.cosine_similarity(states_ND, target_ND))
+    torch.testing.assert_close(hidden_loss(states_ND, 7 * target_ND), loss_N)
+    assert torch.autograd.gradcheck(lambda states: hidden_loss(states, target_ND), (states_ND,))
+    assert hidden_loss(target_ND.bfloat16(), target_ND.bfloat16()).dtype == torch.float32
+
+
+def test_hidden_states_of_zeros_have_a_bounded_gradient() -> None:
+    states_ND = torch.zeros(2, 4, requires_grad=True)
+    (gradient_ND,) = torch.autograd.grad(hidden_loss(states_ND, torch.ones(2, 4)).sum(), states_ND)
+    assert 0 < float(gradient_ND.abs().max()) < 1e4
