@@ -140,6 +140,10 @@ class Listener(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn; says that it is ready."""
         self.loop = asyncio.get_running_loop()
+        if self.config.ssl is not None:
+            # A client that reads a ticket in one thread while it writes in another may wait for ever: OpenSSL
+            # does not let two threads use a connection at once, and the client's library does.
+            self.config.ssl.num_tickets = 0
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]

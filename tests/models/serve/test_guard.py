@@ -2,6 +2,7 @@
 
 import hmac
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -92,6 +93,24 @@ def test_over_tls_a_device_trusts_a_certificate_that_it_was_given(
         unknown = replace(known, ca=None, timeout=0.1)
         with pytest.raises(NestlingError, match="no server answers"):
             next(stream_remote(unknown, decoder.folder.model, decoder.tokenizer, [1], config))
+
+
+def test_over_tls_no_ticket_follows_the_handshake(
+    certificate: tuple[Path, Path], decoder: Decoder, start: Start
+) -> None:
+    """Clients that read in a thread of their own hung in one connection of a hundred while it came."""
+    cert, key = certificate
+    context = ssl.create_default_context(cafile=str(cert))
+    with (
+        start(decoder, address=Address(port=0, cert=cert, key=key, token=TOKEN)) as served,
+        socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=60) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as secure,
+    ):
+        secure.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert secure.recv(64).startswith(b"HTTP/1.1 200")
+        assert secure.version() == "TLSv1.3"
+        assert secure.session is not None
+        assert not secure.session.has_ticket
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "::", "example.org"])
