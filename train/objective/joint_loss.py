@@ -35,13 +35,7 @@ from models.elastic.model import ElasticLM
 from models.elastic.ops import scale_gradient
 from train.data.batch import Batch
 from train.objective.chunked_loss import rows_per_chunk, sum_by_chunks
-from train.objective.losses import (
-    cross_entropy,
-    hidden_loss,
-    member_loss,
-    ramp,
-    taught_loss,
-)
+from train.objective.losses import cross_entropy, hidden_loss, member_loss, ramp, taught_loss
 from train.objective.positions import Index, index_of, kept_of, within
 from train.objective.sampler import Slot, StepPlan
 from train.objective.teacher import Targets, Teacher
@@ -112,7 +106,7 @@ def joint_loss(
     for slot in slots:
         granularity = slot.granularity(members, model.config.num_hidden_layers)
         students.append(_student_of_slot(model, granularity, batch, slot, recording, block, config, states))
-    del states  # not kept for the backward pass
+    del states  # those that no backward pass needs go before logits are made
     own = (full_config or config) if plan.full else None
     taught = own is not None and ramp(batch.step, own) > 0
     targets = teacher.targets(batch) if teacher is not None and taught else None
