@@ -24,7 +24,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from study_arms import ALONE, ARMS, CORPORA, ROOT, SEEDS, SHORT, SHORT_CORPORA, Arm, Run, recipe_of, work
+from study_arms import (
+    ALONE,
+    ARMS,
+    CORPORA,
+    ROOT,
+    SEEDS,
+    SHORT,
+    SHORT_CORPORA,
+    Arm,
+    Run,
+    overrides_of,
+    recipe_of,
+    work,
+)
 from study_page import RESULTS, files, read_runs
 from study_time import time_arms
 
@@ -98,7 +111,12 @@ def train_one(arm: Arm, run: Run, data: Path, out: Path) -> None:
             members = compare_views(load_model(run.of(ALONE).folder(out) / "model").model, own, batches)
         else:
             members = measure(made, batches)
-        found = {**run._asdict(), "members": members, "cpu_seconds": seconds, "overrides": arm.overrides}
+        found = {
+            **run._asdict(),
+            "members": members,
+            "cpu_seconds": seconds,
+            "overrides": overrides_of(arm, run),
+        }
         found["tokens"] = (
             recipe.trainer.max_steps * recipe.trainer.rows_per_step * recipe.data.sequence_length
         )

@@ -12,8 +12,30 @@ from train.recipe.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study.yaml"
-CORPORA = {"tinystories": "txt.xz", "dialogues": "jsonl.xz", "pd_books": "txt.xz"}
-"""The ending of each corpus's files."""
+DEEP = ("model.num_hidden_layers=8", "model.intermediate_size=384", "family.D=layers=0-1")
+"""A shape of twice as many layers."""
+
+
+class Corpus(NamedTuple):
+    """What a study reads, and the shape of the models that read it.
+
+    Args:
+        file: How the names of its files begin.
+        ending: How they end.
+        overrides: Of the recipe.
+    """
+
+    file: str
+    ending: str = "txt.xz"
+    overrides: tuple[str, ...] = ()
+
+
+CORPORA = {
+    "tinystories": Corpus("tinystories"),
+    "dialogues": Corpus("dialogues", "jsonl.xz"),
+    "pd_books": Corpus("pd_books"),
+    "pd_books-8-layers": Corpus("pd_books", overrides=DEEP),
+}
 
 SHORT_CORPORA = ("tinystories", "dialogues")
 """Those of short runs; a run of 20 tokens a parameter would read them six times."""
@@ -26,11 +48,11 @@ BATCH_TOKENS = 2048
 ALONE = "full model alone"
 NO_FAMILY = ("family.S=null", "family.L=null", "family.D=null")
 SMALL = {
-    "S": "model.intermediate_size=64",
-    "L": "model.intermediate_size=256",
-    "D": "model.num_hidden_layers=1",
+    "S": ("intermediate_size", 1 / 8),
+    "L": ("intermediate_size", 1 / 2),
+    "D": ("num_hidden_layers", 1 / 4),
 }
-"""A member's shape as a model of its own."""
+"""A member's shape as a model of its own: which number of the full model's shrinks, and to what part."""
 
 EXTRA_TIME = 0.25
 """What a family may cost beyond its full model, in steps of the full model."""
@@ -58,7 +80,7 @@ class Arm:
 def _small(member: str, **settings: bool) -> Arm:
     how = "distilled" if settings.get("taught") else "alone"
     name = f"{member} {how}" + (" in the extra time" if settings.get("extra") else "")
-    return Arm(name, (*NO_FAMILY, SMALL[member]), member=member, **settings)
+    return Arm(name, NO_FAMILY, member=member, **settings)
 
 
 BEFORE = ("sampler.exit_stride=4", "loss.fade_to=0.1")
@@ -79,6 +101,7 @@ LONG = "loss.narrow_gradient=1"
 """As the dial of tokens sets it for a long run."""
 NO_HIDDEN = "loss.hidden_weight=0"
 HARD_HIDDEN = "loss.hidden_weight=12"
+OUTER = "optim.outer_lr_ratio=0.5"
 UNMIXED = "sampler.mixed_fraction=0"
 QUARTER = "sampler.mixed_fraction=0.25"
 """Twice the turns with mixtures, as by default before members learnt from hidden states."""
@@ -108,7 +131,9 @@ PRESETS = (
     _preset("even", "loss.narrow_gradient=0.2", UNMIXED, change="unmixed"),
     _preset("even", "loss.narrow_gradient=0.2", HARD_HIDDEN, change="hidden_weight 12"),
     _preset("even", "loss.narrow_gradient=0.2", QUARTER, change="a quarter mixed"),
+    _preset("even", "loss.narrow_gradient=0.2", OUTER, change="outer_lr_ratio 0.5"),
     _preset("even", LONG, change="narrow_gradient 1"),
+    _preset("even", LONG, OUTER, change="narrow_gradient 1, outer_lr_ratio 0.5"),
     _preset("even", LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
     _preset("even", LONG, QUARTER, change="narrow_gradient 1, a quarter mixed"),
     _preset(
@@ -230,15 +255,26 @@ def work(corpora: Iterable[str], seeds: Iterable[int], steps: int) -> Iterator[t
                     yield arm, Run(arm.name, corpus, seed, steps)
 
 
+def overrides_of(arm: Arm, run: Run) -> list[str]:
+    """Return what an arm and its corpus set in the recipe."""
+    overrides = [*CORPORA[run.corpus].overrides, *arm.overrides]
+    if arm.member:
+        key, part = SMALL[arm.member]
+        whole = getattr(load_recipe([CONFIG], overrides).model, key)
+        overrides.append(f"model.{key}={max(1, round(part * whole))}")
+    return overrides
+
+
 def recipe_of(arm: Arm, run: Run, data: Path, out: Path) -> Recipe:
     """Return the recipe of a run; what the recipe counts in steps grows with the length."""
-    ending, steps = CORPORA[run.corpus], run.steps
-    overrides = [f"data.source={data}/{run.corpus}_train.{ending}"]
-    overrides += [f"data.valid={data}/{run.corpus}_valid.{ending}", f"seed={run.seed}", *arm.overrides]
+    corpus, steps = CORPORA[run.corpus], run.steps
+    overrides = [f"data.source={data}/{corpus.file}_train.{corpus.ending}"]
+    overrides += [f"data.valid={data}/{corpus.file}_valid.{corpus.ending}", f"seed={run.seed}"]
+    overrides += overrides_of(arm, run)
     if arm.taught:
         overrides.append(f"loss.teacher={run.of(ALONE).folder(out) / 'model'}")
     if arm.extra:
-        steps = round(steps * _extra_fraction(load_recipe([CONFIG], overrides)))
+        steps = round(steps * _extra_fraction(load_recipe([CONFIG], overrides), corpus))
     return load_recipe([CONFIG], [*_lengths(steps), *overrides])
 
 
@@ -254,9 +290,9 @@ def _lengths(steps: int) -> list[str]:
     ]
 
 
-def _extra_fraction(recipe: Recipe) -> float:
+def _extra_fraction(recipe: Recipe, corpus: Corpus) -> float:
     """Return the fraction of the full model's steps that fit into a third of the extra time."""
-    alone = load_recipe([CONFIG], NO_FAMILY)
+    alone = load_recipe([CONFIG], [*corpus.overrides, *NO_FAMILY])
     full, own = (one.elastic_config(one.data.vocab_size, 0) for one in (alone, recipe))
     of_full, of_own = count_step_flops(alone, full), count_step_flops(recipe, own)
     if recipe.loss.teacher:

@@ -42,7 +42,8 @@ alone as a frozen teacher, by the loss that members learn from; their alpha is a
 its full model. Time: of a step, beside the full model alone. `MatFormer` is the reference recipe: each member
 on all rows, cross-entropies, summed. "Unmixed": without the turns in which some layers of a member are the
 next larger one's. "By logits alone": `even` before members learnt from hidden states; a quarter of its turns
-was mixed, and its pull (`loss.narrow_gradient`) 0.4. Models of pd_books, public-domain books, read 20 tokens
+was mixed, and its pull (`loss.narrow_gradient`) 0.4. `outer_lr_ratio 0.5`: neurons that neither S nor L has
+learn half as fast as the others. Models of pd_books, public-domain books, read 20 tokens
 a parameter, and none twice.
 So small a model, so early in its training, shows directions, not the size of an effect in yours."""
 
@@ -83,7 +84,8 @@ def against_alone(study: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
             kind: by_seed(runs, arm, corpus, member, measure)
             for kind, arm in {**arms, "family": DEFAULT}.items()
         }
-        everyones = set.intersection(*(set(values) for values in found.values() if values))
+        seeds = [set(values) for values in found.values() if values]
+        everyones = set.intersection(*seeds) if seeds else set()
         means = {
             kind: statistics.fmean(values[seed] for seed in everyones) if values else None
             for kind, values in found.items()

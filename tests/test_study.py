@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -119,7 +120,12 @@ def test_arms_are_trained_measured_and_written(
         for arm in study.ARMS
         if arm.name in wanted
     ]
-    changed = {"ARMS": arms, "SEEDS": range(1), "CORPORA": {"toy": "jsonl"}, "RESULTS": tmp_path / "results"}
+    changed: dict[str, Any] = {
+        "ARMS": arms,
+        "SEEDS": range(1),
+        "CORPORA": {"toy": arms_of(study).Corpus("toy", "jsonl")},
+    }
+    changed |= {"SHORT_CORPORA": ("toy",), "RESULTS": tmp_path / "results"}
     for module in (study, arms_of(study), page_of(study)):
         for name in set(changed) & set(vars(module)):
             monkeypatch.setattr(module, name, changed[name])

@@ -26,6 +26,7 @@ from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
 from train.run.fsdp import gather, shard
 from train.run.optim import learning_rate_factor, make_optimizer
+from train.run.outer import slow_outer
 from train.run.skip_steps import Guard, skip_if
 
 
@@ -136,6 +137,7 @@ class JointModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that is a function of the absolute step."""
         optimizer = make_optimizer(self.model, self.recipe.optim, owned_lr=self.recipe.owned_lr)
+        slow_outer(optimizer, self.model, self.plans.values(), self.recipe.optim.outer_lr_ratio)
         schedule = LambdaLR(
             optimizer,
             lambda done: learning_rate_factor(

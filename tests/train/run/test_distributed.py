@@ -192,6 +192,8 @@ def test_two_processes_go_on_from_one_and_one_from_two_as_if_nothing_had_changed
         f"trainer.batch_size={8 // int(accumulate)}",
         "owned.norms=true",
         "owned.rank=2",
+        "family.H=ffn=0.5,heads=0.5",
+        "optim.outer_lr_ratio=0.5",
     )
     alone, mixed = tmp_path / "alone", tmp_path / "run"
     fit(recipe, alone, console=Console(quiet=True))

@@ -182,7 +182,13 @@ def test_metrics_tell_of_every_member_and_the_loss_falls(finished: Path) -> None
     assert {line["member"] for line in lines if line["kind"] == "sample"} == {"S", "D", "XL"}
 
 
-OWNED = ("owned.norms=true", "owned.rank=2", "loss.narrow_gradient=0.3", "loss.hidden_weight=6")
+OWNED = (
+    "owned.norms=true",
+    "owned.rank=2",
+    "loss.narrow_gradient=0.3",
+    "loss.hidden_weight=6",
+    "optim.outer_lr_ratio=0.5",
+)
 QUICK = [("rows", 1, 0), ("rows", 4, 0)]
 SLOW = [
     case
