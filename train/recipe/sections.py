@@ -279,10 +279,10 @@ class OptimConfig:
     """Steps of linear warm-up."""
     min_lr_ratio: Fraction = 0.1
     """Last learning rate / peak (cosine)."""
-    outer_lr_ratio: Annotated[Fraction, Field(gt=0)] = 1.0
+    outer_lr_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning rate of the neurons and heads that no narrow member has / that of the others. Below 1 the
-    first neurons take over more of the work, and narrow members come closer to the full model, which pays
-    for it: see docs/results/study."""
+    first neurons take over more of the work, and in a short run narrow members come closer to the full
+    model, which pays for it: see docs/results/study."""
     fused: bool = True
     """Update in one kernel; without it, skip_sigma waits for the device once a step."""
     skip_sigma: NonNegative = 6.0

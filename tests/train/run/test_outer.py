@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
+from models.base.errors import NestlingError
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
+from train.recipe.recipe import load_recipe
 from train.recipe.sections import OptimConfig
 from train.run.optim import make_optimizer
 from train.run.outer import inner_shapes, slow_outer
@@ -82,3 +84,9 @@ def test_frozen_weights_stay(tiny_model: ElasticLM) -> None:
     for name, tensor in tiny_model.state_dict().items():
         if ".layers." in name:
             assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "much"])
+def test_a_ratio_is_above_0_and_at_most_1(value: str) -> None:
+    with pytest.raises(NestlingError, match=rf"optim.outer_lr_ratio={value}: expected number in \(0, 1\]"):
+        load_recipe(overrides=[f"optim.outer_lr_ratio={value}"])
