@@ -42,6 +42,11 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return this process's shard of a full tensor, on the parameter's device; nothing is sent."""
     tensor = tensor.to(parameter.device)

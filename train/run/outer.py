@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from models.elastic.granularity import Plan
 from models.elastic.model import ElasticLM
-from train.run.fsdp import shard_like
+from train.run.fsdp import local, shard_like
 
 
 class _Slowed(NamedTuple):
@@ -31,7 +30,7 @@ class _Slowed(NamedTuple):
 def inner_shapes(model: ElasticLM, plans: Iterable[Plan]) -> dict[str, tuple[int, ...]]:
     """Return the part of each tensor that some narrow member has, where that is not all of it.
 
-    A member that is the full model's first layers, or the full model, is not narrow; in a layer that no
+    The full model and its first layers are not narrow; in a layer that no
     narrow member runs nothing is outer.
 
     >>> from models.elastic.config import ElasticConfig
@@ -51,7 +50,7 @@ def inner_shapes(model: ElasticLM, plans: Iterable[Plan]) -> dict[str, tuple[int
     """
     largest: dict[str, tuple[int, ...]] = {}
     for plan in plans:
-        for layer in () if plan.is_full or plan.is_layer_prefix else plan.layers:
+        for layer in () if plan.is_layer_prefix else plan.layers:
             for part, shape in layer.shapes(model.config).items():
                 name = f"layers.{layer.index}.{part}"
                 before = largest.get(name, shape)
@@ -81,12 +80,12 @@ def slow_outer(optimizer: Optimizer, model: ElasticLM, plans: Iterable[Plan], ra
 
     @torch.no_grad()
     def keep(*_: Any) -> None:
-        before.extend(_here(one.parameter).clone() for one in slowed)
+        before.extend(local(one.parameter).clone() for one in slowed)
 
     @torch.no_grad()
     def shorten(*_: Any) -> None:
         for old, one in zip(before, slowed, strict=True):
-            own = _here(one.parameter)
+            own = local(one.parameter)
             own.copy_(torch.lerp(old, own, one.factor))  # where the factor is 1, exactly as it was
         before.clear()
 
@@ -101,9 +100,4 @@ def _factor(parameter: nn.Parameter, inner: tuple[int, ...], ratio: float) -> Te
     factor[inner[dim] :] = ratio
     if dim > 0:  # FSDP2 shards rows, of which each has all columns
         return factor
-    return _here(shard_like(factor.view(-1, *[1] * (parameter.dim() - 1)), parameter))
-
-
-def _here(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor; it shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local(shard_like(factor.view(-1, *[1] * (parameter.dim() - 1)), parameter))
