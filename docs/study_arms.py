@@ -9,11 +9,14 @@ from typing import NamedTuple
 from train.objective.flops import count_step_flops
 from train.recipe.dials import MEMBERS
 from train.recipe.recipe import Recipe, load_recipe
+from train.recipe.settings import show
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study.yaml"
 DEEP = ("model.num_hidden_layers=8", "model.intermediate_size=384", "family.D=layers=0-1")
 """A shape of twice as many layers."""
+SLOWER = ("optim.lr=2e-3",)
+"""Half of the learning rate."""
 
 
 class Corpus(NamedTuple):
@@ -33,8 +36,10 @@ class Corpus(NamedTuple):
 CORPORA = {
     "tinystories": Corpus("tinystories"),
     "dialogues": Corpus("dialogues", "jsonl.xz"),
-    "pd_books": Corpus("pd_books"),
-    "pd_books-8-layers": Corpus("pd_books", overrides=DEEP),
+    "pd_books": Corpus("pd_books", overrides=SLOWER),
+    "pd_books-8-layers": Corpus("pd_books", overrides=(*SLOWER, *DEEP)),
+    "tinystories-lr-2e-3": Corpus("tinystories", overrides=SLOWER),
+    "dialogues-lr-2e-3": Corpus("dialogues", "jsonl.xz", SLOWER),
 }
 
 SHORT_CORPORA = ("tinystories", "dialogues")
@@ -90,15 +95,19 @@ BEFORE = ("sampler.exit_stride=4", "loss.fade_to=0.1")
 def _preset(members: str, *overrides: str, change: str = "", name: str = "") -> Arm:
     """Return the family of a preset, `members=...`, with something changed if so said, of S, L and D."""
     settings = {key: value for key, value in MEMBERS[members].items() if key != "family"}
-    own = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())
+    own = tuple(f"{key}={show(value)}" for key, value in settings.items())
     return Arm((name or members) + (f", {change}" if change else ""), (*own, *overrides))
 
 
 ACCEPTANCE = "loss.divergence=neg_log_alpha"
 NARROW_ONLY = "loss.exit_gradient=0.3"
 FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
-LONG = "loss.narrow_gradient=1"
-"""As the dial of tokens sets it for a long run."""
+TO_TENTH = "owned.min_lr_ratio=0.1"
+"""What members own slows down as much as all else."""
+SHORT_RUN = ("loss.narrow_gradient=0.2", "owned.min_lr_ratio=0.3")
+LONG_RUN = ("loss.narrow_gradient=1", TO_TENTH)
+"""As the dial of tokens sets it for a short and for a long run."""
+LONG = LONG_RUN[0]
 NO_HIDDEN = "loss.hidden_weight=0"
 HARD_HIDDEN = "loss.hidden_weight=12"
 OUTER = "optim.outer_lr_ratio=0.5"
@@ -108,12 +117,16 @@ QUARTER = "sampler.mixed_fraction=0.25"
 ALL_ROWS = "sampler.row_fraction=1"
 SLOW = "owned.lr=2e-3"
 """What members own learns as fast as all else, as it did before it had a learning rate."""
-_logits = partial(_preset, "even", NO_HIDDEN, name="even by logits alone")
+_even_short = partial(_preset, "even", *SHORT_RUN)
+_even_tenth = partial(_preset, "even", SHORT_RUN[0], TO_TENTH, name="even to a tenth")
+_even_long = partial(_preset, "even", *LONG_RUN)
+_logits = partial(_preset, "even", NO_HIDDEN, TO_TENTH, name="even by logits alone")
 # What `even`, `light` and `draft` were before that, and at first.
 _even = partial(
     _preset,
     "even",
     NO_HIDDEN,
+    TO_TENTH,
     SLOW,
     UNMIXED,
     "loss.narrow_gradient=0.7",
@@ -127,22 +140,22 @@ _lighter = partial(_light, "loss.narrow_gradient=0.3", "sampler.turns_power=0", 
 D_ALONE = ("family.S=null", "family.L=null")
 
 PRESETS = (
-    _preset("even", "loss.narrow_gradient=0.2"),  # as the dial of tokens sets it for a short run
-    _preset("even", "loss.narrow_gradient=0.2", UNMIXED, change="unmixed"),
-    _preset("even", "loss.narrow_gradient=0.2", HARD_HIDDEN, change="hidden_weight 12"),
-    _preset("even", "loss.narrow_gradient=0.2", QUARTER, change="a quarter mixed"),
-    _preset("even", "loss.narrow_gradient=0.2", OUTER, change="outer_lr_ratio 0.5"),
-    _preset("even", LONG, change="narrow_gradient 1"),
-    _preset("even", LONG, OUTER, change="narrow_gradient 1, outer_lr_ratio 0.5"),
-    _preset("even", LONG, UNMIXED, change="narrow_gradient 1, unmixed"),
-    _preset("even", LONG, QUARTER, change="narrow_gradient 1, a quarter mixed"),
-    _preset(
-        "even",
+    _even_short(),
+    _even_short(OUTER, change="outer_lr_ratio 0.5"),
+    _even_long(change="narrow_gradient 1"),
+    _even_long(UNMIXED, change="narrow_gradient 1, unmixed"),
+    _even_long(QUARTER, change="narrow_gradient 1, a quarter mixed"),
+    _even_long(
         "loss.narrow_gradient=0.7",
         HARD_HIDDEN,
         UNMIXED,
         change="narrow_gradient 0.7, hidden_weight 12, unmixed",
     ),
+    _even_tenth(),
+    _even_tenth(UNMIXED, change="unmixed"),
+    _even_tenth(HARD_HIDDEN, change="hidden_weight 12"),
+    _even_tenth(QUARTER, change="a quarter mixed"),
+    _even_tenth(OUTER, change="outer_lr_ratio 0.5"),
     _logits("loss.narrow_gradient=0.4", QUARTER),
     _logits("loss.narrow_gradient=0.4", UNMIXED, change="unmixed"),
     _logits(LONG, QUARTER, change="narrow_gradient 1"),

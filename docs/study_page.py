@@ -42,9 +42,11 @@ alone as a frozen teacher, by the loss that members learn from; their alpha is a
 its full model. Time: of a step, beside the full model alone. `MatFormer` is the reference recipe: each member
 on all rows, cross-entropies, summed. "Unmixed": without the turns in which some layers of a member are the
 next larger one's. "By logits alone": `even` before members learnt from hidden states; a quarter of its turns
-was mixed, and its pull (`loss.narrow_gradient`) 0.4. `outer_lr_ratio 0.5`: neurons that neither S nor L has
-learn half as fast as the others. Models of pd_books, public-domain books, read 20 tokens
-a parameter, and none twice.
+was mixed, and its pull (`loss.narrow_gradient`) 0.4. "Even to a tenth": `even` when the learning rate of what
+members own fell to a tenth of its peak, as all others do; now to 0.3 of it. `outer_lr_ratio 0.5`: neurons
+that neither S nor L has learn half as fast as the others. The learning rate, 4e-3, is the full model's best
+alone in so short a run; all was first measured at half of it, where that is 2 to 4 % worse: `lr-2e-3`, below.
+Models of pd_books, public-domain books, read 20 tokens a parameter, and none twice; there 2e-3 is as good.
 So small a model, so early in its training, shows directions, not the size of an effect in yours."""
 
 

@@ -17,7 +17,7 @@ from train.recipe.sections import DataConfig, TrainerConfig
 from train.recipe.settings import show
 
 SIZES = {
-    "1M": "width=128 ffn=512 layers=4 heads=4 kv=2 vocabulary=1024 lr=2e-3",
+    "1M": "width=128 ffn=512 layers=4 heads=4 kv=2 vocabulary=1024 lr=3e-3",
     "8M": "width=256 ffn=1024 layers=7 heads=8 kv=4 vocabulary=4096 lr=1.5e-3",
     "17M": "width=256 ffn=1024 layers=16 heads=8 kv=4 vocabulary=4096 lr=1.5e-3",
     "52M": "width=512 ffn=1536 layers=16 heads=8 kv=4 vocabulary=4096 lr=1e-3",
@@ -47,6 +47,7 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
         "loss.narrow_gradient": 0.7,
         "loss.exit_gradient": 0.3,
         "loss.hidden_weight": 0.0,
+        "owned.min_lr_ratio": None,
         "owned.rank": 0,
         "sampler.mixed_fraction": 0.0,
         "sampler.row_fraction": 0.08,
@@ -66,6 +67,7 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
         "loss.divergence": "neg_log_alpha",
         "loss.exit_gradient": 1.0,
         "loss.fade_to": 1.0,
+        "owned.min_lr_ratio": None,
         "owned.norms": True,
         "sampler.exit_stride": 1,
     },
@@ -151,15 +153,20 @@ def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[s
     ]
 
 
-def narrow_gradient_of(tokens: str, num_parameters: int) -> float:
-    """Return how hard narrow members pull at what they share: in a longer run it costs the full model less.
+def learning_of(tokens: str, num_parameters: int) -> dict[str, float]:
+    """Return how hard narrow members pull at what they share, and to what the rate of what they own falls.
 
-    Measured at 0.8 and at 20 tokens a parameter (docs/LOG.md).
+    In a longer run the pull costs the full model less, and what they own comes to rest. Measured at 0.8 and
+    at 20 tokens a parameter (docs/LOG.md).
 
-    >>> [narrow_gradient_of(tokens, 10_000_000) for tokens in ("5M", "12M", "25M", "50M", "200M")]
-    [0.2, 0.3, 0.7, 1.0, 1.0]
+    >>> [tuple(learning_of(tokens, 10_000_000).values()) for tokens in ("5M", "12M", "25M", "200M")]
+    [(0.2, 0.3), (0.3, 0.3), (0.7, 0.2), (1.0, 0.1)]
     """
-    return round(min(1.0, max(0.2, 0.2 + 0.8 * math.log(_count(tokens) / num_parameters, 5))), 1)
+    length = min(1.0, max(0.0, math.log(_count(tokens) / num_parameters, 5)))
+    return {
+        "loss.narrow_gradient": round(0.2 + 0.8 * length, 1),
+        "owned.min_lr_ratio": round(0.3 - 0.2 * length, 1),
+    }
 
 
 def _count(text: str) -> float:

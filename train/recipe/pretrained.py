@@ -25,6 +25,7 @@ HEALING: Mapping[str, Any] = {
     "loss.exit_gradient": 0.3,
     "owned.norms": True,
     "owned.lr": 2e-3,
+    "owned.min_lr_ratio": None,
     "sampler.row_fraction": 1.0,
 }
 """A trained model needs neither a high learning rate nor text before its members learn from it; what members

@@ -21,7 +21,7 @@ from models.decode.engine.drafters import DRAFTERS
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_parameters
 from models.elastic.granularity import FULL, Granularity
-from train.recipe.dials import DIALS, MEMBERS, narrow_gradient_of, overrides_of, schedule_of, split_dials
+from train.recipe.dials import DIALS, MEMBERS, learning_of, overrides_of, schedule_of, split_dials
 from train.recipe.overrides import load, pair_overrides, save
 from train.recipe.pretrained import implied_by_start
 from train.recipe.sections import (
@@ -59,6 +59,7 @@ BEFORE: Mapping[str, Any] = {
     "model.blend": 1.0,
     "owned.norms": False,
     "owned.rank": 0,
+    "owned.min_lr_ratio": None,
     "loss.narrow_gradient": 1.0,
     "loss.exit_gradient": 1.0,
     "loss.hidden_weight": 0.0,
@@ -140,11 +141,15 @@ class Recipe:
         return self.model.from_ is not None and self.loss.teacher is None and self.loss.trust > 0
 
     @property
-    def owned_lr(self) -> float:
-        """Return the peak learning rate of what members own."""
-        if self.owned.lr is not None:
-            return self.owned.lr
-        return self.optim.lr if self.model.train == "owned" else OWNED_LR_FACTOR * self.optim.lr
+    def owned_optim(self) -> OptimConfig:
+        """How what members own is optimised."""
+        optim, own = self.optim, self.owned
+        usual = optim.lr if self.model.train == "owned" else OWNED_LR_FACTOR * optim.lr
+        return replace(
+            optim,
+            lr=usual if own.lr is None else own.lr,
+            min_lr_ratio=optim.min_lr_ratio if own.min_lr_ratio is None else own.min_lr_ratio,
+        )
 
     def full_weight(self, step: int) -> float:
         """Return the factor of the full model's own loss in a step; 0: it only teaches."""
@@ -178,8 +183,8 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     if "tokens" in dials:  # whose number of steps depends on what the others say
         schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data)
         if recipe.model.from_ is None:
-            pull = narrow_gradient_of(dials["tokens"], count_parameters(recipe.elastic_config()))
-            schedule.append(f"loss.narrow_gradient={pull}")
+            learning = learning_of(dials["tokens"], count_parameters(recipe.elastic_config()))
+            schedule += [f"{key}={value}" for key, value in learning.items()]
         else:  # whose members learn from the full model from the first step on
             schedule = [word for word in schedule if not word.startswith("loss.")]
         words = [*schedule, *words]

@@ -127,6 +127,8 @@ class OwnedConfig:
     lr: Positive | None = None
     """Peak learning rate of what members own; null: three times optim.lr, or optim.lr where nothing else
     trains."""
+    min_lr_ratio: Fraction | None = 0.3
+    """Last learning rate / peak of what members own; null: optim.min_lr_ratio."""
 
     @property
     def ownership(self) -> Ownership:

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from models.elastic.granularity import Granularity
 from models.elastic.model import ElasticLM
@@ -25,7 +24,7 @@ from train.objective.sampler import plan_step, resolve_turns
 from train.objective.teacher import Teacher
 from train.recipe.recipe import Recipe
 from train.run.fsdp import gather, shard
-from train.run.optim import learning_rate_factor, make_optimizer
+from train.run.optim import make_optimizer, make_schedule
 from train.run.outer import slow_outer
 from train.run.skip_steps import Guard, skip_if
 
@@ -136,13 +135,16 @@ class JointModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that is a function of the absolute step."""
-        optimizer = make_optimizer(self.model, self.recipe.optim, owned_lr=self.recipe.owned_lr)
-        slow_outer(optimizer, self.model, self.plans.values(), self.recipe.optim.outer_lr_ratio)
-        schedule = LambdaLR(
+        recipe = self.recipe
+        optimizer = make_optimizer(self.model, recipe.optim, owned=recipe.owned_optim)
+        slow_outer(optimizer, self.model, self.plans.values(), recipe.optim.outer_lr_ratio)
+        schedule = make_schedule(
             optimizer,
-            lambda done: learning_rate_factor(
-                self.first_step + done, self.recipe.optim, self.recipe.trainer.max_steps
-            ),
+            self.model,
+            recipe.optim,
+            owned=recipe.owned_optim,
+            max_steps=recipe.trainer.max_steps,
+            first_step=self.first_step,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -9,9 +9,11 @@ zero at first, want about ten times the learning rate of whole matrices (LoRA+, 
 """
 
 import math
+from collections.abc import Callable
 
 from torch import nn
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from train.recipe.sections import OptimConfig
 
@@ -19,25 +21,50 @@ OWNED = "owned"
 """The submodule of an elastic model that has what members own."""
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, *, owned_lr: float | None = None) -> AdamW:
+def make_optimizer(model: nn.Module, config: OptimConfig, *, owned: OptimConfig | None = None) -> AdamW:
     """Return AdamW over the parameters that require a gradient, in the model's order, a tied one once.
 
     The first group decays (matrices), the second does not (1-D parameters, embeddings); a group may be
-    empty. Their learning rate is the peak: `learning_rate_factor` scales it. What members own makes two more
-    such groups if it has a learning rate of its own.
+    empty. Their learning rate is the peak: `make_schedule` scales it. What members own makes two more
+    such groups if its learning rate is another.
     """
+    groups = [
+        {"params": params, "lr": group.lr, "weight_decay": group.weight_decay * decays}
+        for (group, decays), params in _groups(model, config, owned).items()
+    ]
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.fused)
+
+
+def make_schedule(
+    optimizer: AdamW,
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    max_steps: int,
+    first_step: int = 0,
+    owned: OptimConfig | None = None,
+) -> LambdaLR:
+    """Return the learning rates of an optimizer that `make_optimizer` made, after `first_step` steps."""
+    groups = [group for group, _ in _groups(model, config, owned)]
+    return LambdaLR(optimizer, [_factors(group, max_steps, first_step) for group in groups])
+
+
+def _groups(
+    model: nn.Module, config: OptimConfig, owned: OptimConfig | None
+) -> dict[tuple[OptimConfig, bool], list[nn.Parameter]]:
+    """Return the parameters by how they learn and by whether they decay."""
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(config.lr, True): [], (config.lr, False): []}
+    groups: dict[tuple[OptimConfig, bool], list[nn.Parameter]] = {(config, True): [], (config, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = owned_lr if owned_lr is not None and name.startswith(f"{OWNED}.") else config.lr
+            group = owned if owned is not None and name.startswith(f"{OWNED}.") else config
             decays = parameter.dim() > 1 and id(parameter) not in embeddings
-            groups.setdefault((lr, decays), []).append(parameter)
-    described = [
-        {"params": params, "lr": lr, "weight_decay": config.weight_decay * decays}
-        for (lr, decays), params in groups.items()
-    ]
-    return AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.fused)
+            groups.setdefault((group, decays), []).append(parameter)
+    return groups
+
+
+def _factors(config: OptimConfig, max_steps: int, first_step: int) -> Callable[[int], float]:
+    return lambda done: learning_rate_factor(first_step + done, config, max_steps)
 
 
 def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> float:

@@ -159,7 +159,7 @@ def test_the_full_model_is_held_in_the_steps_that_trust_every_names(
 ) -> None:
     recipe = load_recipe(overrides=[f"model.from={given}", "data.sequence_length=32", *words])
     assert [recipe.full_weight(step) for step in range(4)] == weights
-    assert recipe.owned_lr == 2e-3, "of a joint run and of a draft"
+    assert recipe.owned_optim.lr == 2e-3, "of a joint run and of a draft"
 
 
 def test_in_the_steps_between_the_full_model_only_teaches(given: Path, train: Train) -> None:

@@ -37,13 +37,15 @@ def test_tokens_set_the_schedule_by_what_a_step_holds() -> None:
     assert load_recipe(overrides=["tokens=1"]).trainer.max_steps == 1
 
 
-def test_members_pull_harder_in_a_longer_run_unless_their_pull_is_said() -> None:
-    def pull(*words: str) -> float:
-        return load_recipe(overrides=["size=8M", *words]).loss.narrow_gradient
+def test_members_learn_otherwise_in_a_longer_run_unless_it_is_said_how() -> None:
+    def learning(*words: str) -> tuple[float, float | None]:
+        recipe = load_recipe(overrides=["size=8M", *words])
+        return recipe.loss.narrow_gradient, recipe.owned.min_lr_ratio
 
-    assert [pull(f"tokens={tokens}") for tokens in ("1M", "20M", "160M")] == [0.2, 0.7, 1.0]
-    assert pull("tokens=160M", "members=light") == pull("tokens=1M", "members=light") == 0.7
-    assert pull("tokens=160M", "loss.narrow_gradient=0.2") == 0.2
+    found = [learning(f"tokens={tokens}") for tokens in ("1M", "20M", "160M")]
+    assert found == [(0.2, 0.3), (0.7, 0.2), (1.0, 0.1)]
+    assert learning("tokens=160M", "members=light") == learning("tokens=1M", "members=light") == (0.7, None)
+    assert learning("tokens=160M", "loss.narrow_gradient=0.2", "owned.min_lr_ratio=0") == (0.2, 0.0)
 
 
 def test_dials_win_over_files_and_keys_win_over_dials_wherever_they_stand(tmp_path: Path) -> None:

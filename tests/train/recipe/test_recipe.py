@@ -382,8 +382,8 @@ def test_a_run_saved_before_members_owned_weights_goes_on_without_them(tmp_path:
 def test_what_members_own_learns_faster_unless_nothing_else_trains_or_the_run_is_older(
     tmp_path: Path,
 ) -> None:
-    assert Recipe().owned_lr == pytest.approx(3 * Recipe().optim.lr)
-    assert load_recipe(overrides=["owned.lr=0.5"]).owned_lr == 0.5
+    assert Recipe().owned_optim.lr == pytest.approx(3 * Recipe().optim.lr)
+    assert load_recipe(overrides=["owned.lr=0.5"]).owned_optim.lr == 0.5
     path = tmp_path / "recipe.yaml"
     path.write_text("optim: {lr: 0.25}\n")
-    assert load_saved_recipe(path).owned_lr == 0.25
+    assert load_saved_recipe(path).owned_optim.lr == 0.25

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from models.elastic.model import ElasticLM
 from models.elastic.ownership import Ownership
 from models.elastic.owning import own
 from train.recipe.sections import OptimConfig
-from train.run.optim import learning_rate_factor, make_optimizer
+from train.run.optim import learning_rate_factor, make_optimizer, make_schedule
 
 CONFIG = OptimConfig(lr=0.1, weight_decay=0.5)
 
@@ -37,8 +38,6 @@ def test_every_parameter_is_in_one_group_a_tied_one_once(tiny_model: ElasticLM) 
 
 
 def test_a_head_of_its_own_is_a_matrix(tiny_config: ElasticConfig) -> None:
-    from dataclasses import replace
-
     model = ElasticLM(replace(tiny_config, tie_word_embeddings=False))
     decaying, _ = make_optimizer(model, CONFIG).param_groups
     assert "lm_head.weight" in names(model, decaying["params"])
@@ -61,7 +60,7 @@ def test_frozen_parameters_are_left_out(tiny_model: ElasticLM) -> None:
 
 def test_what_members_own_may_have_a_rate_of_its_own(tiny_model: ElasticLM) -> None:
     own(tiny_model, {"S": Granularity(ffn=(0.5,))}, Ownership(norms=True, rank=2))
-    groups = make_optimizer(tiny_model, CONFIG, owned_lr=0.8).param_groups
+    groups = make_optimizer(tiny_model, CONFIG, owned=replace(CONFIG, lr=0.8)).param_groups
     rates = {name: group["lr"] for group in groups for name in names(tiny_model, group["params"])}
     decays = {name: group["weight_decay"] for group in groups for name in names(tiny_model, group["params"])}
     assert rates == {
@@ -70,6 +69,19 @@ def test_what_members_own_may_have_a_rate_of_its_own(tiny_model: ElasticLM) -> N
     assert {decays[name] for name in rates if "lora" in name} == {0.5}
     assert {decays[name] for name in rates if "norm" in name} == {0.0}
     assert [group["lr"] for group in make_optimizer(tiny_model, CONFIG).param_groups] == [0.1, 0.1]
+
+
+def test_what_members_own_may_keep_more_of_its_rate_to_the_end(tiny_model: ElasticLM) -> None:
+    own(tiny_model, {"S": Granularity(ffn=(0.5,))}, Ownership(norms=True, rank=2))
+    config = OptimConfig(lr=0.1, warmup_steps=2, min_lr_ratio=0.1)
+    owned = replace(config, min_lr_ratio=0.5)  # the peak is the same, so it alone makes the groups
+    optimizer = make_optimizer(tiny_model, config, owned=owned)
+    make_schedule(optimizer, tiny_model, config, owned=owned, max_steps=10, first_step=10)
+    rates = {name: g["lr"] for g in optimizer.param_groups for name in names(tiny_model, g["params"])}
+    assert rates == {
+        name: pytest.approx(0.05 if name.startswith("owned.") else 0.01)
+        for name, _ in tiny_model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("fused", [True, False])
