@@ -119,7 +119,8 @@ def check_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str)
     if changed:
         shown = f"{', '.join(changed[:4])}{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}"
         raise UsageError(
-            f"{where} holds a run with {shown}; choose another --out, or start over with --resume never"
+            f"{where} holds a run with {shown}; "
+            "give it what it had, choose another --out, or start over with --resume never"
         )
 
 

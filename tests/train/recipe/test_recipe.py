@@ -384,6 +384,8 @@ def test_what_members_own_learns_faster_unless_nothing_else_trains_or_the_run_is
 ) -> None:
     assert Recipe().owned_optim.lr == pytest.approx(3 * Recipe().optim.lr)
     assert load_recipe(overrides=["owned.lr=0.5"]).owned_optim.lr == 0.5
+    assert load_recipe(overrides=["owned.min_lr_ratio=null"]).owned_optim.min_lr_ratio == 0.1
     path = tmp_path / "recipe.yaml"
     path.write_text("optim: {lr: 0.25}\n")
-    assert load_saved_recipe(path).owned_optim.lr == 0.25
+    saved = load_saved_recipe(path)
+    assert saved.owned_optim == saved.optim, "as was all else"
