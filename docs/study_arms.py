@@ -134,7 +134,7 @@ _even = partial(
     name="former even",
 )
 _light = partial(_preset, "light", SLOW, "sampler.row_fraction=0.125", name="former light")
-_draft = partial(_preset, "draft", SLOW, name="former draft")
+_draft = partial(_preset, "draft", "loss.exit_gradient=1", SLOW, name="former draft")
 _gentle = partial(_even, "loss.narrow_gradient=0.3", "owned.rank=8", "sampler.turns_power=0", name="gentle")
 _lighter = partial(_light, "loss.narrow_gradient=0.3", "sampler.turns_power=0", name="lighter")
 D_ALONE = ("family.S=null", "family.L=null")
@@ -160,7 +160,8 @@ PRESETS = (
     _logits("loss.narrow_gradient=0.4", UNMIXED, change="unmixed"),
     _logits(LONG, QUARTER, change="narrow_gradient 1"),
     _preset("light"),
-    Arm("draft", (*_preset("draft").overrides, *D_ALONE)),
+    _preset("draft", *D_ALONE),
+    _preset("draft", "loss.exit_gradient=1", *D_ALONE, change="exit_gradient 1"),
     _even(),
     _even("owned.lr=8e-3", change="owned.lr 8e-3"),
     _even("owned.lr=2e-2", change="owned.lr 2e-2"),

@@ -65,7 +65,7 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
     "draft": {
         "family": {"D": "layers=0-1", "E": "layers=0"},
         "loss.divergence": "neg_log_alpha",
-        "loss.exit_gradient": 1.0,
+        "loss.exit_gradient": 0.75,
         "loss.fade_to": 1.0,
         "owned.min_lr_ratio": None,
         "owned.norms": True,
