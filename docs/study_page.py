@@ -78,24 +78,26 @@ def files(study: Mapping[str, Any]) -> dict[Path, str]:
 def against_alone(study: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
     """Return the result that README.md shows first: the family of the defaults beside models of their own."""
     corpus = next(iter(CORPORA))
-    rows: list[dict[str, Any]] = []
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for member, measure in SHOWN:
         is_full = member == FULL_NAME
         arms = {"alone": ALONE if is_full else f"{member} alone", "distilled": f"{member} distilled"}
-        found = {
+        found[f"{'full model' if is_full else member}: {measure}"] = {
             kind: by_seed(runs, arm, corpus, member, measure)
             for kind, arm in {**arms, "family": DEFAULT}.items()
         }
-        seeds = [set(values) for values in found.values() if values]
-        everyones = set.intersection(*seeds) if seeds else set()
+    seeds = [set(values) for row in found.values() for values in row.values() if values]
+    everyones = set.intersection(*seeds) if seeds else set()
+    rows: list[dict[str, Any]] = []
+    for what, row in found.items():
         means = {
-            kind: statistics.fmean(values[seed] for seed in everyones) if values else None
-            for kind, values in found.items()
+            kind: statistics.fmean(values[seed] for seed in everyones) if values and everyones else None
+            for kind, values in row.items()
         }
-        rows.append({"what": f"{'full model' if is_full else member}: {measure}", **means})
+        rows.append({"what": what, **means})
     times = {"alone": 1.0, "family": study.get("times", {}).get(DEFAULT)}
     rows.append({"what": "a training step, x the full model's", **times})
-    count = len(by_seed(runs, DEFAULT, corpus, FULL_NAME, "loss"))
+    count = len(everyones)
     title = (
         f"A family (`{DEFAULT}`) beside models of their own: TinyStories, 1.1 million parameters, "
         f"{SHORT} steps, {count} seed{'s' * (count > 1)}"
