@@ -142,7 +142,7 @@ class Recipe:
 
     @property
     def owned_optim(self) -> OptimConfig:
-        """How what members own is optimised."""
+        """Return section `optim` as it holds for what members own."""
         optim, own = self.optim, self.owned
         usual = optim.lr if self.model.train == "owned" else OWNED_LR_FACTOR * optim.lr
         return replace(

@@ -44,7 +44,16 @@ def make_schedule(
     first_step: int = 0,
     owned: OptimConfig | None = None,
 ) -> LambdaLR:
-    """Return the learning rates of an optimizer that `make_optimizer` made, after `first_step` steps."""
+    """Return the schedule of an optimizer that `make_optimizer` made from the same model and configs.
+
+    Args:
+        optimizer: whose learning rates it sets.
+        model: whose parameters it has.
+        config: of what all share.
+        max_steps: where each cosine ends.
+        first_step: optimizer steps done already, when a run is resumed.
+        owned: of what members own; None: as of all else.
+    """
     groups = [group for group, _ in _groups(model, config, owned)]
     return LambdaLR(optimizer, [_factors(group, max_steps, first_step) for group in groups])
 
