@@ -104,10 +104,13 @@ NARROW_ONLY = "loss.exit_gradient=0.3"
 FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
 TO_TENTH = "owned.min_lr_ratio=0.1"
 """What members own slows down as much as all else."""
-SHORT_RUN = ("loss.narrow_gradient=0.2", "owned.min_lr_ratio=0.3")
-LONG_RUN = ("loss.narrow_gradient=1", TO_TENTH)
+PULL = "loss.narrow_gradient=0.2"
+SHORT_RUN = (PULL, "owned.min_lr_ratio=0.3", "loss.hidden_weight=12")
+LONG = "loss.narrow_gradient=1"
+LONG_RUN = (LONG, TO_TENTH, "loss.hidden_weight=6")
 """As the dial of tokens sets it for a short and for a long run."""
-LONG = LONG_RUN[0]
+MORE_ROWS = ("sampler.row_fraction=0.375", "loss.hidden_weight=6")
+"""As it was while members had three eighths of the rows."""
 NO_HIDDEN = "loss.hidden_weight=0"
 HARD_HIDDEN = "loss.hidden_weight=12"
 OUTER = "optim.outer_lr_ratio=0.5"
@@ -118,13 +121,16 @@ ALL_ROWS = "sampler.row_fraction=1"
 SLOW = "owned.lr=2e-3"
 """What members own learns as fast as all else, as it did before it had a learning rate."""
 _even_short = partial(_preset, "even", *SHORT_RUN)
-_even_tenth = partial(_preset, "even", SHORT_RUN[0], TO_TENTH, name="even to a tenth")
 _even_long = partial(_preset, "even", *LONG_RUN)
-_logits = partial(_preset, "even", NO_HIDDEN, TO_TENTH, name="even by logits alone")
+_more = partial(_preset, "even", *SHORT_RUN, *MORE_ROWS, name="even on more rows")
+_more_long = partial(_preset, "even", *LONG_RUN, *MORE_ROWS, name="even on more rows")
+_even_tenth = partial(_preset, "even", *MORE_ROWS, PULL, TO_TENTH, name="even to a tenth")
+_logits = partial(_preset, "even", *MORE_ROWS, NO_HIDDEN, TO_TENTH, name="even by logits alone")
 # What `even`, `light` and `draft` were before that, and at first.
 _even = partial(
     _preset,
     "even",
+    *MORE_ROWS,
     NO_HIDDEN,
     TO_TENTH,
     SLOW,
@@ -141,11 +147,17 @@ D_ALONE = ("family.S=null", "family.L=null")
 
 PRESETS = (
     _even_short(),
-    _even_short(OUTER, change="outer_lr_ratio 0.5"),
     _even_long(change="narrow_gradient 1"),
-    _even_long(UNMIXED, change="narrow_gradient 1, unmixed"),
-    _even_long(QUARTER, change="narrow_gradient 1, a quarter mixed"),
-    _even_long(
+    _even_long("loss.hidden_weight=24", change="narrow_gradient 1, hidden_weight 24"),
+    _even_long("owned.rank=32", "owned.alpha=22.6", change="narrow_gradient 1, rank 32"),
+    _even_short("loss.hidden_weight=6", change="hidden_weight 6"),
+    _even_short("loss.hidden_weight=16", change="hidden_weight 16"),
+    _even_short("loss.hidden_weight=24", change="hidden_weight 24"),
+    _more(),
+    _more_long(change="narrow_gradient 1"),
+    _more_long(UNMIXED, change="narrow_gradient 1, unmixed"),
+    _more_long(QUARTER, change="narrow_gradient 1, a quarter mixed"),
+    _more_long(
         "loss.narrow_gradient=0.7",
         HARD_HIDDEN,
         UNMIXED,

@@ -34,20 +34,22 @@ INTRODUCTION = """\
 preset `members=even`, the defaults. `gentle` and `lighter` are what `even` and `light` were at first;
 `exit_stride 4, fade_to 0.1` is what the defaults were before those. Means over the seeds; "against alone" is
 the mean and the standard error of the paired differences in the full model's loss, in percent. Loss in nats
-per token of held-out text; alpha: expected acceptance of a drafted token, by
-the member's own keys and values or, "in place", by the full model's, as it decodes. `S alone` and `D alone`
-are models of that shape trained on the same tokens by themselves, the distilled ones with the full model
-alone as a frozen teacher, by the loss that members learn from; their alpha is against the full model alone.
-"In the extra time": on no more tokens than fit into a third of the 25 % of time that a family may cost beyond
-its full model. Time: of a step, beside the full model alone. `MatFormer` is the reference recipe: each member
-on all rows, cross-entropies, summed. "Unmixed": without the turns in which some layers of a member are the
-next larger one's. "By logits alone": `even` before members learnt from hidden states; a quarter of its turns
-was mixed, and its pull (`loss.narrow_gradient`) 0.4. "Even to a tenth": `even` when the learning rate of what
-members own fell to a tenth of its peak, as all others do; now to 0.3 of it. `outer_lr_ratio 0.5`: neurons
-that neither S nor L has learn half as fast as the others. The learning rate, 4e-3, is the full model's best
-alone in so short a run; all was first measured at half of it, where that is 2 to 4 % worse: `lr-2e-3`, below.
-Models of pd_books, public-domain books, read 20 tokens a parameter, and none twice; there 2e-3 is as good.
-So small a model, so early in its training, shows directions, not the size of an effect in yours."""
+per token of held-out text; alpha: expected acceptance of a drafted token, by the member's own keys and values
+or, "in place", by the full model's, as it decodes. `S alone` and `D alone` are models of that shape trained
+on the same tokens by themselves, the distilled ones with the full model alone as a frozen teacher, by the
+loss that members learn from; their alpha is against the full model alone. "In the extra time": on no more
+tokens than fit into a third of the 25 % of time that a family may cost beyond its full model. Time: of a
+step, beside the full model alone. `MatFormer` is the reference recipe: each member on all rows,
+cross-entropies, summed. "Unmixed": without the turns in which some layers of a member are the next larger
+one's. "By logits alone": `even` before members learnt from hidden states; a quarter of its turns was mixed,
+and its pull (`loss.narrow_gradient`) 0.4. "Even to a tenth": `even` when the learning rate of what members
+own fell to a tenth of its peak, as all others do; now to 0.3 of it. "On more rows": `even` when narrow
+members had three eighths of the rows, not a quarter, and `loss.hidden_weight` was 6, now 12 in short runs;
+what is named before was measured on as many rows. `outer_lr_ratio 0.5`: neurons that neither S nor L has
+learn half as fast as the others. The learning rate, 4e-3, is the full model's best alone in so short a run;
+all was first measured at half of it, where that is 2 to 4 % worse: `lr-2e-3`, below. Models of pd_books,
+public-domain books, read 20 tokens a parameter, and none twice; there 2e-3 is as good. So small a model, so
+early in its training, shows directions, not the size of an effect in yours."""
 
 
 def read_runs(found: Iterable[Found]) -> dict[Run, Found]:

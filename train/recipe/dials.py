@@ -56,10 +56,10 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
     "even": {
         **_GENTLE,
         "loss.exit_gradient": 1.0,
-        "loss.hidden_weight": 6.0,
+        "loss.hidden_weight": 11.0,
         "owned.rank": 16,
         "sampler.mixed_fraction": 0.125,
-        "sampler.row_fraction": 0.375,
+        "sampler.row_fraction": 0.25,
         "sampler.turns_power": 0.5,
     },
     "draft": {
@@ -153,20 +153,25 @@ def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[s
     ]
 
 
-def learning_of(tokens: str, num_parameters: int) -> dict[str, float]:
-    """Return how hard narrow members pull at what they share, and to what the rate of what they own falls.
+def learning_of(tokens: str, num_parameters: int, members: str = "even") -> dict[str, float]:
+    """Return how narrow members learn in a run of this length, where their purpose does not fix it.
 
-    In a longer run the pull costs the full model less, and what they own comes to rest. Measured at 0.8 and
-    at 20 tokens a parameter (docs/LOG.md).
+    That is how hard they pull at what they share, to what the rate of what they own falls, and how much the
+    full model's hidden states count. In a longer run the pull costs the full model less, what they own
+    comes to rest, and a small model has better uses for its width than to repeat a large one's states.
+    Measured at 0.8 and at 20 tokens a parameter (docs/LOG.md).
 
     >>> [tuple(learning_of(tokens, 10_000_000).values()) for tokens in ("5M", "12M", "25M", "200M")]
-    [(0.2, 0.3), (0.3, 0.3), (0.7, 0.2), (1.0, 0.1)]
+    [(0.2, 0.3, 12.0), (0.3, 0.3, 11.0), (0.7, 0.2, 9.0), (1.0, 0.1, 6.0)]
     """
     length = min(1.0, max(0.0, math.log(_count(tokens) / num_parameters, 5)))
-    return {
+    learning = {
         "loss.narrow_gradient": round(0.2 + 0.8 * length, 1),
         "owned.min_lr_ratio": round(0.3 - 0.2 * length, 1),
+        "loss.hidden_weight": float(round(12 - 6 * length)),
     }
+    fixed = MEMBERS[members] if members != "even" else {}
+    return {key: value for key, value in learning.items() if key not in fixed}
 
 
 def _count(text: str) -> float:

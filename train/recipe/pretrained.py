@@ -21,6 +21,7 @@ HEALING: Mapping[str, Any] = {
     "loss.ramp_start": 0,
     "loss.ramp_steps": 0,
     "loss.fade_to": 1.0,
+    "loss.hidden_weight": 6.0,
     "loss.narrow_gradient": 0.3,
     "loss.exit_gradient": 0.3,
     "owned.norms": True,

@@ -178,17 +178,23 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     empty = [key for key, text in pair_overrides(words) if key in MODELS and not text]
     if empty:  # as of a variable of a shell that is not set
         raise UsageError(f"{empty[0]}=: is empty; give a model, or null for none")
-    words = [*overrides_of(dials), *words]
-    recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
+    set_by_dials = list(overrides_of(dials))
+
+    def read() -> Recipe:
+        given = [*set_by_dials, *words]
+        return load(Recipe, configs, given, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
+
+    recipe = read()
     if "tokens" in dials:  # whose number of steps depends on what the others say
         schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data)
         if recipe.model.from_ is None:
-            learning = learning_of(dials["tokens"], count_parameters(recipe.elastic_config()))
+            num_parameters = count_parameters(recipe.elastic_config())
+            learning = learning_of(dials["tokens"], num_parameters, dials.get("members", "even"))
             schedule += [f"{key}={value}" for key, value in learning.items()]
         else:  # whose members learn from the full model from the first step on
             schedule = [word for word in schedule if not word.startswith("loss.")]
-        words = [*schedule, *words]
-        recipe = load(Recipe, configs, words, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
+        set_by_dials += schedule
+        recipe = read()
     return recipe
 
 

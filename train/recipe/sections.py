@@ -83,7 +83,7 @@ class SamplerConfig:
     kind: Literal["rows", "all", "random", "sandwich"] = "rows"
     """rows: the full model trains on every row, members on some of them; all: every member on every row;
     random: one member a step; sandwich: the full model, the smallest member and random ones."""
-    row_fraction: Annotated[float, Field(gt=0, le=1)] = 0.375
+    row_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Fraction of a batch's rows (kind rows) that the members other than layer prefixes divide among
     them."""
     min_rows: Count = 4
@@ -179,7 +179,7 @@ class LossConfig:
     """Fraction of that weight that is left at the end; 1: all of it."""
     text_weight: Fraction = 0.0
     """Fraction of the cross-entropy that stays when the ramp is over."""
-    hidden_weight: NonNegative = 6.0
+    hidden_weight: NonNegative = 11.0
     """Factor of how a narrow member's hidden states differ in direction from the full model's (1 minus the
     cosine): the last ones, and those between layers on average. It comes with the divergence, and falls to 0
     by the end of the run."""

@@ -303,7 +303,7 @@ def test_every_setting_has_a_row_of_help() -> None:
     assert [row.key for row in rows] == keys(as_table(Recipe()))
     assert all(row.help and row.type and row.default for row in rows)
     share = next(row for row in rows if row.key == "sampler.row_fraction")
-    assert (share.type, share.default) == ("number in (0, 1]", "0.375")
+    assert (share.type, share.default) == ("number in (0, 1]", "0.25")
 
 
 def test_a_default_is_what_the_help_says_and_reads_back() -> None:
