@@ -148,6 +148,7 @@ D_ALONE = ("family.S=null", "family.L=null")
 PRESETS = (
     _even_short(),
     _even_long(change="narrow_gradient 1"),
+    _even_long("loss.narrow_gradient=2", change="narrow_gradient 2"),
     _even_long("loss.hidden_weight=24", change="narrow_gradient 1, hidden_weight 24"),
     _even_long("owned.rank=32", "owned.alpha=22.6", change="narrow_gradient 1, rank 32"),
     _even_short("loss.hidden_weight=6", change="hidden_weight 6"),
