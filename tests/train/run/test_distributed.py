@@ -226,8 +226,8 @@ def test_each_process_has_the_whole_teacher(text: Path, tmp_path: Path, strategy
     compare(tmp_path / "run", tmp_path / "alone")
 
 
-WRITTEN = (
-    "distill.written_fraction=0.5 distill.prompt_tokens=4 distill.replay_steps=4 "
+WRITTEN = (  # with a seed of which no gradient is so near 0 that rounding decides AdamW's direction
+    "seed=2 distill.written_fraction=0.5 distill.prompt_tokens=4 distill.replay_steps=4 "
     "sampler.turns={S:2,H:1,E:1} owned.norms=true loss.ramp_start=0 loss.ramp_steps=0"
 )
 CACHED = "distill.cache={folder}/cache sampler.turns={{S:2,H:1,E:1}}"
@@ -250,7 +250,7 @@ def test_two_processes_learn_from_a_given_model_as_one_does(
     fit(make_recipe(text, *schedule), tmp_path / "given", console=Console(quiet=True))
     more = words.format(folder=tmp_path) if words == CACHED else words
     given = f"{key}={tmp_path / 'given' / 'model'}"
-    recipe = make_recipe(text, "seed=2", given, *more.split(), *schedule)
+    recipe = make_recipe(text, "seed=1", given, *more.split(), *schedule)
     fit(recipe, tmp_path / "alone", console=Console(quiet=True))
     process = start_two(recipe, tmp_path, "ddp", torchrun=False)
     _, errors = process.communicate(timeout=PATIENCE)
