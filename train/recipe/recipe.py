@@ -178,13 +178,13 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     empty = [key for key, text in pair_overrides(words) if key in MODELS and not text]
     if empty:  # as of a variable of a shell that is not set
         raise UsageError(f"{empty[0]}=: is empty; give a model, or null for none")
-    set_by_dials = list(overrides_of(dials))
+    preset = list(overrides_of(dials))
 
-    def read() -> Recipe:
-        given = [*set_by_dials, *words]
+    def read(*by_dials: str) -> Recipe:
+        given = [*by_dials, *words]
         return load(Recipe, configs, given, renamed=RENAMED, dials=DIALS, implied=implied_by_start)
 
-    recipe = read()
+    recipe = read(*preset)
     if "tokens" in dials:  # whose number of steps depends on what the others say
         schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data)
         if recipe.model.from_ is None:
@@ -193,8 +193,7 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
             schedule += [f"{key}={value}" for key, value in learning.items()]
         else:  # whose members learn from the full model from the first step on
             schedule = [word for word in schedule if not word.startswith("loss.")]
-        set_by_dials += schedule
-        recipe = read()
+        recipe = read(*preset, *schedule)
     return recipe
 
 
