@@ -1,4 +1,4 @@
-"""Operations between the products of a layer, and three losses: each decides here between C and torch.
+"""Operations between the products of a layer, and four losses: each decides here between C and torch.
 
 Where a tensor is trained through on a CPU, in fp32 or bf16, the compiled functions of
 models/kernels/train_ops.c do in one walk over memory, forward and backward, what torch's operations do in
@@ -27,6 +27,8 @@ from models.kernels.pack import TYPES
 TINY = torch.finfo(torch.float32).tiny
 LOG_TINY = math.log(TINY)
 """Logarithms of probabilities below it count as it."""
+MIN_SQUARE = 1e-6
+"""Squared length below which a hidden state counts as this long: one of zeros has no direction."""
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, wide: bool = False) -> Tensor:
@@ -190,10 +192,18 @@ def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     return (log_p_NV.exp() * gap_NV).sum(-1).clamp_min(0.0)  # rounding can reach below 0
 
 
-def _only_draft_learns(target_logits_NV: Tensor, draft_logits_NV: Tensor) -> bool:
+def cosine_distance(target_states_ND: Tensor, states_ND: Tensor) -> Tensor:
+    """Return 1 minus the cosine [N] of each pair of vectors, fp32 or wider; only the second ones learn."""
+    if _only_draft_learns(target_states_ND, states_ND):
+        return train_losses.cosine_distance(target_states_ND, states_ND)
+    distance_N: Tensor = _CosineDistance.apply(target_states_ND, states_ND)  # type: ignore[no-untyped-call]
+    return distance_N
+
+
+def _only_draft_learns(target: Tensor, draft: Tensor) -> bool:
     """Return whether compiled functions compare these."""
-    frozen = not target_logits_NV.requires_grad and target_logits_NV.dtype in TYPES
-    return frozen and compiled_dtype(draft_logits_NV) is not None
+    frozen = not target.requires_grad and target.dtype in TYPES
+    return frozen and compiled_dtype(draft) is not None
 
 
 def log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
@@ -259,3 +269,25 @@ def _overlap_gradient(own_NV: Tensor, other_NV: Tensor, scale_N1: Tensor) -> Ten
     is_smaller_NV = torch.lt(own_NV, other_NV, out=torch.empty_like(own_NV))  # a bool is slow to multiply
     smaller_NV = is_smaller_NV.mul_(own_NV)
     return smaller_NV.addcmul_(own_NV, smaller_NV.sum(-1, keepdim=True), value=-1).mul_(scale_N1)
+
+
+class _CosineDistance(torch.autograd.Function):
+    """The gradient is made with the value, so that neither side's states nor copies are kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, target_states_ND: Tensor, states_ND: Tensor) -> Tensor:
+        wide = at_least_fp32(states_ND.dtype)
+        ours_ND, theirs_ND = states_ND.to(wide), target_states_ND.to(wide)
+        square_N = torch.linalg.vecdot(ours_ND, ours_ND).clamp_min(MIN_SQUARE)
+        scale_N = (square_N * torch.linalg.vecdot(theirs_ND, theirs_ND).clamp_min(MIN_SQUARE)).rsqrt()
+        cosine_N: Tensor = torch.linalg.vecdot(ours_ND, theirs_ND) * scale_N
+        if ctx.needs_input_grad[1]:
+            gradient_ND = (cosine_N / square_N)[:, None] * ours_ND - scale_N[:, None] * theirs_ND
+            ctx.save_for_backward(gradient_ND.to(states_ND.dtype))
+        return 1 - cosine_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[None, Tensor]:
+        (gradient_ND,) = ctx.saved_tensors
+        return None, gradient_N[:, None].to(gradient_ND.dtype) * gradient_ND

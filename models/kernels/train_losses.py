@@ -1,8 +1,8 @@
-"""Losses of logits that are trained on a CPU, compiled: see train_ops.c.
+"""Losses of logits and hidden states that are trained on a CPU, compiled: see train_ops.c.
 
-Logits are read in fp32 or bf16; intermediate values are fp32 and are never stored as an array.
+They are read in fp32 or bf16; intermediate values are fp32 and are never stored as an array.
 
-N tokens, V vocabulary.
+N tokens, V vocabulary, D model.
 """
 
 import ctypes
@@ -33,13 +33,18 @@ def forward_kl(target_logits_NV: Tensor, draft_logits_NV: Tensor, temperature: f
     return _pair(_FORWARD_KL, target_logits_NV, draft_logits_NV, temperature)
 
 
+def cosine_distance(target_ND: Tensor, states_ND: Tensor) -> Tensor:
+    """Return 1 minus the cosine [N] of each pair of vectors, in fp32; only the second ones learn."""
+    return _pair(_DIRECTION, target_ND, states_ND, 1.0)
+
+
 def _pair(kind: int, target_NV: Tensor, draft_NV: Tensor, temperature: float) -> Tensor:
     both = (x_NV if x_NV.stride(1) == 1 else x_NV.contiguous() for x_NV in (target_NV.detach(), draft_NV))
     value_N: Tensor = _Pair.apply(kind, *both, temperature)  # type: ignore[no-untyped-call]
     return value_N
 
 
-_OVERLAP, _FORWARD_KL = range(2)
+_OVERLAP, _FORWARD_KL, _DIRECTION = range(3)
 """Kinds of a pair; see train_ops.c."""
 
 

@@ -1,5 +1,5 @@
 /* What lies between the matrix products of a training step, forward and backward: RMSNorm, rotary positions,
-   attention, SwiGLU, cross-entropy, acceptance, KL. models/kernels/train_ops.py and train_losses.py call them.
+   attention, SwiGLU, cross-entropy, acceptance, KL, cosines. models/kernels/train_ops.py and train_losses.py call them.
 
    Each reads its arguments from memory once, which torch's operations do a dozen times. Values are in FP32 or
    BF16, sums and whatever lies between in fp32. Sums are taken in one order, whatever the number of threads.
@@ -235,11 +235,11 @@ int nestling_cross_entropy(const Entropy *of, int backward, int num_threads) {
 
 typedef struct {
     int32_t type;
-    const void *logits;
-    int64_t row; /* from one row to the next */
+    const void *logits; /* or hidden states */
+    int64_t row;        /* from one row to the next */
 } Side;
 
-enum { OVERLAP, FORWARD_KL };
+enum { OVERLAP, FORWARD_KL, DIRECTION };
 
 typedef struct {
     int32_t kind;
@@ -319,9 +319,32 @@ INLINE void pair_of_row_back(int type, const Pair *of, int64_t row) {
     }
 }
 
+/* Vectors are no shorter than the root of this, so that one of nothing but zeros has a direction. */
+static const float MIN_SQUARE = 1e-6f;
+
+INLINE void direction_of_row(int target_type, int draft_type, const Pair *of, int64_t row) {
+    size_t here = (size_t)(row * of->draft.row), there = (size_t)(row * of->target.row);
+    lanes ours = {0}, theirs = {0}, both = {0};
+    for (int64_t i = 0; i < of->size; i += LANES) {
+        lanes x = load_values(draft_type, of->draft.logits, here + (size_t)i, of->size - i, 0),
+              y = load_values(target_type, of->target.logits, there + (size_t)i, of->size - i, 0);
+        ours += x * x, theirs += y * y, both += x * y;
+    }
+    float square = fmaxf(total(ours), MIN_SQUARE),
+          scale = 1 / sqrtf(square * fmaxf(total(theirs), MIN_SQUARE)), cosine = total(both) * scale;
+    for (int64_t i = 0; i < of->size; i += LANES) {
+        lanes x = load_values(draft_type, of->draft.logits, here + (size_t)i, of->size - i, 0),
+              y = load_values(target_type, of->target.logits, there + (size_t)i, of->size - i, 0);
+        store_values(draft_type, x * (cosine / square) - y * scale, of->slopes, (size_t)(row * of->size + i),
+                     of->size - i);
+    }
+    of->values[row] = 1 - cosine;
+}
+
 /* OVERLAP: sum of min(p, q) / sum of p, so that it is 1 at p = q whatever is rounded; the gradient of the
    draft's logits is value_grad * scale * q * ([q < p] - sum of q where q < p).
-   FORWARD_KL: sum of p (log p - log q); the gradient is value_grad * scale * (q - p). What of it does not
+   FORWARD_KL: sum of p (log p - log q); the gradient is value_grad * scale * (q - p).
+   DIRECTION: 1 - cosine, of states x and y; the gradient is value_grad * (cosine x / |x|^2 - y / |x| |y|). What of it does not
    depend on value_grad is made with the value, from the same exponentials. */
 int nestling_pair(const Pair *of, int backward, int num_threads) {
     size_t line = padded((size_t)of->size);
@@ -332,6 +355,8 @@ int nestling_pair(const Pair *of, int backward, int num_threads) {
         float *p = memory + 2 * line * (size_t)omp_get_thread_num();
         if (backward)
             pair_of_row_back(of->draft.type, of, row);
+        else if (of->kind == DIRECTION)
+            direction_of_row(of->target.type, of->draft.type, of, row);
         else if (of->target.type == BF16 && of->draft.type == BF16)
             pair_of_row(BF16, BF16, of, row, p, p + line);
         else if (of->target.type == FP32 && of->draft.type == FP32)

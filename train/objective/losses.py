@@ -7,11 +7,8 @@ Legend: N tokens, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from models.base.labels import IGNORE_INDEX
 from models.elastic import ops
@@ -32,9 +29,6 @@ __all__ = [
     "ramp",
     "taught_loss",
 ]
-
-MIN_SQUARE = 1e-6
-"""Squared length below which a hidden state counts as this long: one of zeros has no direction."""
 
 
 def member_loss(
@@ -141,30 +135,7 @@ def hidden_loss(states_ND: Tensor, target_states_ND: Tensor) -> Tensor:
     >>> hidden_loss(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
     tensor([0., 1.])
     """
-    loss_N: Tensor = _HiddenLoss.apply(states_ND, target_states_ND)  # type: ignore[no-untyped-call]
-    return loss_N
-
-
-class _HiddenLoss(torch.autograd.Function):
-    """The gradient is made with the value, so that neither side's states nor copies are kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, states_ND: Tensor, target_states_ND: Tensor) -> Tensor:
-        wide = ops.at_least_fp32(states_ND.dtype)
-        ours_ND, theirs_ND = states_ND.to(wide), target_states_ND.to(wide)
-        square_N = torch.linalg.vecdot(ours_ND, ours_ND).clamp_min(MIN_SQUARE)
-        scale_N = (square_N * torch.linalg.vecdot(theirs_ND, theirs_ND).clamp_min(MIN_SQUARE)).rsqrt()
-        cosine_N: Tensor = torch.linalg.vecdot(ours_ND, theirs_ND) * scale_N
-        if ctx.needs_input_grad[0]:
-            gradient_ND = (cosine_N / square_N)[:, None] * ours_ND - scale_N[:, None] * theirs_ND
-            ctx.save_for_backward(gradient_ND.to(states_ND.dtype))
-        return 1 - cosine_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
-        (gradient_ND,) = ctx.saved_tensors
-        return gradient_N[:, None].to(gradient_ND.dtype) * gradient_ND, None
+    return ops.cosine_distance(target_states_ND, states_ND)
 
 
 def fade(step: int, config: LossConfig, num_steps: int) -> float:

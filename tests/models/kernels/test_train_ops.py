@@ -12,7 +12,7 @@ from models.elastic.cache import Recording, SharedPrefix, block_starts
 from models.elastic.config import ElasticConfig
 from models.elastic.layers import Rotary
 from models.elastic.ops import rotate
-from models.kernels.train_losses import cross_entropy, forward_kl, overlap
+from models.kernels.train_losses import cosine_distance, cross_entropy, forward_kl, overlap
 from models.kernels.train_merge import Prefix, merge
 from models.kernels.train_ops import attention, rms_norm, rope, swiglu
 
@@ -285,6 +285,31 @@ def test_equal_distributions_overlap_entirely(dtype: torch.dtype) -> None:
     torch.testing.assert_close(some.grad, torch.zeros_like(some))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("target_dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(40, 64), (9, 77), (1, 3)])
+def test_cosine_distance(shape: tuple[int, int], target_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """And its gradient, which goes to the states alone."""
+    target_ND = make(*shape, dtype=target_dtype, scale=5.0, seed=1)
+
+    def expected(states_ND: Tensor) -> Tensor:
+        return 1 - torch.cosine_similarity(states_ND, target_ND.detach().double(), dim=-1)
+
+    def ours(states_ND: Tensor) -> Tensor:
+        return cosine_distance(target_ND, states_ND)
+
+    check_against(expected, ours, make(*shape, dtype=dtype), dtype=dtype)
+    assert target_ND.grad is None
+    assert ours(make(*shape, dtype=dtype)).dtype == torch.float32
+
+
+def test_states_of_zeros_have_a_finite_gradient() -> None:
+    zeros_ND = torch.zeros(2, 4, requires_grad=True)
+    cosine_distance(torch.ones(2, 4), zeros_ND).sum().backward()
+    assert zeros_ND.grad is not None
+    assert zeros_ND.grad.isfinite().all()
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "attention": (lambda q, k, v: attention(q, k, v, None), [(3, 4, 70, 16), (3, 2, 70, 16), (3, 2, 70, 16)]),
     "norm": (lambda x, w: rms_norm(x, w, 1e-5, torch.float32)[0], [(70, 48), (48,)]),
@@ -292,6 +317,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "cross-entropy": (lambda x: cross_entropy(x, torch.arange(70) % 48), [(70, 48)]),
     "overlap": (lambda q: overlap(make(70, 48, dtype=torch.float32, seed=3), q, 1.0), [(70, 48)]),
     "forward_kl": (lambda q: forward_kl(make(70, 48, dtype=torch.float32, seed=3), q, 1.0), [(70, 48)]),
+    "cosine": (lambda x: cosine_distance(make(70, 48, dtype=torch.float32, seed=3), x), [(70, 48)]),
 }
 
 
