@@ -8,8 +8,9 @@
     python docs/study.py --check         exits with 1 if the page says something else
 
 DIR holds `<corpus>_train` and `<corpus>_valid` files. Several processes may be started side by side: each
-takes runs that no other has. What is done is kept in --out and not done again. The arms are those of
-docs/study_arms.py, docs/study_time.py measures their time, and docs/study_page.py writes the page.
+takes runs that no other has. What is done is kept in --out and not done again, and what was stopped goes
+on. The arms are those of docs/study_arms.py, docs/study_time.py measures their time, and docs/study_page.py
+writes the page.
 """
 
 import argparse
@@ -101,9 +102,7 @@ def train_one(arm: Arm, run: Run, data: Path, out: Path) -> None:
             return
         recipe = recipe_of(arm, run, data, out)
         print(f"{time.strftime('%H:%M:%S')} {run}", flush=True)
-        start = time.process_time()
         fit(recipe, folder, console=Console(quiet=True))
-        seconds = time.process_time() - start
         batches = TextData(recipe).prepare().validation_batches(4 * recipe.trainer.limit_val_batches)
         made = load_model(folder / "model")
         if arm.member:
@@ -111,12 +110,7 @@ def train_one(arm: Arm, run: Run, data: Path, out: Path) -> None:
             members = compare_views(load_model(run.of(ALONE).folder(out) / "model").model, own, batches)
         else:
             members = measure(made, batches)
-        found = {
-            **run._asdict(),
-            "members": members,
-            "cpu_seconds": seconds,
-            "overrides": overrides_of(arm, run),
-        }
+        found = {**run._asdict(), "members": members, "overrides": overrides_of(arm, run)}
         found["tokens"] = (
             recipe.trainer.max_steps * recipe.trainer.rows_per_step * recipe.data.sequence_length
         )

@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study.yaml"
 DEEP = ("model.num_hidden_layers=8", "model.intermediate_size=384", "family.D=layers=0-1")
 """A shape of twice as many layers."""
+LARGE = (
+    *("model.hidden_size=256", "model.intermediate_size=960", "model.num_hidden_layers=8"),
+    *("model.num_attention_heads=8", "model.num_key_value_heads=4", "family.D=layers=0-1"),
+    *("data.vocab_size=2048", "data.sequence_length=256", "optim.lr=1.5e-3"),
+)
+"""Eight million parameters; 39,000 steps are 20 tokens for each, and take a day of one core."""
 SLOWER = ("optim.lr=2e-3",)
 """Half of the learning rate."""
 
@@ -32,12 +38,19 @@ class Corpus(NamedTuple):
     ending: str = "txt.xz"
     overrides: tuple[str, ...] = ()
 
+    @property
+    def batch_tokens(self) -> int:
+        """The tokens of a step."""
+        recipe = load_recipe([CONFIG], self.overrides)
+        return recipe.trainer.rows_per_step * recipe.data.sequence_length
+
 
 CORPORA = {
     "tinystories": Corpus("tinystories"),
     "dialogues": Corpus("dialogues", "jsonl.xz"),
     "pd_books": Corpus("pd_books", overrides=SLOWER),
     "pd_books-8-layers": Corpus("pd_books", overrides=(*SLOWER, *DEEP)),
+    "pd_books-8M": Corpus("pd_books", overrides=LARGE),
     "tinystories-lr-2e-3": Corpus("tinystories", overrides=SLOWER),
     "dialogues-lr-2e-3": Corpus("dialogues", "jsonl.xz", SLOWER),
 }
@@ -49,7 +62,8 @@ SEEDS = range(3)
 SHORT = 450
 """Steps of the recipe."""
 
-BATCH_TOKENS = 2048
+LONGEST_LOSS = 1000
+"""Steps that a run does again at most if it is stopped."""
 ALONE = "full model alone"
 NO_FAMILY = ("family.S=null", "family.L=null", "family.D=null")
 SMALL = {
@@ -109,7 +123,9 @@ SHORT_RUN = (PULL, "owned.min_lr_ratio=0.3", "loss.hidden_weight=12")
 LONG = "loss.narrow_gradient=1"
 LONG_RUN = (LONG, TO_TENTH, "loss.hidden_weight=6")
 """As the dial of tokens sets it for a short and for a long run."""
-MORE_ROWS = ("sampler.row_fraction=0.375", "loss.hidden_weight=6")
+ON_CACHE = ("sampler.shared_cache=0.5", "sampler.turns_power=0.5")
+"""As it was while members had half of their rows on the full model's cache, and large ones more turns."""
+MORE_ROWS = ("sampler.row_fraction=0.375", "loss.hidden_weight=6", *ON_CACHE)
 """As it was while members had three eighths of the rows."""
 NO_HIDDEN = "loss.hidden_weight=0"
 HARD_HIDDEN = "loss.hidden_weight=12"
@@ -122,6 +138,8 @@ SLOW = "owned.lr=2e-3"
 """What members own learns as fast as all else, as it did before it had a learning rate."""
 _even_short = partial(_preset, "even", *SHORT_RUN)
 _even_long = partial(_preset, "even", *LONG_RUN)
+_cached = partial(_preset, "even", *SHORT_RUN, *ON_CACHE, name="even on the cache")
+_cached_long = partial(_preset, "even", *LONG_RUN, *ON_CACHE, name="even on the cache")
 _more = partial(_preset, "even", *SHORT_RUN, *MORE_ROWS, name="even on more rows")
 _more_long = partial(_preset, "even", *LONG_RUN, *MORE_ROWS, name="even on more rows")
 _even_tenth = partial(_preset, "even", *MORE_ROWS, PULL, TO_TENTH, name="even to a tenth")
@@ -148,12 +166,15 @@ D_ALONE = ("family.S=null", "family.L=null")
 PRESETS = (
     _even_short(),
     _even_long(change="narrow_gradient 1"),
-    _even_long("loss.narrow_gradient=2", change="narrow_gradient 2"),
-    _even_long("loss.hidden_weight=24", change="narrow_gradient 1, hidden_weight 24"),
-    _even_long("owned.rank=32", "owned.alpha=22.6", change="narrow_gradient 1, rank 32"),
-    _even_short("loss.hidden_weight=6", change="hidden_weight 6"),
-    _even_short("loss.hidden_weight=16", change="hidden_weight 16"),
-    _even_short("loss.hidden_weight=24", change="hidden_weight 24"),
+    _even_long("sampler.row_fraction=0.375", change="narrow_gradient 1, row_fraction 3/8"),
+    _cached(),
+    _cached_long(change="narrow_gradient 1"),
+    _cached_long("loss.narrow_gradient=2", change="narrow_gradient 2"),
+    _cached_long("loss.hidden_weight=24", change="narrow_gradient 1, hidden_weight 24"),
+    _cached_long("owned.rank=32", "owned.alpha=22.6", change="narrow_gradient 1, rank 32"),
+    _cached("loss.hidden_weight=6", change="hidden_weight 6"),
+    _cached("loss.hidden_weight=16", change="hidden_weight 16"),
+    _cached("loss.hidden_weight=24", change="hidden_weight 24"),
     _more(),
     _more_long(change="narrow_gradient 1"),
     _more_long(UNMIXED, change="narrow_gradient 1, unmixed"),
@@ -311,7 +332,8 @@ def _lengths(steps: int) -> list[str]:
         return []
     tenth, two_fifths = steps // 10, 2 * steps // 5
     return [
-        *(f"trainer.{name}={steps}" for name in ("max_steps", "val_check_interval", "checkpoint_every")),
+        *(f"trainer.{name}={steps}" for name in ("max_steps", "val_check_interval")),
+        f"trainer.checkpoint_every={min(steps, LONGEST_LOSS)}",
         *(f"{name}={tenth}" for name in ("optim.warmup_steps", "loss.ramp_start")),
         f"loss.ramp_steps={two_fifths}",
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import altair as alt
-from study_arms import ALONE, ARMS, BATCH_TOKENS, CORPORA, DEFAULT, ROOT, SHORT, Run
+from study_arms import ALONE, ARMS, CORPORA, DEFAULT, ROOT, SHORT, Run
 
 from models.base.numbers import NOTHING, size
 from models.base.table import Table
@@ -29,27 +29,30 @@ Runs: TypeAlias = Mapping[Run, Found]
 
 NOTE = "<!-- generated from runs.json by `python docs/study.py`; do not edit -->"
 INTRODUCTION = """\
-`configs/study.yaml` (1.1M parameters, 922,000 tokens) is trained each time with one thing changed: against
-`base`, whose members own nothing and pull at the shared weights as hard as the full model, or against the
-preset `members=even`, the defaults. `gentle` and `lighter` are what `even` and `light` were at first;
-`exit_stride 4, fade_to 0.1` is what the defaults were before those. Means over the seeds; "against alone" is
-the mean and the standard error of the paired differences in the full model's loss, in percent. Loss in nats
-per token of held-out text; alpha: expected acceptance of a drafted token, by the member's own keys and values
-or, "in place", by the full model's, as it decodes. `S alone` and `D alone` are models of that shape trained
-on the same tokens by themselves, the distilled ones with the full model alone as a frozen teacher, by the
-loss that members learn from; their alpha is against the full model alone. "In the extra time": on no more
-tokens than fit into a third of the 25 % of time that a family may cost beyond its full model. Time: of a
-step, beside the full model alone. `MatFormer` is the reference recipe: each member on all rows,
-cross-entropies, summed. "Unmixed": without the turns in which some layers of a member are the next larger
-one's. "By logits alone": `even` before members learnt from hidden states; a quarter of its turns was mixed,
-and its pull (`loss.narrow_gradient`) 0.4. "Even to a tenth": `even` when the learning rate of what members
-own fell to a tenth of its peak, as all others do; now to 0.3 of it. "On more rows": `even` when narrow
-members had three eighths of the rows, not a quarter, and `loss.hidden_weight` was 6, now 12 in short runs;
-what is named before was measured on as many rows. `outer_lr_ratio 0.5`: neurons that neither S nor L has
-learn half as fast as the others. The learning rate, 4e-3, is the full model's best alone in so short a run;
-all was first measured at half of it, where that is 2 to 4 % worse: `lr-2e-3`, below. Models of pd_books,
-public-domain books, read 20 tokens a parameter, and none twice; there 2e-3 is as good. So small a model, so
-early in its training, shows directions, not the size of an effect in yours."""
+`configs/study.yaml` (1.1M parameters, 922,000 tokens unless said) is trained each time with one thing
+changed: against `base`, whose members own nothing and pull at the shared weights as hard as the full model,
+or against the preset `members=even`, the defaults. `gentle` and `lighter` are what `even` and `light` were at
+first; `exit_stride 4, fade_to 0.1` is what the defaults were before those. Means over the seeds; "against
+alone" is the mean and the standard error of the paired differences in the full model's loss, in percent. Loss
+in nats per token of held-out text; alpha: expected acceptance of a drafted token, by the member's own keys
+and values or, "in place", by the full model's, as it decodes. `S alone` and `D alone` are models of that
+shape trained on the same tokens by themselves, the distilled ones with the full model alone as a frozen
+teacher, by the loss that members learn from; their alpha is against the full model alone. "In the extra
+time": on no more tokens than fit into a third of the 25 % of time that a family may cost beyond its full
+model. Time: of a step, beside the full model alone. `MatFormer` is the reference recipe: each member on all
+rows, cross-entropies, summed. "Unmixed": without the turns in which some layers of a member are the next
+larger one's. "By logits alone": `even` before members learnt from hidden states; a quarter of its turns was
+mixed, and its pull (`loss.narrow_gradient`) 0.4. "Even to a tenth": `even` when the learning rate of what
+members own fell to a tenth of its peak, as all others do; now to 0.3 of it. "On more rows": `even` when
+narrow members had three eighths of the rows, not a quarter, and `loss.hidden_weight` was 6, now 12 in short
+runs; what is named before was measured on as many rows. "On the cache": `even` when members had half of their
+rows on the full model's keys and values, not a quarter, and S four turns for three of L, now five
+(`sampler.turns_power`); so was all that is named before. `outer_lr_ratio 0.5`: neurons that neither S nor L
+has learn half as fast as the others. The learning rate, 4e-3, is the full model's best alone in so short a
+run; all was first measured at half of it, where that is 2 to 4 % worse: `lr-2e-3`, below. Models of pd_books,
+public-domain books, read 20 tokens a parameter, those of 1.1M and of eight layers (1.7M) none twice; there
+2e-3 is as good. So small a model, so early in its training, shows directions, not the size of an effect in
+yours."""
 
 
 def read_runs(found: Iterable[Found]) -> dict[Run, Found]:
@@ -65,9 +68,9 @@ def files(study: Mapping[str, Any]) -> dict[Path, str]:
         for steps in sorted({run.steps for run in runs if run.corpus == corpus}):
             here = {run: found for run, found in runs.items() if (run.corpus, run.steps) == (corpus, steps)}
             name = corpus if steps == SHORT else f"{corpus}-{steps}"
-            title = f"{corpus}, {steps:,} steps of {BATCH_TOKENS:,} tokens"
+            title = f"{corpus}, {steps:,} steps of {CORPORA[corpus].batch_tokens:,} tokens"
             parts.append(f"## {title}")
-            if any({"D", "L", FULL_NAME} <= set(found["members"]) for found in here.values()):
+            if any({"D", "L"} <= set(one["members"]) and is_compared(here, run) for run, one in here.items()):
                 parts.append(f"![full model's loss and alpha]({name}.svg)")
                 page[RESULTS / f"{name}.svg"] = to_svg(picture(here))
             parts.append(table(here, study.get("times", {})).to_markdown())
@@ -127,12 +130,17 @@ def table(runs: Runs, times: Mapping[str, float]) -> Table:
     for arm in ARMS:
         found = {run: one["members"] for run, one in runs.items() if run.arm == arm.name}
         if found:
-            worse = [full_loss(runs, run) for run in found if FULL_NAME in found[run]]
+            worse = [full_loss(runs, run) for run in found if is_compared(runs, run)]
             time = f"{times[arm.name]:.2f}x" if arm.name in times else NOTHING
             cells = [mean(found.values(), FULL_NAME, "loss"), spread(worse), time]
             cells += [mean(found.values(), member, measure) for member, measure in columns]
             rows.append((arm.name, str(len(found)), *cells))
     return Table(tuple(header), tuple(rows))
+
+
+def is_compared(runs: Runs, run: Run) -> bool:
+    """Return whether a run has a full model, and there is one that was trained alone to compare it with."""
+    return FULL_NAME in runs[run]["members"] and run.of(ALONE) in runs
 
 
 def full_loss(runs: Runs, run: Run) -> float:
@@ -171,7 +179,7 @@ def picture(runs: Runs) -> Chart:
             **{name: found["members"][name]["alpha"] for name in "DL"},
         }
         for run, found in runs.items()
-        if {"D", "L", FULL_NAME} <= set(found["members"])
+        if {"D", "L"} <= set(found["members"]) and is_compared(runs, run)
     ]
     scale = alt.Scale(zero=False, padding=30)
     panels = []

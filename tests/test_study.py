@@ -44,6 +44,14 @@ def test_the_page_is_what_the_runs_say(study: ModuleType) -> None:
     assert study.main(["--check"]) == 0
 
 
+def test_a_family_may_be_done_before_the_model_that_it_is_compared_with(study: ModuleType) -> None:
+    members = {name: {"loss": 2.0, "alpha": 0.5} for name in ("S", "L", "D", "XL")}
+    run = study.Run("even", "dialogues", 0, 900)
+    pages = study.files({"command": "-", "card": {}, "runs": [{**run._asdict(), "members": members}]})
+    page = pages[page_of(study).RESULTS / "README.md"]
+    assert "| even | 1 | 2.000 | - |" in page
+
+
 def test_every_arm_is_a_recipe(study: ModuleType, tmp_path: Path) -> None:
     for arm in study.ARMS:
         recipe = study.recipe_of(arm, study.Run(arm.name, "dialogues", 2), Path("data"), tmp_path)

@@ -278,9 +278,10 @@ class _CosineDistance(torch.autograd.Function):
     def forward(ctx: Any, target_states_ND: Tensor, states_ND: Tensor) -> Tensor:
         wide = at_least_fp32(states_ND.dtype)
         ours_ND, theirs_ND = states_ND.to(wide), target_states_ND.to(wide)
-        square_N = torch.linalg.vecdot(ours_ND, ours_ND).clamp_min(MIN_SQUARE)
-        scale_N = (square_N * torch.linalg.vecdot(theirs_ND, theirs_ND).clamp_min(MIN_SQUARE)).rsqrt()
-        cosine_N: Tensor = torch.linalg.vecdot(ours_ND, theirs_ND) * scale_N
+        # Sums of products: autocast would round what vecdot reads, and near cosines would vanish.
+        square_N = ours_ND.square().sum(-1).clamp_min(MIN_SQUARE)
+        scale_N = (square_N * theirs_ND.square().sum(-1).clamp_min(MIN_SQUARE)).rsqrt()
+        cosine_N: Tensor = (ours_ND * theirs_ND).sum(-1) * scale_N
         if ctx.needs_input_grad[1]:
             gradient_ND = (cosine_N / square_N)[:, None] * ours_ND - scale_N[:, None] * theirs_ND
             ctx.save_for_backward(gradient_ND.to(states_ND.dtype))

@@ -344,8 +344,8 @@ INLINE void direction_of_row(int target_type, int draft_type, const Pair *of, in
 /* OVERLAP: sum of min(p, q) / sum of p, so that it is 1 at p = q whatever is rounded; the gradient of the
    draft's logits is value_grad * scale * q * ([q < p] - sum of q where q < p).
    FORWARD_KL: sum of p (log p - log q); the gradient is value_grad * scale * (q - p).
-   DIRECTION: 1 - cosine, of states x and y; the gradient is value_grad * (cosine x / |x|^2 - y / |x| |y|). What of it does not
-   depend on value_grad is made with the value, from the same exponentials. */
+   DIRECTION: 1 - cosine, of states x and y; the gradient is value_grad * (cosine x / |x|^2 - y / |x| |y|).
+   What of it does not depend on value_grad is made with the value. */
 int nestling_pair(const Pair *of, int backward, int num_threads) {
     size_t line = padded((size_t)of->size);
     float *memory = aligned_alloc(64, 8 * line * (size_t)num_threads);

@@ -59,12 +59,14 @@ def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:
     members, length = recipe.granularities, recipe.data.sequence_length
     num_rows = recipe.trainer.rows_per_step
 
-    def forward(granularity: Granularity) -> int:
-        return count_flops(config, granularity, num_tokens=length)
+    def forward(granularity: Granularity, num_scored: int | None = None) -> int:
+        return count_flops(config, granularity, num_tokens=length, num_scored=num_scored)
 
     # An exit costs the vocabulary head; the pass under it is the full model's own.
     head = 2 * config.hidden_size * config.vocab_size * length
     full = num_rows * forward(members[FULL_NAME]) * (3 if plan.full else 1)
+    if plan.exits and not plan.full and recipe.model.train == "joint":  # which train the layers below them
+        full += 2 * num_rows * max(forward(members[name], num_scored=0) for name in plan.exits)
     exits = 3 * num_rows * head * len(plan.exits) // plan.exit_stride
     num_layers = config.num_hidden_layers
     own = sum(3 * len(slot.rows) * forward(slot.granularity(members, num_layers)) for slot in plan.slots)

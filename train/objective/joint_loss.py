@@ -47,7 +47,7 @@ class JointLoss(NamedTuple):
 
     Args:
         total: The sum, to be differentiated.
-        terms: Its parts by member's name, detached, for the log.
+        terms: Its parts by member's name, detached, for the log; without what hidden states add.
     """
 
     total: Tensor
@@ -110,6 +110,8 @@ def joint_loss(
     own = (full_config or config) if plan.full else None
     taught = own is not None and ramp(batch.step, own) > 0
     targets = teacher.targets(batch) if teacher is not None and taught else None
+    if len(students) == 1 and not plan.full:  # nobody learns here
+        return JointLoss(batch.tokens_BT.new_zeros((), dtype=torch.float32), {})
     scored = _score(model, students, batch, config, own, targets)
     apart = [student.hidden_loss for student in students if student.hidden_loss is not None]
     return scored._replace(total=scored.total + hidden * sum(apart) / batch.num_valid)
@@ -142,7 +144,8 @@ def _students_of_full_pass(
     positions = range(batch.tokens_BT.numel())
     last_ND = model.norm(last_BTD.flatten(0, 1))
     students = [_Student(full, last_ND, positions, plan.full)]
-    assert batch.tokens_BT.shape[1] % plan.exit_stride == 0, (batch.tokens_BT.shape, plan.exit_stride)
+    fits = not plan.exits or batch.tokens_BT.shape[1] % plan.exit_stride == 0
+    assert fits, (batch.tokens_BT.shape, plan.exit_stride)
     strided = slice(plan.exit_offset, None, plan.exit_stride)  # the same positions of each row
     for name, depth in depth_of.items():
         states_ND = model.norm(by_depth[depth].flatten(0, 1)[strided], members[name])

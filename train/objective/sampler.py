@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_layer_parameters
@@ -126,6 +127,8 @@ def plan_step(
     everyone = range(num_rows)
     if config.kind == "random":
         names = [*others, widest] if full else others
+        if not names:
+            return StepPlan(full=full, exits=(), slots=())
         weights = [(config.probabilities or {}).get(name, 0.0) for name in names]
         chosen = rng.choices(names, weights if any(weights) else None)[0]  # None: all alike
         if chosen == widest:
@@ -140,12 +143,12 @@ def plan_step(
     narrow = [name for name in others if name not in exits]
     rows_of = dict.fromkeys(narrow, everyone)
     if config.kind == "rows":
-        size = min(config.min_rows, num_rows)
         # `row_fraction` of the rows, in slots of `min_rows`: 1/16 of 16 rows is a slot of 4 in every 4th step
+        most = max(1, num_rows // config.min_rows)
         turns = config.turns or {}
         cycle = [name for name in narrow for _ in range(turns.get(name, 1))]
-        counts = _count_slots(cycle, config.row_fraction * num_rows / size, seed, step)
-        rows_of = _divide(counts, size, num_rows)
+        counts = _count_slots(cycle, config.row_fraction * most, seed, step)
+        rows_of = _divide(counts, most, num_rows)
     slots = tuple(_slot(name, rows, num_rows, config, rng, weight) for name, rows in rows_of.items())
     if config.kind == "rows" and config.mixed_fraction:
         slots = tuple(_draw_mixture(slot, members, config.mixed_fraction, rng) for slot in slots)
@@ -238,13 +241,11 @@ def _count_slots(names: list[str], slots_per_step: float, seed: int, step: int) 
     return counts
 
 
-def _divide(counts: Counter[str], size: int, num_rows: int) -> dict[str, range]:
-    """Divide the step's rows, `size` of them a slot and those of a member side by side."""
-    rows_of, first = {}, 0
-    for name, count in counts.items():
-        rows_of[name] = range(first, min(first + count * size, num_rows))
-        first += count * size
-    return rows_of
+def _divide(counts: Counter[str], most: int, num_rows: int) -> dict[str, range]:
+    """Divide the step's rows, a slot being one of `most` parts of them and those of a member side by side."""
+    ends = [0, *accumulate(counts.values())]
+    rows = [end * num_rows // most for end in ends]
+    return {name: range(*span) for name, span in zip(counts, pairwise(rows), strict=True)}
 
 
 def _slot(

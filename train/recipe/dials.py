@@ -40,6 +40,7 @@ _GENTLE = {
     "loss.fade_to": 1.0,
     "owned.norms": True,
     "sampler.exit_stride": 4,
+    "sampler.turns_power": 1.0,
 }
 MEMBERS: Mapping[str, Mapping[str, Any]] = {
     "light": {
@@ -51,7 +52,7 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
         "owned.rank": 0,
         "sampler.mixed_fraction": 0.0,
         "sampler.row_fraction": 0.08,
-        "sampler.turns_power": 1.0,
+        "sampler.shared_cache": 0.5,
     },
     "even": {
         **_GENTLE,
@@ -60,7 +61,7 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
         "owned.rank": 16,
         "sampler.mixed_fraction": 0.125,
         "sampler.row_fraction": 0.25,
-        "sampler.turns_power": 0.5,
+        "sampler.shared_cache": 0.25,
     },
     "draft": {
         "family": {"D": "layers=0-1", "E": "layers=0"},

@@ -28,6 +28,8 @@ HEALING: Mapping[str, Any] = {
     "owned.lr": 2e-3,
     "owned.min_lr_ratio": None,
     "sampler.row_fraction": 1.0,
+    "sampler.shared_cache": 0.5,
+    "sampler.turns_power": 0.5,
 }
 """A trained model needs neither a high learning rate nor text before its members learn from it; what members
 own, which learns fast, and a weak pull at what they share, leave the full model as good as it was

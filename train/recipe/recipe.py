@@ -1,7 +1,7 @@
 """A recipe: everything that decides what a training run makes, in one frozen value.
 
-It is read from defaults <- YAML files <- `a.b=c` overrides, and saved resolved beside every checkpoint.
-Nothing here imports torch, so that the command line's help is quick.
+It is read from defaults <- YAML files <- dials <- `a.b=c` overrides, and saved resolved beside every
+checkpoint. Nothing here imports torch, so that the command line's help is quick.
 
     recipe = load_recipe([Path("configs/tiny.yaml")], ["trainer.max_steps=100", "--family.S", "ffn=0.5"])
 """
@@ -20,7 +20,7 @@ from models.base.errors import NestlingError, UsageError
 from models.decode.engine.drafters import DRAFTERS
 from models.elastic.config import ElasticConfig
 from models.elastic.count import count_parameters
-from models.elastic.granularity import FULL, Granularity
+from models.elastic.granularity import FULL, Granularity, Plan
 from train.recipe.dials import DIALS, MEMBERS, learning_of, overrides_of, schedule_of, split_dials
 from train.recipe.overrides import load, pair_overrides, save
 from train.recipe.pretrained import implied_by_start
@@ -242,9 +242,10 @@ def recipe_help() -> list[SettingHelp]:
 
 def _family_problems(recipe: Recipe) -> list[str]:
     problems = []
+    names: dict[Plan, str] = {}
     for name, text in recipe.family.items():
         try:
-            is_full = Granularity.parse(text, {}).resolve(recipe.model).is_full
+            plan = Granularity.parse(text, {}).resolve(recipe.model)
         except UsageError as error:
             problems.append(f"family.{name}={text}: {error}")
             continue
@@ -252,14 +253,17 @@ def _family_problems(recipe: Recipe) -> list[str]:
             problems.append(f"family.{name}={text}: a name has letters, digits, _ and -")
         elif name in NO_NAMES:
             problems.append(f"family.{name}={text}: --draft {name} is something else; rename this one")
-        elif name == FULL_NAME and not is_full:
+        elif name == FULL_NAME and not plan.is_full:
             problems.append(f"family.{name}={text}: {FULL_NAME} is the full model; rename this one")
-        elif name != FULL_NAME and is_full:
+        elif name != FULL_NAME and plan.is_full:
             problems.append(
                 f"family.{name}={text}: is the full model of {recipe.model.num_hidden_layers} layers, "
                 f"which is always there as {FULL_NAME}; make it smaller or remove it "
                 f"(family.{name}=null)"
             )
+        elif names.setdefault(plan, name) != name:
+            same = f"has the layers and widths of {names[plan]} in this model"
+            problems.append(f"family.{name}={text}: {same}; change or remove it (family.{name}=null)")
     return problems
 
 
@@ -290,7 +294,8 @@ def _narrow(recipe: Recipe) -> list[str]:
 
 def _sampler_problems(recipe: Recipe) -> list[str]:
     sampler, names = recipe.sampler, {*recipe.family, FULL_NAME}
-    if recipe.data.sequence_length % sampler.exit_stride:
+    has_exits = sampler.kind == "rows" and len(_narrow(recipe)) < len(recipe.family)
+    if has_exits and recipe.data.sequence_length % sampler.exit_stride:
         length = recipe.data.sequence_length
         fits = max(every for every in range(1, sampler.exit_stride) if length % every == 0)
         shown = f"sampler.exit_stride={sampler.exit_stride}"
@@ -300,7 +305,8 @@ def _sampler_problems(recipe: Recipe) -> list[str]:
         if sampler.kind != "rows":
             return [f"{shown}: has no effect with sampler.kind={sampler.kind}; set that to rows"]
         if unknown := sorted(set(sampler.turns) - set(narrow)):
-            return [f"{shown}: {unknown[0]} has no pass of its own; those that have: {', '.join(narrow)}"]
+            those = f"those that have: {', '.join(narrow)}" if narrow else "no member has; set it to null"
+            return [f"{shown}: {unknown[0]} has no pass of its own; {those}"]
     if sampler.probabilities is None:
         return []
     shown = f"sampler.probabilities={show(sampler.probabilities)}"

@@ -95,13 +95,14 @@ class SamplerConfig:
     weight_power: Fraction = 0.0
     """A member on n of N rows or positions (kind rows) counts (N/n)**weight_power times: 0 sums tokens, 1 is
     the member's mean, 0.5 lets it add as much gradient noise as the full model does."""
-    shared_cache: Fraction = 0.5
-    """Fraction of a member's rows trained on the full model's keys and values, as a draft decodes."""
+    shared_cache: Fraction = 0.25
+    """Fraction of a member's rows trained on the full model's keys and values, as a draft decodes; on the
+    others it learns to decode by itself."""
     block: Count = 5
     """Drafted tokens of a block in shared-cache training."""
     turns: Annotated[dict[str, Count] | None, BeforeValidator(without_nulls)] = None
     """Rows of each member by name (kind rows), relative to those of the others; null: by `turns_power`."""
-    turns_power: Annotated[float, Field(ge=0, le=2)] = 0.5
+    turns_power: Annotated[float, Field(ge=0, le=2)] = 1.0
     """Members get rows (kind rows) by the parameters of their layers to the power of minus this: with 0 all
     have as many, with 1 one of half the size has twice as many, as it costs half as much and needs more."""
     mixed_fraction: Fraction = 0.125
@@ -198,7 +199,7 @@ class LossConfig:
     frozen original (KL); the rest is cross-entropy. 0: no original is kept."""
     trust_every: Count = 1
     """Steps from one in which the full model is held to its original to the next; its loss counts as many
-    times. In the steps between, it only teaches, which costs a third."""
+    times. In the steps between, it only teaches, which costs a third if no early exit trains its layers."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)

@@ -73,11 +73,12 @@ def make_strategy(recipe: Recipe, world_size: int) -> str | Strategy:
         return FullyShard()
     if recipe.trainer.strategy == "auto" and world_size == 1:
         return "auto"
-    # With the random sampler no loss but one narrow member's is trained, and the layers that it skips have no
-    # gradient; with all others the full model's pass reaches every shared weight in every process. What a
-    # member owns has a gradient only in the steps in which it trains.
+    # With the random sampler, or where the full model only teaches in some steps, no loss but narrow members'
+    # is trained, and the layers that they skip have no gradient; else the full model's pass reaches every
+    # shared weight in every process. What a member owns has a gradient only in the steps in which it trains.
+    narrow_alone = recipe.sampler.kind == "random" or recipe.loss.trust_every > 1
     return DDPStrategy(
-        find_unused_parameters=recipe.sampler.kind == "random" or recipe.owned.ownership.owns,
+        find_unused_parameters=narrow_alone or recipe.owned.ownership.owns,
         gradient_as_bucket_view=True,  # saves a copy of the gradients
     )
 

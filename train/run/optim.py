@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, *, owned: OptimConfig 
 
     The first group decays (matrices), the second does not (1-D parameters, embeddings); a group may be
     empty. Their learning rate is the peak: `make_schedule` scales it. What members own makes two more
-    such groups if its learning rate is another.
+    such groups if its learning rate, or what that falls to, is another.
     """
     groups = [
         {"params": params, "lr": group.lr, "weight_decay": group.weight_decay * decays}

@@ -170,6 +170,14 @@ def test_in_the_steps_between_the_full_model_only_teaches(given: Path, train: Tr
     assert terms[:3] == [{"loss/H"}, {"loss/XL", "loss/H"}, {"loss/H"}]
 
 
+def test_in_a_step_between_there_may_be_nothing_to_teach(given: Path, train: Train) -> None:
+    words = ["loss.trust_every=2", "family={H: ffn=0.5}", "sampler.row_fraction=0.125"]
+    run = train(given, *words, "sampler.min_rows=4", "trainer.log_every_n_steps=1").path.parent
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    terms = [{name for name in line if name.startswith("loss/")} for line in lines if line["kind"] == "train"]
+    assert terms[0] == set()
+
+
 def test_the_end_of_a_run_goes_a_part_of_the_way_back_to_the_original(
     given: Path, train: Train, tmp_path: Path
 ) -> None:

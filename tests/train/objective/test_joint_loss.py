@@ -359,6 +359,18 @@ def test_a_turn_on_the_shared_cache_reads_the_full_pass(tiny_model: ElasticLM) -
     torch.testing.assert_close(loss, plain)
 
 
+@pytest.mark.parametrize("slots", [(), (Slot("S", range(8, 16)),)], ids=["none", "elsewhere"])
+def test_a_micro_batch_in_which_nobody_learns_has_no_loss(
+    tiny_model: ElasticLM, slots: tuple[Slot, ...]
+) -> None:
+    """As where the full model only teaches, and the members' rows are in another micro-batch."""
+    plan = StepPlan(full=0.0, exits=(), slots=slots)
+    loss = joint_loss(tiny_model, MEMBERS, make_batch(), plan, RAMPED, block=3, hidden=1.5)
+    assert loss.terms == {}
+    assert loss.total.item() == 0
+    assert not loss.total.requires_grad
+
+
 def test_recording_keeps_the_rows_of_its_turn(tiny_model: ElasticLM) -> None:
     batch = make_batch()
     recording = Recording()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.base.labels import IGNORE_INDEX
+from models.elastic import ops
 from train.objective.losses import DIVERGENCES, cross_entropy, divergence, hidden_loss, member_loss, ramp
 from train.recipe.sections import LossConfig
 
@@ -137,6 +138,19 @@ def test_hidden_states_are_compared_by_direction_with_the_gradient_of_a_cosine()
     torch.testing.assert_close(hidden_loss(states_ND, 7 * target_ND), loss_N)
     assert torch.autograd.gradcheck(lambda states: hidden_loss(states, target_ND), (states_ND,))
     assert hidden_loss(target_ND.bfloat16(), target_ND.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_near_hidden_states_are_told_apart_under_autocast(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(ops, "compiled_dtype", lambda _: None)
+    target_ND = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    states_ND = (target_ND + 0.03 * target_ND.roll(1)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_N = hidden_loss(states_ND, target_ND)
+    torch.testing.assert_close(loss_N, 1 - torch.cosine_similarity(states_ND, target_ND), rtol=0.01, atol=0)
 
 
 def test_hidden_states_of_zeros_have_a_bounded_gradient() -> None:

@@ -48,6 +48,12 @@ def test_rows_hands_out_the_share_without_overlap(step: int, slots: int, size: i
     assert made.exits == ("D",)
 
 
+@pytest.mark.parametrize("num_rows", range(1, 20))
+def test_all_rows_are_all_rows_whatever_members_wait_for(num_rows: int) -> None:
+    rows = [row for slot in plan("rows", 3, num_rows, row_fraction=1.0).slots for row in slot.rows]
+    assert sorted(rows) == list(range(num_rows))
+
+
 def test_less_than_a_row_a_step_is_none_in_some_steps() -> None:
     plans = [plan("rows", s, num_rows=4, row_fraction=0.125, min_rows=1) for s in range(8)]
     assert [sum(len(slot.rows) for slot in made.slots) for made in plans] == [0, 1] * 4

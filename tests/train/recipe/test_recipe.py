@@ -244,6 +244,11 @@ def test_the_full_model_may_be_named_in_a_family_and_still_comes_last() -> None:
         (["sampler.turns.D=2"], "D has no pass of its own; those that have: L, M, S"),
         (["sampler.turns.S=2", "sampler.kind=all"], "set that to rows"),
         (["sampler.kind=random", "sampler.probabilities.Z=1"], "Z is not in the family"),
+        (["family.T=ffn=0.5"], "family.T=ffn=0.5: has the layers and widths of L"),
+        (
+            ["members=draft", "sampler.turns={D: 2}"],
+            "D has no pass of its own; no member has; set it to null",
+        ),
         (["sampler.kind=random", "sampler.probabilities.S=0"], "above 0"),
         (["model.max_position_embeddings=100"], "data.sequence_length=256"),
     ],
@@ -269,7 +274,7 @@ RECIPES = st.builds(
     family=st.dictionaries(
         st.from_regex(r"[A-Za-z0-9_]{1,4}", fullmatch=True).filter(lambda name: name != "XL"),
         st.sampled_from(["ffn=0.5", "layers=0:3:5", "ffn=1:0.5,layers=0-1", "heads=0.25"]),
-    ),
+    ).filter(lambda family: len(set(family.values())) == len(family)),
     sampler=st.builds(SamplerConfig, row_fraction=st.floats(0.01, 1.0)),
     data=st.builds(DataConfig, source=TEXT, valid=st.none() | TEXT, separator=TEXT),
     optim=st.builds(

@@ -85,7 +85,8 @@ def compare_gradients(
     Returns:
         `gradient/S/norm` of each member, and `gradient/S/cosine` of each smaller one: of the angle
         between its gradient and the full model's on the weights that it has, which are those where its
-        own gradient is not 0.
+        own gradient is not 0. The loss is that of its logits, scaled as a narrow member's; what hidden
+        states add is left out.
     """
     full = next(name for name, granularity in members.items() if granularity == FULL)
     theirs = _gradient(model, members, batch, StepPlan(full=1.0, exits=(), slots=()), config)

@@ -66,8 +66,9 @@ class Metrics(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches or pl_module.step % self.every:
             return
         elapsed = self._training + self._waiting
-        parts = torch.stack(list(pl_module.losses.values()))  # each process has those of its rows
-        losses = trainer.strategy.reduce(parts, reduce_op="sum").tolist()  # a sync, once a line
+        # Each process has those of its rows; where the full model only teaches there may be none.
+        names, parts = list(pl_module.losses), list(pl_module.losses.values())
+        sums = trainer.strategy.reduce(torch.stack(parts), reduce_op="sum") if parts else torch.zeros(0)
         speed = self._window_tokens / elapsed
         line = {
             "tokens": self.tokens,
@@ -78,7 +79,7 @@ class Metrics(pl.Callback):
             **({"mfu": speed / (self.full_speed * trainer.world_size)} if self.full_speed else {}),
             "data_wait": self._waiting / elapsed,
             **_counts(pl_module.guard),
-            **{f"loss/{name}": loss for name, loss in zip(pl_module.losses, losses, strict=True)},
+            **{f"loss/{name}": loss for name, loss in zip(names, sums.tolist(), strict=True)},  # a sync
         }
         self._window_tokens, self._training, self._waiting = 0, 0.0, 0.0
         self.latest = line
