@@ -132,6 +132,7 @@ def hidden_loss(states_ND: Tensor, target_states_ND: Tensor) -> Tensor:
 
     (DistilBERT, https://arxiv.org/abs/1910.01108, section 3, has it for the last states.)
 
+    >>> import torch
     >>> hidden_loss(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
     tensor([0., 1.])
     """
@@ -157,6 +158,7 @@ def fade(step: int, config: LossConfig, num_steps: int) -> float:
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Return the negative log-likelihood of each label, in nats; 0 where the label is `IGNORE_INDEX`.
 
+    >>> import torch
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
     tensor([1.3863, 0.0000])
     """
