@@ -119,9 +119,9 @@ FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
 TO_TENTH = "owned.min_lr_ratio=0.1"
 """What members own slows down as much as all else."""
 PULL = "loss.narrow_gradient=0.2"
-SHORT_RUN = (PULL, "owned.min_lr_ratio=0.3", "loss.hidden_weight=12")
+SHORT_RUN = (PULL, "owned.min_lr_ratio=0.3", "loss.hidden_weight=12", "sampler.turns_power=1")
 LONG = "loss.narrow_gradient=1"
-LONG_RUN = (LONG, TO_TENTH, "loss.hidden_weight=6")
+LONG_RUN = (LONG, TO_TENTH, "loss.hidden_weight=6", "sampler.turns_power=0.5")
 """As the dial of tokens sets it for a short and for a long run."""
 ON_CACHE = ("sampler.shared_cache=0.5", "sampler.turns_power=0.5")
 """As it was while members had half of their rows on the full model's cache, and large ones more turns."""
@@ -166,6 +166,7 @@ D_ALONE = ("family.S=null", "family.L=null")
 PRESETS = (
     _even_short(),
     _even_long(change="narrow_gradient 1"),
+    _even_long("sampler.turns_power=1", change="narrow_gradient 1, turns_power 1"),
     _even_long("sampler.row_fraction=0.375", change="narrow_gradient 1, row_fraction 3/8"),
     _cached(),
     _cached_long(change="narrow_gradient 1"),

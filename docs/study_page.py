@@ -46,13 +46,13 @@ mixed, and its pull (`loss.narrow_gradient`) 0.4. "Even to a tenth": `even` when
 members own fell to a tenth of its peak, as all others do; now to 0.3 of it. "On more rows": `even` when
 narrow members had three eighths of the rows, not a quarter, and `loss.hidden_weight` was 6, now 12 in short
 runs; what is named before was measured on as many rows. "On the cache": `even` when members had half of their
-rows on the full model's keys and values, not a quarter, and S four turns for three of L, now five
-(`sampler.turns_power`); so was all that is named before. `outer_lr_ratio 0.5`: neurons that neither S nor L
-has learn half as fast as the others. The learning rate, 4e-3, is the full model's best alone in so short a
-run; all was first measured at half of it, where that is 2 to 4 % worse: `lr-2e-3`, below. Models of pd_books,
-public-domain books, read 20 tokens a parameter, those of 1.1M and of eight layers (1.7M) none twice; there
-2e-3 is as good. So small a model, so early in its training, shows directions, not the size of an effect in
-yours."""
+rows on the full model's keys and values, not a quarter, and, in short runs, S four turns for three of L, now
+five (`sampler.turns_power`); so was all that is named before. `outer_lr_ratio 0.5`: neurons that neither S
+nor L has learn half as fast as the others. The learning rate, 4e-3, is the full model's best alone in so
+short a run; all was first measured at half of it, where that is 2 to 4 % worse: `lr-2e-3`, below. Models of
+pd_books, public-domain books, read 20 tokens a parameter, those of 1.1M and of eight layers (1.7M) none
+twice; there 2e-3 is as good. So small a model, so early in its training, shows directions, not the size of an
+effect in yours."""
 
 
 def read_runs(found: Iterable[Found]) -> dict[Run, Found]:

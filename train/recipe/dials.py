@@ -40,7 +40,6 @@ _GENTLE = {
     "loss.fade_to": 1.0,
     "owned.norms": True,
     "sampler.exit_stride": 4,
-    "sampler.turns_power": 1.0,
 }
 MEMBERS: Mapping[str, Mapping[str, Any]] = {
     "light": {
@@ -53,6 +52,7 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
         "sampler.mixed_fraction": 0.0,
         "sampler.row_fraction": 0.08,
         "sampler.shared_cache": 0.5,
+        "sampler.turns_power": 1.0,
     },
     "even": {
         **_GENTLE,
@@ -62,6 +62,7 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
         "sampler.mixed_fraction": 0.125,
         "sampler.row_fraction": 0.25,
         "sampler.shared_cache": 0.25,
+        "sampler.turns_power": 0.9,
     },
     "draft": {
         "family": {"D": "layers=0-1", "E": "layers=0"},
@@ -157,19 +158,21 @@ def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[s
 def learning_of(tokens: str, num_parameters: int, members: str = "even") -> dict[str, float]:
     """Return how narrow members learn in a run of this length, where their purpose does not fix it.
 
-    That is how hard they pull at what they share, to what the rate of what they own falls, and how much the
-    full model's hidden states count. In a longer run the pull costs the full model less, what they own
-    comes to rest, and a small model has better uses for its width than to repeat a large one's states.
+    That is how hard they pull at what they share, to what the rate of what they own falls, how much the full
+    model's hidden states count, and how the smaller ones' turns grow with what they save. In a longer run the
+    pull costs the full model less, what they own comes to rest, a small model has better uses for its width
+    than to repeat a large one's states, and the large members need their turns.
     Measured at 0.8 and at 20 tokens a parameter (docs/LOG.md).
 
     >>> [tuple(learning_of(tokens, 10_000_000).values()) for tokens in ("5M", "12M", "25M", "200M")]
-    [(0.2, 0.3, 12.0), (0.3, 0.3, 11.0), (0.7, 0.2, 9.0), (1.0, 0.1, 6.0)]
+    [(0.2, 0.3, 12.0, 1.0), (0.3, 0.3, 11.0, 0.9), (0.7, 0.2, 9.0, 0.7), (1.0, 0.1, 6.0, 0.5)]
     """
     length = min(1.0, max(0.0, math.log(_count(tokens) / num_parameters, 5)))
     learning = {
         "loss.narrow_gradient": round(0.2 + 0.8 * length, 1),
         "owned.min_lr_ratio": round(0.3 - 0.2 * length, 1),
         "loss.hidden_weight": float(round(12 - 6 * length)),
+        "sampler.turns_power": round(1 - 0.5 * length, 1),
     }
     fixed = MEMBERS[members] if members != "even" else {}
     return {key: value for key, value in learning.items() if key not in fixed}

@@ -22,8 +22,11 @@ def _whole(value: Any) -> Any:
 
 def without_nulls(table: Any) -> Any:
     """Remove the entries that are set to null."""
-    is_table = isinstance(table, Mapping)
-    return {key: value for key, value in table.items() if value is not None} if is_table else table
+    if not isinstance(table, Mapping):
+        return table
+    if any(value is None and ":" in str(key) for key, value in table.items()):
+        raise ValueError("a key without a value, as which YAML reads {S:2}")
+    return {key: value for key, value in table.items() if value is not None}
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
@@ -102,7 +105,7 @@ class SamplerConfig:
     """Drafted tokens of a block in shared-cache training."""
     turns: Annotated[dict[str, Count] | None, BeforeValidator(without_nulls)] = None
     """Rows of each member by name (kind rows), relative to those of the others; null: by `turns_power`."""
-    turns_power: Annotated[float, Field(ge=0, le=2)] = 1.0
+    turns_power: Annotated[float, Field(ge=0, le=2)] = 0.9
     """Members get rows (kind rows) by the parameters of their layers to the power of minus this: with 0 all
     have as many, with 1 one of half the size has twice as many, as it costs half as much and needs more."""
     mixed_fraction: Fraction = 0.125

@@ -38,17 +38,23 @@ def test_tokens_set_the_schedule_by_what_a_step_holds() -> None:
 
 
 def test_members_learn_otherwise_in_a_longer_run_unless_it_is_said_how() -> None:
-    def learning(*words: str) -> tuple[float, float | None, float]:
+    def learning(*words: str) -> tuple[float | None, ...]:
         recipe = load_recipe(overrides=["size=8M", *words])
-        return recipe.loss.narrow_gradient, recipe.owned.min_lr_ratio, recipe.loss.hidden_weight
+        loss = recipe.loss
+        return loss.narrow_gradient, recipe.owned.min_lr_ratio, loss.hidden_weight, recipe.sampler.turns_power
 
     found = [learning(f"tokens={tokens}") for tokens in ("1M", "20M", "160M")]
-    assert found == [(0.2, 0.3, 12.0), (0.7, 0.2, 9.0), (1.0, 0.1, 6.0)]
+    assert found == [(0.2, 0.3, 12.0, 1.0), (0.7, 0.2, 9.0, 0.7), (1.0, 0.1, 6.0, 0.5)]
     assert learning("tokens=160M", "members=even") == found[-1]
-    light = (0.7, None, 0.0)
+    light = (0.7, None, 0.0, 1.0)
     assert learning("tokens=160M", "members=light") == learning("tokens=1M", "members=light") == light
-    own = ("loss.narrow_gradient=0.2", "owned.min_lr_ratio=0", "loss.hidden_weight=1")
-    assert learning("tokens=160M", *own) == learning("members=even", "tokens=160M", *own) == (0.2, 0.0, 1.0)
+    own = (
+        *("loss.narrow_gradient=0.2", "owned.min_lr_ratio=0"),
+        "loss.hidden_weight=1",
+        "sampler.turns_power=0",
+    )
+    for words in (own, ("members=even", *own)):
+        assert learning("tokens=160M", *words) == (0.2, 0.0, 1.0, 0.0)
 
 
 def test_dials_win_over_files_and_keys_win_over_dials_wherever_they_stand(tmp_path: Path) -> None:

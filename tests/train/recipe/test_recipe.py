@@ -244,6 +244,7 @@ def test_the_full_model_may_be_named_in_a_family_and_still_comes_last() -> None:
         (["sampler.turns.D=2"], "D has no pass of its own; those that have: L, M, S"),
         (["sampler.turns.S=2", "sampler.kind=all"], "set that to rows"),
         (["sampler.kind=random", "sampler.probabilities.Z=1"], "Z is not in the family"),
+        (["sampler.turns={S:2}"], "sampler.turns={S:2}: expected table of whole number"),
         (["family.T=ffn=0.5"], "family.T=ffn=0.5: has the layers and widths of L"),
         (
             ["members=draft", "sampler.turns={D: 2}"],
