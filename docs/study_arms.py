@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train.objective.flops import count_step_flops
-from train.recipe.dials import MEMBERS
+from train.recipe.dials import MEMBERS, learning_of
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.settings import show
 
@@ -119,10 +119,15 @@ FAST = ("owned.lr=8e-3", "loss.narrow_gradient=0.3")
 TO_TENTH = "owned.min_lr_ratio=0.1"
 """What members own slows down as much as all else."""
 PULL = "loss.narrow_gradient=0.2"
-SHORT_RUN = (PULL, "owned.min_lr_ratio=0.3", "loss.hidden_weight=12", "sampler.turns_power=1")
 LONG = "loss.narrow_gradient=1"
-LONG_RUN = (LONG, TO_TENTH, "loss.hidden_weight=6", "sampler.turns_power=0.5")
-"""As the dial of tokens sets it for a short and for a long run."""
+
+
+def _learning(tokens_per_parameter: float) -> list[str]:
+    """Return how members learn in a run of this length, as the dials set it."""
+    return [f"{key}={value}" for key, value in learning_of(tokens_per_parameter, 1).items()]
+
+
+SHORT_RUN, LONG_RUN = _learning(0.8), _learning(20)
 ON_CACHE = ("sampler.shared_cache=0.5", "sampler.turns_power=0.5")
 """As it was while members had half of their rows on the full model's cache, and large ones more turns."""
 MORE_ROWS = ("sampler.row_fraction=0.375", "loss.hidden_weight=6", *ON_CACHE)
@@ -168,6 +173,9 @@ PRESETS = (
     _even_long(change="narrow_gradient 1"),
     _even_long("sampler.turns_power=1", change="narrow_gradient 1, turns_power 1"),
     _even_long("sampler.row_fraction=0.375", change="narrow_gradient 1, row_fraction 3/8"),
+    _even_long("owned.lr=3e-3", change="narrow_gradient 1, owned.lr 3e-3"),
+    _even_long("owned.lr=1.2e-2", change="narrow_gradient 1, owned.lr 1.2e-2"),
+    _preset("even", *_learning(2), change="narrow_gradient 0.5"),
     _cached(),
     _cached_long(change="narrow_gradient 1"),
     _cached_long("loss.narrow_gradient=2", change="narrow_gradient 2"),

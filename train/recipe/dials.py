@@ -57,12 +57,10 @@ MEMBERS: Mapping[str, Mapping[str, Any]] = {
     "even": {
         **_GENTLE,
         "loss.exit_gradient": 1.0,
-        "loss.hidden_weight": 11.0,
         "owned.rank": 16,
         "sampler.mixed_fraction": 0.125,
         "sampler.row_fraction": 0.25,
         "sampler.shared_cache": 0.25,
-        "sampler.turns_power": 0.9,
     },
     "draft": {
         "family": {"D": "layers=0-1", "E": "layers=0"},
@@ -155,7 +153,7 @@ def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[s
     ]
 
 
-def learning_of(tokens: str, num_parameters: int, members: str = "even") -> dict[str, float]:
+def learning_of(num_tokens: float, num_parameters: float) -> dict[str, float]:
     """Return how narrow members learn in a run of this length, where their purpose does not fix it.
 
     That is how hard they pull at what they share, to what the rate of what they own falls, how much the full
@@ -164,18 +162,16 @@ def learning_of(tokens: str, num_parameters: int, members: str = "even") -> dict
     than to repeat a large one's states, and the large members need their turns.
     Measured at 0.8 and at 20 tokens a parameter (docs/LOG.md).
 
-    >>> [tuple(learning_of(tokens, 10_000_000).values()) for tokens in ("5M", "12M", "25M", "200M")]
+    >>> [tuple(learning_of(1e6 * count, 10e6).values()) for count in (5, 12, 25, 200)]
     [(0.2, 0.3, 12.0, 1.0), (0.3, 0.3, 11.0, 0.9), (0.7, 0.2, 9.0, 0.7), (1.0, 0.1, 6.0, 0.5)]
     """
-    length = min(1.0, max(0.0, math.log(_count(tokens) / num_parameters, 5)))
-    learning = {
+    length = min(1.0, max(0.0, math.log(num_tokens / num_parameters, 5)))
+    return {
         "loss.narrow_gradient": round(0.2 + 0.8 * length, 1),
         "owned.min_lr_ratio": round(0.3 - 0.2 * length, 1),
         "loss.hidden_weight": float(round(12 - 6 * length)),
         "sampler.turns_power": round(1 - 0.5 * length, 1),
     }
-    fixed = MEMBERS[members] if members != "even" else {}
-    return {key: value for key, value in learning.items() if key not in fixed}
 
 
 def _count(text: str) -> float:

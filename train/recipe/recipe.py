@@ -187,14 +187,22 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     recipe = read(*preset)
     if "tokens" in dials:  # whose number of steps depends on what the others say
         schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data)
-        if recipe.model.from_ is None:
-            num_parameters = count_parameters(recipe.elastic_config())
-            learning = learning_of(dials["tokens"], num_parameters, dials.get("members", "even"))
-            schedule += [f"{key}={value}" for key, value in learning.items()]
-        else:  # whose members learn from the full model from the first step on
+        if recipe.model.from_ is not None:  # whose members learn from the full model from the first step on
             schedule = [word for word in schedule if not word.startswith("loss.")]
-        recipe = read(*preset, *schedule)
+        preset += schedule
+        recipe = read(*preset)
+    if dials.keys() & {"tokens", "members"}:
+        learning = [f"{key}={value}" for key, value in _learning(recipe).items()]
+        recipe = read(*learning, *preset)
     return recipe
+
+
+def _learning(recipe: Recipe) -> dict[str, float]:
+    """Return how members learn in so long a run; with `model.from` that follows from the start."""
+    if recipe.model.from_ is not None:
+        return {}
+    num_tokens = recipe.trainer.max_steps * recipe.trainer.rows_per_step * recipe.data.sequence_length
+    return learning_of(num_tokens, count_parameters(recipe.elastic_config()))
 
 
 def load_saved_recipe(path: Path) -> Recipe:
@@ -220,7 +228,7 @@ def with_members(recipe: Recipe, members: str) -> Recipe:
     sections: dict[str, Any] = {}
     if recipe.family == MEMBERS["draft"]["family"]:  # which the dial gave it, not the recipe
         sections["family"] = Recipe().family
-    for key, value in MEMBERS[members].items():
+    for key, value in {**_learning(recipe), **MEMBERS[members]}.items():
         section, _, name = key.partition(".")
         before = sections.get(section, getattr(recipe, section))
         sections[section] = replace(before, **{name: value}) if name else value

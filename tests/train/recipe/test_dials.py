@@ -46,6 +46,8 @@ def test_members_learn_otherwise_in_a_longer_run_unless_it_is_said_how() -> None
     found = [learning(f"tokens={tokens}") for tokens in ("1M", "20M", "160M")]
     assert found == [(0.2, 0.3, 12.0, 1.0), (0.7, 0.2, 9.0, 0.7), (1.0, 0.1, 6.0, 0.5)]
     assert learning("tokens=160M", "members=even") == found[-1]
+    assert learning("trainer.max_steps=39000", "members=even") == found[-1]
+    assert learning("trainer.max_steps=39000") == learning()
     light = (0.7, None, 0.0, 1.0)
     assert learning("tokens=160M", "members=light") == learning("tokens=1M", "members=light") == light
     own = (
@@ -89,6 +91,9 @@ def test_a_recipe_changes_as_the_dial_would_change_it(members: str) -> None:
     words = ["seed=3", "sampler.min_rows=2"]
     dialled = load_recipe(overrides=[*words, f"members={members}"])
     assert with_members(load_recipe(overrides=words), members) == dialled
+    words = ["trainer.max_steps=200", "loss.hidden_weight=3"]
+    shorter = with_members(load_recipe(overrides=words), members)
+    assert shorter.loss.hidden_weight == (0 if members == "light" else 12)
 
 
 def test_a_model_that_is_too_small_for_the_members_is_refused() -> None:
