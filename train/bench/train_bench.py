@@ -140,7 +140,14 @@ def choose_contenders(recipe: Recipe, dtype: str) -> tuple[list[Contender], list
         loss=dataclasses.replace(recipe.loss, ramp_start=0, ramp_steps=0),
         trainer=dataclasses.replace(recipe.trainer, devices=1, num_nodes=1, strategy="auto"),
     )
-    full = dataclasses.replace(joint, family={}, sampler=SamplerConfig())
+    writer = "student" if recipe.distill.writer in recipe.family else recipe.distill.writer
+    full = dataclasses.replace(
+        joint,
+        family={},
+        sampler=SamplerConfig(),
+        model=dataclasses.replace(recipe.model, train="joint"),
+        distill=dataclasses.replace(recipe.distill, writer=writer),
+    )
     contenders = [
         Contender(engine="nestling", mode="full", recipe=full),
         Contender(engine="nestling", mode="joint", recipe=joint),

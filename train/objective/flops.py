@@ -54,6 +54,18 @@ def count_teacher_flops(recipe: Recipe, config: ElasticConfig, teacher: TeacherS
     return taught * recipe.trainer.rows_per_step * teacher.flops(recipe.data.sequence_length)
 
 
+def count_measuring_flops(recipe: Recipe, config: ElasticConfig) -> float:
+    """Return the operations of measuring the family on held-out text, in all of a run, at most.
+
+    Each time every member reads it, and a batch is trained on by each to compare their gradients.
+    """
+    trainer, length = recipe.trainer, recipe.data.sequence_length
+    forward = sum(count_flops(config, one, num_tokens=length) for one in recipe.granularities.values())
+    times = trainer.max_steps // trainer.val_check_interval
+    passes = times * (trainer.limit_val_batches + 3) + trainer.limit_final_batches
+    return float(passes * trainer.batch_size * forward)
+
+
 def _plan_flops(plan: StepPlan, recipe: Recipe, config: ElasticConfig) -> int:
     """Return a plan's operations: a pass that is trained costs three, one that only teaches costs one."""
     members, length = recipe.granularities, recipe.data.sequence_length

@@ -271,13 +271,16 @@ def _draw_mixture(slot: Slot, members: Mapping[str, Plan], fraction: float, rng:
     """
     plan = members[slot.name]
     larger = [name for name, one in members.items() if _is_wider(one, plan)]
-    num_layers = len(plan.layers)
-    if not larger or num_layers < 2 or rng.random() >= fraction:
+    if not larger or rng.random() >= fraction:
         return slot
     nearest = min(larger, key=lambda name: sum(layer.ffn + layer.groups for layer in members[name].layers))
-    count = rng.randrange(1, num_layers)
-    last = range(num_layers - count, num_layers)
-    places = last if rng.random() < 0.5 else sorted(rng.sample(range(num_layers), count))
+    pairs = zip(plan.layers, members[nearest].layers, strict=True)
+    differing = [place for place, (ours, theirs) in enumerate(pairs) if ours != theirs]
+    if len(differing) < 2:  # with that one as wide as the other's it is the other
+        return slot
+    count = rng.randrange(1, len(differing))
+    last = differing[len(differing) - count :]
+    places = last if rng.random() < 0.5 else sorted(rng.sample(differing, count))
     return replace(slot, mixture=Mixture(nearest, tuple(places)))
 
 

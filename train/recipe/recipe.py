@@ -287,6 +287,10 @@ def _owned_problems(recipe: Recipe) -> list[str]:
         return [f"{shown}: there is no member beside the full model; add one, as in family.D=layers=0-3"]
     if not recipe.owned.norms and not _narrow(recipe):
         return [f"{shown}: early exits own a norm alone, which owned.norms=false takes; set that to true"]
+    for key, value in {"teacher": recipe.loss.teacher, "trust": recipe.loss.trust}.items():
+        if value:
+            told = f"has no effect with {shown}, where the full model stays as it is; leave it out"
+            return [f"loss.{key}={show(value)}: {told}"]
     return []
 
 
@@ -322,8 +326,9 @@ def _sampler_problems(recipe: Recipe) -> list[str]:
         return [f"{shown}: has no effect with sampler.kind={sampler.kind}; set that to random"]
     if unknown := sorted(set(sampler.probabilities) - names):
         return [f"{shown}: {unknown[0]} is not in the family of {', '.join(sorted(names))}"]
-    if not sum(sampler.probabilities.values()):
-        return [f"{shown}: at least one must be above 0"]
+    drawn = names - {FULL_NAME} if recipe.model.train == "owned" else names
+    if not sum(sampler.probabilities.get(name, 0.0) for name in drawn):
+        return [f"{shown}: at least one of {', '.join(sorted(drawn))} must be above 0"]
     return []
 
 
@@ -334,7 +339,7 @@ def _written_problems(recipe: Recipe) -> list[str]:
         return [] if config.writer == DistillConfig.writer else [told]
     shown = f"distill.written_fraction={config.written_fraction:g}"
     problems = []
-    if recipe.loss.teacher is None and not recipe.is_held:
+    if recipe.loss.teacher is None and not recipe.is_held and recipe.model.train == "joint":
         problems.append(f"{shown}: nobody scores what is written; set loss.teacher")
     if config.cache is not None:
         problems.append(f"{shown}: distill.cache knows the text alone; leave one of them out")

@@ -33,6 +33,8 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Natural = Annotated[Whole, Field(ge=0)]
 Count = Annotated[Whole, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+Pull = Annotated[float, Field(ge=1e-4)]
+"""A factor of gradients; with a smaller one AdamW's epsilon would hold back what members own."""
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -187,10 +189,10 @@ class LossConfig:
     """Factor of how a narrow member's hidden states differ in direction from the full model's (1 minus the
     cosine): the last ones, and those between layers on average. It comes with the divergence, and falls to 0
     by the end of the run."""
-    narrow_gradient: Positive = 0.3
+    narrow_gradient: Pull = 0.3
     """Factor of the gradients that members with a pass of their own send into the layers, which they share
     with the full model. What they own learns at the full rate, whatever this is."""
-    exit_gradient: Positive = 1.0
+    exit_gradient: Pull = 1.0
     """The same factor for early exits."""
     head_gradient: Positive = 1.0
     """Factor of all members' gradients into the vocabulary head, which everybody shares."""
@@ -335,6 +337,11 @@ class TrainerConfig:
     def rows_per_step(self) -> int:
         """Rows of an optimizer step, over all micro-batches and devices."""
         return self.batch_size * self.accumulate_grad_batches
+
+    @property
+    def limit_final_batches(self) -> int:
+        """Batches on which the finished family is measured."""
+        return 4 * self.limit_val_batches
 
     @property
     def max_seconds(self) -> float:

@@ -34,12 +34,18 @@ from models.machine.card import (
     this_machine,
 )
 from train.objective.chunked_loss import rows_per_chunk
-from train.objective.flops import count_flops_alone, count_step_flops, count_teacher_flops, first_plans
+from train.objective.flops import (
+    count_flops_alone,
+    count_measuring_flops,
+    count_step_flops,
+    count_teacher_flops,
+    first_plans,
+)
 from train.objective.sampler import StepPlan
 from train.objective.teacher import TeacherShape
 from train.recipe.dials import MEMBERS
 from train.recipe.recipe import Recipe, with_members
-from train.recipe.settings import as_table
+from train.recipe.settings import as_table, show
 from train.run.start import check_start, check_taught
 
 # Training spends time on norms, softmax, the optimizer and small products as well: the fraction of a
@@ -63,6 +69,9 @@ class Estimate:
     sent: int
     """Bytes that each device sends in a step."""
     seconds: float
+    """Time of the steps."""
+    measuring_seconds: float
+    """Time, at most, to measure the family on held-out text."""
     dtype: str
     gflops: float
     """The measured rate of a matrix product."""
@@ -108,6 +117,7 @@ def estimate_run(
     tokens_per_step = trainer.rows_per_step * recipe.data.sequence_length
     dtype = resolve_dtype(recipe.dtype, card, purpose="training")
     gflops = card.device.dtypes[dtype].product_gflops
+    rate = gflops * 1e9 * UTILISATION[dtype]
     plans = first_plans(recipe, config)
     flops = count_step_flops(recipe, config, teacher)
     owned = count_owned(recipe, config)
@@ -141,7 +151,8 @@ def estimate_run(
         memory=memory,
         devices=devices,
         sent=traffic.sent(devices),
-        seconds=flops * trainer.max_steps / (gflops * 1e9 * UTILISATION[dtype] * devices),
+        seconds=flops * trainer.max_steps / (rate * devices),
+        measuring_seconds=count_measuring_flops(recipe, config) / rate,  # one device does it
         dtype=dtype,
         gflops=gflops,
         owned=owned if recipe.model.train == "owned" else 0,
@@ -231,11 +242,29 @@ def estimate_table(estimate: Estimate, recipe: Recipe, config: ElasticConfig) ->
     if estimate.devices > 1:
         sent = size(estimate.sent)
         facts["devices"] = f"each of {estimate.devices} devices holds this and sends {sent} a step"
+    if note := slow_start(recipe):
+        facts["learning rate"] = note
     facts["time"] = (
         f"about {duration(estimate.seconds)} in {estimate.dtype}, at {percent(UTILISATION[estimate.dtype])} "
-        f"of the {estimate.gflops:,.0f} GFLOP/s that this machine was measured to do"
+        f"of the {estimate.gflops:,.0f} GFLOP/s that this machine was measured to do, and up to "
+        f"{duration(estimate.measuring_seconds)} to measure the family on held-out text"
     )
     return facts_table(tuple(facts.items()))
+
+
+def slow_start(recipe: Recipe) -> str | None:
+    """Return what is wrong with a warm-up that the run is too short for; None if it is not.
+
+    >>> from train.recipe.recipe import load_recipe
+    >>> slow_start(load_recipe(overrides=["trainer.max_steps=80"]))
+    'optim.warmup_steps=100: the run of 80 steps ends at 80% of optim.lr=0.001; set it lower'
+    >>> slow_start(load_recipe())
+    """
+    steps, warmup = recipe.trainer.max_steps, recipe.optim.warmup_steps
+    if warmup <= steps:
+        return None
+    reached = f"{percent(steps / warmup)} of optim.lr={show(recipe.optim.lr)}"
+    return f"optim.warmup_steps={warmup}: the run of {steps} steps ends at {reached}; set it lower"
 
 
 def _describe_teacher(estimate: Estimate, recipe: Recipe) -> str:

@@ -305,9 +305,9 @@ def finish(
     if start is not None and module.recipe.model.train == "owned":
         check_unchanged(module.model, start)
     members: list[Member] = []
-    limit = module.recipe.trainer.limit_val_batches
-    batches = data.validation_batches(4 * limit)
-    fraction = blend(module.model, module.recipe, batches[:limit], console)
+    trainer = module.recipe.trainer
+    batches = data.validation_batches(trainer.limit_final_batches)
+    fraction = blend(module.model, module.recipe, batches[: trainer.limit_val_batches], console)
     if batches:
         if not console.is_terminal:
             console.print("measuring the family")

@@ -23,6 +23,8 @@ from train.run.start import Start
 
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "data.json"
+SET_BY_TOKENS = {"optim.warmup_steps", "loss.ramp_start", "loss.ramp_steps"}
+"""Keys by which a run of another length is another run, and which nobody writes."""
 FREE_TO_CHANGE = (
     "trainer",
     "tracking",
@@ -111,16 +113,18 @@ def check_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str)
     Raises:
         UsageError: naming each key with both values.
     """
-    changed = [
-        f"{key}={show(before, limit=200)} (now {show(now, limit=200)})"
+    changed = {
+        key: f"{key}={show(before, limit=200)} (now {show(now, limit=200)})"
         for key, now, before in _differences(ours, theirs)
         if key not in FREE_TO_CHANGE and key.partition(".")[0] not in FREE_TO_CHANGE
-    ]
+    }
     if changed:
-        shown = f"{', '.join(changed[:4])}{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}"
+        first = list(changed.values())[:4]
+        shown = f"{', '.join(first)}{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}"
+        dialled = "tokens=... sets that; to train longer, keep it as it was and set trainer.max_steps. "
         raise UsageError(
-            f"{where} holds a run with {shown}; "
-            "give it what it had, choose another --out, or start over with --resume never"
+            f"{where} holds a run with {shown}; {dialled if SET_BY_TOKENS & changed.keys() else ''}"
+            "Give it what it had, choose another --out, or start over with --resume never"
         )
 
 

@@ -117,9 +117,8 @@ class JointModule(pl.LightningModule):
         )
         self._keep(loss.terms, first=batch_idx % recipe.trainer.accumulate_grad_batches == 0)
         averaged_over = recipe.trainer.accumulate_grad_batches * self.trainer.world_size
-        if not loss.total.requires_grad:  # of a step in which no member has its turn
-            owned = [one.flatten()[0] for one in self.model.parameters() if one.requires_grad]
-            return loss.total * averaged_over + 0.0 * torch.stack(owned).sum()
+        if not loss.total.requires_grad:  # no member has its turn: no gradient, by which a weight would move
+            return loss.total.clone().requires_grad_()
         return loss.total * averaged_over
 
     def _keep(self, losses: Mapping[str, Tensor], *, first: bool) -> None:

@@ -51,12 +51,13 @@ class Guard:
         log = norm.detach().float().clamp_min(torch.finfo(torch.float32).tiny).log()
         limit = mean + self.sigma * variance.sqrt().clamp_min(LEAST_DEVIATION)
         bad = ~norm.isfinite() | ((seen >= WARM_UP) & (log > limit))
+        idle = norm == 0  # nobody had a turn, which says nothing of the steps in which somebody has
         # a mean of all at first, an exponential one later; what is skipped teaches nothing
-        rate = torch.where(bad, 0.0, 1 / (seen + 1).clamp_max(WINDOW))
-        off = torch.where(bad, 0.0, log - mean)
-        in_row = (in_row + 1) * bad
+        rate = torch.where(bad | idle, 0.0, 1 / (seen + 1).clamp_max(WINDOW))
+        off = torch.where(bad | idle, 0.0, log - mean)
+        in_row = torch.where(idle, in_row, (in_row + 1) * bad)
         after = (
-            seen + ~bad,
+            seen + ~(bad | idle),
             mean + rate * off,
             (1 - rate) * (variance + rate * off**2),
             skipped + bad,

@@ -76,15 +76,15 @@ class Report:
 
     @property
     def plain_seconds(self) -> float | None:
-        """A target pass on one token: the median of this request's.
+        """A target pass on one token: the median of this request's, where one on more tokens took no less.
 
         Without any, what the known costs make of the most frequent pass; None if nothing is known.
         """
         num_rounds = {num: count for _, num in self._kinds if (count := len(self._passes(num + 1)))}
         if not num_rounds:  # the prefill wrote all there is
             return None
-        if 0 in num_rounds:
-            return median(self._passes(1))
+        if 0 in num_rounds:  # of a few, one after a pause would make drafts look better than they are
+            return min(median(self._passes(num + 1)) for num in num_rounds)
         m = max(num_rounds, key=num_rounds.__getitem__) + 1
         if self.known_costs is None or m not in self.known_costs.target:
             return None

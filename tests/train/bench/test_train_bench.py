@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from models.checkpoint.folder import save_model
+from models.elastic.model import ElasticLM
 from train.bench import train_bench
 from train.bench.train_bench import choose_contenders, compare, make_row
 from train.bench.trainers import Contender
@@ -75,6 +77,22 @@ def test_the_full_model_alone_is_the_recipe_without_its_family() -> None:
     assert (joint.family, joint.sampler.kind) == ({"S": "ffn=0.25", "D": "layers=0"}, "sandwich")
     assert (joint.loss.ramp_start, joint.loss.ramp_steps) == (0, 0)
     assert len(contenders) + len(notes) == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.train=owned", "model.from=somewhere"],
+        ["distill.written_fraction=0.5", "distill.prompt_tokens=4", "distill.writer=S", "loss.teacher=x"],
+    ],
+)
+def test_the_full_model_alone_trains_itself_and_writes_itself(
+    words: list[str], tmp_path: Path, tiny_model: ElasticLM
+) -> None:
+    given = save_model(tmp_path / "given", tiny_model)
+    words = [word.replace("somewhere", str(given)) for word in words]
+    full = choose_contenders(load_recipe(overrides=[*TINY, *words]), "fp32")[0][0].recipe
+    assert (full.model.train, full.distill.writer) == ("joint", "student")
 
 
 def test_a_teacher_teaches_ours_and_a_note_says_that_theirs_learns_from_text() -> None:

@@ -357,12 +357,48 @@ def test_a_draft_that_is_owned_learns_to_be_accepted(given: Path, train: Train) 
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["model.train=owned", "owned.norms=true"],
+        ["loss.trust_every=3", "model.blend=1"],
+    ],
+)
+def test_micro_batches_change_nothing_where_a_turn_is_rare(
+    words: list[str], given: Path, train: Train
+) -> None:
+    """A member without one must not move, be it in a micro-batch or in the whole step."""
+    words = [*words, "family={F: ffn=0.5, G: ffn=0.25}", "owned.rank=2", "owned.lr=0.01"]
+    words += ["sampler.row_fraction=0.1", "sampler.min_rows=1", "trainer.max_steps=12"]
+    whole, parts = (
+        train(given, *words, f"trainer.batch_size={8 // count}", f"trainer.accumulate_grad_batches={count}")
+        for count in (1, 4)
+    )
+    theirs = dict(owned_weights(parts.model))
+    for name, tensor in owned_weights(whole.model):
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_full_model_scores_what_a_draft_that_is_owned_writes(given: Path, train: Train) -> None:
+    read, written = (
+        dict(owned_weights(train(given, *OWNED, *words).model))
+        for words in ([], ["distill.written_fraction=0.5", "distill.prompt_tokens=4"])
+    )
+    assert any(not torch.equal(read[name], written[name]) for name in read)
+
+
+@pytest.mark.parametrize(
     ("words", "named"),
     [
         (["model.train=owned", "owned.norms=false", "owned.rank=0"], "members own nothing; set owned.norms"),
         (["model.train=owned", "family={}"], "there is no member beside the full model"),
         (["model.train=owned", "family={E: layers=0}", "owned.norms=false"], "early exits own a norm alone"),
         (["model.train=owned", "model.from=null"], "would keep its random weights; set model.from"),
+        (["model.train=owned", "loss.trust=0.5"], "loss.trust=0.5: has no effect with model.train=owned"),
+        (["model.train=owned", "loss.teacher=x"], "loss.teacher=x: has no effect with model.train=owned"),
+        (
+            ["model.train=owned", "sampler.kind=random", "sampler.probabilities={XL: 1}"],
+            "must be above 0",
+        ),
     ],
 )
 def test_training_of_nothing_is_refused(

@@ -233,6 +233,24 @@ def test_a_fraction_of_the_turns_are_mixtures_and_plans_without_any_stay() -> No
     assert {slot.mixture for slot in slots(0.0)} == {None}
 
 
+@pytest.mark.parametrize(
+    ("texts", "mixed"),
+    [
+        ({"S": "ffn=0.5:1:1:1", "XL": "full"}, set()),
+        ({"S": "ffn=0.125:0.5:0.5:0.5", "M": "ffn=0.5", "XL": "full"}, {"M"}),
+        ({"S": "ffn=0.5:0.5:1:1", "XL": "full"}, {"S"}),
+    ],
+)
+def test_a_mixture_is_no_member_of_the_family(texts: dict[str, str], mixed: set[str]) -> None:
+    family = {name: Granularity.parse(text) for name, text in texts.items()}
+    plans = {name: one.resolve(SHAPE) for name, one in family.items()}
+    config = SamplerConfig(kind="rows", row_fraction=1.0, mixed_fraction=1.0)
+    made = [plan_step(plans, config, seed=0, step=step, num_rows=16) for step in range(50)]
+    slots = [slot for one in made for slot in one.slots if slot.mixture is not None]
+    assert {slot.name for slot in slots} == mixed
+    assert all(slot.granularity(family, 4).resolve(SHAPE) not in plans.values() for slot in slots)
+
+
 def test_a_member_without_a_larger_one_of_its_layers_is_not_mixed() -> None:
     texts = {"A": "ffn=0.5,layers=1-2", "B": "ffn=0.5,layers=3", "XL": "full"}
     plans = {name: Granularity.parse(text).resolve(SHAPE) for name, text in texts.items()}

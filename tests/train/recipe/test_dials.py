@@ -31,10 +31,17 @@ def test_every_family_fits_every_size(size: str, members: str) -> None:
 
 
 def test_tokens_set_the_schedule_by_what_a_step_holds() -> None:
-    recipe = load_recipe(overrides=["tokens=1e6", "trainer.batch_size=50", "data.sequence_length=200"])
-    assert recipe.trainer.max_steps == 100
-    assert (recipe.optim.warmup_steps, recipe.loss.ramp_start, recipe.loss.ramp_steps) == (5, 10, 40)
+    recipe = load_recipe(overrides=["tokens=8e6", "trainer.batch_size=50", "data.sequence_length=200"])
+    assert recipe.trainer.max_steps == 800
+    assert (recipe.optim.warmup_steps, recipe.loss.ramp_start, recipe.loss.ramp_steps) == (40, 80, 320)
     assert load_recipe(overrides=["tokens=1"]).trainer.max_steps == 1
+
+
+def test_in_a_short_run_the_full_model_learns_alone_at_first_and_is_seldom_measured() -> None:
+    for tokens, steps, first in (("1M", 244, 50), ("200k", 49, 49)):
+        recipe = load_recipe(overrides=[f"tokens={tokens}"])
+        found = (recipe.trainer.max_steps, recipe.loss.ramp_start, recipe.trainer.val_check_interval)
+        assert found == (steps, first, first)
 
 
 def test_members_learn_otherwise_in_a_longer_run_unless_it_is_said_how() -> None:
@@ -70,10 +77,10 @@ def test_dials_win_over_files_and_keys_win_over_dials_wherever_they_stand(tmp_pa
 
 def test_wrong_values_are_all_named_with_what_a_dial_takes() -> None:
     with pytest.raises(UsageError) as caught:
-        load_recipe(overrides=["size=3M", "tokens=0", "members=heavy"])
+        load_recipe(overrides=["size=3M", "tokens=1e400", "members=heavy"])
     size, tokens, members = str(caught.value).splitlines()
     assert size == "size=3M: expected 1M, 8M, 17M, 52M, 100M"
-    assert tokens == "tokens=0: expected number, as in 8M"
+    assert tokens == "tokens=1e400: expected number, as in 8M"
     assert members == "members=heavy: expected light, even, draft"
 
 

@@ -251,6 +251,7 @@ def test_the_full_model_may_be_named_in_a_family_and_still_comes_last() -> None:
             "D has no pass of its own; no member has; set it to null",
         ),
         (["sampler.kind=random", "sampler.probabilities.S=0"], "above 0"),
+        (["loss.narrow_gradient=1e-30"], "loss.narrow_gradient=1e-30"),
         (["model.max_position_embeddings=100"], "data.sequence_length=256"),
     ],
 )

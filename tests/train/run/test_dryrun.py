@@ -91,6 +91,17 @@ def test_accumulation_takes_time_and_no_memory(card: MachineCard) -> None:
     assert theirs.memory == ours.memory
 
 
+def test_measuring_reads_each_batch_with_every_member_and_compares_gradients_on_one(
+    card: MachineCard,
+) -> None:
+    words = ["trainer.val_check_interval=4", "trainer.limit_val_batches=5"]  # twice in 10 steps
+    one = recipe(*words)
+    members = sum(forward(str(granularity)) for granularity in one.granularities.values())
+    rate = card.device.dtypes["fp32"].product_gflops * 1e9 * UTILISATION["fp32"]
+    estimate = estimate_run(one, one.elastic_config(), card)
+    assert estimate.measuring_seconds == pytest.approx((2 * (5 + 3) + 4 * 5) * members / rate)
+
+
 def test_time_follows_the_measured_rate(card: MachineCard) -> None:
     one = recipe()
     estimate = estimate_run(one, one.elastic_config(), card)

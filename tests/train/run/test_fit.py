@@ -161,6 +161,12 @@ def test_utilisation_is_a_share_of_the_measured_rate_if_there_is_one(
         assert line["mfu"] == pytest.approx(flops / (card.cpu.dtypes["fp32"].product_gflops * 1e9))
 
 
+def test_the_last_step_has_a_line_in_any_case(text: Path, tmp_path: Path) -> None:
+    run(make_recipe(text, "trainer.max_steps=5", "trainer.val_check_interval=9"), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 5]
+
+
 def test_metrics_tell_of_every_member_and_the_loss_falls(finished: Path) -> None:
     lines = read_metrics(finished / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train"]

@@ -104,6 +104,14 @@ def test_a_state_of_another_run_is_compared_like_the_runs_own_folder(
     assert not (tmp_path / "r2").exists()
 
 
+def test_another_length_by_the_dial_is_said_to_be_one(train: Train) -> None:
+    train("r1")
+    said = train("r1", "loss.ramp_start=3", code=2)
+    assert (
+        "(now 3); tokens=... sets that; to train longer, keep it as it was and set trainer.max_steps" in said
+    )
+
+
 def test_a_state_of_the_same_recipe_on_other_text_is_refused(
     train: Train, corpus: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,16 @@ def test_what_is_skipped_teaches_nothing() -> None:
     assert guard.counters() == {**before, "skipped": 2.0, "in_row": 2.0}
 
 
+def test_steps_in_which_nobody_has_a_turn_say_nothing_of_the_others() -> None:
+    guard, now_and_then = Guard(6.0), Guard(6.0)
+    norms = [*noise(200), torch.tensor(1e6), torch.tensor(NAN), *noise(9)]
+    verdicts = judge(guard, norms)
+    assert sum(verdicts) == 2
+    idle = [torch.tensor(0.0)] * 3
+    assert [judge(now_and_then, [*idle, norm]) for norm in norms] == [[0, 0, 0, one] for one in verdicts]
+    assert now_and_then.counters() == guard.counters()
+
+
 def test_only_three_in_a_row_take_the_run_back_and_that_is_remembered() -> None:
     guard = Guard(6.0)
     judge(guard, [NAN, NAN, 1.0, NAN])

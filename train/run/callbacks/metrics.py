@@ -13,7 +13,7 @@ from train.run.skip_steps import Guard
 
 
 class Metrics(pl.Callback):
-    """Writes a `train` line every `log_every_n_steps` steps.
+    """Writes a `train` line every `log_every_n_steps` steps, and one at the end of the run.
 
     The losses are read once per line, so that the steps between run without waiting for the device.
 
@@ -63,7 +63,9 @@ class Metrics(pl.Callback):
         num_tokens = batch.tokens_BT.numel() * trainer.world_size
         self.tokens += num_tokens
         self._window_tokens += num_tokens
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or pl_module.step % self.every:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if pl_module.step % self.every and pl_module.step != pl_module.recipe.trainer.max_steps:
             return
         elapsed = self._training + self._waiting
         # Each process has those of its rows; where the full model only teaches there may be none.

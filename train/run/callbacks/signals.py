@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -96,4 +97,5 @@ class Signals(StepCallback):
         self._signalled = True
         self._code = code
         if not self._training:
+            print("nestling: stopped; the same command starts again from what is saved", file=sys.stderr)
             raise SystemExit(code)

@@ -184,6 +184,15 @@ def test_c_v_and_speeds_are_those_of_the_rounds() -> None:
     assert report.predicted_speedup == pytest.approx(tokens / (2.0 + 4 * 1.7 + 2.5 + 1.5))
 
 
+def test_a_plain_step_takes_no_longer_than_a_pass_on_more_tokens() -> None:
+    """Here the only one came after a pause."""
+    report = counted([taken("none", 0, 0, 0.0, 9.0), *[taken("S", 2, 2, 0.5, 1.5)] * 4])
+    assert report.plain_seconds == 1.5
+    assert report.speedup is not None
+    assert report.tau is not None
+    assert report.speedup < report.tau
+
+
 def test_known_costs_predict_and_stand_in_for_a_plain_step_that_was_not_seen() -> None:
     known = Costs({1: 10.0, 3: 15.0}, {"S": 4.0})
     report = counted([taken("S", 2, 2, 1.0, 3.0)] * 3, known)
