@@ -86,7 +86,7 @@ class Estimate:
 
 
 def dry_run(recipe: Recipe, console: Console) -> Estimate:
-    """Print the family and what the run would take, then the resolved recipe, which is long.
+    """Print the resolved recipe, which is long, then the family and what the run would take.
 
     Raises:
         UsageError: if the model's sizes do not fit together, or its teacher not to the recipe.
@@ -96,9 +96,9 @@ def dry_run(recipe: Recipe, console: Console) -> Estimate:
     with console.status("measuring this machine"):
         card = _card()
     estimate = estimate_run(recipe, config, card, teacher)
+    console.print(_yaml(recipe), markup=False, soft_wrap=True)
     console.print(family_costs(recipe, config).to_rich(title="the family"))
     console.print(estimate_table(estimate, recipe, config).to_rich())
-    console.print(_yaml(recipe), markup=False, soft_wrap=True)
     return estimate
 
 
@@ -232,7 +232,7 @@ def estimate_table(estimate: Estimate, recipe: Recipe, config: ElasticConfig) ->
     }
     if taught or held:
         facts["teacher" if taught else "frozen original"] = _describe_teacher(estimate, recipe)
-    facts["members="] = f"{_presets(recipe, config)} those of the full model alone"
+    facts["members="] = f"{_presets(recipe, config)} those of the full model alone; in time a little more"
     facts["memory"] = (
         f"about {size(memory.total)}: {size(state)} weights, gradients and optimizer, "
         f"{size(memory.activations)} activations, {size(memory.logits)} logits"
