@@ -1,4 +1,4 @@
-"""A progress bar on a terminal; elsewhere a line at the first loss, at each tenth, and each minute."""
+"""A progress bar on a terminal; elsewhere lines: the first loss, the first after each tenth, one a minute."""
 
 from time import perf_counter
 
@@ -48,6 +48,7 @@ class ProgressBar(StepCallback):
         self._began = self._printed = perf_counter()
         self._tenth = -1
         self._losses: dict[str, float] = {}
+        self._shown: dict[str, float] = {}
 
     def on_step(self, trainer: pl.Trainer, module: JointModule) -> None:
         """Advance."""
@@ -67,9 +68,10 @@ class ProgressBar(StepCallback):
 
     def _print(self, step: int, status: str) -> None:
         """Print a line if one is due."""
-        now, tenth = perf_counter(), step * 10 // self.max_steps
-        if tenth > self._tenth or now - self._printed > SILENT_SECONDS:
-            self._tenth, self._printed = tenth, now
+        now, tenth, latest = perf_counter(), step * 10 // self.max_steps, self.metrics.latest
+        has_news = tenth > self._tenth and latest is not self._shown
+        if has_news or now - self._printed > SILENT_SECONDS:
+            self._tenth, self._printed, self._shown = tenth, now, latest
             seconds = (now - self._began) / max(1, step - self._first) * (self.max_steps - step)
             left = f" · {duration(seconds)} left" if step < self.max_steps else ""
             self.console.print(f"step {step}/{self.max_steps} {status}{left}", highlight=False)
