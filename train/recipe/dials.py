@@ -139,11 +139,12 @@ def overrides_of(dials: Mapping[str, str]) -> Iterator[str]:
         yield from (f"{key}={show(value)}" for key, value in MEMBERS[dials["members"]].items())
 
 
-def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[str]:
+def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig, *, taught: bool = False) -> list[str]:
     """Return what `tokens` sets: a run of this length in the proportions of the default one.
 
-    In its first 50 steps members learn from text alone, however short it is: a full model that knows nothing
-    yet is drawn to what is easily agreed on (docs/LOG.md). Nor is the family measured more often than that.
+    In its first 50 steps members learn from text alone, however short it is, unless a teacher knows better: a
+    full model that knows nothing yet is drawn to what is easily agreed on (docs/LOG.md). Nor is the family
+    measured more often than that.
 
     >>> schedule_of("8.192M", TrainerConfig(), DataConfig())[:2]
     ['trainer.max_steps=2000', 'trainer.val_check_interval=250']
@@ -155,7 +156,7 @@ def schedule_of(tokens: str, trainer: TrainerConfig, data: DataConfig) -> list[s
         f"trainer.val_check_interval={max(steps // 8, few)}",
         f"trainer.checkpoint_every={max(1, steps // 4)}",
         f"optim.warmup_steps={steps // 20}",
-        f"loss.ramp_start={max(steps // 10, few)}",
+        f"loss.ramp_start={steps // 10 if taught else max(steps // 10, few)}",
         f"loss.ramp_steps={steps * 2 // 5}",
     ]
 

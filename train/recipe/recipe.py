@@ -186,7 +186,8 @@ def load_recipe(configs: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
 
     recipe = read(*preset)
     if "tokens" in dials:  # whose number of steps depends on what the others say
-        schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data)
+        taught = recipe.loss.teacher is not None
+        schedule = schedule_of(dials["tokens"], recipe.trainer, recipe.data, taught=taught)
         if recipe.model.from_ is not None:  # whose members learn from the full model from the first step on
             schedule = [word for word in schedule if not word.startswith("loss.")]
         preset += schedule

@@ -42,6 +42,7 @@ def test_in_a_short_run_the_full_model_learns_alone_at_first_and_is_seldom_measu
         recipe = load_recipe(overrides=[f"tokens={tokens}"])
         found = (recipe.trainer.max_steps, recipe.loss.ramp_start, recipe.trainer.val_check_interval)
         assert found == (steps, first, first)
+    assert load_recipe(overrides=["tokens=1M", "loss.teacher=x"]).loss.ramp_start == 24, "it knows already"
 
 
 def test_members_learn_otherwise_in_a_longer_run_unless_it_is_said_how() -> None:
