@@ -5,6 +5,7 @@ from typing import Any
 
 from models.decode.decoder import Decoder
 from models.decode.engine.drafters import DRAFTERS
+from models.decode.engine.policy import NO_DRAFT
 from models.decode.engine.report import Report
 from models.packed.quantize import FILE, runs_on
 
@@ -30,7 +31,7 @@ def describe_draft(decoder: Decoder, *, in_batch: bool) -> str:
     drafting, gamma = decoder.drafting, _gamma(decoder, in_batch)
     note = f" ({drafting.note})" if drafting.note else ""
     others = f" or {', '.join(DRAFTERS)}" if drafting.copies and not in_batch else ""
-    number = f", gamma {gamma}" if gamma else ""
+    number = f", gamma {gamma}" if drafting.name != NO_DRAFT else ""
     kernels = runs_on(decoder.folder.model)
     return f"draft {drafting.name}{note}{others}{number} · {_weights(decoder)}, {kernels}"
 

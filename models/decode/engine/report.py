@@ -103,7 +103,7 @@ class Report:
     def v(self) -> dict[int, float] | None:
         """Seconds of a target pass over those of a plain step, by number of tokens."""
         plain, numbers = self.plain_seconds, sorted({num + 1 for _, num in self._kinds})
-        return {m: median(self._passes(m)) / plain for m in numbers} if plain else None
+        return {m: median(self._passes(m)) / plain if m > 1 else 1.0 for m in numbers} if plain else None
 
     @property
     def speedup(self) -> float | None:

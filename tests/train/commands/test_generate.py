@@ -75,8 +75,9 @@ def test_the_text_is_shown_and_the_figures_follow_on_stderr(generate: Any) -> No
 def test_greedy_ids_do_not_depend_on_the_draft(generate: Any, model: Path, tmp_path: Path) -> None:
     stranger = other_model(model, tmp_path / "stranger", layers=1)
     plain, _, err = generate("--draft", "none", "--max-new-tokens", "30")
-    assert "draft none" in err
+    assert "draft none ·" in err
     assert plain["tau"] == 1.0
+    assert "draft D, gamma 0 ·" in generate("--draft", "D", "--gamma", "0", "--max-new-tokens", "2")[2]
     for draft in ("S", "D", "auto", "lookup", "full", "ffn=0.5,layers=0:2", stranger):
         drafted, _, _ = generate("--draft", draft, "--max-new-tokens", "30")
         assert drafted["ids"] == plain["ids"], draft

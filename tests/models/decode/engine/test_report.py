@@ -188,6 +188,7 @@ def test_a_plain_step_takes_no_longer_than_a_pass_on_more_tokens() -> None:
     """Here the only one came after a pause."""
     report = counted([taken("none", 0, 0, 0.0, 9.0), *[taken("S", 2, 2, 0.5, 1.5)] * 4])
     assert report.plain_seconds == 1.5
+    assert report.v == {1: 1.0, 3: 1.0}
     assert report.speedup is not None
     assert report.tau is not None
     assert report.speedup < report.tau
