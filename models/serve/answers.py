@@ -67,8 +67,10 @@ class Answer:
     def usage(self) -> Json:
         """Return the counts of tokens, and how well drafts did."""
         reports = [job.report for job in self.jobs]
-        prompts = {id(job.prompt_ids): len(job.prompt_ids) for job in self.jobs}  # n choices share one
-        num_prompt, num_new = sum(prompts.values()), sum(report.num_tokens for report in reports)
+        firsts = {id(job.prompt_ids): job for job in reversed(self.jobs)}.values()  # n choices share a prompt
+        num_prompt = sum(len(job.prompt_ids) for job in firsts)
+        num_shared = sum(job.num_shared for job in firsts)
+        num_new = sum(report.num_tokens for report in reports)
         accepted, drafted = (sum(getattr(one, name) for one in reports) for name in ("accepted", "drafted"))
         rounds, reached = (sum(getattr(one, name) for one in reports) for name in ("rounds", "reached"))
         overlap = sum(report.overlap for report in reports)
@@ -76,7 +78,7 @@ class Answer:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_new,
             "total_tokens": num_prompt + num_new,
-            "prompt_tokens_details": {"cached_tokens": self.jobs[0].num_shared},
+            "prompt_tokens_details": {"cached_tokens": num_shared},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": accepted,
                 "rejected_prediction_tokens": drafted - accepted,

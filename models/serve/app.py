@@ -158,9 +158,7 @@ def _jobs(
 ) -> list[Job]:
     """Return a job for each choice of each prompt."""
     context = served.target.full.config.max_position_embeddings
-    config = body.generation_config(
-        max_tokens or context, secrets.randbits(63) if body.seed is None else body.seed
-    )
+    seeds = [secrets.randbits(63) if body.seed is None else body.seed for _ in prompts]
     updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
     return [
         Job(
@@ -168,7 +166,7 @@ def _jobs(
             tokenizer=service.decoder.tokenizer,
             new_policy=served.new_policy,
             prompt_ids=prompt,
-            config=config,
+            config=body.generation_config(max_tokens or context, seeds[number]),
             row=row,
             logprobs=logprobs,
             scores_prompt=scores_prompt,

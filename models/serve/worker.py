@@ -108,12 +108,17 @@ class Worker:
         """Queue some jobs, all or none.
 
         Raises:
-            UsageError: if one has no room even in empty memory.
+            UsageError: if one has no room even in empty memory, or there are more than an idle server takes.
             Busy: if the queue has no room.
             Stopped: if the server stops.
         """
         for job in jobs:
             self._check_size(job)
+        most = self.limits.queue + self.limits.batch
+        if len(jobs) > most:
+            raise UsageError(
+                f"{len(jobs)} texts are asked for (prompts x n), and {most} are the most; ask for fewer"
+            )
         with self._wake:
             if self._stops:
                 raise Stopped("the server stops; ask another one")
@@ -187,7 +192,9 @@ class Worker:
             self._wake.wait_for(self._has_work)
             gone, self._cancelled = self._cancelled, set()
             if gone:
-                self._queue = deque(job for job in self._queue if job not in gone)
+                stay = deque(job for job in self._queue if job not in gone)
+                self._metrics.cancelled += len(self._queue) - len(stay)
+                self._queue = stay
                 self._is_stuck = False
         for number, live in list(self._live.items()):
             if live.job in gone:

@@ -53,7 +53,9 @@ LatencyOption = Annotated[
         help="Table of latencies to count with, from the JSON of an earlier search. Default: this machine's.",
     ),
 ]
-EvaluationsOption = Annotated[int, typer.Option(help="Number of members to measure, at most.")]
+EvaluationsOption = Annotated[
+    int, typer.Option(help="Number of members to measure, at most, beside probes and uniform ones.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +162,20 @@ def open_text(
     return folder, list(take_batches(rows, num_tokens))
 
 
-def _weight_bytes(path: Path) -> int:
-    """Return the bytes of a weight as a folder keeps it."""
+def stored_dtype(path: Path) -> str:
+    """Return the dtype of the weights that a folder keeps."""
     from models.base.dtypes import DTYPES
     from models.base.files import read_json
 
     fields = read_json(path / "config.json") if path.is_dir() else {}
     stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
-    return next((one.itemsize for one in DTYPES.values() if str(one).endswith(stored)), 4)
+    return next((name for name, one in DTYPES.items() if str(one) == f"torch.{stored}"), "fp32")
+
+
+def _weight_bytes(path: Path) -> int:
+    from models.base.dtypes import DTYPES
+
+    return DTYPES[stored_dtype(path)].itemsize
 
 
 def search_fields_of(result: "Result", kind: str) -> dict[str, Any]:
@@ -202,16 +210,17 @@ def _costs(
     config, table = folder.model.config, None
     context = min(config.max_position_embeddings, MAX_CONTEXT)
     costs: dict[str, Cost] = {}
+    stored = None
+    if request.gguf_dtype is not None:
+        stored = functools.partial(_file_bytes, folder, request.gguf_dtype)
+    elif request.packed_dtype is not None:
+        stored = functools.partial(_packed_bytes, folder, request.packed_dtype, weight_bytes)
     for kind in [one.kind for one in budgets]:
         if kind == "latency":
             table = latency_table(folder, space, request.latency_table)
             costs[kind] = functools.partial(table.seconds, config)
-        elif kind == "bytes" and request.gguf_dtype is not None:
-            costs[kind] = functools.partial(_file_bytes, folder, request.gguf_dtype)
-        elif kind == "bytes" and request.packed_dtype is not None:
-            costs[kind] = functools.partial(_packed_bytes, folder, request.packed_dtype, weight_bytes)
         else:
-            costs[kind] = cost_of(kind, config, weight_bytes=weight_bytes, context=context)
+            costs[kind] = cost_of(kind, config, weight_bytes=weight_bytes, context=context, stored=stored)
     return costs, table
 
 

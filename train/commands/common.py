@@ -75,6 +75,27 @@ def check_json(path: Path | None, **inputs: Paths) -> None:
         check_apart({"--json": path}, name_flags(inputs))
 
 
+def check_made_by(command: str, mark: str, out: Path) -> None:
+    """Refuse to replace a model folder that another command made, which may have taken days.
+
+    Args:
+        command: whose folders may be replaced.
+        mark: what its folders have in their provenance, and no others.
+        out: the place of the new folder.
+
+    Raises:
+        UsageError: naming it, as for a place that holds something else.
+    """
+    from models.base.files import check_replaceable, read_json
+    from models.checkpoint.family import FAMILY_FILE
+
+    check_replaceable(out)
+    if (out / FAMILY_FILE).is_file() and mark not in (read_json(out / FAMILY_FILE).get("provenance") or {}):
+        raise UsageError(
+            f"--out {out} holds a model that `{command}` did not make; choose another place or empty it"
+        )
+
+
 def name_flags(inputs: Mapping[str, Paths]) -> dict[str, Paths]:
     """Return the inputs by the names that a user gives them.
 

@@ -8,7 +8,15 @@ import typer
 
 from models.base.errors import UsageError
 from models.base.outputs import check_apart
-from train.commands.choose import BudgetOption, EngineOption, LatencyOption, Request, choose, show
+from train.commands.choose import (
+    BudgetOption,
+    EngineOption,
+    LatencyOption,
+    Request,
+    choose,
+    show,
+    stored_dtype,
+)
 from train.commands.common import check_data, check_json, write_results
 from train.commands.console import make_console
 from train.commands.options import JsonOption, ModelArgument, TextFieldOption
@@ -93,6 +101,8 @@ def extract(
     form = _form_of(form, engine, format_)
     dtype = _check_format(format_, dtype, out)
     _check_out(out, force, format_, pair)
+    if data is not None:
+        check_data(data)
     if pair:
         _extract_pair(model, pair, out, (data, text_field), (engine, form, format_, dtype), json)
         return
@@ -106,7 +116,7 @@ def extract(
         text_field=text_field,
         engine=_engine_of(engine, format_, form),
         latency_table=latency_table,
-        gguf_dtype=(dtype or "fp32") if format_ == "gguf" else None,
+        gguf_dtype=(dtype or stored_dtype(model)) if format_ == "gguf" else None,
         packed_dtype=dtype if format_ == "hf" else None,
     )
     search = {} if granularity else _choose(model, request)

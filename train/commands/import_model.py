@@ -8,7 +8,7 @@ import typer
 from models.base.errors import NestlingError, UsageError
 from models.base.outputs import check_apart
 from models.base.progress import Bar, progress_bar
-from train.commands.common import check_json, write_results
+from train.commands.common import check_json, check_made_by, write_results
 from train.commands.console import make_console
 from train.commands.options import JsonOption
 
@@ -101,6 +101,7 @@ def _check_places(source: Path, out: Path) -> None:
     if not source.exists():
         raise UsageError(f"SOURCE {source} does not exist; give a GGUF file or a Hugging Face folder")
     check_apart({"--out": out}, {"SOURCE": source})
+    check_made_by("import", "imported_from", out)
 
 
 def _check_tokenizer(folder: "ModelFolder", out: Path) -> None:

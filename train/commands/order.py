@@ -1,5 +1,6 @@
 """`nestling order`: sort the neurons and heads of a dense model, so that its prefixes are good members."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -12,7 +13,7 @@ from models.base.errors import UsageError
 from models.base.numbers import duration
 from models.base.outputs import check_apart
 from models.base.progress import progress_bar
-from train.commands.common import check_data, check_json, open_for_measuring, write_results
+from train.commands.common import check_data, check_json, check_made_by, open_for_measuring, write_results
 from train.commands.console import make_console
 from train.commands.options import DataOption, JsonOption, ModelArgument, TextFieldOption
 
@@ -60,6 +61,7 @@ def order(
     """Sort neurons and heads by importance and find the layers that matter least; the full model stays."""
     check_json(json, MODEL=model, data=data, out=out)
     check_apart({"--out": out}, {"MODEL": model, "--data": data})
+    check_made_by("order", "ordered_from", out)
     check_data(data)
     from models.checkpoint.folder import save_model
     from models.measure.order import RULES, check_same, order_model
@@ -200,11 +202,13 @@ def _running(layers: tuple[int, ...]) -> "Granularity":
 
 
 def _family(folder: "ModelFolder", layers: "list[tuple[Granularity, float]]") -> "dict[str, Granularity]":
-    """Return the folder's family, with the best of fewer layers beside it."""
+    """Return the folder's family, with the best of fewer layers beside it, by a name that is free."""
     if not layers:
         return folder.family
     fewest = layers[-1][0]
-    return {f"D{folder.model.config.num_hidden_layers - len(layers)}": fewest, **folder.family}
+    name = f"D{folder.model.config.num_hidden_layers - len(layers)}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return {next(one for one in names if folder.family.get(one, fewest) == fewest): fewest, **folder.family}
 
 
 def _show(

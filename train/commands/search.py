@@ -85,6 +85,8 @@ def search(
     layers run, and the width of each.
     """
     check_json(json, MODEL=model, data=data, latency_table=latency_table)
+    of_drafts = {"granularity": granularity, "temperature": temperature}
+    _check_alone(draft, budget, engine=engine, latency_table=latency_table, **of_drafts)
     if budget and not draft:
         _search_members(
             model,
@@ -101,7 +103,6 @@ def search(
         )
         return
     num_tokens = 4096 if num_tokens is None else num_tokens
-    _check_alone(draft, budget, engine=engine, latency_table=latency_table)
     _check(draft, data, num_tokens=num_tokens, confirm=confirm, num_prompts=num_prompts, rounds=rounds)
     from models.decode.open import open_for_decoding
     from models.decode.sampling.params import SamplingParams
@@ -131,8 +132,9 @@ def search(
             dtype=dtype,
             progress=bar.show,
         )
-    settings = {"model": str(model), "data": data, "dtype": dtype, "num_tokens": num_tokens}
-    settings |= {"num_prompts": num_prompts, "max_new_tokens": text.num_new, "rounds": rounds}
+    num_rows = min(len(rows_RT) for rows_RT in text.rows.values())  # a short text has fewer than asked for
+    settings = {"model": str(model), "data": data, "dtype": dtype, "num_tokens": num_rows * text.num_new}
+    settings |= {"num_prompts": min(num_prompts, num_rows), "max_new_tokens": text.num_new, "rounds": rounds}
     _finish(folder.path, result, settings, json)
 
 
@@ -176,9 +178,12 @@ def _check_alone(draft: bool, budget: list[str] | None, **flags: object) -> None
     if draft and budget:
         raise UsageError("--draft and --budget are two searches; give one of them")
     for name, value in flags.items():
-        if draft and value is not None:
+        is_of_drafts = name in ("granularity", "temperature")
+        if value is not None and (budget if is_of_drafts else draft):
             flag = "for" if name == "engine" else name.replace("_", "-")
-            raise UsageError(f"--{flag} {value} goes with --budget, not with --draft; leave it out")
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            ours, theirs = ("--draft", "--budget") if is_of_drafts else ("--budget", "--draft")
+            raise UsageError(f"--{flag} {shown} goes with {ours}, not with {theirs}; leave it out")
 
 
 def _check(draft: bool, data: str, **numbers: int) -> None:

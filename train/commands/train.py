@@ -89,11 +89,11 @@ def run_training(
 
         make_cache(recipe, console)
         return 0
-    from train.run.dryrun import slow_start
+    from train.run.dryrun import too_short
     from train.run.fit import fit
 
-    if note := slow_start(recipe):
-        console.print(f"[yellow]warning:[/] {note}", highlight=False)
+    for line in too_short(recipe):
+        console.print(f"[yellow]warning:[/] {line}", highlight=False)
     model = fit(recipe, out or default_out(recipe, files), resume=resume, console=console)
     show_family(model, console)
     return 0

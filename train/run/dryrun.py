@@ -242,8 +242,8 @@ def estimate_table(estimate: Estimate, recipe: Recipe, config: ElasticConfig) ->
     if estimate.devices > 1:
         sent = size(estimate.sent)
         facts["devices"] = f"each of {estimate.devices} devices holds this and sends {sent} a step"
-    if note := slow_start(recipe):
-        facts["learning rate"] = note
+    if short := too_short(recipe):
+        facts["too short"] = "\n".join(short)
     facts["time"] = (
         f"about {duration(estimate.seconds)} in {estimate.dtype}, at {percent(UTILISATION[estimate.dtype])} "
         f"of the {estimate.gflops:,.0f} GFLOP/s that this machine was measured to do, and up to "
@@ -252,19 +252,26 @@ def estimate_table(estimate: Estimate, recipe: Recipe, config: ElasticConfig) ->
     return facts_table(tuple(facts.items()))
 
 
-def slow_start(recipe: Recipe) -> str | None:
-    """Return what is wrong with a warm-up that the run is too short for; None if it is not.
+def too_short(recipe: Recipe) -> list[str]:
+    """Return what a run is too short for, a line each.
 
     >>> from train.recipe.recipe import load_recipe
-    >>> slow_start(load_recipe(overrides=["trainer.max_steps=80"]))
-    'optim.warmup_steps=100: the run of 80 steps ends at 80% of optim.lr=0.001; set it lower'
-    >>> slow_start(load_recipe())
+    >>> for line in too_short(load_recipe(overrides=["trainer.max_steps=80", "loss.teacher=big"])):
+    ...     print(line)
+    optim.warmup_steps=100: the run of 80 steps ends at 80% of optim.lr=0.001; set it lower
+    loss.ramp_start=200: the run of 80 steps ends before its teacher is heard; set it lower
+    >>> too_short(load_recipe())
+    []
     """
-    steps, warmup = recipe.trainer.max_steps, recipe.optim.warmup_steps
-    if warmup <= steps:
-        return None
-    reached = f"{percent(steps / warmup)} of optim.lr={show(recipe.optim.lr)}"
-    return f"optim.warmup_steps={warmup}: the run of {steps} steps ends at {reached}; set it lower"
+    steps, warmup, start = recipe.trainer.max_steps, recipe.optim.warmup_steps, recipe.loss.ramp_start
+    found = []
+    if warmup > steps:
+        reached = f"{percent(steps / warmup)} of optim.lr={show(recipe.optim.lr)}"
+        found.append(f"optim.warmup_steps={warmup}: the run of {steps} steps ends at {reached}; set it lower")
+    if start >= steps and recipe.loss.teacher is not None:
+        lost = f"the run of {steps} steps ends before its teacher is heard"
+        found.append(f"loss.ramp_start={start}: {lost}; set it lower")
+    return found
 
 
 def _describe_teacher(estimate: Estimate, recipe: Recipe) -> str:

@@ -125,7 +125,9 @@ def show_cost(kind: str, value: float) -> str:
     return _FORMS[kind](value)
 
 
-def cost_of(kind: str, config: ElasticConfig, *, weight_bytes: float, context: int) -> Cost:
+def cost_of(
+    kind: str, config: ElasticConfig, *, weight_bytes: float, context: int, stored: Cost | None = None
+) -> Cost:
     """Return what a member costs in one kind of budget, but for latency, which is measured.
 
     Args:
@@ -133,20 +135,24 @@ def cost_of(kind: str, config: ElasticConfig, *, weight_bytes: float, context: i
         config: the full model's shape.
         weight_bytes: bytes of a weight as it is stored.
         context: positions whose keys and values count.
+        stored: bytes of a member's weights, if not all of them have as many.
     """
 
     def parameters(member: Granularity) -> float:
         return count_parameters(config, member)
 
+    def weights(member: Granularity) -> float:
+        return weight_bytes * count_parameters(config, member) if stored is None else stored(member)
+
     def in_memory(member: Granularity) -> float:
         cache = count_kv_bytes(
             config, member, num_positions=context, dtype_bytes=2 if weight_bytes < 4 else 4
         )
-        return weight_bytes * count_parameters(config, member) + cache
+        return weights(member) + cache
 
     return {
         "params": parameters,
-        "bytes": lambda member: weight_bytes * count_parameters(config, member),
+        "bytes": weights,
         "flops": lambda member: count_flops(config, member, num_cached=context // 2),
         "memory": in_memory,
     }[kind]

@@ -145,6 +145,31 @@ def test_a_prefix_that_two_prompts_share_is_read_once(decoder: Decoder, start: S
         assert served.server.metrics.shared_tokens == len(system) * 8
 
 
+def test_what_prompts_of_a_request_share_with_others_is_counted_for_each(
+    decoder: Decoder, start: Start
+) -> None:
+    with start(decoder) as served:
+        served.complete(prompt="a text that comes first", max_tokens=4)
+        prompts = ["a text that comes first" + more for more in (" one", " two", " three")]
+        usage = served.complete(prompt=prompts, max_tokens=4).json()["usage"]
+        shared = served.server.metrics.shared_tokens
+        assert usage["prompt_tokens_details"]["cached_tokens"] == shared > len(prompts[0])
+
+
+def test_equal_prompts_of_a_request_are_drawn_apart(served: Served) -> None:
+    answer = served.complete(prompt=["a text"] * 4, max_tokens=16, temperature=2.0, ignore_eos=True).json()
+    assert len({choice["text"] for choice in answer["choices"]}) > 1
+    seeded = served.complete(prompt=["a text"] * 2, max_tokens=16, temperature=2.0, seed=3).json()
+    assert len({choice["text"] for choice in seeded["choices"]}) == 1
+
+
+def test_more_texts_than_an_idle_server_takes_are_refused_for_good(decoder: Decoder, start: Start) -> None:
+    with start(decoder, batch=1, queue=1) as served:
+        refused = served.complete(prompt=["a"] * 3, max_tokens=2)
+        assert refused.status_code == 400
+        assert "3 texts are asked for (prompts x n), and 2 are the most" in refused.json()["error"]["message"]
+
+
 def test_a_full_queue_is_told_with_the_time_to_come_back(
     decoder: Decoder, start: Start, passes: Passes, wait_until: Wait
 ) -> None:
@@ -214,6 +239,7 @@ def test_a_client_that_goes_away_is_written_no_further(
         passes.let_all()
         wait_until(lambda: is_idle(served))
         assert metrics.tokens < 16 * 250
+        assert metrics.cancelled == 16, "those that waited, too"
         assert served.text("b", max_tokens=4)
 
 

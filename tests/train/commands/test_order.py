@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.checkpoint.folder import load_model, save_model
+from models.elastic.granularity import Granularity
 from models.elastic.ownership import Ownership
 from models.elastic.owning import own
 from train.cli import main
@@ -71,6 +72,43 @@ def test_a_rule_that_was_asked_for_is_taken(model: Path, text: Path, tmp_path: P
     assert main([*words, "--drop", "0", "--rule", "random", "--json", str(results)]) == 0
     assert json.loads(results.read_text())["rule"] == "random"
     assert json.loads(results.read_text())["dropped"] == []
+
+
+def test_a_name_that_another_member_has_is_left_to_it(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = load_model(model)
+    taken = Granularity.parse("ffn=0.5")
+    named = save_model(
+        tmp_path / "named", folder.model, tokenizer=folder.tokenizer, family={**folder.family, "D2": taken}
+    )
+    words = [
+        "order",
+        str(named),
+        "--data",
+        str(text),
+        "--drop",
+        "1",
+        "--max-tokens",
+        "100",
+        "--rule",
+        "magnitude",
+    ]
+    for _ in range(2):  # its own folder may be replaced
+        assert main([*words, "--out", str(tmp_path / "o")]) == 0
+    family = load_model(tmp_path / "o").family
+    assert family["D2"] == taken
+    assert family["D2-2"].layers is not None
+
+
+@pytest.mark.parametrize("command", ["order", "import"])
+def test_a_family_that_was_trained_is_not_replaced(
+    command: str, model: Path, text: Path, tmp_path: Path, fails: Fails
+) -> None:
+    family = tmp_path / "family"
+    shutil.copytree(model, family)
+    words = ["--data", text] if command == "order" else []
+    line = fails(command, model, *words, "--out", family, code=2)
+    assert line.endswith(f"holds a model that `{command}` did not make; choose another place or empty it")
+    assert (family / "nestling.json").read_bytes() == (model / "nestling.json").read_bytes()
 
 
 def test_the_model_that_is_read_is_never_replaced(model: Path, text: Path, fails: Fails) -> None:

@@ -61,6 +61,14 @@ def test_it_shows_writes_and_keeps_what_it_found_and_auto_takes_it(
         (["--draft", "--data", "text.txt", "--num-tokens", "0"], "--num-tokens must be at least 1, got 0"),
         (["--draft", "--data", "text.txt", "--granularity", "layers=0:9"], "layer 9"),
         (
+            ["--budget", "params=0.7", "--data", "text.txt", "--granularity", "S"],
+            "--granularity S goes with --draft, not with --budget; leave it out",
+        ),
+        (
+            ["--draft", "--data", "text.txt", "--for", "hf"],
+            "--for hf goes with --budget, not with --draft; leave it out",
+        ),
+        (
             ["--draft", "--data", "text.txt", "--temperature", "-1"],
             "--temperature must be 0 (greedy), or 1e-38 or more",
         ),

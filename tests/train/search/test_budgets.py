@@ -58,3 +58,16 @@ def test_engines_hold_what_their_sources_say(tiny_config: ElasticConfig) -> None
     assert holds_unequal("hf", gemma3) == (True, False)
     with pytest.raises(UsageError, match="--for ollama"):
         holds_unequal("ollama", tiny_config)
+
+
+def test_weights_that_are_stored_unequally_count_in_bytes_and_memory(tiny_config: ElasticConfig) -> None:
+    equal, stored = (
+        {
+            kind: cost_of(kind, tiny_config, weight_bytes=4, context=64, stored=bytes_of)(FULL)
+            for kind in ("bytes", "memory", "params")
+        }
+        for bytes_of in (None, lambda _: 100.0)
+    )
+    assert stored["bytes"] == 100
+    assert equal["memory"] - stored["memory"] == equal["bytes"] - 100
+    assert stored["params"] == equal["params"]
