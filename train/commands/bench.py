@@ -226,7 +226,7 @@ def _bench_serving(
     from models.decode.prompts import HEADINGS, read_prompts
     from train.bench.serve_bench import ServeSettings, bench_serving, show_serving
 
-    texts = [one.text for one in read_prompts(prompts, num_prompts)] if prompts else list(HEADINGS)
+    texts = [one.text for one in read_prompts(prompts, num_prompts)] if prompts else HEADINGS[:num_prompts]
     results = bench_serving(
         ServeSettings(**settings, prompts=texts),
         model=model,
@@ -287,6 +287,10 @@ def _check_served(context: typer.Context, model: str | None) -> None:
         given = source is not None and source.name == "COMMANDLINE"
         if given and param.name not in SERVED:
             raise UsageError(f"{param.opts[0]} has no effect with --serve; leave one of them out")
+        values = context.params.get(param.name or "")
+        if param.name in ("temperature", "dtype") and values is not None and len(values) > 1:
+            shown = f"{param.opts[0]} {' '.join(map(str, values))}"
+            raise UsageError(f"{shown}: --serve measures one at a time; give one")
 
 
 def _engines(names: list[str] | None) -> Sequence[str]:

@@ -126,6 +126,8 @@ def extract_gguf(
         exact = dtype in ("fp32", _STORED[dtype_name(folder.model)])
         proof = _prove(folder, granularity, partial, text, exact=exact)
         bytes_ = partial.stat().st_size
+        if not is_stream(out):  # that of a file which this one replaces; without one, nothing false is said
+            receipt_path(out).unlink(missing_ok=True)
     written = GgufFile(
         dtype=dtype,
         parameters=count_parameters(folder.model.config, granularity),

@@ -65,3 +65,5 @@ def test_a_row_for_each_draft_and_number_of_clients(
 def test_what_has_no_effect_on_a_server_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "some/model", "--serve", "--engine", "transformers"]) == 2
     assert "--engine has no effect with --serve" in capsys.readouterr().err
+    assert main(["bench", "some/model", "--serve", "--temperature", "0", "--temperature", "1"]) == 2
+    assert "--temperature 0.0 1.0: --serve measures one at a time; give one" in capsys.readouterr().err

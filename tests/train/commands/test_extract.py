@@ -342,6 +342,20 @@ def test_what_a_file_cannot_hold_is_named_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_is_replaced_loses_its_receipt_first(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or an end between the two would leave the new file beside what was said of the old one."""
+    out = tmp_path / "S.gguf"
+    command = ["extract", str(model), "--granularity", "S", "--out", str(out), "--format", "gguf"]
+    assert main(command) == 0
+    receipt = next(path for path in tmp_path.iterdir() if path != out)
+    monkeypatch.setattr("train.commands.export_gguf.write_receipt", lambda *_, **__: 1 / 0)
+    assert main([*command, "--force"]) == 1
+    assert out.exists()
+    assert not receipt.exists()
+
+
 def test_a_file_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path, fails: Fails) -> None:
     (tmp_path / "thesis.gguf").write_text("years of work")
     for out, named in ((tmp_path / "thesis.gguf", "not ours"), (tmp_path, "is a folder")):
