@@ -173,8 +173,6 @@ PRESETS = (
     _even_long(change="narrow_gradient 1"),
     _even_long("sampler.turns_power=1", change="narrow_gradient 1, turns_power 1"),
     _even_long("sampler.row_fraction=0.375", change="narrow_gradient 1, row_fraction 3/8"),
-    _even_long("owned.lr=3e-3", change="narrow_gradient 1, owned.lr 3e-3"),
-    _even_long("owned.lr=1.2e-2", change="narrow_gradient 1, owned.lr 1.2e-2"),
     _preset("even", *_learning(2), change="narrow_gradient 0.5"),
     _cached(),
     _cached_long(change="narrow_gradient 1"),
