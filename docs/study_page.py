@@ -50,9 +50,9 @@ rows on the full model's keys and values, not a quarter, and, in short runs, S f
 five (`sampler.turns_power`); so was all that is named before. `outer_lr_ratio 0.5`: neurons that neither S
 nor L has learn half as fast as the others. The learning rate, 4e-3, is the full model's best alone in so
 short a run; all was first measured at half of it, where that is 2 to 4 % worse: `lr-2e-3`, below. Models of
-pd_books, public-domain books, read 20 tokens a parameter, those of 1.1M and of eight layers (1.7M) none
-twice; there 2e-3 is as good. So small a model, so early in its training, shows directions, not the size of an
-effect in yours."""
+pd_books, public-domain books, read 20 tokens a parameter, those of 1.1M and of eight layers (1.7M), where
+2e-3 is as good, or two, those of 8M, at 1.5e-3; none twice. So small a model, so early in its training, shows
+directions, not the size of an effect in yours."""
 
 
 def read_runs(found: Iterable[Found]) -> dict[Run, Found]:
