@@ -3,6 +3,7 @@
 See train/search/drafts.py and train/search/members.py.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,8 +86,12 @@ def search(
     layers run, and the width of each.
     """
     check_json(json, MODEL=model, data=data, latency_table=latency_table)
-    of_drafts = {"granularity": granularity, "temperature": temperature}
-    _check_alone(draft, budget, engine=engine, latency_table=latency_table, **of_drafts)
+    _check_alone(
+        draft,
+        budget,
+        of_drafts={"--granularity": granularity, "--temperature": temperature},
+        of_budgets={"--for": engine, "--latency-table": latency_table},
+    )
     if budget and not draft:
         _search_members(
             model,
@@ -174,16 +179,16 @@ def _search_members(model: Path, request: Request, json: Path | None) -> None:
     write_results(json, chosen.fields, dtypes={"model": "fp32"})
 
 
-def _check_alone(draft: bool, budget: list[str] | None, **flags: object) -> None:
+def _check_alone(
+    draft: bool, budget: list[str] | None, *, of_drafts: Mapping[str, Any], of_budgets: Mapping[str, Any]
+) -> None:
     if draft and budget:
         raise UsageError("--draft and --budget are two searches; give one of them")
-    for name, value in flags.items():
-        is_of_drafts = name in ("granularity", "temperature")
-        if value is not None and (budget if is_of_drafts else draft):
-            flag = "for" if name == "engine" else name.replace("_", "-")
+    ours, theirs = ("--draft", "--budget") if draft else ("--budget", "--draft")
+    for flag, value in (of_budgets if draft else of_drafts if budget else {}).items():
+        if value is not None:
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            ours, theirs = ("--draft", "--budget") if is_of_drafts else ("--budget", "--draft")
-            raise UsageError(f"--{flag} {shown} goes with {ours}, not with {theirs}; leave it out")
+            raise UsageError(f"{flag} {shown} goes with {theirs}, not with {ours}; leave it out")
 
 
 def _check(draft: bool, data: str, **numbers: int) -> None:
