@@ -158,9 +158,7 @@ def _jobs(
 ) -> list[Job]:
     """Return a job for each choice of each prompt."""
     context = served.target.full.config.max_position_embeddings
-    # Equal prompts are drawn apart, unless the request has a seed.
     seeds = [secrets.randbits(63) if body.seed is None else body.seed for _ in prompts]
-    configs = [body.generation_config(max_tokens or context, seed) for seed in seeds]
     updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
     return [
         Job(
@@ -168,7 +166,7 @@ def _jobs(
             tokenizer=service.decoder.tokenizer,
             new_policy=served.new_policy,
             prompt_ids=prompt,
-            config=configs[number],
+            config=body.generation_config(max_tokens or context, seeds[number]),
             row=row,
             logprobs=logprobs,
             scores_prompt=scores_prompt,

@@ -206,6 +206,7 @@ def _extract_pair(
         raise UsageError(
             "--data is missing: how many drafted tokens are kept is measured on a text; give one"
         )
+    check_data(data)
     console = make_console()
     folder, batches = open_text(model, data, text_field, PAIR_TOKENS)
     draft, target = parse_pair(text, folder)

@@ -3,7 +3,6 @@
 See train/search/drafts.py and train/search/members.py.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,12 +85,8 @@ def search(
     layers run, and the width of each.
     """
     check_json(json, MODEL=model, data=data, latency_table=latency_table)
-    _check_alone(
-        draft,
-        budget,
-        of_drafts={"--granularity": granularity, "--temperature": temperature},
-        of_budgets={"--for": engine, "--latency-table": latency_table},
-    )
+    of_drafts = {"granularity": granularity, "temperature": temperature}
+    _check_alone(draft, budget, engine=engine, latency_table=latency_table, **of_drafts)
     if budget and not draft:
         _search_members(
             model,
@@ -179,16 +174,16 @@ def _search_members(model: Path, request: Request, json: Path | None) -> None:
     write_results(json, chosen.fields, dtypes={"model": "fp32"})
 
 
-def _check_alone(
-    draft: bool, budget: list[str] | None, *, of_drafts: Mapping[str, Any], of_budgets: Mapping[str, Any]
-) -> None:
+def _check_alone(draft: bool, budget: list[str] | None, **flags: object) -> None:
     if draft and budget:
         raise UsageError("--draft and --budget are two searches; give one of them")
-    ours, theirs = ("--draft", "--budget") if draft else ("--budget", "--draft")
-    for flag, value in (of_budgets if draft else of_drafts if budget else {}).items():
-        if value is not None:
+    for name, value in flags.items():
+        is_of_drafts = name in ("granularity", "temperature")
+        if value is not None and (budget if is_of_drafts else draft):
+            flag = "for" if name == "engine" else name.replace("_", "-")
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise UsageError(f"{flag} {shown} goes with {theirs}, not with {ours}; leave it out")
+            ours, theirs = ("--draft", "--budget") if is_of_drafts else ("--budget", "--draft")
+            raise UsageError(f"--{flag} {shown} goes with {ours}, not with {theirs}; leave it out")
 
 
 def _check(draft: bool, data: str, **numbers: int) -> None:

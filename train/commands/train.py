@@ -77,7 +77,6 @@ def run_training(
     from train.data.module import open_chat
     from train.run.devices import check_devices
     from train.run.dryrun import dry_run as show
-    from train.run.dryrun import too_short
 
     check_devices(recipe.trainer)
     open_chat(recipe)  # a template that is missing is said before anything is read
@@ -90,6 +89,7 @@ def run_training(
 
         make_cache(recipe, console)
         return 0
+    from train.run.dryrun import too_short
     from train.run.fit import fit
 
     for line in too_short(recipe):

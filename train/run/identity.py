@@ -16,16 +16,14 @@ from models.base.files import read_json
 from models.checkpoint.family import FAMILY_FILE
 from train.data.module import TextData
 from train.objective.teacher import Teacher
-from train.recipe.dials import schedule_of
 from train.recipe.recipe import Recipe, load_saved_recipe
-from train.recipe.sections import DataConfig, TrainerConfig
 from train.recipe.settings import as_table, show
 from train.run.optim import learning_rate_factor
 from train.run.start import Start
 
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "data.json"
-SET_BY_TOKENS = {word.partition("=")[0] for word in schedule_of("1M", TrainerConfig(), DataConfig())}
+SET_BY_TOKENS = {"optim.warmup_steps", "loss.ramp_start", "loss.ramp_steps"}
 """Keys by which a run of another length is another run, and which nobody writes."""
 FREE_TO_CHANGE = (
     "trainer",
@@ -123,10 +121,10 @@ def check_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str)
     if changed:
         first = list(changed.values())[:4]
         shown = f"{', '.join(first)}{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}"
-        dialled = "tokens=... sets that; to train longer, keep it as it was and set trainer.max_steps; "
+        dialled = "tokens=... sets that; to train longer, keep it as it was and set trainer.max_steps. "
         raise UsageError(
             f"{where} holds a run with {shown}; {dialled if SET_BY_TOKENS & changed.keys() else ''}"
-            "give it what it had, choose another --out, or start over with --resume never"
+            "Give it what it had, choose another --out, or start over with --resume never"
         )
 
 
